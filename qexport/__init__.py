@@ -1,0 +1,30 @@
+"""qexport: transformers as one ONNX file with sampled attention.
+
+Importing the package needs neither torch nor onnx; the functions below import what they need when they are first used.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("qexport")
+except PackageNotFoundError:  # a source tree on sys.path that was never installed
+    __version__ = "0+unknown"
+
+_LAZY = {
+    "convert": "qexport.convert",
+    "get_library_path": "qexport.runtime",
+    "inspect": "qexport.inspect",
+    "profile": "qexport.profile",
+    "session": "qexport.runtime",
+    "validate": "qexport.validate",
+    "QexportError": "qexport.errors",
+    "UsageError": "qexport.errors",
+}
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qexport' has no attribute {name!r}")
