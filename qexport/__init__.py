@@ -12,12 +12,12 @@ except PackageNotFoundError:  # a source tree on sys.path that was never install
     __version__ = "0+unknown"
 
 _LAZY = {
-    "convert": "qexport.convert",
+    "convert": "qexport.conversion",
     "get_library_path": "qexport.runtime",
-    "inspect": "qexport.inspect",
-    "profile": "qexport.profile",
+    "inspect": "qexport.inspection",
+    "profile": "qexport.profiling",
     "session": "qexport.runtime",
-    "validate": "qexport.validate",
+    "validate": "qexport.validation",
     "QexportError": "qexport.errors",
     "UsageError": "qexport.errors",
 }

@@ -1,5 +1,6 @@
 """QuantumAttention: attention by sampling, a superset of ai.onnx `Attention` (opset 25)."""
 
+from qexport.errors import UsageError
 from qexport.ops.spec import Attr, OpSpec, Param
 
 STRATEGIES = ("exact", "naive", "stratified", "adaptive", "hybrid")
@@ -68,3 +69,138 @@ SPEC = OpSpec(
     type_vars={"T": FLOATS, "M": ("tensor(bool)", *FLOATS), "I": ("tensor(int64)",)},
     fallback="ai.onnx Attention (classical, not sampled)",
 )
+
+
+def fallback_nodes(opset: int, num_outputs: int):
+    """The classical body: standard nodes over the names of SPEC that produce its first `num_outputs` outputs.
+
+    From opset 23 on it is one `Attention` node. Below, Attention does not exist and the body is spelled out in MatMul and
+    Softmax; it then needs 4-D Q, K, V, a float attn_mask (add zeros where there is none) and `scale` on the node, and
+    knows no past, softcap, causal flag or window: the rewrite gives such nodes only.
+    """
+    if opset < 17:
+        raise UsageError(f"[QuantumAttention] the fallback needs opset 17 or newer, got {opset}")
+    if opset >= 23:
+        return _attention_body(opset, num_outputs)
+    if num_outputs > 1:
+        raise UsageError(f"[QuantumAttention] the fallback below opset 23 has the output Y only, {num_outputs} were asked for")
+    return _decomposed_body()
+
+
+def _attention_body(opset: int, num_outputs: int):
+    from onnx import AttributeProto, helper
+
+    names = {
+        "is_causal": AttributeProto.INT,
+        "kv_num_heads": AttributeProto.INT,
+        "q_num_heads": AttributeProto.INT,
+        "qk_matmul_output_mode": AttributeProto.INT,
+        "scale": AttributeProto.FLOAT,
+        "softcap": AttributeProto.FLOAT,
+        "softmax_precision": AttributeProto.INT,
+    }
+    if opset >= 25:
+        names |= {"left_window_size": AttributeProto.INT, "right_window_size": AttributeProto.INT}
+    inputs = ["Q", "K", "V", "attn_mask", "past_key", "past_value"] + (["nonpad_kv_seqlen"] if opset >= 24 else [])
+    node = helper.make_node("Attention", inputs, [param.name for param in SPEC.outputs[:num_outputs]])
+    node.attribute.extend(AttributeProto(name=n, type=t, ref_attr_name=n) for n, t in names.items())
+    return [node]
+
+
+def _decomposed_body():
+    """Grouped heads without repeating K and V: the G query heads of a kv head are stacked along the rows of one MatMul."""
+    from onnx import AttributeProto, helper
+
+    def const(name, value):
+        return helper.make_node("Constant", [], [name], value_ints=value)
+
+    scale = helper.make_node("Constant", [], ["scale_f32"])
+    scale.attribute.append(AttributeProto(name="value_float", type=AttributeProto.FLOAT, ref_attr_name="scale"))
+    make = helper.make_node
+    return [
+        scale,
+        make("CastLike", ["scale_f32", "Q"], ["scale_t"]),
+        make("Mul", ["Q", "scale_t"], ["Q_scaled"]),
+        make("Shape", ["Q"], ["q_rows"], start=0, end=3),  # batch, q_heads, q_len
+        make("Shape", ["Q"], ["head_size"], start=3, end=4),
+        make("Shape", ["K"], ["kv_heads"], start=1, end=2),
+        make("Shape", ["K"], ["kv_len"], start=2, end=3),
+        make("Shape", ["V"], ["v_head_size"], start=3, end=4),
+        const("keep", [0]),
+        const("rest", [-1]),
+        make("Concat", ["keep", "kv_heads", "rest", "head_size"], ["grouped_shape"], axis=0),
+        make("Reshape", ["Q_scaled", "grouped_shape"], ["Q_grouped"]),
+        make("Transpose", ["K"], ["K_transposed"], perm=[0, 1, 3, 2]),
+        make("MatMul", ["Q_grouped", "K_transposed"], ["scores_grouped"]),
+        make("Concat", ["q_rows", "kv_len"], ["scores_shape"], axis=0),
+        make("Reshape", ["scores_grouped", "scores_shape"], ["scores"]),
+        make("Add", ["scores", "attn_mask"], ["scores_masked"]),
+        make("Softmax", ["scores_masked"], ["probabilities"], axis=-1),
+        make("Shape", ["scores_grouped"], ["scores_grouped_shape"]),
+        make("Reshape", ["probabilities", "scores_grouped_shape"], ["probabilities_grouped"]),
+        make("MatMul", ["probabilities_grouped", "V"], ["Y_grouped"]),
+        make("Concat", ["q_rows", "v_head_size"], ["Y_shape"], axis=0),
+        make("Reshape", ["Y_grouped", "Y_shape"], ["Y"]),
+    ]
+
+
+def infer_shapes(ctx) -> None:
+    """Type and shape inference for onnx (an `onnx.shape_inference.InferenceContext`): what `Attention` infers."""
+    from onnx import TypeProto
+
+    def shape_of(i):
+        if not ctx.has_input(i) or not ctx.get_input_type(i).tensor_type.HasField("shape"):
+            return None
+        return list(ctx.get_input_type(i).tensor_type.shape.dim)
+
+    def attribute(name):
+        value = ctx.get_attribute(name)
+        return value.i if value is not None else None
+
+    def give(i, dims):
+        if not ctx.has_output(i):
+            return
+        result = TypeProto()
+        result.tensor_type.elem_type = ctx.get_input_type(0).tensor_type.elem_type
+        if dims is not None:
+            result.tensor_type.shape.SetInParent()
+            for dim in dims:
+                new = result.tensor_type.shape.dim.add()
+                if isinstance(dim, int):
+                    new.dim_value = dim
+                elif dim is not None:
+                    new.CopyFrom(dim)
+        ctx.set_output_type(i, result)
+
+    def known(dim):
+        return dim.dim_value if dim.HasField("dim_value") else None
+
+    def quotient(dim, n):
+        return known(dim) // n if known(dim) is not None and n else None
+
+    def total(past, new):
+        if past is None:
+            return new
+        return known(past) + known(new) if known(past) is not None and known(new) is not None else None
+
+    q, k, v = shape_of(0), shape_of(1), shape_of(2)
+    past = shape_of(4)
+    if q is None or k is None or v is None or len({len(q), len(k), len(v)}) != 1 or len(q) not in (3, 4):
+        for i in range(len(SPEC.outputs)):
+            give(i, None)
+        return
+    q_heads, kv_heads = attribute("q_num_heads"), attribute("kv_num_heads")
+    if len(q) == 3:
+        v_size = quotient(v[2], kv_heads)
+        give(0, [q[0], q[1], v_size * q_heads if v_size and q_heads else None])
+        heads = [q[0], kv_heads]
+        sizes = quotient(k[2], kv_heads), v_size
+        q_heads, q_len, kv_len = q_heads, q[1], k[1]
+    else:
+        give(0, [q[0], q[1], q[2], v[3]])
+        heads, sizes = [k[0], k[1]], (k[3], v[3])
+        q_heads, q_len, kv_len = q[1], q[2], k[2]
+    total_len = total(past[2], kv_len) if past is not None else (None if ctx.has_input(4) else kv_len)
+    give(1, [*heads, total_len, sizes[0]])
+    give(2, [*heads, total_len, sizes[1]])
+    give(3, [q[0], q_heads, q_len, total_len])
