@@ -7,7 +7,7 @@ import onnx
 from onnx import defs, helper
 
 from qexport.errors import UsageError
-from qexport.ops import DOMAIN, OPS, VERSION, Attr, OpSpec
+from qexport.ops import DOMAIN, OPS, VERSION, OpSpec
 
 _ATTR_TYPES = {
     "int": defs.OpSchema.AttrType.INT,
@@ -29,26 +29,6 @@ def spec_of(op_name: str) -> OpSpec:
     raise UsageError(f"no op named {op_name!r} in {DOMAIN}; known: {', '.join(spec.name for spec in OPS)}")
 
 
-def check_attribute(op_name: str, attr: Attr, value: object) -> object:
-    """`value` in the form that the node stores, or an error that names the value and the limit."""
-    where = f"[{op_name}] {attr.name}"
-    try:
-        if attr.kind == "ints":
-            value = [int(v) for v in (value if isinstance(value, Sequence) else [value])]
-        else:
-            value = {"int": int, "float": float, "string": str}[attr.kind](value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{where} must be of kind {attr.kind}, got {value!r}") from None
-    for v in value if attr.kind == "ints" else [value]:
-        if attr.choices and v not in attr.choices:
-            raise UsageError(f"{where} must be one of {', '.join(map(str, attr.choices))}, got {v!r}")
-        if attr.minimum is not None and not v >= attr.minimum:
-            raise UsageError(f"{where} must be >= {attr.minimum}, got {v}")
-    if attr.kind == "ints" and not value:
-        raise UsageError(f"{where} must hold at least one number, got an empty list")
-    return value
-
-
 def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attributes) -> onnx.NodeProto:
     """A node of the domain com.qexport with every default of the table written out.
 
@@ -64,25 +44,11 @@ def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name:
         least = sum(not p.optional for p in params)
         if not least <= len(given) <= len(params):
             raise UsageError(f"[{op_name}] takes {least} to {len(params)} {what}s, got {len(given)}")
-    known = [attr.name for attr in spec.attributes]
-    for key in attributes:
-        if key not in known:
-            raise UsageError(f"[{op_name}] has no attribute {key!r}; known: {', '.join(known)}")
-    values = {}
-    for attr in spec.attributes:
-        value = attributes.get(attr.name)
-        value = attr.default if value is None else value
-        if value is not None:
-            values[attr.name] = check_attribute(op_name, attr, value)
-    trimmed_in, trimmed_out = (_without_trailing_blanks(names) for names in (inputs, outputs))
-    return helper.make_node(op_name, trimmed_in, trimmed_out, name=name, domain=DOMAIN, **values)
-
-
-def _without_trailing_blanks(names: Sequence[str]) -> list[str]:
-    names = list(names)
-    while names and not names[-1]:
-        names.pop()
-    return names
+    values = {name: value for name, value in spec.resolve(attributes).items() if value is not None}
+    inputs = list(inputs)
+    while inputs and not inputs[-1]:  # onnxruntime before 1.24 crashes on "" inputs where it infers shapes
+        inputs.pop()
+    return helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **values)
 
 
 def function_proto(op_name: str, opset: int = 23, num_outputs: int = 1) -> onnx.FunctionProto:

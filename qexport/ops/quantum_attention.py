@@ -62,9 +62,9 @@ SPEC = OpSpec(
             0,
             choices=(0, 1, 2, 3),
         ),
-        Attr("left_window_size", "int", "Keys further left of the query than this are not seen; -1 is off.", -1, minimum=-1),
-        Attr("right_window_size", "int", "Keys further right of the query than this are not seen; -1 is off.", -1, minimum=-1),
-        Attr("softmax_precision", "int", "Accepted as in Attention; the softmax is always float32.", choices=(1, 10, 11, 16)),
+        Attr("left_window_size", "int", "How far to the left a query sees; -1: all the way.", -1, minimum=-1),
+        Attr("right_window_size", "int", "How far to the right a query sees; -1: all the way.", -1, minimum=-1),
+        Attr("softmax_precision", "int", "Accepted as in Attention; always float32 here.", choices=(1, 10, 11, 16)),
     ),
     type_vars={"T": FLOATS, "M": ("tensor(bool)", *FLOATS), "I": ("tensor(int64)",)},
     fallback="ai.onnx Attention (classical, not sampled)",
@@ -83,7 +83,9 @@ def fallback_nodes(opset: int, num_outputs: int):
     if opset >= 23:
         return _attention_body(opset, num_outputs)
     if num_outputs > 1:
-        raise UsageError(f"[QuantumAttention] the fallback below opset 23 has the output Y only, {num_outputs} were asked for")
+        raise UsageError(
+            f"[QuantumAttention] the fallback below opset 23 has the output Y only, got num_outputs {num_outputs}"
+        )
     return _decomposed_body()
 
 

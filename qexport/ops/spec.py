@@ -1,7 +1,10 @@
 """How an op is described. One frozen table (`qexport.ops.OPS`) drives the schemas, the translation, the
 checks, the tests, `qexport ops` and docs/ops.md. Standard library only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from qexport.errors import UsageError
 
 DOMAIN = "com.qexport"
 VERSION = 1
@@ -22,6 +25,29 @@ class Attr:
     default: object = None
     choices: tuple = ()
     minimum: float | None = None
+
+    def check(self, value: object, where: str) -> object:
+        """`value` in the form that a node stores.
+
+        Raises:
+            UsageError: the wrong kind, or outside the limits; the message begins with `where`.
+        """
+        where = f"[{where}] {self.name}"
+        try:
+            if self.kind == "ints":
+                value = [int(v) for v in (value if isinstance(value, Sequence) else [value])]
+            else:
+                value = {"int": int, "float": float, "string": str}[self.kind](value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{where} must be of kind {self.kind}, got {value!r}") from None
+        for v in value if self.kind == "ints" else [value]:
+            if self.choices and v not in self.choices:
+                raise UsageError(f"{where} must be one of {', '.join(map(str, self.choices))}, got {v!r}")
+            if self.minimum is not None and not v >= self.minimum:
+                raise UsageError(f"{where} must be >= {self.minimum}, got {v}")
+        if self.kind == "ints" and not value:
+            raise UsageError(f"{where} must hold at least one number, got an empty list")
+        return value
 
 
 @dataclass(frozen=True)
@@ -54,3 +80,20 @@ class OpSpec:
             if attr.name == name:
                 return attr
         raise KeyError(name)
+
+    def resolve(self, attributes: dict) -> dict:
+        """Every attribute of the op: `attributes` checked, the defaults filled in, None where an optional one is absent.
+
+        Raises:
+            UsageError: an unknown attribute, or a value outside its limits.
+        """
+        known = [attr.name for attr in self.attributes]
+        for key in attributes:
+            if key not in known:
+                raise UsageError(f"[{self.name}] has no attribute {key!r}; known: {', '.join(known)}")
+        values = {}
+        for attr in self.attributes:
+            value = attributes.get(attr.name)
+            value = attr.default if value is None else value
+            values[attr.name] = None if value is None else attr.check(value, self.name)
+        return values

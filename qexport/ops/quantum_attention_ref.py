@@ -1,0 +1,207 @@
+"""The torch reference of QuantumAttention: the formulas of docs/math.md, written to be read and checked, not to be fast."""
+
+import torch
+
+from qexport.errors import UsageError
+from qexport.ops.philox import philox4x32
+from qexport.ops.quantum_attention import SPEC
+
+T = 1 << 24  # one stratum of the fixed-point inclusion probabilities
+CDF_ONE = 1 << 30  # the whole distribution in the fixed-point CDF of `naive`
+
+
+def quantum_attention_ref(
+    Q,
+    K,
+    V,
+    attn_mask=None,
+    past_key=None,
+    past_value=None,
+    nonpad_kv_seqlen=None,
+    seed=0,
+    *,
+    dtype=torch.float64,
+    **attributes,
+):
+    """Attention by sampling, in torch.
+
+    Args:
+        Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen: tensors of the shapes that the op table gives.
+        seed: int of 64 bits.
+        dtype: what is computed in; the outputs are rounded to Q's type.
+        attributes: those of the op table, with its defaults.
+
+    Returns:
+        (Y, present_key, present_value, qk_matmul_output) in the shapes of the op table.
+
+    Raises:
+        UsageError: an attribute outside its limits, 3-D inputs without head counts.
+    """
+    a = SPEC.resolve(attributes)
+    out_dtype, three_d = Q.dtype, Q.ndim == 3
+    if three_d:
+        Q, K, V = (_split_heads(t, a[n]) for t, n in ((Q, "q_num_heads"), (K, "kv_num_heads"), (V, "kv_num_heads")))
+    if past_key is not None:
+        K, V = torch.cat([past_key, K], 2), torch.cat([past_value, V], 2)
+    present = K, V
+    scale = Q.shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
+    group = Q.shape[1] // K.shape[1]
+    Q, K, V = Q.to(dtype), K.to(dtype).repeat_interleave(group, 1), V.to(dtype).repeat_interleave(group, 1)
+
+    raw = scale * (Q @ K.transpose(-1, -2))
+    capped = a["softcap"] * torch.tanh(raw / a["softcap"]) if a["softcap"] else raw
+    past_len = 0 if past_key is None else past_key.shape[2]
+    allowed = _allowed(a, *raw.shape, past_len, nonpad_kv_seqlen).to(raw.device)
+    bias = torch.zeros((), dtype=dtype)
+    if attn_mask is not None:
+        short = raw.shape[-1] - attn_mask.shape[-1]
+        if attn_mask.dtype == torch.bool:
+            allowed = allowed & torch.nn.functional.pad(attn_mask, (0, short), value=False)
+        else:
+            bias = torch.nn.functional.pad(attn_mask.to(dtype), (0, short), value=-torch.inf)
+            allowed = allowed & (bias > -torch.inf)
+    scores = torch.where(allowed, capped + bias, -torch.inf)
+    p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row with no allowed key has no probability anywhere
+
+    Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a)
+    if three_d:
+        Y = Y.transpose(1, 2).flatten(2)
+    qk = (raw, capped, scores, p)[a["qk_matmul_output_mode"]]
+    return Y.to(out_dtype), *present, qk.to(out_dtype)
+
+
+def _split_heads(t, heads):
+    if heads is None:
+        raise UsageError("[QuantumAttention] 3-D inputs need q_num_heads and kv_num_heads")
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _allowed(a, batch, heads, q_len, total_len, past_len, nonpad):
+    """The keys that the causal frontier, the windows and the padding leave: bool (batch, 1, q_len, total_len)."""
+    if nonpad is not None and past_len == 0:
+        offset = nonpad.reshape(-1, 1, 1, 1) - q_len
+    else:
+        offset = torch.full((batch, 1, 1, 1), past_len)
+    key = torch.arange(total_len)
+    distance = torch.arange(q_len)[:, None] + offset - key  # how far the key lies to the left of the query
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if a["is_causal"]:
+        allowed &= distance >= 0
+    if a["left_window_size"] >= 0:
+        allowed &= distance <= a["left_window_size"]
+    if a["right_window_size"] >= 0:
+        allowed &= -distance <= a["right_window_size"]
+    if nonpad is not None:
+        allowed &= key < nonpad.reshape(-1, 1, 1, 1)
+    return allowed
+
+
+def _estimate(p, V, allowed, nonpad, seed, a):
+    """Y from the probabilities p (batch, heads, q_len, keys) and V (batch, heads, keys, v_head_size)."""
+    if a["strategy"] == "exact":
+        return p @ V
+    batch, heads, q_len, n_keys = p.shape
+    valid = torch.full((batch,), n_keys) if nonpad is None else nonpad
+    in_use = (torch.arange(n_keys) < valid[:, None])[:, None, :, None]
+    V = torch.where(in_use, V, 0)
+    mean_v = V.sum(2, keepdim=True) / valid.clamp(min=1)[:, None, None, None]
+    size = p * torch.linalg.vector_norm(V - mean_v, dim=-1)[:, :, None, :] if a["control_variate"] else p
+
+    n_allowed = allowed.sum(-1, keepdim=True)
+    samples = torch.tensor(a["num_samples"], dtype=p.dtype).expand(heads)[None, :, None, None].expand(batch, heads, q_len, 1)
+    if a["strategy"] == "naive":
+        weights = _naive_weights(p, size, a["num_samples"], seed, a["layer"], bool(a["control_variate"]))
+    else:
+        always = torch.zeros_like(allowed)
+        budget = samples
+        if a["strategy"] == "adaptive":
+            budget = _share_budget(p, samples, n_allowed)
+        elif a["strategy"] == "hybrid":
+            top = (samples // 2).clamp(min=1)
+            # rank of each key by probability, ties to the lower index
+            rank = p.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            always = (rank < top) & allowed
+            budget = samples - top
+        weights = _systematic_weights(p, size, budget, always, seed, a["layer"])
+        total = samples if a["strategy"] == "hybrid" else budget
+        weights = torch.where(total >= n_allowed, p, weights)
+        if not a["control_variate"]:
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    if a["control_variate"]:
+        return torch.where(n_allowed > 0, mean_v + weights @ (V - mean_v), 0)
+    return weights @ V
+
+
+def _counter(p):
+    """Row number b * heads + h and query index of every row of p, shaped (batch, heads, q_len)."""
+    batch, heads, q_len, _ = p.shape
+    return torch.arange(batch * heads).reshape(batch, heads, 1), torch.arange(q_len)
+
+
+def _naive_weights(p, size, num_samples, seed, layer, control_variate):
+    """S draws with replacement: how much each key weighs after all of them."""
+    row, query = _counter(p)
+    heads = p.shape[1]
+    total = size.sum(-1, keepdim=True)
+    f = torch.where(size > 0, (CDF_ONE * size / total).floor() + 1, 0).long()
+    F = f.cumsum(-1)
+    weights = torch.zeros_like(p)
+    for h in range(heads):
+        S = num_samples[h % len(num_samples)]
+        for k in range(S):
+            word = philox4x32(seed, layer, row, query, torch.tensor(k // 4))[:, h, :, k % 4]
+            t = (word * F[:, h, :, -1]) >> 32
+            j = torch.searchsorted(F[:, h], t[..., None], right=True).clamp(max=p.shape[-1] - 1)
+            share = torch.ones_like(j, dtype=p.dtype)
+            if control_variate:
+                share = (p[:, h] * F[:, h, :, -1:] / f[:, h].clamp(min=1)).gather(-1, j)
+            weights[:, h].scatter_add_(-1, j, share / S)
+    return torch.where(total > 0, weights, 0)
+
+
+def _inclusion_scale(size, budget):
+    """c with sum_j min(1, c size_j) = budget, per row; inf where every key of positive size is taken."""
+    c = budget / size.sum(-1, keepdim=True)
+    certain = torch.full_like(c, -1)
+    while True:
+        taken = c * size >= 1
+        count = taken.sum(-1, keepdim=True).to(c.dtype)
+        if (count == certain).all():
+            return c
+        rest = torch.where(taken, 0, size).sum(-1, keepdim=True)
+        left = budget - count
+        c = torch.where(count == certain, c, torch.where(rest > 0, left / rest, torch.inf))
+        certain = count
+
+
+def _systematic_weights(p, size, budget, always, seed, layer):
+    """Horvitz-Thompson weights of one systematic sample without replacement, probability proportional to size."""
+    row, query = _counter(p)
+    size = torch.where(always, 0, size)
+    c = torch.where(budget > 0, _inclusion_scale(size, budget), 0)
+    f = torch.where(size > 0, (c * size).clamp(max=1).mul(T).floor().clamp(max=T - 1) + 1, 0)
+    f = torch.where(always, T, f).long()
+    F = f.cumsum(-1)
+    u = philox4x32(seed, layer, row, query, torch.tensor(0))[..., :1] >> 8
+    strata = (F + (T - 1) - u) >> 24
+    chosen = strata != torch.nn.functional.pad(strata, (1, 0))[..., :-1]
+    return torch.where(chosen, p * T / f.clamp(min=1), 0)
+
+
+def _share_budget(p, samples, n_allowed):
+    """Samples per row of `adaptive`: in proportion to exp(entropy), between 1 and the number of allowed keys."""
+    entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
+    live = n_allowed > 0
+    want = torch.where(live, samples * entropy.exp(), 0).double()
+    n = n_allowed.double()
+    target = torch.where(live, torch.minimum(samples.double(), n), 0).sum((1, 2), keepdim=True)
+
+    def shares(c):
+        return torch.where(live, torch.minimum(n, (c * want).clamp(min=1)), 0)
+
+    low, high = torch.zeros_like(target), n.amax((1, 2), keepdim=True).clamp(min=1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = shares(middle).sum((1, 2), keepdim=True) >= target
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return shares(high).to(p.dtype)
