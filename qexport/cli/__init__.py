@@ -1,0 +1,107 @@
+"""The `qexport` command. Each command parses, calls one function of the package and prints; no logic lives here.
+
+Command modules are imported when they run, so that `--help` needs neither torch nor onnx.
+"""
+
+import json
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from qexport import __version__
+from qexport.errors import QexportError
+
+# name -> one line for --help; the command is the function `command` of qexport.cli.<name>
+COMMANDS = {
+    "convert": "Turn a transformer into a bundle with sampled attention.",
+    "validate": "Compare a bundle with its classical model: per layer, end to end, over seeds.",
+    "profile": "Time a bundle and its classical model side by side.",
+    "inspect": "Show what a bundle or an .onnx file contains.",
+    "ops": "List the ops of the domain com.qexport.",
+    "doctor": "Check this installation and say how to mend it.",
+    "demo": "Convert, validate and profile a real model from the [demo] extra.",
+}
+
+
+class Commands(click.Group):
+    """A click group that imports a command's module only when the command is used."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in COMMANDS:
+            return None
+        return import_module(f"qexport.cli.{name}").command
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}; commands: {', '.join(COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 out of tolerance.",
+)
+@click.version_option(__version__, prog_name="qexport")
+def cli():
+    """Turn a transformer into one ONNX file with sampled (quantum-inspired) attention; check it and time it.
+
+    Start with `qexport demo`, or `qexport convert MODEL -o DIR`, then `qexport validate DIR` and `qexport profile DIR`.
+    """
+
+
+def common_options(function):
+    """--json, -q and -v of every command that reports something."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and the logs of the libraries underneath."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."),
+    ):
+        function = option(function)
+    return function
+
+
+def print_json(document: dict) -> None:
+    """The machine-readable answer of a command."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def main(argv=None) -> None:
+    """Entry point of the `qexport` script: run a command and leave with its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    verbose = any(word in ("-v", "--verbose") for word in argv)
+    try:
+        code = cli.main(argv, prog_name="qexport", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("qexport: interrupted; nothing was left half-written", err=True)
+        code = 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except QexportError as error:
+        if verbose:
+            raise
+        click.echo(f"qexport: error: {error}", err=True)
+        code = error.exit_code
+    except Exception as error:
+        # The last boundary: what no layer below foresaw still becomes one line, with the way to the traceback.
+        if verbose:
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        click.echo(f"qexport: internal error: {type(error).__name__}: {first} (run again with -v for the traceback)", err=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

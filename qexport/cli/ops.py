@@ -1,0 +1,23 @@
+"""qexport ops"""
+
+import dataclasses
+
+import click
+
+from qexport.cli import common_options, print_json
+
+
+@click.command("ops")
+@click.option("--markdown", is_flag=True, help="Print the page docs/ops.md.")
+@common_options
+def command(markdown, as_json, quiet, verbose):
+    """List the ops of the domain com.qexport: inputs, outputs, attributes and fallback."""
+    from qexport.ops import DOMAIN, OPS, VERSION
+    from qexport.ops.page import markdown_page, summary_lines
+
+    if as_json:
+        print_json({"domain": DOMAIN, "version": VERSION, "ops": [dataclasses.asdict(spec) for spec in OPS]})
+    elif markdown:
+        click.echo(markdown_page(), nl=False)
+    else:
+        click.echo("\n".join(summary_lines()))
