@@ -1,0 +1,138 @@
+"""What the benchmarks share: the machine line, the JSON layout, tables, intervals and timing."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+import qexport
+from qexport.ops import DOMAIN
+from qexport.runtime import onnxruntime
+
+SCHEMA_VERSION = 1
+
+
+def parser(description: str, **defaults) -> argparse.ArgumentParser:
+    """The options that every benchmark has, --json and --threads, and its own numeric ones with their defaults."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    arguments.add_argument("--threads", type=int, default=1, help="intra-op threads of onnxruntime")
+    for name, value in defaults.items():
+        arguments.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return arguments
+
+
+def machine(threads: int) -> dict:
+    """Where and when the figures were measured."""
+    return {
+        "cpu": _cpu_model(),
+        "logical_cpus": os.cpu_count(),
+        "threads": threads,
+        "onnxruntime": onnxruntime().__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "qexport": qexport.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    parts = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(parts)})"
+
+
+def report(name: str, threads: int, parameters: dict, tables: dict[str, list[dict]], file: str | None) -> None:
+    """Print the machine line and the tables, and write them to `file` as JSON."""
+    where = machine(threads)
+    threads_used = f"{where['threads']} of {where['logical_cpus']} threads"
+    print(f"{where['cpu']}, {threads_used}, onnxruntime {where['onnxruntime']}, {where['date']}")
+    print(", ".join(f"{key} {value}" for key, value in parameters.items()))
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        print_table(rows)
+    if file:
+        content = {"schema_version": SCHEMA_VERSION, "benchmark": name, "machine": where, "parameters": parameters, **tables}
+        Path(file).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows of the same keys as aligned columns; None is an empty cell."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def mean_interval(values) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval by Student's t; the half width of one value is 0."""
+    from scipy.stats import t
+
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return float(values.mean()), 0.0
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(half)
+
+
+def relative_error(found, reference) -> float:
+    """Relative Frobenius error |found - reference| / |reference|, in float64."""
+    reference = np.asarray(reference, dtype=np.float64)
+    return float(np.linalg.norm(np.asarray(found, dtype=np.float64) - reference) / np.linalg.norm(reference))
+
+
+def p50_ms(calls: dict, runs: int = 200, warmup: int = 20) -> dict:
+    """Median time of each call in milliseconds; the calls take turns, so that a slow spell hits them alike."""
+    times = {name: [] for name in calls}
+    for run in range(warmup + runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if run >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def session_options(threads: int):
+    """onnxruntime session options with that many intra-op threads, logging errors only."""
+    options = onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
+
+
+def with_attributes(model: Path, output: Path, **attributes) -> Path:
+    """A copy of `model` at `output` whose QuantumAttention nodes have these attributes; returns `output`."""
+    proto = onnx.load(model)
+    nodes = [node for node in proto.graph.node if (node.domain, node.op_type) == (DOMAIN, "QuantumAttention")]
+    if not nodes:
+        raise ValueError(f"{model} has no QuantumAttention node")
+    for node in nodes:
+        kept = [attribute for attribute in node.attribute if attribute.name not in attributes]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
+    onnx.save(proto, output)
+    return output
