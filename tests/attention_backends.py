@@ -1,0 +1,95 @@
+"""The three ways to compute QuantumAttention, behind one signature: feeds by name and attributes in, outputs out."""
+
+import functools
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from attention_cases import INPUT_NAMES
+from onnx import TensorProto, helper
+
+import qexport
+from qexport import _core
+from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
+from qexport.ops.proto import make_node
+from qexport.ops.quantum_attention_ref import quantum_attention_ref
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+OUTPUT_NAMES = tuple(param.name for param in QUANTUM_ATTENTION.outputs)
+
+
+def rounded(feeds: dict, dtype: str) -> dict:
+    """The feeds as float32 numbers that the type `dtype` can hold."""
+    return {
+        name: value.astype(DTYPES[dtype]).astype(np.float32) if value.dtype == np.float32 else value
+        for name, value in feeds.items()
+    }
+
+
+def run_ref(feeds: dict, dtype: str, seed: int, attributes: dict) -> dict:
+    """The torch reference in float64, not rounded to `dtype`."""
+    tensors = {name: torch.from_numpy(v.astype(np.float64) if v.dtype == np.float32 else v) for name, v in feeds.items()}
+    outputs = quantum_attention_ref(*(tensors.get(name) for name in INPUT_NAMES), seed=seed, **attributes)
+    return dict(zip(OUTPUT_NAMES, (t.numpy() for t in outputs), strict=True))
+
+
+def run_binding(feeds: dict, dtype: str, seed: int, attributes: dict, threads: int = 1) -> dict:
+    """The kernel through pybind11."""
+    typed = {name: v.astype(DTYPES[dtype]) if v.dtype == np.float32 else v for name, v in feeds.items()}
+    attributes = QUANTUM_ATTENTION.resolve(attributes)
+    attributes.pop("softmax_precision")
+    outputs = _core.quantum_attention(
+        *(typed.get(name) for name in INPUT_NAMES), seed=seed, **attributes, want_present=True, want_qk=True, threads=threads
+    )
+    return {n: np.asarray(v).astype(np.float32) for n, v in zip(OUTPUT_NAMES, outputs, strict=True) if v is not None}
+
+
+@functools.cache
+def _session(model: bytes, threads: int):
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(qexport.get_library_path())
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def one_node_model(feeds: dict, dtype: str, outputs, attributes: dict) -> onnx.ModelProto:
+    """A model around one QuantumAttention node. Its inputs and outputs are float32, with casts to `dtype` inside, since
+    numpy has no bfloat16 of its own."""
+    inputs, nodes, names = [], [], []
+    for name in INPUT_NAMES:
+        if name not in feeds:
+            names.append("")
+            continue
+        value = feeds[name]
+        element = helper.np_dtype_to_tensor_dtype(value.dtype)
+        inputs.append(helper.make_tensor_value_info(name, element, [f"{name}_{i}" for i in range(value.ndim)]))
+        if value.dtype == np.float32 and dtype != "float32":
+            nodes.append(helper.make_node("Cast", [name], [f"{name}_cast"], to=ONNX_TYPES[dtype]))
+            name = f"{name}_cast"
+        names.append(name)
+    inputs.append(helper.make_tensor_value_info("seed", TensorProto.INT64, []))
+    results = [f"{name}_typed" if name in outputs else "" for name in OUTPUT_NAMES]
+    nodes.append(make_node("QuantumAttention", [*names, "seed"], results, name="attention", **attributes))
+    for name in outputs:
+        nodes.append(helper.make_node("Cast", [f"{name}_typed"], [name], to=TensorProto.FLOAT))
+    graph = helper.make_graph(
+        nodes, "one_node", inputs, [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def run_ort(feeds: dict, dtype: str, seed: int, attributes: dict, threads: int = 1) -> dict:
+    """The op inside onnxruntime."""
+    # onnxruntime wants both present outputs or none, and no past together with nonpad_kv_seqlen
+    outputs = [name for name in OUTPUT_NAMES if not (name.startswith("present") and "past_key" not in feeds)]
+    model = one_node_model(feeds, dtype, outputs, attributes).SerializeToString()
+    values = _session(model, threads).run(outputs, {**feeds, "seed": np.array(seed, np.int64)})
+    return dict(zip(outputs, values, strict=True))
+
+
+BACKENDS = {"binding": run_binding, "ort": run_ort}

@@ -1,0 +1,70 @@
+"""Import rules: what may be imported where. Run in fresh interpreters, where the forbidden modules cannot be found."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnxscript",
+    "onnx_ir",
+    "pydantic",
+    "ruamel.yaml",
+    "rich",
+    "psutil",
+    "tokenizers",
+    "click",
+)
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r} or name.startswith(tuple(b + "." for b in {blocked!r})):
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+{code}
+"""
+
+
+def run(code, blocked=()):
+    script = BLOCK.format(blocked=tuple(blocked), code=code)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "qexport",
+        "qexport.runtime",
+        "qexport.bundle",
+        "qexport.data",
+        "qexport.validation",
+        "qexport.profiling",
+        "qexport.inspection",
+    ],
+)
+def test_using_a_bundle_needs_numpy_onnx_onnxruntime_alone(module):
+    done = run(f"import {module}", blocked=HEAVY)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["qexport", "qexport.ops", "qexport.ops.page", "qexport.errors"])
+def test_the_op_table_needs_the_standard_library_alone(module):
+    done = run(f"import {module}", blocked=(*HEAVY, "numpy", "onnx", "onnxruntime"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_loads_nothing_heavy_for_help():
+    code = """
+from qexport.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+print([name for name in ("torch", "onnx", "numpy", "onnxruntime", "rich", "pydantic") if name in sys.modules])
+"""
+    done = run(code)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr

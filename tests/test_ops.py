@@ -1,0 +1,123 @@
+"""Parity of every op: backend x dtype x case, against the float64 reference."""
+
+import numpy as np
+import pytest
+from attention_backends import BACKENDS, DTYPES, rounded, run_binding, run_ort, run_ref
+from attention_cases import CASES
+
+from qexport.ops.quantum_attention import STRATEGIES
+
+# Error allowed relative to the largest value of the output: rounding of the output type, and float32 inside.
+TOLERANCE = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}
+SAMPLES = 6  # below the key count of most cases, so that sampling is really sampled
+
+
+def assert_close(got, want, dtype, what, flips=0):
+    """Row-wise comparison; `flips` rows may differ altogether (see `allowed_flips`)."""
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
+    if want.size == 0:
+        return
+    finite = np.isfinite(want)
+    assert np.array_equal(got[~finite], want[~finite]), f"{what}: infinities differ"
+    error = np.where(finite, np.abs(got - np.where(finite, want, 0)), 0)
+    scale = np.abs(want[finite]).max(initial=1e-3)
+    bad_rows = (error > TOLERANCE[dtype] * scale).any(-1).sum()
+    assert bad_rows <= flips, f"{what}: {bad_rows} rows off, largest error {error.max():.3g} at scale {scale:.3g}"
+
+
+def allowed_flips(rows: int, samples: int, keys: int) -> int:
+    """How many rows may draw another key because float32 moves an edge of the fixed-point CDF.
+
+    An edge is off by at most about keys * 2^-22 strata (float32 rounding of c, x and their sum); one of `samples` points
+    falls into such a gap with probability samples * keys * 2^-22 per row at most. The bound below is that mean plus five
+    Poisson sigma.
+    """
+    mean = rows * samples * keys * 2.0**-22
+    return int(mean + 5 * np.sqrt(mean))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_quantum_attention_exact(case, backend, dtype):
+    feeds = rounded(case.inputs(), dtype)
+    attributes = case.all_attributes(strategy="exact")
+    want = run_ref(feeds, dtype, 0, attributes)
+    got = BACKENDS[backend](feeds, dtype, 0, attributes)
+    for name, value in got.items():
+        assert_close(value, want[name], dtype, name)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("softcap_mask_causal", "bool_mask_2d", "nonpad_causal", "3d")],
+    ids=lambda c: c.name,
+)
+def test_qk_matmul_output(case, backend, mode):
+    feeds = case.inputs()
+    attributes = case.all_attributes(strategy="stratified", num_samples=SAMPLES, qk_matmul_output_mode=mode)
+    got = BACKENDS[backend](feeds, "float32", 0, attributes)["qk_matmul_output"]
+    assert_close(got, run_ref(feeds, "float32", 0, attributes)["qk_matmul_output"], "float32", "qk_matmul_output")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("control_variate", [0, 1])
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "exact"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_quantum_attention_sampled(case, strategy, control_variate, dtype):
+    """The kernel draws the keys that the reference draws, from the same Philox words."""
+    feeds = rounded(case.inputs(), dtype)
+    attributes = case.all_attributes(strategy=strategy, num_samples=SAMPLES, control_variate=control_variate, layer=3)
+    want = run_ref(feeds, dtype, 1234567890123, attributes)
+    rows = case.batch * case.q_heads * case.q_len
+    for backend in BACKENDS if dtype == "float32" else ("ort",):
+        got = BACKENDS[backend](feeds, dtype, 1234567890123, attributes)
+        flips = allowed_flips(rows, SAMPLES, case.past_len + case.kv_len)
+        assert_close(got["Y"], want["Y"], dtype, f"{backend} Y", flips)
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ("exact", "naive")])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_enough_samples_are_exact(case, strategy):
+    feeds = case.inputs()
+    samples = case.past_len + case.kv_len
+    exact = run_ort(feeds, "float32", 0, case.all_attributes(strategy="exact"))["Y"]
+    got = run_ort(feeds, "float32", 9, case.all_attributes(strategy=strategy, num_samples=samples))["Y"]
+    assert_close(got, exact, "float32", "Y")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_samples_per_head(strategy):
+    case = next(c for c in CASES if c.name == "longer_than_a_tile")
+    feeds, attributes = case.inputs(), case.all_attributes(strategy=strategy, num_samples=[4, 150, 9, 31])
+    want = run_ref(feeds, "float32", 5, attributes)["Y"]
+    flips = allowed_flips(case.batch * case.q_heads * case.q_len, 64, case.kv_len)
+    for run in (run_binding, run_ort):
+        assert_close(run(feeds, "float32", 5, attributes)["Y"], want, "float32", run.__name__, flips)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["longer_than_a_tile", "causal_long", "grouped_heads"])
+def test_threads_do_not_change_the_result(name, strategy):
+    case = next(c for c in CASES if c.name == name)
+    feeds, attributes = case.inputs(), case.all_attributes(strategy=strategy, num_samples=SAMPLES)
+    one = run_ort(feeds, "float32", 7, attributes, threads=1)
+    for threads in (2, 3):
+        many = run_ort(feeds, "float32", 7, attributes, threads=threads)
+        assert all(np.array_equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "exact"])
+def test_seed_and_layer_choose_the_draws(strategy):
+    case = next(c for c in CASES if c.name == "plain")
+    feeds = case.inputs()
+
+    def y(seed, layer):
+        return run_ort(feeds, "float32", seed, case.all_attributes(strategy=strategy, num_samples=4, layer=layer))["Y"]
+
+    assert np.array_equal(y(1, 0), y(1, 0))
+    assert not np.array_equal(y(1, 0), y(2, 0))
+    assert not np.array_equal(y(1, 0), y(1, 1))
+    assert not np.array_equal(y(1, 0), y(1 + (1 << 32), 0)), "the high word of the seed must count"

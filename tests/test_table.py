@@ -1,0 +1,87 @@
+"""The op table is the truth: each op has its kernel, adapter, reference, fallback, schema, test cases and page."""
+
+import importlib
+from pathlib import Path
+
+import onnx
+import pytest
+from attention_backends import one_node_model, run_ort
+from attention_cases import CASES
+
+from qexport import _core
+from qexport.errors import UsageError
+from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, VERSION
+from qexport.ops.page import markdown_page
+from qexport.ops.proto import function_proto, make_node, register_schemas
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_every_op_is_whole(spec):
+    assert callable(getattr(_core, spec.stem))
+    reference = importlib.import_module(f"qexport.ops.{spec.stem}_ref")
+    assert callable(getattr(reference, f"{spec.stem}_ref"))
+    assert (ROOT / "cpp" / "include" / "qexport" / f"{spec.stem}.h").is_file()
+    assert (ROOT / "custom_ops" / f"{spec.stem}.h").is_file()
+    assert f"## {spec.name}\n" in markdown_page()
+    for opset in (17, 20, 23, 24):
+        assert function_proto(spec.name, opset).node
+
+
+def test_every_attribute_is_exercised_by_a_case():
+    used = {name for case in CASES for name in case.all_attributes()}
+    by_every_test = {"strategy", "num_samples", "control_variate", "layer", "qk_matmul_output_mode", "softmax_precision"}
+    assert {attr.name for attr in QUANTUM_ATTENTION.attributes} == used | by_every_test
+
+
+def test_op_page_is_up_to_date():
+    assert (ROOT / "docs" / "ops.md").read_text() == markdown_page(), "run: qexport ops --markdown > docs/ops.md"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "nothing_allowed"], ids=lambda case: case.name)
+def test_schema_accepts_and_infers_what_the_kernel_returns(case):
+    register_schemas()
+    feeds = case.inputs()
+    got = run_ort(feeds, "float32", 0, case.all_attributes())
+    model = one_node_model(feeds, "float32", list(got), case.all_attributes())
+    for value in model.graph.input:
+        if value.name in feeds:
+            for dim, size in zip(value.type.tensor_type.shape.dim, feeds[value.name].shape, strict=True):
+                dim.dim_value = size
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    shapes = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in inferred.graph.output}
+    assert shapes == {name: list(value.shape) for name, value in got.items()}
+
+
+def test_nodes_carry_every_default():
+    node = make_node("QuantumAttention", ["q", "k", "v", "", ""], ["y"])
+    assert node.domain == DOMAIN
+    assert VERSION == 1
+    assert list(node.input) == ["q", "k", "v"]
+    assert {a.name for a in node.attribute} == {a.name for a in QUANTUM_ATTENTION.attributes if a.default is not None}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"num_samples": 0}, r"num_samples must be >= 1, got 0"),
+        ({"num_samples": []}, r"num_samples must hold at least one number"),
+        ({"num_samples": "many"}, r"num_samples must be of kind ints, got 'many'"),
+        ({"strategy": "best"}, r"strategy must be one of exact, naive, stratified, adaptive, hybrid, got 'best'"),
+        ({"softcap": float("nan")}, r"softcap must be >= 0, got nan"),
+        ({"samples": 3}, r"has no attribute 'samples'; known: strategy, num_samples"),
+    ],
+)
+def test_wrong_attributes(attributes, message):
+    with pytest.raises(UsageError, match=message):
+        make_node("QuantumAttention", ["q", "k", "v"], ["y"], **attributes)
+
+
+def test_wrong_calls():
+    with pytest.raises(UsageError, match="no op named 'Attention'"):
+        make_node("Attention", ["q", "k", "v"], ["y"])
+    with pytest.raises(UsageError, match="takes 3 to 8 inputs, got 2"):
+        make_node("QuantumAttention", ["q", "k"], ["y"])
+    with pytest.raises(UsageError, match="needs opset 17 or newer, got 16"):
+        function_proto("QuantumAttention", 16)
