@@ -1,0 +1,111 @@
+"""Checks of a feed against the inputs that a bundle's manifest lists; what is missing and obvious is filled in."""
+
+import numpy as np
+
+from qexport.bundle import Bundle
+from qexport.errors import QexportError
+
+DTYPES = {"float32", "float16", "float64", "bool", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"}
+# What inputs that were not given are filled with, by kind.
+FILLERS = {"mask": "ones", "token_types": "zeros", "position_ids": "0, 1, 2, …"}
+
+
+def dim_size(dim, sizes: dict[str, int]) -> int:
+    """The size of a dimension: a number, a symbol, or a sum of those ("past_sequence + sequence").
+
+    Raises:
+        KeyError: a symbol is not in `sizes`.
+    """
+    if isinstance(dim, int):
+        return dim
+    return sum(int(term) if term.strip().isdigit() else sizes[term.strip()] for term in dim.split("+"))
+
+
+def check_feed(bundle: Bundle, arrays: dict[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Check arrays against the manifest's inputs and fill in masks, token types and positions that are missing.
+
+    Returns:
+        The feed in the order of the manifest, and notes on what was filled in.
+
+    Raises:
+        QexportError: names the input, what is wrong and what is known.
+    """
+    specs = {spec["name"]: spec for spec in bundle.manifest["inputs"]}
+    for name in arrays:
+        if name not in specs:
+            hint = "; seeds are chosen with --seeds" if name == bundle.seed_input else ""
+            raise QexportError(f"{source}: the model has no input {name!r}; it has {', '.join(specs)}{hint}")
+    sizes: dict[str, tuple[int, str]] = {}
+    feed, notes = {}, []
+    for name, spec in specs.items():
+        if name in arrays:
+            feed[name] = _checked(spec, arrays[name], source, sizes, bundle.manifest["limits"])
+    for name, spec in specs.items():
+        if name not in feed:
+            feed[name] = _filled(spec, sizes, source, list(specs))
+            notes.append(f"input {name!r} was not given and is filled with {FILLERS[spec['kind']]}")
+    return {name: feed[name] for name in specs}, notes
+
+
+def _filled(spec, sizes, source, names) -> np.ndarray:
+    known = {name: size for name, (size, _) in sizes.items()}
+    try:
+        shape = tuple(dim_size(dim, known) for dim in spec["shape"])
+    except KeyError:
+        shape = None
+    if spec["kind"] not in FILLERS or shape is None:
+        raise QexportError(f"{source}: input {spec['name']!r} is missing; the model takes {', '.join(names)}")
+    if spec["kind"] == "mask":
+        return np.ones(shape, spec["dtype"])
+    if spec["kind"] == "token_types":
+        return np.zeros(shape, spec["dtype"])
+    return np.broadcast_to(np.arange(shape[-1]), shape).astype(spec["dtype"])
+
+
+def _checked(spec, array, source, sizes, limits) -> np.ndarray:
+    name, dtype = spec["name"], spec["dtype"]
+    where = f"{source}: input {name!r}"
+    if dtype not in DTYPES:
+        raise QexportError(f"{where} is of type {dtype}, which numpy lacks; it cannot be fed from a file")
+    if array.dtype != np.dtype(dtype):
+        if not np.can_cast(array.dtype, dtype, "safe"):
+            raise QexportError(f"{where} must be {dtype}, got {array.dtype}; convert it with .astype({dtype!r})")
+        array = array.astype(dtype)
+    if array.ndim != len(spec["shape"]):
+        raise QexportError(f"{where} must have {len(spec['shape'])} dimensions {_shown(spec['shape'])}, got {array.shape}")
+    if array.size == 0:
+        raise QexportError(f"{where} is empty, its shape is {array.shape}; give at least one sample")
+    for axis, (dim, got) in enumerate(zip(spec["shape"], array.shape, strict=True)):
+        if isinstance(dim, int):
+            if dim != got:
+                raise QexportError(f"{where} must have size {dim} on axis {axis}, got {got}")
+        elif dim.isidentifier():
+            if dim in limits and got > limits[dim]:
+                raise QexportError(f"{where}: {dim} {got} is longer than the model takes ({limits[dim]}); shorten it")
+            if sizes.setdefault(dim, (got, name))[0] != got:
+                size, other = sizes[dim]
+                raise QexportError(f"{where} has {dim} {got}, but {other!r} has {size}; they must agree")
+    _check_values(spec, array, where)
+    return array
+
+
+def _check_values(spec, array, where) -> None:
+    if array.dtype.kind == "f":
+        bad = ~np.isfinite(array)
+        # -inf is how additive masks say "no"
+        if spec["kind"] == "mask":
+            bad &= array != -np.inf
+        if bad.any():
+            first = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise QexportError(
+                f"{where} holds {int(bad.sum())} NaN or infinite values, the first at {first}; clean the data"
+            )
+    high = spec.get("high")
+    if high and array.dtype.kind in "iu" and spec["kind"] != "mask":
+        low, top = int(array.min()), int(array.max())
+        if low < 0 or top >= high:
+            raise QexportError(f"{where} must lie in [0, {high}), got {low if low < 0 else top}")
+
+
+def _shown(shape) -> str:
+    return "(" + ", ".join(str(dim) for dim in shape) + ")"

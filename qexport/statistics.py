@@ -1,0 +1,213 @@
+"""Statistics of a stochastic model against its baseline: errors over seeds, confidence intervals, bias against variance.
+
+An `ErrorAccumulator` sees the baseline's values c and, for N seeds, the values y_1..y_N of one graph value, batch by
+batch. It keeps inner products only, so memory does not grow with the data: with d_i = y_i - c taken over all batches as
+one long vector, G_ij = <d_i, d_j>, <d_i, c> and |c|^2 give every figure below.
+
+    relative error of seed i    |d_i| / |c|                                       (relative Frobenius error)
+    cosine of seed i            <y_i, c> / (|y_i| |c|),  <y_i, c> = |c|^2 + <d_i, c>
+    mean deviation              m = 1/N sum d_i,  |m|^2 = sum_ij G_ij / N^2
+    variance of one run         s^2 = sum_i |d_i - m|^2 / (N - 1)
+    bias^2                      |m|^2 - s^2 / N, the mean of <d_i, d_j> over i != j: unbiased for |E d|^2
+
+Test of "no bias": F = N |m|^2 / s^2 is compared with the F distribution of k and k (N - 1) degrees of freedom, where
+k = (tr S)^2 / tr S^2 is the effective number of independent elements (Box 1954), estimated from the Gram matrix of the
+centred d_i with the corrections of Bai and Saranadasa (1996). Neurons of one output are far from independent; k accounts
+for that, and k = 1 gives Student's t test. Seeds are the independent replicates; at least 3 are needed.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BIAS_LEVEL = 0.01
+CONFIDENCE = 0.95
+MIN_SEEDS_FOR_BIAS = 3
+
+EXACT = "exact"
+SAMPLING = "within sampling error"
+SYSTEMATIC = "systematic"
+TOO_FEW = "too few seeds"
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by Lentz's continued fraction (DLMF 8.17.22)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, 1 - x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    tiny = 1e-300
+    c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), tiny)
+    total = d
+    for m in range(1, 100_000):
+        for step in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 / (1 + step * d or tiny)
+            c = 1 + step / c or tiny
+            total *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return min(1.0, front * total)
+
+
+def f_survival(f: float, k1: float, k2: float) -> float:
+    """P(F > f) for the F distribution with k1 and k2 degrees of freedom."""
+    if f <= 0:
+        return 1.0
+    if math.isinf(f):
+        return 0.0
+    return incomplete_beta(k2 / 2, k1 / 2, k2 / (k2 + k1 * f))
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t at `probability` >= 1/2, by bisection on t^2 ~ F(1, freedom)."""
+    low, high = 0.0, 1.0
+    tail = 2 * (1 - probability)
+    while f_survival(high * high, 1, freedom) > tail:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f_survival(middle * middle, 1, freedom) > tail else (low, middle)
+    return (low + high) / 2
+
+
+def confidence_interval(values) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the mean of independent values (Student's t); None for fewer than two."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    half = t_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+@dataclass
+class ErrorAccumulator:
+    """Errors of N runs of one value against its baseline, summed over batches; see the page's head for the formulas.
+
+    `heads` > 0 also keeps the error of each attention head.
+    """
+
+    runs: int
+    heads: int = 0
+    elements: int = 0
+    gram: np.ndarray = field(init=False)
+    cross: np.ndarray = field(init=False)
+    base: float = 0.0
+    max_abs: np.ndarray = field(init=False)
+    head_error: np.ndarray = field(init=False)
+    head_base: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.gram = np.zeros((self.runs, self.runs))
+        self.cross = np.zeros(self.runs)
+        self.max_abs = np.zeros(self.runs)
+        self.head_error = np.zeros(self.heads)
+        self.head_base = np.zeros(self.heads)
+
+    def add(self, baseline: np.ndarray, values: list[np.ndarray], by_head=None) -> None:
+        """Add one batch.
+
+        Args:
+            baseline: the baseline's values, any shape.
+            values: one array of that shape per run.
+            by_head: turns such an array into (heads, elements); needed when `heads` > 0.
+        """
+        c = np.asarray(baseline, dtype=np.float64)
+        deviations = np.stack([np.asarray(y, dtype=np.float64) - c for y in values])
+        flat = deviations.reshape(self.runs, -1)
+        if not flat.shape[1]:
+            return
+        self.elements += flat.shape[1]
+        self.gram += flat @ flat.T
+        self.cross += flat @ c.ravel()
+        self.base += float(np.vdot(c, c))
+        # maximum keeps NaN, so a broken run cannot pass
+        self.max_abs = np.maximum(self.max_abs, np.abs(flat).max(axis=1))
+        if self.heads:
+            self.head_base += (by_head(c) ** 2).sum(axis=1)
+            for deviation in deviations:
+                self.head_error += (by_head(deviation) ** 2).sum(axis=1)
+
+    def relative_errors(self) -> np.ndarray:
+        """|d_i| / |c| of each run; 0 / 0 is 0."""
+        return _ratio(np.sqrt(np.diag(self.gram)), math.sqrt(self.base))
+
+    def cosines(self) -> np.ndarray:
+        """Cosine of y_i and c of each run; 1 where both are zero."""
+        norms = np.sqrt(np.maximum(self.base + 2 * self.cross + np.diag(self.gram), 0)) * math.sqrt(self.base)
+        both_zero = (self.base == 0) & (np.diag(self.gram) == 0)
+        return np.where(both_zero, 1.0, _ratio(self.base + self.cross, norms))
+
+    def metrics(self, rounding: float, level: float = BIAS_LEVEL) -> dict:
+        """The figures of the JSON schema's `metrics` object.
+
+        Args:
+            rounding: relative error that the element type's rounding alone may cause.
+            level: significance level of the test for bias.
+        """
+        errors = self.relative_errors()
+        interval = confidence_interval(errors)
+        result = {
+            "relative_error": float(errors.mean()),
+            "relative_error_ci95": list(interval) if interval else None,
+            "relative_error_per_seed": [float(e) for e in errors],
+            "cosine": float(self.cosines().mean()),
+            "max_abs_error": float(self.max_abs.max()) if len(self.max_abs) else 0.0,
+            "elements": self.elements,
+            "bias": self.bias(rounding, level),
+        }
+        if self.heads:
+            per_head = _ratio(np.sqrt(self.head_error / self.runs), np.sqrt(self.head_base))
+            worst = int(np.argmax(np.nan_to_num(per_head, nan=np.inf)))
+            result["worst_head"] = {"head": worst, "relative_error": float(per_head[worst])}
+        return result
+
+    def bias(self, rounding: float, level: float = BIAS_LEVEL) -> dict:
+        """Bias against variance, both relative to |c|, with the test's figures and its verdict."""
+        n, norm = self.runs, math.sqrt(self.base)
+        errors = self.relative_errors()
+        mean_sq = float(self.gram.sum()) / n**2
+        answer = {"relative_bias": None, "relative_std": None, "p_value": None, "effective_elements": None, "level": level}
+        if not np.isfinite(errors).all():
+            return {**answer, "verdict": SYSTEMATIC}
+        if errors.max(initial=0) <= rounding:
+            return {**answer, "relative_bias": float(errors.mean()), "relative_std": 0.0, "verdict": EXACT}
+        if n < MIN_SEEDS_FOR_BIAS:
+            return {**answer, "verdict": TOO_FEW}
+        centred = self.gram - self.gram.mean(axis=0) - self.gram.mean(axis=1)[:, None] + self.gram.mean()
+        variance = float(np.trace(centred)) / (n - 1)
+        answer["relative_bias"] = float(_ratio(math.sqrt(max(mean_sq - variance / n, 0)), norm))
+        answer["relative_std"] = float(_ratio(math.sqrt(max(variance, 0)), norm))
+        if answer["relative_std"] <= rounding:  # every seed deviates in the same way
+            return {**answer, "p_value": 0.0, "verdict": SYSTEMATIC}
+        k = effective_elements(centred, self.elements)
+        p_value = f_survival(n * mean_sq / variance, k, k * (n - 1))
+        systematic = p_value < level and answer["relative_bias"] > rounding
+        answer |= {"p_value": p_value, "effective_elements": k, "verdict": SYSTEMATIC if systematic else SAMPLING}
+        return answer
+
+
+def effective_elements(centred: np.ndarray, elements: int) -> float:
+    """(tr S)^2 / tr S^2 of the covariance S of one run, from the Gram matrix of N centred runs.
+
+    With n = N - 1, unbiased under normality: tr S^2 = n^2 / ((n - 1)(n + 2)) (|G|^2 / n^2 - (tr G / n)^2 / n) and
+    (tr S)^2 = (tr G / n)^2 - 2 tr S^2 / n. Clipped to 1..elements.
+    """
+    n = len(centred) - 1
+    trace = float(np.trace(centred)) / n
+    square = n**2 / ((n - 1) * (n + 2)) * (float((centred**2).sum()) / n**2 - trace**2 / n)
+    if square <= 0:
+        return float(elements)
+    return float(np.clip((trace**2 - 2 * square / n) / square, 1, max(elements, 1)))
+
+
+def _ratio(numerator, denominator):
+    """numerator / denominator, with 0 / 0 = 0 and x / 0 = inf."""
+    numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient = numerator / denominator
+    return np.where((numerator == 0) & (denominator == 0), 0.0, quotient)
