@@ -1,0 +1,56 @@
+"""qexport convert"""
+
+import click
+
+from qexport.cli import common_options, print_json
+from qexport.cli.render import progress_line, show_conversion
+from qexport.ops import QUANTUM_ATTENTION
+
+
+class Samples(click.ParamType):
+    """32, or one number per head: 32,16,8,8."""
+
+    name = "N[,N...]"
+
+    def convert(self, value, param, ctx):
+        try:
+            numbers = [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or a list of them, such as 32 or 32,16,8,8", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"samples per query must be >= 1, got {min(numbers)}", param, ctx)
+        return numbers
+
+
+@click.command("convert")
+@click.argument("model")
+@click.option("-o", "--output", metavar="DIR", help="Folder of the bundle; an older bundle there is replaced.")
+@click.option(
+    "--strategy", type=click.Choice(QUANTUM_ATTENTION.attribute("strategy").choices), help="How keys are sampled [stratified]."
+)
+@click.option("--num-samples", type=Samples(), help="Keys per query, one number or one per head [32].")
+@click.option("--control-variate/--no-control-variate", default=None, help="Sample around the mean of V [on].")
+@click.option("--seed", type=int, help="Default of the model's seed input [0].")
+@click.option("--opset", type=click.IntRange(17, 25), help="Opset of the file; 17 to 22 for older runtimes [23].")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the weights [as they are].")
+@click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
+@click.option("--config", metavar="FILE", help="Recipe in YAML; options given here win over it.")
+@click.option("--dry-run", is_flag=True, help="Find and list the attentions, write nothing.")
+@common_options
+def command(model, output, config, dry_run, as_json, quiet, verbose, opset, **options):
+    """Turn MODEL into a bundle with sampled attention.
+
+    MODEL is a Hugging Face folder, a package.module:callable that returns a torch module and its example inputs, a .pt2
+    file of torch.export, or an .onnx file (opset 11 or newer).
+    """
+    from qexport.conversion import convert
+
+    if output is None and not dry_run:
+        raise click.UsageError("give the folder of the bundle with -o DIR, or look first with --dry-run")
+    report = convert(
+        model, output, recipe=config, dry_run=dry_run, opset=opset or 23, progress=progress_line(quiet or as_json), **options
+    )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        show_conversion(report, verbose)
