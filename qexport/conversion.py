@@ -1,0 +1,303 @@
+"""convert: any transformer -> a bundle with the classical ONNX model and the one whose attention is sampled."""
+
+import datetime
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qexport.errors import QexportError, UsageError
+
+IR_VERSION = 10
+OPSETS = (17, 25)
+# protobuf refuses 2 GiB; nodes and names need room beside the weights.
+EXTERNAL_ABOVE = 2**31 - 2**26
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did, or would do with dry_run.
+
+    `path` is the bundle's folder (None for a dry run); `sites` and `left_alone` are the manifest's entries; `notes`
+    are remarks of the front end; `max_difference` is the classical model's largest deviation from the source on the
+    example inputs, relative to the largest output (None where the source could not be run).
+    """
+
+    path: Path | None
+    sites: list[dict]
+    left_alone: list[dict]
+    manifest: dict
+    notes: list[str] = field(default_factory=list)
+    max_difference: float | None = None
+
+    def to_dict(self) -> dict:
+        """Plain data for --json."""
+        return {
+            "path": str(self.path) if self.path else None,
+            "sites": self.sites,
+            "left_alone": self.left_alone,
+            "notes": self.notes,
+            "max_difference": self.max_difference,
+            "manifest": self.manifest,
+        }
+
+
+def convert(
+    model,
+    output,
+    *,
+    recipe=None,
+    strategy: str | None = None,
+    num_samples=None,
+    control_variate=None,
+    seed: int | None = None,
+    opset: int = 23,
+    dtype: str | None = None,
+    task: str | None = None,
+    dry_run: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ConversionReport:
+    """Convert a transformer to a bundle.
+
+    Args:
+        model: a Hugging Face folder, `package.module:callable`, a .pt2 or an .onnx file.
+        output: folder of the bundle; an existing bundle there is replaced once the new one is complete.
+        recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file.
+        strategy, num_samples, control_variate, seed: override the recipe's top-level keys.
+        opset: of the written models; below 23 the fallback is spelled out in MatMul and Softmax, for older runtimes.
+        dtype: float32, float16 or bfloat16: export torch models in that type.
+        task: of a Hugging Face model; feature-extraction when None.
+        dry_run: do everything but write.
+        progress: is called with the name of each step.
+
+    Raises:
+        UsageError: a wrong argument or recipe.
+        QexportError: the model cannot be read, exported or converted, has no attention, or the bundle cannot be written.
+    """
+    from qexport.recipe import make_recipe
+
+    say = progress or (lambda step: None)
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
+    resolved = make_recipe(
+        recipe,
+        where=str(recipe) if isinstance(recipe, (str, Path)) else "recipe",
+        strategy=strategy,
+        num_samples=num_samples,
+        control_variate=control_variate,
+        seed=seed,
+    )
+    if not dry_run:
+        from qexport.bundle import check_output
+
+        check_output(Path(output))
+
+    from qexport.rewrite.classical import to_classical
+    from qexport.rewrite.sample_attention import sample_attention
+    from qexport.sources import open_source
+
+    say("reading the model")
+    source = open_source(model, opset=opset, dtype=dtype, task=task)
+    say("finding attention")
+    left_alone = to_classical(source.model, opset)
+    if dry_run:
+        sites, more = sample_attention(source.model, resolved)
+        _require_sites(source, sites, [*left_alone, *more])
+        return _report(None, source, resolved, opset, sites, [*left_alone, *more], None)
+    from qexport.bundle import write_bundle
+
+    with write_bundle(output) as writer:
+        report = _write(writer.path, source, resolved, opset, left_alone, say)
+        report.path = Path(output)
+        writer.manifest = report.manifest
+        say("writing the bundle")
+    return report
+
+
+def _write(folder: Path, source, recipe, opset: int, left_alone: list, say) -> ConversionReport:
+    """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
+    from qexport.rewrite.sample_attention import attach_fallback, sample_attention
+
+    external = _external_name(source.model)
+    say("writing the classical model")
+    classical = folder / "classical.onnx"
+    _save(source.model, classical, external)
+    say("running the classical model")
+    outputs, difference = _run_classical(source, classical)
+    say("converting attention")
+    sites, more = sample_attention(source.model, recipe)
+    left_alone = [*left_alone, *more]
+    _require_sites(source, sites, left_alone)
+    attach_fallback(source.model, sites)
+    _save(source.model, folder / "model.onnx", external)
+    if outputs is not None:
+        say("checking the fallback")
+        _check_fallback(source, folder / "model.onnx", outputs)
+        _write_samples(folder / "test_data_set_0", source.examples, outputs)
+    _copy_library(folder / "lib")
+    if source.tokenizer is not None:
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
+    return _report(folder, source, recipe, opset, sites, left_alone, difference)
+
+
+def _require_sites(source, sites: list, left_alone: list) -> None:
+    if sites:
+        return
+    if left_alone:
+        first = left_alone[0]
+        raise QexportError(
+            f"{source.name}: none of its {len(left_alone)} attentions can be converted; {first.name}: {first.reason}"
+        )
+    raise QexportError(
+        f"{source.name}: no attention found; looked for Attention, com.microsoft MultiHeadAttention and Attention, "
+        "and Softmax whose result is multiplied with values by MatMul or Einsum"
+    )
+
+
+def _external_name(model) -> str | None:
+    """Name of the weights file when the model is too large for one protobuf, else None."""
+    total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    return "model.onnx.data" if total > EXTERNAL_ABOVE else None
+
+
+def _save(model, path: Path, external: str | None) -> None:
+    """Write a model; with `external`, its weights go to that file once and both models of a bundle share it."""
+    import onnx_ir as ir
+
+    model.ir_version = IR_VERSION
+    if external is not None and not (path.parent / external).exists():
+        ir.external_data.unload_from_model(model, path.parent, external)
+    ir.save(model, path)
+
+
+def _run_classical(source, path: Path):
+    """(outputs by name, deviation from the source); (None, None) where this onnxruntime has no kernel for the type."""
+    try:
+        outputs = _run(path, source.examples)
+    except QexportError as error:
+        if any(spec.dtype == "bfloat16" for spec in source.inputs) or "bfloat16" in str(error).lower():
+            source.notes.append(f"not run: {error}")
+            return None, None
+        raise
+    if source.expected is None:
+        return outputs, None
+    difference = _difference(source.expected, outputs)
+    allowed = tolerance(outputs)
+    if not difference <= allowed:
+        raise QexportError(
+            f"{source.name}: the classical ONNX model differs from the source by {difference:.2g} of the largest output "
+            f"({allowed:.0e} is allowed); please report the model"
+        )
+    return outputs, difference
+
+
+def _check_fallback(source, path: Path, outputs: dict) -> None:
+    difference = _difference(outputs, _run(path, source.examples))
+    if not difference <= tolerance(outputs):
+        raise QexportError(
+            f"{source.name}: the converted model without the op library differs from the classical one by {difference:.2g} "
+            "of the largest output; please report the model"
+        )
+
+
+def tolerance(outputs: dict) -> float:
+    """The largest relative difference that rounding explains, by the widest-spaced type among the outputs."""
+    names = {array.dtype.name for array in outputs.values()}
+    return 5e-2 if "bfloat16" in names else 2e-2 if "float16" in names else 1e-3
+
+
+def _run(path: Path, feeds: dict) -> dict[str, np.ndarray]:
+    """Outputs by name of a model on the CPU provider, without the op library."""
+    from qexport.runtime import one_line, session
+
+    opened = session(path, library=False)
+    names = [output.name for output in opened.get_outputs()]
+    try:
+        return dict(zip(names, opened.run(names, feeds), strict=True))
+    except Exception as error:
+        raise QexportError(f"{path.name}: onnxruntime cannot run the model: {one_line(error)}") from error
+
+
+def _difference(expected: dict, outputs: dict) -> float:
+    """Largest |a - b| over all outputs that both have, relative to the largest finite |a| of that output."""
+    worst = 0.0
+    for name in expected.keys() & outputs.keys():
+        a, b = (np.asarray(x, np.float64) for x in (expected[name], outputs[name]))
+        if a.shape != b.shape:
+            return float("inf")
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        finite = np.abs(a[np.isfinite(a)])
+        span = max(finite.max(initial=0.0), 1e-30)
+        worst = max(worst, float(np.max(np.where(same, 0.0, np.abs(a - b)) / span, initial=0.0)))
+    return worst
+
+
+def _write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
+    """The inputs and the classical outputs as input_K.pb and output_K.pb, as onnxruntime_perf_test reads them."""
+    import onnx_ir as ir
+
+    folder.mkdir()
+    for kind, arrays in (("input", feeds), ("output", outputs)):
+        for index, (name, array) in enumerate(arrays.items()):
+            proto = ir.to_proto(ir.tensor(array, name=name))
+            (folder / f"{kind}_{index}.pb").write_bytes(proto.SerializeToString())
+
+
+def _copy_library(folder: Path) -> None:
+    from qexport.runtime import find_library
+
+    library = find_library()
+    if library is not None:
+        folder.mkdir()
+        shutil.copyfile(library, folder / library.name)
+
+
+def _report(path, source, recipe, opset, sites, left_alone, difference) -> ConversionReport:
+    manifest = {
+        "schema_version": 1,
+        "qexport_version": _version("qexport"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source": {"kind": source.kind, "name": source.name},
+        "recipe": recipe.to_dict(),
+        "opset": source.model.opset_imports[""],
+        "ir_version": IR_VERSION,
+        "min_onnxruntime": min_onnxruntime(source.model.opset_imports[""]),
+        "seed_input": source.model.graph.inputs[-1].name,
+        "sites": [site.to_dict() for site in sites],
+        "left_alone": [entry.to_dict() for entry in left_alone],
+        "inputs": [spec.to_dict() for spec in source.inputs],
+        "limits": source.limits,
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: _version(name)
+                for name in ("onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+                if _version(name)
+            },
+        },
+        "metrics": {} if difference is None else {"max_difference_to_source": difference},
+    }
+    return ConversionReport(path, manifest["sites"], manifest["left_alone"], manifest, source.notes, difference)
+
+
+def min_onnxruntime(opset: int) -> str:
+    """The oldest onnxruntime that runs a model of this opset, as tests/test_convert_runtimes.py measures it."""
+    for least, version in ((24, "1.24"), (23, "1.23"), (22, "1.21")):
+        if opset >= least:
+            return version
+    return "1.20"
+
+
+def _version(package: str) -> str | None:
+    names = ("onnxruntime", "onnxruntime-gpu") if package == "onnxruntime" else (package,)
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "0+unknown" if package == "qexport" else None

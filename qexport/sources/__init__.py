@@ -1,0 +1,95 @@
+"""Front ends: whatever the user names becomes an ONNX graph with input specs, example inputs and module names."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.errors import UsageError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass
+class InputSpec:
+    """One graph input as the manifest describes it.
+
+    `shape` holds sizes and names of dynamic axes; `kind` is one of token_ids, mask, token_types, position_ids,
+    continuous, boolean, integer; `high` is the exclusive upper bound of integers, None when unknown.
+    """
+
+    name: str
+    dtype: str
+    shape: list
+    kind: str
+    high: int | None = None
+
+    def to_dict(self) -> dict:
+        """The entry of manifest["inputs"]."""
+        return {"name": self.name, "dtype": self.dtype, "shape": self.shape, "kind": self.kind, "high": self.high}
+
+
+@dataclass
+class Source:
+    """A model as its front end delivers it.
+
+    `model` is the graph, not yet classical; `examples` maps input names to arrays and `expected` output names to what
+    the source itself computes for them (None: it could not be run). `limits` gives the largest size of dynamic axes,
+    `tokenizer` the text of a tokenizer.json. `notes` are remarks for the report.
+    """
+
+    kind: str
+    name: str
+    model: ir.Model
+    inputs: list[InputSpec]
+    examples: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray] | None = None
+    limits: dict[str, int] = field(default_factory=dict)
+    tokenizer: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str | None = None) -> Source:
+    """Read `model`: a Hugging Face folder, `package.module:callable`, a .pt2 or an .onnx file.
+
+    Args:
+        model: path or callable name.
+        opset: opset that torch front ends export at.
+        dtype: float32, float16 or bfloat16: the type a torch front end exports in; None keeps it.
+        task: task of a Hugging Face model.
+
+    Raises:
+        UsageError: the name is none of the four, or an option does not fit the kind.
+        QexportError: the source cannot be read or exported.
+    """
+    text = str(model)
+    path = Path(text)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    is_folder, suffix = path.is_dir(), path.suffix.lower()
+    if task is not None and not is_folder:
+        raise UsageError(f"task {task!r} is for Hugging Face folders only, {text} is none")
+    if is_folder:
+        from qexport.sources.huggingface import open_folder
+
+        return open_folder(path, opset=opset, dtype=dtype, task=task)
+    if suffix in (".onnx", ".pt2"):
+        if not path.is_file():
+            raise UsageError(f"{text}: no such file")
+        if suffix == ".pt2":
+            from qexport.sources.torch_module import open_archive
+
+            return open_archive(path, opset=opset, dtype=dtype)
+        if dtype is not None:
+            raise UsageError(f"{text}: dtype is for torch models; an .onnx file keeps its own type")
+        from qexport.sources.onnx_file import open_file
+
+        return open_file(path)
+    if path.is_file():
+        raise UsageError(f"{text}: unknown kind of file; give an .onnx or .pt2 file, a folder or package.module:callable")
+    if ":" in text and "/" not in text:
+        from qexport.sources.torch_module import open_callable
+
+        return open_callable(text, opset=opset, dtype=dtype)
+    raise UsageError(f"{text}: no such file or folder, and not of the form package.module:callable")

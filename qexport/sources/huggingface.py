@@ -1,0 +1,275 @@
+"""Hugging Face folders: config.json and weights, from the disk only."""
+
+import inspect
+import json
+from pathlib import Path
+
+from qexport.errors import QexportError, UsageError
+from qexport.sources import InputSpec, Source
+from qexport.sources.quiet import quiet, reason_of
+from qexport.sources.torch_module import export_module, import_torch
+
+# task -> the transformers classes that may serve it, in the order of preference
+TASKS = {
+    "feature-extraction": ("AutoModel",),
+    "text-classification": ("AutoModelForSequenceClassification",),
+    "token-classification": ("AutoModelForTokenClassification",),
+    "question-answering": ("AutoModelForQuestionAnswering",),
+    "multiple-choice": ("AutoModelForMultipleChoice",),
+    "masked-lm": ("AutoModelForMaskedLM",),
+    "causal-lm": ("AutoModelForCausalLM",),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM",),
+    "image-classification": ("AutoModelForImageClassification",),
+    "object-detection": ("AutoModelForObjectDetection",),
+    "semantic-segmentation": ("AutoModelForSemanticSegmentation",),
+    "depth-estimation": ("AutoModelForDepthEstimation",),
+    "audio-classification": ("AutoModelForAudioClassification",),
+    "speech-recognition": ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"),
+}
+ALIASES = {
+    "default": "feature-extraction",
+    "fill-mask": "masked-lm",
+    "text-generation": "causal-lm",
+    "text2text-generation": "seq2seq-lm",
+    "image-feature-extraction": "feature-extraction",
+    "automatic-speech-recognition": "speech-recognition",
+    "sentence-similarity": "feature-extraction",
+}
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+# Of different length, so that the example batch holds padding; long enough that no axis is 0 or 1.
+SENTENCES = (
+    "The river rose after a week of rain, and the old bridge was closed to lorries before the weekend.",
+    "She tuned the violin by ear.",
+)
+# Position ids of these start behind the padding id, so the table is larger than the longest text.
+OFFSET_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "data2vec-text",
+    "mpnet",
+}
+
+
+def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None) -> Source:
+    """Load and export the model of a Hugging Face folder.
+
+    Raises:
+        UsageError: no config.json, or an unknown task.
+        QexportError: an architecture that transformers does not know, weights missing or damaged, or the export fails.
+    """
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no config.json; give a Hugging Face folder, an .onnx or a .pt2 file")
+    task = ALIASES.get(task, task) or "feature-extraction"
+    if task not in TASKS:
+        raise UsageError(f"task must be one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")
+    torch = import_torch()
+    model = _load(folder, task, torch)
+    model.config.return_dict = True
+    for config in (model.config, getattr(model.config, "text_config", None), getattr(model.config, "decoder", None)):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    tokenizer = _tokenizer(folder)
+    kwargs, specs, axes, limits = _example_inputs(torch, model, tokenizer)
+    if dtype is not None:
+        target = getattr(torch, dtype)
+        model = model.to(target)
+        kwargs = {k: v.to(target) if v.is_floating_point() else v for k, v in kwargs.items()}
+    source = export_module(
+        model,
+        (),
+        kwargs,
+        kind="huggingface",
+        name=folder.resolve().name,
+        opset=opset,
+        dynamic_shapes=axes,
+        output_names=_output_names(torch, model, kwargs, folder),
+        specs=specs,
+    )
+    source.limits = {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
+    source.tokenizer = _tokenizer_text(folder, tokenizer)
+    return source
+
+
+def _load(folder: Path, task: str, torch):
+    try:
+        with quiet():
+            import transformers
+    except ImportError as error:
+        raise QexportError(f'transformers cannot be imported ({reason_of(error)}): pip install "qexport[export]"') from error
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise QexportError(f"{folder}/config.json: cannot be read: {reason_of(error)}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise QexportError(f"{folder}/config.json: has no model_type, so no transformers architecture can be chosen")
+    if config.get("auto_map") and config["model_type"] not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        raise QexportError(
+            f"{folder}: architecture {config['model_type']!r} needs code from the folder, which is not run; "
+            "export it yourself with package.module:callable"
+        )
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise QexportError(f"{folder}: no weights (model.safetensors or pytorch_model.bin); copy them beside config.json")
+    problem = None
+    for class_name in TASKS[task]:
+        for extra in ({}, {"add_pooling_layer": False}):
+            try:
+                with quiet():
+                    model, report = getattr(transformers, class_name).from_pretrained(
+                        folder,
+                        local_files_only=True,
+                        attn_implementation="sdpa",
+                        output_loading_info=True,
+                        dtype="auto",
+                        **extra,
+                    )
+            except Exception as error:
+                problem = problem or _load_problem(folder, config["model_type"], task, error)
+                break
+            missing = sorted(report["missing_keys"])
+            if not missing:
+                return model
+            problem = QexportError(
+                f"{folder}: the weights lack {len(missing)} tensors that {type(model).__name__} needs, {missing[0]} first; "
+                "choose a task that the weights were trained for, or copy the whole checkpoint"
+            )
+            # a pooler that was never trained is better left out than made up
+            if not all(".pooler." in f".{key}" for key in missing):
+                break
+    raise problem
+
+
+def _load_problem(folder: Path, model_type: str, task: str, error: Exception) -> QexportError:
+    text = " ".join(str(error).split())
+    if "does not recognize this architecture" in text:
+        return QexportError(
+            f"{folder}: the installed transformers does not know the architecture {model_type!r}; upgrade it, "
+            "or give package.module:callable"
+        )
+    if "Unrecognized configuration class" in text:
+        return QexportError(
+            f"{folder}: the architecture {model_type!r} has no model for the task {task!r}; choose another --task"
+        )
+    if "does not support" in text and "scaled_dot_product_attention" in text:
+        return QexportError(
+            f"{folder}: {model_type!r} has no scaled_dot_product_attention in transformers; give package.module:callable"
+        )
+    return QexportError(f"{folder}: cannot load the model: {reason_of(error)}")
+
+
+def _tokenizer(folder: Path):
+    """The folder's tokenizer, or None where it has none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:  # a model is convertible without its tokenizer; random ids stand in for the text then
+        return None
+
+
+def _tokenizer_text(folder: Path, tokenizer) -> str | None:
+    """The text of tokenizer.json, from the folder or from the loaded tokenizer."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else None
+
+
+def _example_inputs(torch, model, tokenizer):
+    """Example tensors, what is known of each input, dynamic axes, and limits of the axes."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    accepted = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(0)
+    vocab = getattr(config, "vocab_size", None)
+    kwargs, specs, axes, limits = {}, {}, {}, {}
+
+    def add(name, tensor, kind, high, *axis_names):
+        kwargs[name] = tensor
+        specs[name] = InputSpec(name, "", [], kind, high)
+        axes[name] = {i: axis for i, axis in enumerate(axis_names) if axis}
+
+    if main == "input_ids" or {"pixel_values", "input_ids"} <= set(accepted):
+        ids, mask = _text(torch, tokenizer, vocab, generator)
+        add("input_ids", ids, "token_ids", vocab, "batch", "sequence")
+        if "attention_mask" in accepted:
+            add("attention_mask", mask, "mask", 2, "batch", "sequence")
+        if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0):
+            add("token_type_ids", torch.zeros_like(ids), "token_types", config.type_vocab_size, "batch", "sequence")
+        if longest := _longest(config):
+            limits["sequence"] = longest
+    if "pixel_values" in accepted:
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        add("pixel_values", pixels, "continuous", None, "batch")
+    if main == "input_features":
+        frames = 2 * getattr(model.config, "max_source_positions", 1500)
+        bins = getattr(model.config, "num_mel_bins", None) or getattr(model.config, "feature_size", 80)
+        if model.config.model_type == "audio-spectrogram-transformer":
+            frames, bins = model.config.max_length, model.config.num_mel_bins
+        add("input_features", torch.randn(2, bins, frames, generator=generator), "continuous", None, "batch")
+    elif main == "input_values":
+        if hasattr(model.config, "max_length") and hasattr(model.config, "num_mel_bins"):
+            shape = (2, model.config.max_length, model.config.num_mel_bins)
+            add("input_values", torch.randn(*shape, generator=generator), "continuous", None, "batch")
+        else:
+            wave = torch.randn(2, 16000, generator=generator)
+            add("input_values", wave, "continuous", None, "batch", "samples")
+    if "decoder_input_ids" in accepted:
+        ids, _ = _text(torch, tokenizer, vocab, generator)
+        ids = ids[:, : max(2, ids.shape[1] // 2)]
+        add("decoder_input_ids", ids, "token_ids", vocab, "batch", "decoder_sequence")
+        longest = getattr(config, "max_target_positions", None) or _longest(config)
+        if longest:
+            limits["decoder_sequence"] = longest
+    if not kwargs:
+        raise QexportError(
+            f"{type(model).__name__} takes {main!r}, for which no example inputs are known; give package.module:callable"
+        )
+    return kwargs, specs, axes, limits
+
+
+def _text(torch, tokenizer, vocab, generator):
+    """Token ids and mask (2, n) of the example sentences, or random ids where there is no tokenizer."""
+    if tokenizer is not None:
+        rows = [tokenizer(text, truncation=False)["input_ids"] for text in SENTENCES]
+        if vocab is None or max(max(row) for row in rows) < vocab:
+            longest = max(len(row) for row in rows)
+            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+            ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            return ids, mask
+    ids = torch.randint(min(10, (vocab or 2) - 1), vocab or 2, (2, 16), generator=generator)
+    return ids, torch.ones_like(ids)
+
+
+def _longest(config) -> int | None:
+    """The longest sequence that the position table serves, or None where there is no table."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest <= 0:
+        return None
+    if config.model_type in OFFSET_POSITIONS:
+        return longest - (config.pad_token_id or 0) - 1
+    return longest
+
+
+def _output_names(torch, model, kwargs, folder) -> list[str]:
+    """Names of the outputs, as the model's own output class calls them."""
+    try:
+        with quiet(), torch.no_grad():
+            outputs = model(**kwargs)
+    except Exception as error:
+        raise QexportError(f"{folder}: {type(model).__name__} does not run on example inputs: {reason_of(error)}") from error
+    names = []
+    for key, value in outputs.items():
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if torch.is_tensor(leaf)]
+        names += [key] if len(leaves) == 1 else [f"{key}_{i}" for i in range(len(leaves))]
+    return names
