@@ -1,4 +1,4 @@
-"""How far sampled attention is from exact attention on trained activations: the 72 heads of all-MiniLM-L6-v2 on English text.
+"""How far sampled attention is from exact attention on trained activations: the 72 heads of all-MiniLM-L6-v2, English text.
 
     python -m bench.minilm_error [--json FILE]
 
@@ -56,13 +56,13 @@ def texts(count: int, n: int) -> np.ndarray:
 def activations(classical: Path, ids: np.ndarray, threads: int) -> list[tuple[np.ndarray, ...]]:
     """(Q, K, V) of each Attention node of the model on the texts, each (texts, heads, n, head_size)."""
     model = onnx.load(classical)
-    sites = [list(node.input[:3]) for node in model.graph.node if node.op_type == "Attention"]
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sum(sites, []))
+    names = [name for node in model.graph.node if node.op_type == "Attention" for name in node.input[:3]]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     tapped = classical.with_name("tapped.onnx")
     onnx.save(model, tapped)
     session = qexport.session(tapped, library=False, options=common.session_options(threads))
-    values = session.run(sum(sites, []), feeds_of(session, ids))
-    return [tuple(values[3 * i : 3 * i + 3]) for i in range(len(sites))]
+    values = session.run(names, feeds_of(session, ids))
+    return [tuple(values[i : i + 3]) for i in range(0, len(values), 3)]
 
 
 def feeds_of(session, ids: np.ndarray, seed: int | None = None) -> dict:
