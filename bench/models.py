@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.data import speech_features
 from bench.packages import fetch
 
 ONNX_FILES = {
@@ -253,24 +254,6 @@ def _loaded(model, state):
     if (set(missing) - buffers) or unexpected:
         raise ValueError(f"checkpoint does not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}")
     return model.eval()
-
-
-def speech() -> np.ndarray:
-    """Ten seconds of English speech, 16 kHz mono, float32 in [-1, 1]."""
-    import wave
-
-    with wave.open(str(fetch("useful-moonshine-onnx") / "beckett.wav")) as file:
-        if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (16000, 1, 2):
-            raise ValueError("beckett.wav is not 16 kHz, 16-bit mono")
-        return np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32768
-
-
-def speech_features() -> np.ndarray:
-    """Log-mel features of `speech()` as Whisper takes them, (1, 80, 3000) float32."""
-    from transformers import WhisperFeatureExtractor
-
-    features = WhisperFeatureExtractor(feature_size=80)(speech(), sampling_rate=16000, return_tensors="np")
-    return features.input_features.astype(np.float32)
 
 
 if __name__ == "__main__":

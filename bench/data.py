@@ -1,0 +1,92 @@
+"""Real inputs for the models of `bench.models`: a photo, ten seconds of speech."""
+
+import struct
+import wave
+import zlib
+
+import numpy as np
+
+from bench.packages import fetch
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def photo() -> np.ndarray:
+    """The astronaut photo of scikit-image as a vision transformer takes it: (1, 3, 224, 224) float32, ImageNet-normalised.
+
+    The middle 448 x 448 pixels, each 2 x 2 of them averaged.
+    """
+    pixels = read_png((fetch("scikit-image") / "astronaut.png").read_bytes())
+    top, left = (pixels.shape[0] - 448) // 2, (pixels.shape[1] - 448) // 2
+    square = pixels[top : top + 448, left : left + 448, :3].astype(np.float32) / 255
+    small = square.reshape(224, 2, 224, 2, 3).mean((1, 3))
+    return ((small - _IMAGENET_MEAN) / _IMAGENET_STD).astype(np.float32).transpose(2, 0, 1)[None]
+
+
+def read_png(data: bytes) -> np.ndarray:
+    """Pixels (height, width, channels) uint8 of a PNG of 8-bit RGB or RGBA without interlacing; ValueError for others.
+
+    Format: W3C PNG, sections 5 (chunks) and 9 (filters).
+    """
+    position, image = 8, b""
+    while position < len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        chunk = data[position + 8 : position + 8 + length]
+        if kind == b"IHDR":
+            width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", chunk)
+            if depth != 8 or colour not in (2, 6) or interlace:
+                raise ValueError(f"PNG with depth {depth}, colour type {colour}, interlace {interlace} is not supported")
+        elif kind == b"IDAT":
+            image += chunk
+        position += 12 + length
+    channels = 3 if colour == 2 else 4
+    lines = np.frombuffer(zlib.decompress(image), dtype=np.uint8).reshape(height, 1 + width * channels)
+    above, rows = np.zeros((width, channels), dtype=np.uint8), []
+    for line in lines:
+        above = _unfilter(int(line[0]), line[1:].reshape(width, channels), above)
+        rows.append(above)
+    return np.stack(rows)
+
+
+def _unfilter(kind, line, above):
+    """One row of pixels from its filtered bytes and the row above; all sums are modulo 256."""
+    if kind == 0:
+        return line
+    if kind == 1:
+        return np.cumsum(line, axis=0, dtype=np.uint8)
+    if kind == 2:
+        return line + above
+    row, left, corner = [], (0,) * line.shape[1], (0,) * line.shape[1]
+    for values, up in zip(line.tolist(), above.tolist(), strict=True):
+        if kind == 3:
+            left = [(v + (a + b) // 2) & 255 for v, a, b in zip(values, left, up, strict=True)]
+        else:
+            left = [(v + _paeth(a, b, c)) & 255 for v, a, b, c in zip(values, left, up, corner, strict=True)]
+        corner = up
+        row.append(left)
+    return np.array(row, dtype=np.uint8)
+
+
+def _paeth(a, b, c):
+    """The one of left, above and upper left that is nearest to left + above - upper left."""
+    estimate = a + b - c
+    return min((abs(estimate - a), 0, a), (abs(estimate - b), 1, b), (abs(estimate - c), 2, c))[2]
+
+
+def speech() -> np.ndarray:
+    """Ten seconds of English speech, 16 kHz mono, float32 in [-1, 1].
+
+    "Ever tried, ever failed. No matter, try again. Fail again. Fail better."
+    """
+    with wave.open(str(fetch("useful-moonshine-onnx") / "beckett.wav")) as file:
+        if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (16000, 1, 2):
+            raise ValueError("beckett.wav is not 16 kHz, 16-bit mono")
+        return np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32768
+
+
+def speech_features() -> np.ndarray:
+    """Log-mel features of `speech()` as Whisper takes them, (1, 80, 3000) float32."""
+    from transformers import WhisperFeatureExtractor
+
+    features = WhisperFeatureExtractor(feature_size=80)(speech(), sampling_rate=16000, return_tensors="np")
+    return features.input_features.astype(np.float32)
