@@ -117,7 +117,7 @@ def _estimate(p, V, allowed, nonpad, seed, a):
         if a["strategy"] == "adaptive":
             budget = _share_budget(p, samples, n_allowed)
         elif a["strategy"] == "hybrid":
-            top = (samples // 2).clamp(min=1)
+            top = samples // 2
             # rank of each key by probability, ties to the lower index
             rank = p.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             always = (rank < top) & allowed
@@ -178,7 +178,7 @@ def _systematic_weights(p, size, budget, always, seed, layer):
     """Horvitz-Thompson weights of one systematic sample without replacement, probability proportional to size."""
     row, query = _counter(p)
     size = torch.where(always, 0, size)
-    c = torch.where(budget > 0, _inclusion_scale(size, budget), 0)
+    c = _inclusion_scale(size, budget)
     f = torch.where(size > 0, (c * size).clamp(max=1).mul(T).floor().clamp(max=T - 1) + 1, 0)
     f = torch.where(always, T, f).long()
     F = f.cumsum(-1)
