@@ -1,0 +1,6 @@
+"""python -m qexport"""
+
+from qexport.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""qexport profile"""
+
+import click
+
+from qexport.cli import common_options, print_json
+
+
+class Numbers(click.ParamType):
+    """128, or several to sweep: 128,512."""
+
+    name = "N[,N...]"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or a list of them, such as 128,512", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"must be >= 1, got {min(numbers)}", param, ctx)
+        return numbers
+
+
+@click.command("profile")
+@click.argument("bundle", metavar="DIR")
+@click.option("--provider", "providers", multiple=True, metavar="NAME", help="Execution provider, repeatable [CPU].")
+@click.option("--batch", type=Numbers(), default=(1,), help="Batch sizes to sweep [1].")
+@click.option("--seq", type=Numbers(), default=(128,), help="Sequence lengths to sweep [128].")
+@click.option("--runs", type=click.IntRange(1), default=50, show_default=True, help="Timed runs per model and size.")
+@click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the clock starts.")
+@click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
+@common_options
+def command(bundle, providers, batch, seq, runs, warmup, threads, as_json, quiet, verbose):
+    """Time the bundle in DIR and its classical model in one run, interleaved: latency, per op, memory, placement."""
+    from qexport.cli.render import progress_line, show_profile
+    from qexport.profiling import profile
+
+    report = profile(
+        bundle,
+        providers=list(providers) or None,
+        batch=batch,
+        seq=seq,
+        runs=runs,
+        warmup=warmup,
+        threads=threads,
+        progress=progress_line(quiet or as_json),
+    )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        show_profile(report, verbose)

@@ -1,0 +1,32 @@
+"""qexport validate"""
+
+import click
+
+from qexport.cli import common_options, print_json
+
+OUT_OF_TOLERANCE = 3
+
+
+@click.command("validate")
+@click.argument("bundle", metavar="DIR")
+@click.option("--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples].")
+@click.option("--max-error", type=float, help="Largest relative error allowed at the model's outputs.")
+@click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
+@click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
+@click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
+@common_options
+def command(bundle, data, max_error, seeds, batch, seq, as_json, quiet, verbose):
+    """Compare the bundle in DIR with its classical model, with and without the op library.
+
+    Exit code 3 when the error is out of tolerance.
+    """
+    from qexport.cli.render import progress_line, show_validation
+    from qexport.validation import validate
+
+    progress = progress_line(quiet or as_json)
+    report = validate(bundle, data, max_error=max_error, seeds=seeds, batch=batch, seq=seq, progress=progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        show_validation(report, verbose)
+    raise click.exceptions.Exit(0 if report.passed else OUT_OF_TOLERANCE)

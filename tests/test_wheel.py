@@ -1,0 +1,93 @@
+"""The wheel in a clean environment: no torch, only the base dependencies and onnxruntime."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from bundle_factory import make_bundle
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 900
+
+
+def run(*command, **kwargs):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=TIMEOUT, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    done = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    """A fresh environment with the wheel and onnxruntime."""
+    folder = tmp_path_factory.mktemp("clean")
+    assert run(sys.executable, "-m", "venv", folder).returncode == 0
+    interpreter = folder / "bin" / "python"
+    done = run(interpreter, "-m", "pip", "install", "-q", f"{wheel}[cpu]")
+    if done.returncode and "No matching distribution" not in done.stderr and "Connection" in done.stderr:
+        pytest.skip("the package registry is out of reach")
+    assert done.returncode == 0, done.stderr
+    return interpreter
+
+
+def test_wheel_holds_the_library_and_no_sources(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "qexport/lib/libqexport_ops.so" in names
+    assert any(name.startswith("qexport/_core.") for name in names)
+    assert "qexport/demo_sentences.txt" in names
+    assert not [name for name in names if name.startswith(("tests/", "cpp/", "bench/")) or name.endswith((".cc", ".h"))]
+    assert wheel.stat().st_size < 3 << 20
+
+
+def test_no_torch_there(python):
+    done = run(python, "-c", "import torch")
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def test_doctor_is_content(python, tmp_path):
+    done = run(python, "-m", "qexport", "doctor", "--json", cwd=tmp_path)
+    findings = {f["subject"]: f for f in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 0, done.stdout
+    assert findings["kernel"]["state"] == "ok"
+    assert findings["[export]"]["state"] == "note"
+    assert "pip install" in findings["[export]"]["mend"]
+
+
+def test_a_finished_bundle_is_validated_and_profiled(python, tmp_path):
+    bundle = make_bundle(tmp_path / "bundle")
+    for command in (("validate", "--seeds", "3"), ("profile", "--runs", "3", "--seq", "16"), ("inspect",)):
+        done = run(python, "-m", "qexport", command[0], bundle, *command[1:], "--json", cwd=tmp_path)
+        assert done.returncode in (0, 3 if command[0] == "validate" else 0), done.stderr
+        assert json.loads(done.stdout)
+
+
+def test_a_session_needs_four_lines(python, tmp_path):
+    bundle = make_bundle(tmp_path / "bundle")
+    code = f"""
+import numpy as np, onnxruntime, qexport, sys
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(qexport.get_library_path())
+session = onnxruntime.InferenceSession({str(bundle / "model.onnx")!r}, options, providers=["CPUExecutionProvider"])
+assert qexport.session({str(bundle)!r}).get_inputs()
+assert not {{"torch", "onnxscript", "pydantic", "rich"}} & set(sys.modules)
+"""
+    done = run(python, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_converting_a_torch_model_says_what_to_install(python, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    done = run(python, "-m", "qexport", "convert", "model", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pip install" in done.stderr
