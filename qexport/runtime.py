@@ -162,7 +162,7 @@ def session(path, *, library=True, providers=None, options=None):
         library: True registers the op library of this installation, False none (QuantumAttention then runs its classical
             fallback), a path registers that file.
         providers: execution providers in the order of preference; the CPU alone when None.
-        options: an onnxruntime.SessionOptions to add the library to; a fresh one that logs errors only when None.
+        options: an onnxruntime.SessionOptions to add the library to; a fresh one that logs nothing when None.
 
     Raises:
         UsageError: a provider that is not available.
@@ -176,17 +176,46 @@ def session(path, *, library=True, providers=None, options=None):
         raise QexportError(f"{path}: no such model file")
     providers = check_providers(providers)
     if options is None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = quiet_options()
     if library:
         register_library(options, get_library_path() if library is True else str(library))
     # Older runtimes read external data from anywhere on the disk; newer ones check the folder themselves.
     if version_tuple(ort.__version__) < (1, 25):
         check_external_data(path)
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        opened = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
-        raise QexportError(explain_load_error(path, str(error), bool(library))) from error
+        raise explain_load_error(path, error, bool(library)) from error
+    for provider in providers:
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in opened.get_providers():
+            raise QexportError(
+                f"provider {name!r} did not start, only {', '.join(opened.get_providers())}; check its driver"
+            )
+    return opened
+
+
+def run(opened, outputs, feed: dict) -> list:
+    """`session.run`, with failures as one line.
+
+    Raises:
+        QexportError: names the node that failed and why.
+    """
+    try:
+        return opened.run(outputs, feed)
+    except Exception as error:  # as in session()
+        message = _bare(str(error))
+        if match := re.search(r"while running (\S+) node\. Name:'(.*?)' Status Message: (.*)", message, flags=re.S):
+            name = f"node {match[2]!r} ({match[1]})" if match[2] else f"a node {match[1]} of a fallback"
+            raise QexportError(f"{name} failed: {one_line(_bare(match[3]))}") from error
+        raise QexportError(f"the model does not run: {one_line(message)}") from error
+
+
+def quiet_options():
+    """Session options that log nothing: what fails is raised, and onnxruntime would print it as well."""
+    options = onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    return options
 
 
 def register_library(options, library: str) -> None:
@@ -204,32 +233,36 @@ def one_line(message, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def explain_load_error(path, message: str, library: bool) -> str:
-    """One line for a failure of onnxruntime to load `path`: what is wrong, where, and what to do."""
+def explain_load_error(path, error: Exception, library: bool) -> QexportError:
+    """A failure of onnxruntime to load `path` as one line: what is wrong, where, and what to do."""
+    return QexportError(f"{path}: {_load_failure(path, str(error), library)}")
+
+
+def _load_failure(path, message: str, library: bool) -> str:
     runtime = f"onnxruntime {onnxruntime().__version__}"
     if "Protobuf parsing failed" in message or "No graph was found" in message or "does not have a graph" in message:
         size = os.path.getsize(path)
-        return f"{path}: not an ONNX model, or cut short ({size} bytes); copy or convert it again"
+        return f"not an ONNX model, or cut short ({size} bytes); copy or convert it again"
     if match := re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", message):
-        return f"{path}: IR version {match[1]} is newer than {runtime} reads ({match[2]}); upgrade it or write IR 10"
+        return f"IR version {match[1]} is newer than {runtime} reads ({match[2]}); upgrade it or write IR 10"
     if match := re.search(r"Opset (\d+) is under development", message):
-        return f"{path}: opset {match[1]} is newer than {runtime} knows; upgrade it or convert with a lower --opset"
+        return f"opset {match[1]} is newer than {runtime} knows; upgrade it or convert with a lower --opset"
     if match := re.search(r"Fatal error: (\S+?):(\w+)\(-?\d+\) is not a registered function/op", message):
         domain, op = match[1], match[2]
         if domain == "com.qexport" and not library:
-            return f"{path}: op {domain}:{op} has no fallback function in the file; load it with the op library"
-        return f"{path}: op {domain}:{op} is unknown to {runtime}; register the library that holds it or convert it away"
+            return f"op {domain}:{op} has no fallback function in the file; load it with the op library"
+        return f"op {domain}:{op} is unknown to {runtime}; register the library that holds it or convert it away"
     if match := re.search(r"No Op registered for (\w+) with domain_version of (\d+)", message):
-        return f"{path}: op {match[1]} of opset {match[2]} is unknown to {runtime}; upgrade it or lower the --opset"
+        return f"op {match[1]} of opset {match[2]} is unknown to {runtime}; upgrade it or lower the --opset"
     if "External data path" in message or "external data" in message.lower() or "External initializer" in message:
-        return f"{path}: its external data is missing, cut short or outside its folder: {one_line(_bare(message))}"
+        return f"its external data is missing, cut short or outside its folder: {one_line(_bare(message))}"
     if "cannot get file size" in message or "cannot open file" in message.lower():
-        return f"{path}: a file it needs cannot be read: {one_line(_bare(message))}"
-    return f"{path}: {runtime} cannot load it: {one_line(_bare(message))}"
+        return f"a file it needs cannot be read: {one_line(_bare(message))}"
+    return f"{runtime} cannot load it: {one_line(_bare(message))}"
 
 
 def _bare(message: str) -> str:
     """An onnxruntime message without its code, source file and C++ signature."""
     message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message)
     message = re.sub(r"Load model from .*? failed:", "", message)
-    return re.sub(r"/onnxruntime_src/\S+ .*?\) (?=[A-Z])", "", message, flags=re.S)
+    return re.sub(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=\w)", "", message, flags=re.S)

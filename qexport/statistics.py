@@ -140,7 +140,7 @@ class ErrorAccumulator:
         """Cosine of y_i and c of each run; 1 where both are zero."""
         norms = np.sqrt(np.maximum(self.base + 2 * self.cross + np.diag(self.gram), 0)) * math.sqrt(self.base)
         both_zero = (self.base == 0) & (np.diag(self.gram) == 0)
-        return np.where(both_zero, 1.0, _ratio(self.base + self.cross, norms))
+        return np.where(both_zero, 1.0, np.clip(_ratio(self.base + self.cross, norms), -1, 1))
 
     def metrics(self, rounding: float, level: float = BIAS_LEVEL) -> dict:
         """The figures of the JSON schema's `metrics` object.

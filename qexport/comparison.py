@@ -1,0 +1,199 @@
+"""Runs a bundle's two models on the same inputs and accumulates their differences, end to end and site by site.
+
+At most two sessions are open at a time, and the values of a batch are held only while it is compared; the outputs of the
+classical model are the exception, they are kept for all batches.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qexport import runtime
+from qexport.bundle import Bundle
+from qexport.data import Inputs
+from qexport.errors import QexportError
+from qexport.external_data import load_structure
+from qexport.probes import beside, open_probe, ordered_sites, watch
+from qexport.statistics import ErrorAccumulator
+from qexport.unpadded import by_head, keep_masks, padded_axis, rows
+
+# Values of sites that are held at once, in bytes; sites are compared in groups that fit.
+SITE_MEMORY = 512 * 2**20
+
+
+@dataclass
+class Comparison:
+    """Accumulated errors. `outputs[mode][name]` and `sites[mode][site name]` hold accumulators for the modes "fallback" and
+    "library" (errors as they run through the model); `local[site name]` for a site fed with the classical values.
+    `dtypes` are the element types of the values; `baseline` is the stored outputs' relative deviation from the classical
+    model's, None when there are none.
+    """
+
+    outputs: dict[str, dict[str, ErrorAccumulator]] = field(default_factory=dict)
+    sites: dict[str, dict[str, ErrorAccumulator]] = field(default_factory=dict)
+    local: dict[str, ErrorAccumulator] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    site_order: list[dict] = field(default_factory=list)
+    baseline: float | None = None
+
+
+def compare(bundle: Bundle, inputs: Inputs, seeds: list[int], *, library=True, providers=None, progress=None) -> Comparison:
+    """Compare the converted model with the classical one on every feed.
+
+    Args:
+        seeds: the seeds that the library runs with.
+        library: as in `qexport.runtime.session`; False compares the fallback only.
+        progress: called with one line per step.
+
+    Raises:
+        QexportError: a model does not load or run.
+    """
+    say = progress or (lambda text: None)
+    result = Comparison()
+    say("running the classical model")
+    expected, symbols = _classical_outputs(bundle, inputs, providers)
+    result.dtypes.update({name: str(array.dtype) for name, array in expected[0].items()})
+    result.baseline = _baseline(expected, inputs)
+    modes = [("fallback", False, seeds[:1])] + ([("library", library, seeds)] if library else [])
+    for mode, lib, chosen in modes:
+        say(f"running the converted model, {_mode_words(mode, chosen)}")
+        model = runtime.session(bundle.model_path, library=lib, providers=providers)
+        result.outputs[mode] = _compare_outputs(bundle, model, inputs, expected, chosen, symbols)
+        del model
+    del expected
+    _compare_sites(bundle, inputs, seeds, library, providers, say, result)
+    return result
+
+
+def _classical_outputs(bundle, inputs, providers) -> tuple[list[dict], dict]:
+    """The classical model's outputs for every feed, and the symbolic shapes of its outputs."""
+    classical = runtime.session(bundle.classical_path, library=False, providers=providers)
+    names = [o.name for o in classical.get_outputs()]
+    symbols = {o.name: o.shape for o in classical.get_outputs()}
+    return [dict(zip(names, runtime.run(classical, names, feed), strict=True)) for feed in inputs.feeds], symbols
+
+
+def _mode_words(mode: str, seeds: list[int]) -> str:
+    return "without the library" if mode == "fallback" else f"with the library, {len(seeds)} seeds"
+
+
+def _baseline(expected, inputs: Inputs) -> float | None:
+    if not inputs.expected:
+        return None
+    errors = ErrorAccumulator(1)
+    for ours, stored in zip(expected, inputs.expected, strict=True):
+        for name in set(ours) & set(stored):
+            if ours[name].shape == stored[name].shape:
+                finite = np.isfinite(ours[name]) & np.isfinite(stored[name])
+                errors.add(ours[name][finite], [stored[name][finite]])
+    return float(errors.relative_errors()[0])
+
+
+def _seeded(feed: dict, seed_input: str, seed: int) -> dict:
+    return {**feed, seed_input: np.array(seed, np.int64)}
+
+
+def _compare_outputs(bundle, model, inputs, expected, seeds, symbols) -> dict[str, ErrorAccumulator]:
+    accumulators = {name: ErrorAccumulator(len(seeds)) for name in symbols}
+    names = list(accumulators)
+    for feed, base in zip(inputs.feeds, expected, strict=True):
+        masks = keep_masks(bundle.manifest, feed)
+        runs = [runtime.run(model, names, _seeded(feed, bundle.seed_input, seed)) for seed in seeds]
+        for i, name in enumerate(names):
+            padded = padded_axis(base[name].shape, symbols[name], masks)
+            values = [_same_shape(name, base[name], one[i]) for one in runs]
+            accumulators[name].add(*_as_floats(rows(base[name], padded), [rows(value, padded) for value in values]))
+    return accumulators
+
+
+def _same_shape(name: str, base: np.ndarray, value: np.ndarray) -> np.ndarray:
+    if value.shape != base.shape:
+        raise QexportError(f"{name!r} has shape {value.shape} in the converted model and {base.shape} in the classical one")
+    return value
+
+
+def _as_floats(base: np.ndarray, values: list[np.ndarray]):
+    """Integers and booleans as agreement: 1 for the baseline, 1 or 0 for a run, so that the relative error is the square
+    root of the fraction that differs."""
+    if base.dtype.kind not in "biu":
+        return base, values
+    return np.ones(base.shape), [value == base for value in values]
+
+
+def _compare_sites(bundle, inputs, seeds, library, providers, say, result: Comparison) -> None:
+    structure = load_structure(bundle.model_path)
+    sites = ordered_sites(structure, ordered_sites(load_structure(bundle.classical_path), bundle.manifest["sites"]))
+    result.site_order = sites
+    if not sites:
+        return
+    say("comparing the sites, without the library")
+    result.sites["fallback"] = _watched_sites(bundle, inputs, sites, seeds[:1], False, providers, result.dtypes)
+    if library:
+        say(f"comparing the sites, {len(seeds)} seeds")
+        result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, providers, result.dtypes)
+        say(f"comparing each site alone, {len(seeds)} seeds")
+        result.local = _local_sites(bundle, inputs, sites, structure, seeds, library, providers, result.dtypes)
+
+
+def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes) -> dict[str, ErrorAccumulator]:
+    """The sites' errors as they run through the converted model."""
+    accumulators = {site["name"]: ErrorAccumulator(len(seeds), site["q_heads"]) for site in sites}
+    with (
+        open_probe(watch(bundle.classical_path, sites), bundle.classical_path, library=False, providers=providers) as base,
+        open_probe(watch(bundle.model_path, sites), bundle.model_path, library=library, providers=providers) as model,
+    ):
+        same = {site["name"]: site["output"] for site in sites}
+        _run_sites(bundle, inputs, base, model, sites, same, seeds, accumulators, dtypes)
+    return accumulators
+
+
+def _local_sites(bundle, inputs, sites, structure, seeds, library, providers, dtypes) -> dict[str, ErrorAccumulator]:
+    """The sites' errors when each is fed with the classical model's values; sites that cannot be are left out."""
+    hybrid, local = beside(bundle.classical_path, structure, sites, bundle.seed_input)
+    sites = [site for site in sites if site["name"] in local]
+    if not sites:
+        return {}
+    accumulators = {site["name"]: ErrorAccumulator(len(seeds), site["q_heads"]) for site in sites}
+    with open_probe(hybrid, bundle.classical_path, library=library, providers=providers) as model:
+        _run_sites(bundle, inputs, model, model, sites, local, seeds, accumulators, dtypes)
+    return accumulators
+
+
+def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators, dtypes) -> None:
+    """Compare the sites' values of `base` with the values `value_of[site name]` of `model`, by feed and seed."""
+    symbols = {o.name: o.shape for o in base.get_outputs()}
+    takes_seed = bundle.seed_input in {v.name for v in base.get_overridable_initializers()}
+    for feed in inputs.feeds:
+        masks = keep_masks(bundle.manifest, feed)
+        seeded = [_seeded(feed, bundle.seed_input, seed) for seed in seeds]
+        names = [site["output"] for site in sites]
+        values = runtime.run(base, names, seeded[0] if takes_seed else feed)
+        for group in _groups(values, len(seeds)):
+            chosen = [sites[i] for i in group]
+            runs = [runtime.run(model, [value_of[site["name"]] for site in chosen], one) for one in seeded]
+            for position, (site, i) in enumerate(zip(chosen, group, strict=True)):
+                value = values[i]
+                dtypes[site["output"]] = str(value.dtype)
+                padded = padded_axis(value.shape, symbols[site["output"]], masks)
+                of_seeds = [_same_shape(site["output"], value, one[position]) for one in runs]
+                _add_site(accumulators[site["name"]], site["q_heads"], padded, value, of_seeds)
+
+
+def _add_site(accumulator: ErrorAccumulator, heads: int, padded, value, runs) -> None:
+    """A site's values as (heads, elements), so that the errors of the heads come apart without another pass."""
+    base = by_head(value, heads, padded)
+    accumulator.add(base, [by_head(run, heads, padded) for run in runs], lambda array: array)
+
+
+def _groups(values: list[np.ndarray], seeds: int):
+    """Indices of the sites in groups whose values for all seeds, in float64, fit into SITE_MEMORY."""
+    group, held = [], 0
+    for i, value in enumerate(values):
+        need = value.size * 8 * (seeds + 1)
+        if group and held + need > SITE_MEMORY:
+            yield group
+            group, held = [], 0
+        group.append(i)
+        held += need
+    if group:
+        yield group

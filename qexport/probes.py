@@ -1,0 +1,140 @@
+"""Copies of a bundle's models, in memory, whose attention sites can be watched.
+
+Two kinds: a model with the sites' outputs added to its graph outputs (errors as they run through the model), and the
+classical model with the sampled attention of each site beside the classical one, on the same queries, keys and values (the
+error of a site alone).
+"""
+
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from qexport.external_data import check_external_data, external_files, load_structure
+from qexport.ops import DOMAIN
+from qexport.runtime import (
+    check_providers,
+    explain_load_error,
+    get_library_path,
+    onnxruntime,
+    quiet_options,
+    register_library,
+    version_tuple,
+)
+
+LOCAL = "__qexport_local"
+# The first onnxruntime that reads external data of a model in memory relative to a given folder.
+FOLDER_OPTION_SINCE = (1, 23)
+
+
+def ordered_sites(model: onnx.ModelProto, sites: list[dict]) -> list[dict]:
+    """The sites whose output is a value of the main graph, in the order in which the graph computes them."""
+    position = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
+    found = [site for site in sites if site["output"] in position]
+    return sorted(found, key=lambda site: position[site["output"]])
+
+
+def watch(path, sites: list[dict]) -> onnx.ModelProto:
+    """The model at `path`, its external data not read, with the outputs of the sites as graph outputs."""
+    model = load_structure(path)
+    _add_outputs(model, [site["output"] for site in sites])
+    return model
+
+
+def beside(
+    classical_path, model: onnx.ModelProto, sites: list[dict], seed_input: str
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The classical model with each site's QuantumAttention beside its classical attention, fed with the same values.
+
+    Args:
+        model: the converted model.
+
+    Returns:
+        The new model, and the name of the sampled value by site name. A site is left out when the values that its node
+        reads are not in the classical model.
+    """
+    classical = load_structure(classical_path)
+    makers = {name: node for node in classical.graph.node for name in node.output}
+    available = set(makers) | {v.name for v in classical.graph.input} | {t.name for t in classical.graph.initializer}
+    quantum = {name: node for node in model.graph.node if node.domain == DOMAIN for name in node.output}
+    local = {}
+    for site in sites:
+        source = quantum.get(site["output"])
+        if source is None or site["output"] not in makers:
+            continue
+        inputs = _classical_inputs(source, makers[site["output"]], available, seed_input)
+        if inputs is None:
+            continue
+        node = onnx.NodeProto()
+        node.CopyFrom(source)
+        node.name = source.name + LOCAL
+        del node.input[:], node.output[:]
+        node.input.extend(inputs)
+        node.output.append(site["output"] + LOCAL)
+        classical.graph.node.append(node)
+        local[site["name"]] = node.output[0]
+    _add_seed(classical, model, seed_input)
+    _add_outputs(
+        classical, [name for site in sites if site["name"] in local for name in (site["output"], local[site["name"]])]
+    )
+    return classical, local
+
+
+def _classical_inputs(source, maker, available: set[str], seed_input: str) -> list[str] | None:
+    """The inputs of a QuantumAttention node as values of the classical model: those of the Attention that it replaces, else
+    those of the same name."""
+    names = list(source.input)
+    if maker.op_type == "Attention" and maker.domain == "":
+        for i in range(min(len(names), 7)):
+            names[i] = maker.input[i] if i < len(maker.input) else ""
+    known = all(not name or name in available or name == seed_input for name in names)
+    return names if known else None
+
+
+def _add_seed(classical: onnx.ModelProto, model: onnx.ModelProto, seed_input: str) -> None:
+    """The seed input and its default, and the domain, as in the converted model."""
+    classical.graph.input.extend(v for v in model.graph.input if v.name == seed_input)
+    classical.graph.initializer.extend(t for t in model.graph.initializer if t.name == seed_input)
+    classical.opset_import.extend(entry for entry in model.opset_import if entry.domain == DOMAIN)
+
+
+def _add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
+    present = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+
+
+@contextmanager
+def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=None):
+    """A session of a model in memory; `path` is the file that it came from, beside which its external data lies.
+
+    Raises:
+        QexportError: onnxruntime cannot load it.
+    """
+    ort = onnxruntime()
+    options = quiet_options()
+    if library:
+        register_library(options, get_library_path() if library is True else str(library))
+    folder, scratch, source = Path(path).resolve().parent, None, model.SerializeToString()
+    files = external_files(model)
+    if files:
+        check_external_data(path, model)
+    try:
+        if files and version_tuple(ort.__version__) >= FOLDER_OPTION_SINCE:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        elif files:
+            scratch = Path(tempfile.mkdtemp(prefix="qexport-"))
+            for location in files:
+                (scratch / location).parent.mkdir(parents=True, exist_ok=True)
+                (scratch / location).symlink_to(folder / location)
+            (scratch / "model.onnx").write_bytes(source)
+            source = str(scratch / "model.onnx")
+        try:
+            session = ort.InferenceSession(source, options, providers=check_providers(providers))
+        except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
+            raise explain_load_error(path, error, bool(library)) from error
+        yield session
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)

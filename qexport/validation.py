@@ -1,0 +1,232 @@
+"""validate: is the converted model the classical one, up to the sampling error that its recipe asks for?
+
+Both models run on the same inputs; the converted one without the op library (its fallback must equal the classical model up
+to rounding) and with it, once per seed. docs/json_schema.md explains every figure of the report.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from qexport.bundle import Bundle
+from qexport.comparison import compare
+from qexport.data import load_inputs
+from qexport.errors import UsageError
+from qexport.runtime import onnxruntime
+from qexport.statistics import BIAS_LEVEL, EXACT, SAMPLING, SYSTEMATIC
+
+SCHEMA = "qexport.validate"
+SCHEMA_VERSION = 1
+# Relative Frobenius error end to end that a sampled model may have, unless the caller says otherwise.
+DEFAULT_MAX_ERROR = 0.05
+# Relative error that rounding alone may cause, by the element type of the value. Two orders of the same float32 sums differ
+# by about 1e-6 after a dozen layers; a half-precision model rounds at every layer.
+ROUNDING = {"float32": 1e-5, "float64": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+
+
+@dataclass
+class ValidationReport:
+    """What `validate` found. `passed` is the verdict, `reasons` say in words why it failed (empty when it passed), `notes`
+    what else to know. `to_dict()` is the documented JSON; the attributes hold the same objects.
+    """
+
+    bundle: str
+    passed: bool
+    reasons: list[str]
+    notes: list[str]
+    data: dict
+    seeds: list[int]
+    max_error: dict
+    outputs: dict
+    sites: list[dict]
+    baseline_error: float | None
+    first_divergent: dict | None
+    first_over_tolerance: dict | None
+    worst_site: dict | None
+    versions: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """The report as plain data; figures that are not finite are None."""
+        document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+        return finite(document)
+
+
+def validate(
+    bundle,
+    data=None,
+    *,
+    max_error: float | None = None,
+    seeds: int = 5,
+    batch: int | None = None,
+    seq: int | None = None,
+    library=True,
+    providers=None,
+    progress=None,
+) -> ValidationReport:
+    """Compare a bundle's converted model with its classical one.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        data: .npz or .txt file, or a dict of arrays; the bundle's stored samples when None.
+        max_error: largest relative Frobenius error of any output, mean over the seeds; when None 0.05, or the rounding
+            tolerance for a recipe that does not sample.
+        seeds: number of seeds, 0 .. seeds - 1, that the library runs with.
+        batch, seq: items per run and sequence length; see `qexport.data.load_inputs`.
+        library: True, a path of an op library, or False to compare the fallback alone.
+        providers: execution providers; the CPU when None.
+        progress: called with one line per step.
+
+    Raises:
+        UsageError: `seeds` < 1, `max_error` not positive, or a wrong `batch` or `seq`.
+        QexportError: the bundle, the data or the runtime is at fault; one line says which and what to do.
+    """
+    if seeds < 1:
+        raise UsageError(f"seeds must be >= 1, got {seeds}")
+    if max_error is not None and not 0 < max_error < math.inf:
+        raise UsageError(f"max_error must be a positive number, got {max_error}")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    inputs = load_inputs(opened, data, batch=batch, seq=seq)
+    chosen = list(range(seeds))
+    found = compare(opened, inputs, chosen, library=library, providers=providers, progress=progress)
+
+    level = BIAS_LEVEL / max(len(found.site_order), 1)
+    outputs = {
+        mode: {name: errors.metrics(_rounding(found.dtypes[name])) for name, errors in by_name.items()}
+        for mode, by_name in found.outputs.items()
+    }
+    sites = [_site_entry(site, found, level) for site in found.site_order]
+    rounding = max((_rounding(dtype) for dtype in found.dtypes.values()), default=ROUNDING["float32"])
+    sampled = any(site["strategy"] != "exact" for site in opened.manifest["sites"])
+    limit = max_error if max_error is not None else (DEFAULT_MAX_ERROR if sampled else rounding)
+    limits = {"library": limit if library else None, "fallback": rounding}
+    reasons = _failures(outputs, limits, found.baseline, rounding)
+    report = ValidationReport(
+        bundle=str(opened.path),
+        passed=not reasons,
+        reasons=reasons,
+        notes=[],
+        data={"source": inputs.source, "samples": inputs.samples, "batches": len(inputs.feeds), "notes": inputs.notes},
+        seeds=chosen if library else [],
+        max_error=limits,
+        outputs=outputs,
+        sites=sites,
+        baseline_error=found.baseline,
+        first_divergent=first_divergent(sites, limits),
+        first_over_tolerance=_first_over(sites, limits),
+        worst_site=_worst(sites),
+        versions={"qexport": _version(), "onnxruntime": onnxruntime().__version__},
+    )
+    report.notes = _notes(report, opened)
+    return report
+
+
+def _version() -> str:
+    from qexport import __version__
+
+    return __version__
+
+
+def _rounding(dtype: str) -> float:
+    return ROUNDING.get(dtype, ROUNDING["float32"])
+
+
+def _site_entry(site: dict, found, level: float) -> dict:
+    """One site of the report: where it is, and its errors in each mode (None where a mode was not run)."""
+    rounding = _rounding(found.dtypes.get(site["output"], "float32"))
+    modes = {
+        "fallback": found.sites.get("fallback", {}).get(site["name"]),
+        "propagated": found.sites.get("library", {}).get(site["name"]),
+        "local": found.local.get(site["name"]),
+    }
+    entry = {key: site.get(key) for key in ("name", "layer", "module", "strategy", "num_samples", "output")}
+    return entry | {mode: errors.metrics(rounding, level) if errors else None for mode, errors in modes.items()}
+
+
+def _failures(outputs: dict, limits: dict, baseline: float | None, rounding: float) -> list[str]:
+    """Why the verdict is "failed", one line each; `not <=` so that NaN fails."""
+    reasons = []
+    for mode, words in (("fallback", "without the library"), ("library", "with the library")):
+        for name, metrics in outputs.get(mode, {}).items():
+            if not metrics["relative_error"] <= limits[mode]:
+                error = f"{metrics['relative_error']:.3g}"
+                reasons.append(f"output {name!r} {words}: relative error {error} is above {limits[mode]:g}")
+    if baseline is not None and not baseline <= max(rounding, 1e-3):
+        reasons.append(
+            f"the classical model's outputs differ from the stored ones by {baseline:.3g}; the files or the runtime changed"
+        )
+    return reasons
+
+
+def _where(site: dict) -> dict:
+    return {key: site[key] for key in ("name", "layer", "module")}
+
+
+def first_divergent(sites: list[dict], limits: dict) -> dict | None:
+    """The first site, in the order of the graph, that is wrong rather than noisy, or None.
+
+    Wrong means: without the library its error is above the rounding tolerance (mode "fallback"); or with the library, fed
+    with the classical values, its error has a systematic part above the limit (mode "local").
+    """
+    for site in sites:
+        fallback, local = site["fallback"], site["local"]
+        if fallback and not fallback["relative_error"] <= limits["fallback"]:
+            return {**_where(site), "mode": "fallback", "relative_error": fallback["relative_error"]}
+        if local and local["bias"]["verdict"] == SYSTEMATIC:
+            bias = local["bias"]["relative_bias"]
+            if bias is None or not bias <= limits["library"]:
+                return {**_where(site), "mode": "local", "relative_error": bias}
+    return None
+
+
+def _first_over(sites: list[dict], limits: dict) -> dict | None:
+    """The first site whose error, as it runs through the converted model, is above the limit for the outputs."""
+    for site in sites:
+        mode, errors = ("library", site["propagated"]) if site["propagated"] else ("fallback", site["fallback"])
+        if errors and not errors["relative_error"] <= limits[mode]:
+            return {**_where(site), "mode": mode, "relative_error": errors["relative_error"]}
+    return None
+
+
+def _worst(sites: list[dict]) -> dict | None:
+    """The site with the largest error: its own where it is known, else as it runs through the model."""
+    rated = [(site, site["local"] or site["propagated"] or site["fallback"]) for site in sites]
+    rated = [(site, errors) for site, errors in rated if errors]
+    if not rated:
+        return None
+    site, errors = max(rated, key=lambda pair: _or_infinite(pair[1]["relative_error"]))
+    kind = "local" if site["local"] else "propagated" if site["propagated"] else "fallback"
+    return {**_where(site), "mode": kind, "relative_error": errors["relative_error"], "worst_head": errors.get("worst_head")}
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
+    notes = []
+    local = [site["local"] for site in report.sites if site["local"]]
+    sampled = [site for site in report.sites if site["strategy"] != "exact"]
+    if local and sampled and all(errors["bias"]["verdict"] == EXACT for errors in local):
+        notes.append(
+            "no site had to sample: every query had at most num_samples keys; longer inputs show the sampling error"
+        )
+    if report.first_divergent is None and report.reasons and any(e["bias"]["verdict"] == SAMPLING for e in local):
+        notes.append("no site deviates systematically: the error is sampling noise, a larger num_samples lowers it")
+    for name, metrics in report.outputs.get("library", {}).items():
+        interval = metrics["relative_error_ci95"]
+        if interval and interval[0] <= report.max_error["library"] <= interval[1]:
+            notes.append(f"the limit lies inside the confidence interval of output {name!r}: more seeds settle it")
+    unseen = len(bundle.manifest["sites"]) - len(report.sites)
+    if unseen:
+        notes.append(f"{unseen} sites lie inside subgraphs and are compared end to end only")
+    return notes
+
+
+def finite(value):
+    """`value` with every float that is NaN or infinite replaced by None, in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
