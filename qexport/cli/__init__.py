@@ -102,6 +102,8 @@ def main(argv=None) -> None:
         if verbose:
             raise
         first = (str(error).strip() or "no message").splitlines()[0]
-        click.echo(f"qexport: internal error: {type(error).__name__}: {first} (run again with -v for the traceback)", err=True)
+        click.echo(
+            f"qexport: internal error: {type(error).__name__}: {first} (run again with -v for the traceback)", err=True
+        )
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

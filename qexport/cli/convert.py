@@ -26,7 +26,9 @@ class Samples(click.ParamType):
 @click.argument("model")
 @click.option("-o", "--output", metavar="DIR", help="Folder of the bundle; an older bundle there is replaced.")
 @click.option(
-    "--strategy", type=click.Choice(QUANTUM_ATTENTION.attribute("strategy").choices), help="How keys are sampled [stratified]."
+    "--strategy",
+    type=click.Choice(QUANTUM_ATTENTION.attribute("strategy").choices),
+    help="How keys are sampled [stratified].",
 )
 @click.option("--num-samples", type=Samples(), help="Keys per query, one number or one per head [32].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Sample around the mean of V [on].")

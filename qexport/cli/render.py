@@ -46,7 +46,7 @@ def site_label(site: dict) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """"1 attention", "2 attentions"."""
+    """ "1 attention", "2 attentions"."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
@@ -60,7 +60,10 @@ def show_conversion(report, verbose: bool) -> None:
         heads = (site["q_heads"], site["kv_heads"], site["head_size"])
         kinds.setdefault((site["strategy"], samples_text(site["num_samples"]), *heads), []).append(site)
     if verbose:
-        rows = [(site_label(s), s["strategy"], samples_text(s["num_samples"]), s["q_heads"], s["head_size"]) for s in report.sites]
+        rows = [
+            (site_label(s), s["strategy"], samples_text(s["num_samples"]), s["q_heads"], s["head_size"])
+            for s in report.sites
+        ]
         table("", ("site", "strategy", "samples", "heads", "head size"), rows, text_columns=2)
     else:
         for (strategy, samples, q_heads, kv_heads, size), sites in kinds.items():
@@ -76,7 +79,191 @@ def show_conversion(report, verbose: bool) -> None:
         manifest = report.manifest
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         click.echo(
-            f"{report.path}: {size / 1e6:.1f} MB, opset {manifest['opset']}, runs in onnxruntime {manifest['min_onnxruntime']} "
-            "and newer"
+            f"{report.path}: {size / 1e6:.1f} MB, opset {manifest['opset']}, "
+            f"for onnxruntime {manifest['min_onnxruntime']} and newer"
         )
         click.echo(f"next: qexport validate {report.path}")
+
+
+def percent(value: float | None) -> str:
+    """A relative error with two digits that count: 4.1 %, 0.012 %, 3.2e-07."""
+    if value is None:
+        return "not finite"
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"
+
+
+def _error_text(metrics: dict | None) -> str:
+    """Mean over the seeds with the half width of its 95 % confidence interval."""
+    if metrics is None:
+        return ""
+    interval = metrics["relative_error_ci95"]
+    spread = (interval[1] - interval[0]) / 2 if interval else 0
+    text = percent(metrics["relative_error"])
+    return (
+        f"{text} ± {percent(spread)}" if spread and metrics["relative_error"] and metrics["relative_error"] > 1e-5 else text
+    )
+
+
+def show_validation(report, verbose: bool) -> None:
+    """What `validate` found: outputs, sites, verdict."""
+    data, found = report.to_dict()["data"], report.to_dict()
+    click.echo(
+        f"{found['bundle']} on {data['source']}: {plural(data['samples'], 'item')}, {plural(len(found['seeds']), 'seed')}"
+    )
+    for note in data["notes"]:
+        click.echo(f"note: {note}")
+    rows = []
+    for name, fallback in found["outputs"]["fallback"].items():
+        sampled = found["outputs"].get("library", {}).get(name)
+        shown = sampled or fallback
+        rows.append(
+            (
+                name,
+                percent(fallback["relative_error"]),
+                _error_text(sampled),
+                _fixed(shown["cosine"]),
+                f"{shown['max_abs_error']:.2g}",
+            )
+        )
+    header = ("output", "error without library", "error with library", "cosine", "max abs")
+    table("Against the classical model, end to end (relative Frobenius error)", header, rows)
+    show_sites(found["sites"], verbose)
+    for note in found["notes"]:
+        click.echo(f"note: {note}")
+    _show_verdict(found)
+
+
+def _fixed(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
+
+
+def show_sites(sites: list[dict], verbose: bool) -> None:
+    """The attentions one by one; with many of them the five with the largest own error, unless `verbose`."""
+
+    def own(site):
+        return (site["local"] or site["propagated"] or site["fallback"])["relative_error"] or float("inf")
+
+    shown = sites if verbose or len(sites) <= 12 else sorted(sites, key=own, reverse=True)[:5]
+    rows = []
+    for site in shown:
+        local = site["local"] or {}
+        worst = local.get("worst_head")
+        rows.append(
+            (
+                site_label(site),
+                "" if site["strategy"] == "exact" else f"{site['strategy']}, {samples_text(site['num_samples'])}",
+                local.get("bias", {}).get("verdict", ""),
+                _error_text(site["local"]),
+                f"{percent(worst['relative_error'])} (head {worst['head']})" if worst else "",
+                _error_text(site["propagated"]),
+            )
+        )
+    title = (
+        "Attention by attention"
+        if len(shown) == len(sites)
+        else f"The {len(shown)} of {len(sites)} attentions that err most"
+    )
+    header = ("site", "recipe", "deviation is", "own error", "worst head", "error in the model")
+    table(title, header, rows, text_columns=3)
+
+
+def _show_verdict(found: dict) -> None:
+    for key, words in (
+        ("first_divergent", "first site that is wrong"),
+        ("first_over_tolerance", "first site over the limit"),
+    ):
+        if found[key]:
+            click.echo(f"{words}: {site_label(found[key])}, {percent(found[key]['relative_error'])} ({found[key]['mode']})")
+    limit = found["max_error"]["library"] or found["max_error"]["fallback"]
+    if found["passed"]:
+        click.echo(f"PASSED: every output is within {percent(limit)}")
+    else:
+        click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
+
+
+def _mb(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def show_profile(report, verbose: bool) -> None:
+    """What `profile` measured: latency of both models per size, ratio, memory, ops."""
+    found = report.to_dict()
+    settings, machine = found["settings"], found["machine"]
+    threads = settings["threads"] or "all"
+    click.echo(
+        f"{found['bundle']}: {machine['processor']}, {machine['cpu_count']} cores, "
+        f"onnxruntime {found['versions']['onnxruntime']}, {', '.join(settings['providers'])}, threads: {threads}, "
+        f"{settings['runs']} runs, interleaved"
+    )
+    rows = []
+    for size in found["sizes"]:
+        for which, model in size["models"].items():
+            latency = model["latency_ms"]
+            ratio = size["ratio"]["of_medians"] if which == "converted" else None
+            rows.append(
+                (
+                    which,
+                    size["batch"],
+                    size["sequence"] or "fixed",
+                    *(f"{latency[p]:.2f}" for p in ("p50", "p90", "p99")),
+                    f"{ratio:.2f} x" if ratio else "",
+                    f"{model['samples_per_second']:.1f}",
+                    _mb(model["memory"]["peak_bytes"]),
+                    f"{model['memory']['load_seconds'] * 1e3:.0f}",
+                )
+            )
+    header = ("model", "batch", "seq", "p50 ms", "p90 ms", "p99 ms", "time ratio", "items/s", "peak memory", "load ms")
+    table("Latency", header, rows)
+    last = found["sizes"][-1]
+    for which, model in last["models"].items():
+        rows = [(op["op"], op["nodes"], f"{op['time_us'] / 1e3:.2f}", f"{100 * op['share']:.0f} %") for op in model["ops"]]
+        shown = rows if verbose else rows[:6]
+        size = f"batch {last['batch']}, seq {last['sequence'] or 'fixed'}"
+        table(f"Where the time goes, {which}, {size}", ("op", "nodes", "ms", "share"), shown)
+        placement = model["placement"]
+        if placement["not_on_first_provider"] or placement["memcpy_nodes"]:
+            away = plural(len(placement["not_on_first_provider"]), "node")
+            copies = placement["memcpy_nodes"]
+            click.echo(f"{which}: {away} not on {placement['asked'][0]}, {copies} copies between devices")
+
+
+def show_inspection(found: dict, verbose: bool) -> None:
+    """What `inspect` found, as key and value lines; lists of sites as a table."""
+    for key, value in found.items():
+        if key in ("sites", "left_alone") or value in (None, [], {}):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        click.echo(f"{key:18}{value}")
+
+
+def show_demo(report, verbose: bool) -> None:
+    """One table for the whole demo, and what to try next."""
+    conversion, checked, timed = report.conversion, report.validation.to_dict(), report.profile.to_dict()
+    size = timed["sizes"][0]
+    classical, converted = (size["models"][which]["latency_ms"]["p50"] for which in ("classical", "converted"))
+    sites = conversion.sites
+    rows = [
+        ("attentions converted", f"{len(sites)} of {len(sites) + len(conversion.left_alone)}"),
+        ("recipe", f"{sites[0]['strategy']}, {samples_text(sites[0]['num_samples'])} keys per query"),
+        ("checked on", f"{plural(checked['data']['samples'], 'English text')}, {plural(len(checked['seeds']), 'seed')}"),
+    ]
+    for name, metrics in checked["outputs"]["library"].items():
+        rows.append((f"error of {name}", f"{_error_text(metrics)} (cosine {_fixed(metrics['cosine'])})"))
+    without = max(metrics["relative_error"] for metrics in checked["outputs"]["fallback"].values())
+    worst = checked["worst_site"]
+    rows += [
+        ("error without the library", percent(without)),
+        ("worst attention", f"{site_label(worst)}, {percent(worst['relative_error'])} by itself"),
+        (f"latency, batch 1, {size['sequence']} tokens", f"classical {classical:.2f} ms, converted {converted:.2f} ms"),
+        ("time ratio", f"{size['ratio']['of_medians']:.2f} x (below 1 is faster than classical)"),
+    ]
+    table(f"all-MiniLM-L6-v2 as {conversion.path}/model.onnx", ("", ""), rows, text_columns=2)
+    if verbose:
+        show_sites(checked["sites"], verbose)
+    _show_verdict(checked)
+    click.echo(f"next: qexport validate {conversion.path} --seq 256 --batch 4, or qexport convert YOUR_MODEL -o DIR")

@@ -9,7 +9,9 @@ OUT_OF_TOLERANCE = 3
 
 @click.command("validate")
 @click.argument("bundle", metavar="DIR")
-@click.option("--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples].")
+@click.option(
+    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+)
 @click.option("--max-error", type=float, help="Largest relative error allowed at the model's outputs.")
 @click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
