@@ -1,0 +1,46 @@
+"""Runs one model in a process of its own and prints its memory and load time as JSON: `python -m qexport._memory_child`.
+
+A process keeps its peak for ever, so two models that share one cannot be told apart. The request comes as JSON on stdin:
+{"model", "library", "providers", "threads", "feed": path of an .npz, "runs"}.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+
+from qexport.errors import QexportError
+from qexport.rss import current_rss, peak_rss
+from qexport.runtime import onnxruntime, quiet_options, run, session
+
+
+def measure(request: dict) -> dict:
+    """Load and run the model; bytes resident before, after loading and at the peak, and seconds to load."""
+    options = quiet_options()
+    if request["threads"]:
+        options.intra_op_num_threads = request["threads"]
+    with np.load(request["feed"], allow_pickle=False) as file:
+        feed = {name: file[name] for name in file.files}
+    onnxruntime()  # the runtime itself belongs to "before"
+    before = current_rss()
+    start = time.perf_counter()
+    opened = session(request["model"], library=request["library"], providers=request["providers"], options=options)
+    load = time.perf_counter() - start
+    loaded = current_rss()
+    for _ in range(request["runs"]):
+        run(opened, None, feed)
+    return {"before_bytes": before, "loaded_bytes": loaded, "peak_bytes": peak_rss(), "load_seconds": load}
+
+
+def main() -> None:
+    """Answer one request from stdin; an error is printed as {"error": one line}."""
+    try:
+        answer = measure(json.load(sys.stdin))
+    except QexportError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

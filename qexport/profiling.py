@@ -1,0 +1,285 @@
+"""profile: how fast and how large are the converted model and its classical baseline, on this machine?
+
+Both models run in one process, in turn and in changing order, so that drift of the machine meets both alike. Times per node
+come from separate sessions, because tracing slows a run down; memory comes from one child process per model and size.
+docs/json_schema.md explains every figure of the report.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qexport import runtime
+from qexport.bundle import Bundle
+from qexport.data import dimension_sizes, generate
+from qexport.errors import QexportError, UsageError
+from qexport.trace import arena_peak, node_table, op_table, placement, read_trace
+
+SCHEMA = "qexport.profile"
+SCHEMA_VERSION = 1
+CLASSICAL, CONVERTED = "classical", "converted"
+TRACED_RUNS = 10
+MEMORY_RUNS = 3
+MEMORY_TIMEOUT = 600
+
+
+@dataclass
+class ProfileReport:
+    """What `profile` measured; `sizes` has one entry per batch size and length. `to_dict()` is the documented JSON."""
+
+    bundle: str
+    settings: dict
+    machine: dict
+    sizes: list[dict]
+    versions: dict
+
+    def to_dict(self) -> dict:
+        """The report as plain data."""
+        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+
+
+def profile(
+    bundle,
+    *,
+    providers=None,
+    batch=(1,),
+    seq=(128,),
+    runs: int = 50,
+    warmup: int = 5,
+    threads: int | None = None,
+    library=True,
+    progress=None,
+) -> ProfileReport:
+    """Measure latency, throughput, time per op, placement and memory of a bundle's two models.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        providers: execution providers in the order of preference; the CPU when None.
+        batch, seq: batch sizes and sequence lengths; every pair is measured. A number is a list of one. Lengths collapse to
+            one size where the model's inputs have no such dimension.
+        runs, warmup: timed runs of each model and size, and runs before them.
+        threads: intra-op threads; the runtime's choice when None.
+        library: as in `qexport.runtime.session`, for the converted model.
+        progress: called with one line per step.
+
+    Raises:
+        UsageError: a number below 1, a length above the model's limit, or a provider that is not available.
+        QexportError: the bundle or the runtime is at fault.
+    """
+    batches, lengths = _numbers("batch", batch), _numbers("seq", seq)
+    for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be >= {least}, got {value}")
+    say = progress or (lambda text: None)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    providers = runtime.check_providers(providers)
+    sizes = _distinct_sizes(opened, batches, lengths)
+    feeds = [generate(opened, batch=b, seq=s).feeds[0] for b, s, _ in sizes]
+    library_path = (runtime.get_library_path() if library is True else str(library)) if library else None
+    models = {CLASSICAL: (opened.classical_path, None), CONVERTED: (opened.model_path, library_path)}
+
+    sessions = {
+        which: runtime.session(path, library=lib, providers=providers, options=_options(threads))
+        for which, (path, lib) in models.items()
+    }
+    times = []
+    for (b, s, _), feed in zip(sizes, feeds, strict=True):
+        say(f"timing batch {b}, length {s}")
+        times.append(_interleaved(sessions, feed, runs, warmup))
+    del sessions
+    entries = []
+    for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
+        entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": _ratio(times[i])}
+        for which, (path, lib) in models.items():
+            say(f"tracing the {which} model, batch {b}, length {s}")
+            entry["models"][which] = {
+                **_latency(times[i][which], b, _tokens(opened, feed)),
+                "memory": _memory(path, lib, providers, threads, feed),
+                **_traced(path, lib, providers, threads, feed, min(runs, TRACED_RUNS)),
+            }
+        entries.append(entry)
+    names = [p if isinstance(p, str) else p[0] for p in providers]
+    settings = {"providers": names, "runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
+    return ProfileReport(str(opened.path), settings, _machine(), entries, _versions())
+
+
+def _numbers(name: str, value) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    if not values:
+        raise UsageError(f"{name} must hold at least one number")
+    for number in values:
+        if number < 1:
+            raise UsageError(f"{name} must be >= 1, got {number}")
+    return values
+
+
+def _distinct_sizes(bundle: Bundle, batches, lengths) -> list[tuple[int, int | None, dict]]:
+    """(batch, length, sizes of the symbolic dimensions) of every pair that differs; the length is None for fixed inputs."""
+    sizes, seen = [], []
+    for b in batches:
+        for s in lengths:
+            dims = dimension_sizes(bundle.manifest, b, s)
+            if dims in seen:
+                continue
+            seen.append(dims)
+            sizes.append((b, s if len(dims) > 1 or s in dims.values() else None, dims))
+    return sizes
+
+
+def _options(threads: int | None):
+    options = runtime.quiet_options()
+    if threads:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _interleaved(sessions: dict, feed: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
+    """Seconds of each run of each model; the models run in turn, and the order changes from one round to the next."""
+    order = list(sessions)
+    for _ in range(warmup):
+        for which in order:
+            runtime.run(sessions[which], None, feed)
+    seconds = {which: np.zeros(runs) for which in order}
+    for i in range(runs):
+        for which in order if i % 2 == 0 else reversed(order):
+            start = time.perf_counter()
+            runtime.run(sessions[which], None, feed)
+            seconds[which][i] = time.perf_counter() - start
+    return seconds
+
+
+def _latency(seconds: np.ndarray, batch: int, tokens: int | None) -> dict:
+    p50, p90, p99 = np.percentile(seconds, [50, 90, 99])
+    mean = float(seconds.mean())
+    return {
+        "latency_ms": {
+            "p50": float(p50) * 1e3,
+            "p90": float(p90) * 1e3,
+            "p99": float(p99) * 1e3,
+            "mean": mean * 1e3,
+            "min": float(seconds.min()) * 1e3,
+            "max": float(seconds.max()) * 1e3,
+        },
+        "samples_per_second": batch / mean,
+        "tokens_per_second": tokens / mean if tokens else None,
+    }
+
+
+def _tokens(bundle: Bundle, feed: dict) -> int | None:
+    """Number of tokens of a feed; None for models without token ids."""
+    counts = [feed[spec["name"]].size for spec in bundle.manifest["inputs"] if spec["kind"] == "token_ids"]
+    return sum(counts) or None
+
+
+def _ratio(seconds: dict[str, np.ndarray]) -> dict:
+    """Time of the converted model over the classical one: ratio of the medians, and the ratios of the rounds with their
+    quartiles and the 95 % confidence interval of their median."""
+    rounds = np.sort(seconds[CONVERTED] / seconds[CLASSICAL])
+    low, high = median_interval(len(rounds))
+    return {
+        "of_medians": float(np.median(seconds[CONVERTED]) / np.median(seconds[CLASSICAL])),
+        "of_rounds": {f"p{q}": float(np.percentile(rounds, q)) for q in (25, 50, 75)},
+        "median_ci95": [float(rounds[low]), float(rounds[high])] if low is not None else None,
+    }
+
+
+def median_interval(count: int) -> tuple[int | None, int | None]:
+    """Indices of the order statistics that enclose the median of `count` values with at least 95 % confidence (the binomial
+    distribution of how many lie below it); (None, None) for fewer than six."""
+    cumulated, below = 0.0, -1
+    for k in range(count):
+        cumulated += math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2))
+        if cumulated > 0.025:
+            break
+        below = k
+    return (below, count - 1 - below) if below >= 0 else (None, None)
+
+
+def _traced(path, library, providers, threads, feed, runs: int) -> dict:
+    """Times, placement and memory by node, from `runs` traced runs after one to warm up.
+
+    Memory patterns are off: with them the runtime takes one block for all nodes, and no node shows its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
+        options = _options(threads)
+        options.enable_profiling = True
+        options.enable_mem_pattern = False
+        options.profile_file_prefix = str(Path(folder) / "trace")
+        session = runtime.session(path, library=library, providers=providers, options=options)
+        for _ in range(runs + 1):
+            runtime.run(session, None, feed)
+        events = read_trace(session.end_profiling())
+    if len(events) != runs + 1:
+        raise QexportError(f"{path}: the trace holds {len(events)} runs instead of {runs + 1}; lower the number of runs")
+    nodes = node_table(events[1:], events[0])
+    names = [p if isinstance(p, str) else p[0] for p in providers]
+    return {
+        "ops": op_table(nodes),
+        "placement": placement(nodes, names),
+        "arena_peak_bytes": arena_peak(events),
+        "nodes": nodes,
+    }
+
+
+def _memory(path, library, providers, threads, feed) -> dict:
+    """Memory and load time of one model in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
+        file = Path(folder) / "feed.npz"
+        np.savez(file, **feed)
+        request = {
+            "model": str(path),
+            "library": library,
+            "providers": providers,
+            "threads": threads,
+            "feed": str(file),
+            "runs": MEMORY_RUNS,
+        }
+        # the child finds the package where this process found it
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "qexport._memory_child"],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                timeout=MEMORY_TIMEOUT,
+                env=environment,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise QexportError(f"{path}: its memory could not be measured: {error}") from error
+    try:
+        answer = json.loads(child.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        reason = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+        raise QexportError(f"{path}: its memory could not be measured: {reason[0]}") from None
+    if "error" in answer:
+        raise QexportError(answer["error"])
+    return answer
+
+
+def _machine() -> dict:
+    return {"platform": platform.platform(), "processor": _processor(), "cpu_count": os.cpu_count()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict:
+    from qexport import __version__
+
+    return {"qexport": __version__, "onnxruntime": runtime.onnxruntime().__version__, "python": platform.python_version()}
