@@ -1,0 +1,89 @@
+// Exact attention of a block of rows: online softmax over tiles of keys, never more than kTile scores per row in memory.
+#pragma once
+
+#include "scores.h"
+
+namespace qexport {
+namespace QEXPORT_ISA {
+
+constexpr int64_t kTile = 64;  // keys; S^T, P^T, one tile of K or V and O^T then stay in the L1/L2 cache
+
+struct ExactScratch {
+  float *q_t, *s, *bias, *o_t, *keys, *row;
+};
+
+static ExactScratch exact_scratch(const AttentionJob& job, Arena& arena) {
+  const QuantumAttentionParams& p = job.params;
+  const int64_t size = (greater(p.head_size, p.v_head_size) + kLanes - 1) / kLanes * kLanes;
+  ExactScratch s;
+  s.q_t = arena.take<float>(p.head_size * kMaxRows);
+  s.s = arena.take<float>(kTile * kMaxRows);
+  s.bias = arena.take<float>(job.tensors.mask.data ? kTile * kMaxRows : 0);
+  s.o_t = arena.take<float>(p.v_head_size * kMaxRows);
+  s.keys = arena.take<float>(p.type == DType::f32 ? 0 : kTile * size);
+  s.row = arena.take<float>(size);
+  return s;
+}
+
+// Softmax of a tile with running maximum m and running sum l, both per lane: s becomes exp(s - m), alpha = exp(m_old - m).
+static void online_softmax(float* s, int64_t ld, int64_t count, int vecs, float* m, float* l, float* alpha) {
+  for (int v = 0; v < vecs; ++v) {
+    float* column = s + v * kLanes;
+    const vf m_old = load<vf>(m + v * kLanes);
+    vf m_new = m_old;
+    for (int64_t j = 0; j < count; ++j) m_new = max(load<vf>(column + j * ld), m_new);
+    // Where no key has been allowed yet the maximum is -inf; 0 in its place keeps -inf - m from being NaN.
+    const vf origin = m_new == -kInf ? vf{} : m_new;
+    const vf a = exp_nonpositive(m_old - origin);
+    vf sum{};
+    for (int64_t j = 0; j < count; ++j) {
+      const vf e = exp_nonpositive(load<vf>(column + j * ld) - origin);
+      sum += e;
+      store(column + j * ld, e);
+    }
+    store(m + v * kLanes, m_new);
+    store(l + v * kLanes, load<vf>(l + v * kLanes) * a + sum);
+    store(alpha + v * kLanes, a);
+  }
+}
+
+static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
+  const QuantumAttentionParams& p = job.params;
+  const AttentionMask& mask = job.tensors.mask;
+  Arena arena{memory, 0};
+  const ExactScratch scratch = exact_scratch(job, arena);
+  Rows rows;
+  set_rows(job, block, rows);
+  const int64_t ld = rows.vecs * kLanes;
+  pack_queries(job, block, rows, scratch.q_t, ld, scratch.row);
+
+  alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows];
+  for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
+  for (int64_t i = 0; i < p.v_head_size * ld; ++i) scratch.o_t[i] = 0.0f;
+
+  for (int64_t j = rows.begin, count; j < rows.end; j += count) {
+    const KeyRows k = key_rows(job, false, block.batch, block.kv_head, j, lesser(kTile, rows.end - j), scratch.keys);
+    count = k.count;
+    if (mask.data && !mask_bias(mask, rows, j, count, scratch.bias, ld)) continue;
+    score_product(k.data, k.stride, scratch.q_t, scratch.s, ld, p.head_size, count, rows.vecs);
+    if (p.softcap > 0.0f) apply_softcap(scratch.s, count * ld, p.softcap);
+    if (mask.data || j < rows.common_begin || j + count > rows.common_end) {
+      apply_mask(rows, j, count, mask.data ? scratch.bias : nullptr, scratch.s, ld);
+    }
+    online_softmax(scratch.s, ld, count, rows.vecs, m, l, alpha);
+    const KeyRows v = key_rows(job, true, block.batch, block.kv_head, j, count, scratch.keys);
+    value_product(v.data, v.stride, scratch.s, scratch.o_t, ld, p.v_head_size, count, rows.vecs, alpha);
+  }
+
+  for (int64_t r = 0; r < rows.count; ++r) {
+    // A row without an allowed key has l = 0 and is 0.
+    const float inverse = l[r] == 0.0f ? 0.0f : 1.0f / l[r];
+    for (int64_t x = 0; x < p.v_head_size; ++x) {
+      scratch.row[x] = l[r] == 0.0f ? 0.0f : scratch.o_t[x * ld + r] * inverse;
+    }
+    write_row(p.type, scratch.row, p.v_head_size, output_row(job, block.batch, rows.head[r], rows.query[r]));
+  }
+}
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport

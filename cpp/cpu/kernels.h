@@ -1,0 +1,54 @@
+// The part of the CPU kernel that is compiled once per instruction set, as a table of functions.
+#pragma once
+
+#include "qexport/quantum_attention.h"
+
+namespace qexport {
+
+// One call, with what the earlier phases have computed.
+struct AttentionJob {
+  QuantumAttentionParams params;
+  QuantumAttentionTensors tensors;
+  int64_t total_len;  // past_len + kv_len
+  int64_t group;      // query heads per kv head
+  float* value_mean;  // (batch, kv_heads, v_head_size), or null
+  float* value_norm;  // (batch, kv_heads, total_len): |v_j - mean|, or null
+  float* entropy;     // (batch, q_heads, q_len), adaptive only
+  int32_t* allowed;   // (batch, q_heads, q_len): allowed keys, adaptive only
+  double* budget;     // (batch, q_heads, q_len): samples of each row, adaptive only
+};
+
+// `count` query rows of one kv head, from row `first`. Row r is query r % q_len of query head kv_head * group + r / q_len.
+struct RowBlock {
+  int64_t batch, kv_head, first, count;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t exact_rows;    // rows of a block of exact_rows_kernel
+  int64_t sampled_rows;  // rows of a block of the other kernels
+  size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread
+  void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*qk_matmul_output)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+};
+
+// Defined by the copies of attention_kernels.cc that this build holds.
+namespace generic {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
+
+const Kernels& kernels();
+
+}  // namespace qexport

@@ -1,0 +1,217 @@
+// QuantumAttention on the CPU: the phases of a call, cut into blocks of query rows that any thread may take.
+#include "qexport/quantum_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qexport {
+namespace {
+
+size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors) {
+  AttentionJob job{};
+  job.params = params;
+  job.tensors = tensors;
+  job.total_len = params.past_len + params.kv_len;
+  job.group = params.q_heads / params.kv_heads;
+  const int64_t least = *std::min_element(params.num_samples, params.num_samples + params.num_samples_count);
+  if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
+  if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
+  return job;
+}
+
+struct Layout {
+  size_t mean, norm, entropy, allowed, budget, workers, per_worker, total;
+};
+
+Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
+  const QuantumAttentionParams& p = job.params;
+  const size_t kv = static_cast<size_t>(p.batch * p.kv_heads);
+  const size_t rows = static_cast<size_t>(p.batch * p.q_heads * p.q_len);
+  const bool adaptive = p.strategy == Strategy::adaptive;
+  Layout layout{};
+  size_t used = 64;  // the caller's pointer need not be aligned
+  const auto take = [&](bool needed, size_t bytes) {
+    const size_t at = used;
+    used += needed ? padded(bytes) : 0;
+    return at;
+  };
+  layout.mean = take(p.control_variate, kv * static_cast<size_t>(p.v_head_size) * sizeof(float));
+  layout.norm = take(p.control_variate, kv * static_cast<size_t>(job.total_len) * sizeof(float));
+  layout.entropy = take(adaptive, rows * sizeof(float));
+  layout.allowed = take(adaptive, rows * sizeof(int32_t));
+  layout.budget = take(adaptive, rows * sizeof(double));
+  layout.per_worker = padded(kernels().scratch_bytes(job)) + 64;
+  layout.workers = used;
+  layout.total = used + layout.per_worker * static_cast<size_t>(parallel.max_threads);
+  return layout;
+}
+
+// Runs body(block, scratch) over every block of at most `max_rows` query rows. A thread takes the next block when it is done
+// with the last one; what a block computes does not depend on who takes it.
+class BlockRunner {
+ public:
+  BlockRunner(const AttentionJob& job, char* scratch, size_t per_worker, const ParallelFor& parallel)
+      : job_(job), scratch_(scratch), per_worker_(per_worker), parallel_(parallel) {}
+
+  template <class Body>
+  void blocks(int64_t max_rows, const Body& body) {
+    const QuantumAttentionParams& p = job_.params;
+    // The query heads of a kv head are stacked where one head alone would leave lanes empty, as in decoding.
+    const int64_t span = p.q_len * 2 >= max_rows ? p.q_len : p.q_len * job_.group;
+    const int64_t spans = p.q_len * job_.group / std::max<int64_t>(span, 1);
+    const int64_t per_span = (span + max_rows - 1) / max_rows;
+    const int64_t total = p.batch * p.kv_heads * spans * per_span;
+    each(total, [&, spans, per_span, span](int64_t i, char* scratch) {
+      // Later rows come first: under a causal mask they take longest, and a long block at the end would be waited for.
+      const int64_t part = per_span - 1 - i / (p.batch * p.kv_heads * spans);
+      const int64_t place = i % (p.batch * p.kv_heads * spans);
+      const int64_t first = place % spans * span + part * max_rows;
+      body(RowBlock{place / spans / p.kv_heads, place / spans % p.kv_heads, first,
+                    std::min(max_rows, place % spans * span + span - first)},
+           scratch);
+    });
+  }
+
+  // body(i, scratch) for i in [0, total).
+  template <class Body>
+  void each(int64_t total, const Body& body) {
+    struct Shared {
+      const Body* body;
+      std::atomic<int64_t> next;
+      int64_t total;
+      char* scratch;
+      size_t per_worker;
+    } shared{&body, {0}, total, scratch_, per_worker_};
+    const auto work = [](void* data, size_t worker) {
+      Shared& s = *static_cast<Shared*>(data);
+      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.total;) {
+        (*s.body)(i, s.scratch + worker * s.per_worker);
+      }
+    };
+    const size_t workers = static_cast<size_t>(std::min<int64_t>(total, serial_ ? 1 : parallel_.max_threads));
+    if (workers <= 1) {
+      if (total > 0) work(&shared, 0);
+    } else {
+      parallel_.run(parallel_.pool, work, workers, &shared);
+    }
+  }
+
+  // Waking a thread pool costs tens of microseconds: small calls stay on the calling thread.
+  void set_serial(bool serial) { serial_ = serial; }
+
+ private:
+  const AttentionJob& job_;
+  char* scratch_;
+  size_t per_worker_;
+  const ParallelFor& parallel_;
+  bool serial_ = false;
+};
+
+// present = past joined with new along the key axis, for one (batch, kv head).
+void join(const AttentionJob& job, bool values, int64_t b, int64_t h) {
+  const QuantumAttentionParams& p = job.params;
+  const QuantumAttentionTensors& t = job.tensors;
+  const HeadRows& past = values ? t.past_value : t.past_key;
+  const HeadRows& fresh = values ? t.v : t.k;
+  const int64_t bytes = p.type == DType::f32 ? 4 : 2;
+  const int64_t row = (values ? p.v_head_size : p.head_size) * bytes;
+  char* out = static_cast<char*>(values ? t.present_value : t.present_key) + (b * p.kv_heads + h) * job.total_len * row;
+  const auto copy = [&](const HeadRows& rows, int64_t count) {
+    const char* src = static_cast<const char*>(rows.data) + (b * rows.batch_stride + h * rows.head_stride) * bytes;
+    if (rows.row_stride * bytes == row) {
+      std::memcpy(out, src, static_cast<size_t>(count * row));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(out + i * row, src + i * rows.row_stride * bytes, static_cast<size_t>(row));
+      }
+    }
+    out += count * row;
+  };
+  if (p.past_len > 0) copy(past, p.past_len);
+  if (p.kv_len > 0) copy(fresh, p.kv_len);
+}
+
+// The budget of batch item b: S_r = min(n_r, max(1, c g_r)), g_r = S_h exp(H_r), with c such that sum S_r = sum min(S_h, n_r).
+void share_budget(const AttentionJob& job, int64_t b) {
+  const QuantumAttentionParams& p = job.params;
+  const int64_t rows = p.q_heads * p.q_len, first = b * rows;
+  double* g = job.budget + first;
+  const int32_t* allowed = job.allowed + first;
+  double target = 0.0, high = 0.0, low = 0.0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t samples = p.num_samples[p.num_samples_count == 1 ? 0 : r / p.q_len];
+    g[r] = static_cast<double>(samples) * std::exp(static_cast<double>(job.entropy[first + r]));
+    if (allowed[r] == 0) continue;
+    target += static_cast<double>(std::min<int64_t>(samples, allowed[r]));
+    high = std::max(high, allowed[r] / g[r]);
+  }
+  const auto share = [&](double c, int64_t r) { return std::min<double>(allowed[r], std::max(1.0, c * g[r])); };
+  for (int step = 0; step < 64 && low < high; ++step) {
+    const double c = low + (high - low) / 2;
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows; ++r) sum += share(c, r);
+    (sum < target ? low : high) = c;
+  }
+  for (int64_t r = 0; r < rows; ++r) g[r] = share(high, r);
+}
+
+}  // namespace
+
+size_t quantum_attention_cpu_scratch_bytes(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors,
+                                           const ParallelFor& parallel) {
+  return make_layout(make_job(params, tensors), parallel).total;
+}
+
+void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors, void* scratch,
+                           const ParallelFor& parallel) {
+  AttentionJob job = make_job(params, tensors);
+  const Layout layout = make_layout(job, parallel);
+  char* base = static_cast<char*>(scratch);
+  base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
+  const QuantumAttentionParams& p = job.params;
+  if (p.control_variate) {
+    job.value_mean = reinterpret_cast<float*>(base + layout.mean);
+    job.value_norm = reinterpret_cast<float*>(base + layout.norm);
+  }
+  if (p.strategy == Strategy::adaptive) {
+    job.entropy = reinterpret_cast<float*>(base + layout.entropy);
+    job.allowed = reinterpret_cast<int32_t*>(base + layout.allowed);
+    job.budget = reinterpret_cast<double*>(base + layout.budget);
+  }
+  const Kernels& k = kernels();
+  BlockRunner runner(job, base + layout.workers, layout.per_worker, parallel);
+  const int64_t kv = p.batch * p.kv_heads;
+  const double work = static_cast<double>(p.batch * p.q_heads * p.q_len) * static_cast<double>(job.total_len) *
+                      static_cast<double>(p.head_size + p.v_head_size + 16);
+  runner.set_serial(work < 4e6);
+
+  if (job.tensors.present_key || job.tensors.present_value) {
+    runner.each(kv, [&](int64_t i, char*) {
+      if (job.tensors.present_key) join(job, false, i / p.kv_heads, i % p.kv_heads);
+      if (job.tensors.present_value) join(job, true, i / p.kv_heads, i % p.kv_heads);
+    });
+  }
+  if (p.control_variate) {
+    runner.each(kv, [&](int64_t i, char* s) { k.value_stats(job, i / p.kv_heads, i % p.kv_heads, s); });
+  }
+  if (p.strategy == Strategy::adaptive) {
+    runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.entropy(job, block, s); });
+    runner.each(p.batch, [&](int64_t b, char*) { share_budget(job, b); });
+  }
+  if (p.strategy == Strategy::exact) {
+    runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
+  } else {
+    runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.sampled(job, block, s); });
+  }
+  if (job.tensors.qk_matmul_output) {
+    runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.qk_matmul_output(job, block, s); });
+  }
+}
+
+}  // namespace qexport

@@ -1,0 +1,165 @@
+// Reading and writing rows of any float type, and what one block of query rows may attend to.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace qexport {
+namespace QEXPORT_ISA {
+
+constexpr int kMaxVecs = 4;
+constexpr int kMaxRows = kMaxVecs * kLanes;
+
+static QEXPORT_INLINE int64_t element_size(DType type) {
+  return type == DType::f32 ? 4 : type == DType::boolean ? 1 : 2;
+}
+
+// `n` elements of `src` as float32. `dst` holds n rounded up to kLanes.
+static void read_row(DType type, const void* src, int64_t n, float* dst) {
+  if (type == DType::f32) {
+    __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4);
+    return;
+  }
+  const uint16_t* half = static_cast<const uint16_t*>(src);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    vh x{};
+    if (i + kLanes <= n) {
+      x = load<vh>(half + i);
+    } else {
+      __builtin_memcpy(&x, half + i, static_cast<size_t>(n - i) * 2);
+    }
+    store(dst + i, type == DType::f16 ? from_f16(x) : from_bf16(x));
+  }
+}
+
+// `n` float32 elements (readable up to n rounded up to kLanes) in the type of `dst`.
+static void write_row(DType type, const float* src, int64_t n, void* dst) {
+  if (type == DType::f32) {
+    __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4);
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(dst);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const vf x = load<vf>(src + i);
+    const vh h = type == DType::f16 ? to_f16(x) : to_bf16(x);
+    __builtin_memcpy(half + i, &h, static_cast<size_t>(lesser<int64_t>(kLanes, n - i)) * 2);
+  }
+}
+
+static QEXPORT_INLINE const char* row_of(const HeadRows& rows, DType type, int64_t b, int64_t h, int64_t i) {
+  return static_cast<const char*>(rows.data) +
+         (b * rows.batch_stride + h * rows.head_stride + i * rows.row_stride) * element_size(type);
+}
+
+// Up to `count` rows of K or V from key `j` on, as float32.
+struct KeyRows {
+  const float* data;
+  int64_t stride;
+  int64_t count;
+};
+
+// Keys before past_len come from the past, the others from the new rows; a run never crosses the border. float32 rows are
+// used where they lie; others are converted into `buffer` (count x round_up(size, kLanes) floats).
+static KeyRows key_rows(const AttentionJob& job, bool values, int64_t b, int64_t kv_head, int64_t j, int64_t count,
+                        float* buffer) {
+  const QuantumAttentionParams& p = job.params;
+  const QuantumAttentionTensors& t = job.tensors;
+  const bool past = j < p.past_len;
+  const HeadRows& rows = past ? (values ? t.past_value : t.past_key) : (values ? t.v : t.k);
+  const int64_t first = past ? j : j - p.past_len;
+  count = lesser(count, past ? p.past_len - j : job.total_len - j);
+  const char* src = row_of(rows, p.type, b, kv_head, first);
+  if (p.type == DType::f32) return {reinterpret_cast<const float*>(src), rows.row_stride, count};
+  const int64_t size = values ? p.v_head_size : p.head_size;
+  const int64_t stride = (size + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = 0; i < count; ++i) {
+    read_row(p.type, src + i * rows.row_stride * 2, size, buffer + i * stride);
+  }
+  return {buffer, stride, count};
+}
+
+// The rows of one block, one per lane, with the keys [lo, hi) that causality, windows, padding and the length of the mask
+// leave to each of them. Lanes past the last row attend to nothing.
+struct Rows {
+  int64_t count;
+  int vecs;
+  int64_t head[kMaxRows], query[kMaxRows];
+  const char* mask[kMaxRows];
+  alignas(64) int32_t lo[kMaxRows];
+  alignas(64) int32_t hi[kMaxRows];
+  int64_t begin, end;              // the union of the ranges
+  int64_t common_begin, common_end;  // their intersection
+  bool shared_mask;                // every row has the same mask row
+};
+
+static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows) {
+  const QuantumAttentionParams& p = job.params;
+  const AttentionMask& mask = job.tensors.mask;
+  const int64_t* nonpad = job.tensors.nonpad_kv_seqlen;
+  const int64_t valid = nonpad ? lesser(greater<int64_t>(nonpad[block.batch], 0), job.total_len) : job.total_len;
+  const int64_t offset = nonpad ? nonpad[block.batch] - p.q_len : p.past_len;
+  rows.count = block.count;
+  rows.vecs = static_cast<int>((block.count + kLanes - 1) / kLanes);
+  rows.begin = job.total_len, rows.end = 0, rows.common_begin = 0, rows.common_end = job.total_len;
+  rows.shared_mask = true;
+  for (int64_t r = 0; r < rows.vecs * kLanes; ++r) {
+    rows.lo[r] = rows.hi[r] = 0;
+    rows.mask[r] = nullptr;
+    if (r >= block.count) continue;
+    const int64_t head = block.kv_head * job.group + (block.first + r) / p.q_len;
+    const int64_t query = (block.first + r) % p.q_len;
+    rows.head[r] = head, rows.query[r] = query;
+    const int64_t position = query + offset;
+    int64_t lo = 0, hi = valid;
+    if (p.is_causal) hi = lesser(hi, position + 1);
+    if (p.right_window >= 0) hi = lesser(hi, position + p.right_window + 1);
+    if (p.left_window >= 0) lo = greater<int64_t>(lo, position - p.left_window);
+    if (mask.data) {
+      hi = lesser(hi, mask.len);
+      rows.mask[r] = static_cast<const char*>(mask.data) +
+                     (block.batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride) *
+                         element_size(mask.type);
+      rows.shared_mask = rows.shared_mask && rows.mask[r] == rows.mask[0];
+    }
+    if (hi <= lo) lo = hi = 0;
+    rows.lo[r] = static_cast<int32_t>(lo), rows.hi[r] = static_cast<int32_t>(hi);
+    rows.common_begin = greater(rows.common_begin, lo), rows.common_end = lesser(rows.common_end, hi);
+    if (hi > lo) rows.begin = lesser(rows.begin, lo), rows.end = greater(rows.end, hi);
+  }
+  if (rows.begin >= rows.end) rows.begin = rows.end = 0;
+}
+
+// q_t[x][lane] = scale * Q[lane][x], zero in lanes without a row. `row` holds round_up(head_size, kLanes) floats.
+static void pack_queries(const AttentionJob& job, const RowBlock& block, const Rows& rows, float* q_t, int64_t ld, float* row) {
+  const QuantumAttentionParams& p = job.params;
+  for (int64_t r = 0; r < rows.vecs * kLanes; ++r) {
+    if (r >= rows.count) {
+      for (int64_t x = 0; x < p.head_size; ++x) q_t[x * ld + r] = 0.0f;
+      continue;
+    }
+    const char* src = row_of(job.tensors.q, p.type, block.batch, rows.head[r], rows.query[r]);
+    read_row(p.type, src, p.head_size, row);
+    for (int64_t x = 0; x < p.head_size; ++x) q_t[x * ld + r] = row[x] * p.scale;
+  }
+}
+
+static QEXPORT_INLINE char* output_row(const AttentionJob& job, int64_t b, int64_t head, int64_t query) {
+  const QuantumAttentionTensors& t = job.tensors;
+  return static_cast<char*>(t.y) + (b * t.y_batch_stride + head * t.y_head_stride + query * t.y_row_stride) *
+                                       element_size(job.params.type);
+}
+
+// Carves arrays out of scratch, each aligned to a cache line. With base null it only counts.
+struct Arena {
+  char* base;
+  size_t used;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+    return base ? p : nullptr;
+  }
+};
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport

@@ -1,0 +1,148 @@
+// Vectors of kLanes floats, written with the GCC/Clang vector extensions so that one source serves every instruction set.
+// Everything lives in the namespace QEXPORT_ISA: no symbol is shared between files compiled with different flags, and
+// nothing of the standard library is called.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+// GCC 12 warns about its own undefined-vector intrinsics where they are inlined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace qexport {
+namespace QEXPORT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kBlock = 8;  // broadcast operands of a register block; two vectors of queries each
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kBlock = 6;
+#else
+constexpr int kLanes = 4;
+constexpr int kBlock = 8;
+#endif
+
+#define QEXPORT_INLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInf = __builtin_inff();
+
+template <class T>
+static QEXPORT_INLINE T lesser(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+static QEXPORT_INLINE T greater(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <class V, class T>
+static QEXPORT_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+static QEXPORT_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+static QEXPORT_INLINE vf splat(float x) { return x - vf{}; }
+static QEXPORT_INLINE vi splat(int32_t x) { return x - vi{}; }
+static QEXPORT_INLINE vu bits_of(vf x) { return (vu)x; }
+static QEXPORT_INLINE vf float_of(vu x) { return (vf)x; }
+static QEXPORT_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
+static QEXPORT_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// a > b ? a : b, so that a NaN in `a` is dropped.
+static QEXPORT_INLINE vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Bit l of the result is set where lane l of a comparison is true.
+static QEXPORT_INLINE uint32_t lane_bits(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(mask[l] & 1) << l;
+  return bits;
+#endif
+}
+
+// e^x for x <= 0 to about 1 ulp; 0 below -87 (and for -inf); NaN stays NaN.
+// x = n ln2 + r, |r| <= ln2 / 2; e^r by its degree-6 minimax polynomial; 2^n through the exponent bits.
+static QEXPORT_INLINE vf exp_nonpositive(vf x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
+  const vf shifted = x * 1.44269504088896341f + kRound;
+  const vf n = shifted - kRound;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf poly = splat(1.9875691500e-4f);
+  poly = poly * r + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  poly = poly * r * r + r + 1.0f;
+  const vf power = float_of((bits_of(shifted) << 23) + 0x3F800000u);
+  return x < -87.0f ? vf{} : poly * power;
+}
+
+// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|).
+static QEXPORT_INLINE vf tanh(vf x) {
+  const vu sign = bits_of(x) & 0x80000000u;
+  const vf e = exp_nonpositive(float_of(bits_of(x) | 0x80000000u) * 2.0f);
+  return float_of(bits_of((1.0f - e) / (1.0f + e)) | sign);
+}
+
+static QEXPORT_INLINE vf from_bf16(vh x) { return float_of(__builtin_convertvector(x, vu) << 16); }
+
+// Half to float: the exponent is moved by a multiplication with 2^112, which also normalises the subnormals.
+static QEXPORT_INLINE vf from_f16(vh x) {
+  const vu h = __builtin_convertvector(x, vu);
+  const vu magnitude = (h & 0x7FFFu) << 13;
+  const vf value = float_of(magnitude) * 5.192296858534828e33f;
+  const vu special = (vu)(magnitude >= (0x7C00u << 13)) & 0x7F800000u;
+  return float_of(bits_of(value) | special | ((h & 0x8000u) << 16));
+}
+
+// Float to bfloat16, round to nearest even; NaN stays NaN.
+static QEXPORT_INLINE vh to_bf16(vf x) {
+  const vu u = bits_of(x);
+  const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const vu nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector((vu)(x != x ? nan : rounded), vh);
+}
+
+// Float to half, round to nearest even; overflow becomes infinity.
+static QEXPORT_INLINE vh to_f16(vf x) {
+  const vu u = bits_of(x);
+  const vu sign = (u >> 16) & 0x8000u;
+  const vu a = u & 0x7FFFFFFFu;
+  const vu normal = (a + 0xC8000FFFu + ((a >> 13) & 1u)) >> 13;              // exponent minus 112, rounded
+  const vu subnormal = bits_of(float_of(a) + 0.5f) - 0x3F000000u;            // adding 0.5 aligns the mantissa to 2^-24
+  vu h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x477FF000u ? vu{} + 0x7C00u : h;
+  h = a > 0x7F800000u ? vu{} + 0x7E00u : h;
+  return __builtin_convertvector(h | sign, vh);
+}
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport

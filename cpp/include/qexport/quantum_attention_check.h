@@ -1,0 +1,54 @@
+// From attributes and shapes, as a framework hands them over, to checked params and strides. Shared by the adapters.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "qexport/quantum_attention.h"
+
+namespace qexport {
+
+// The attributes of a node. Every one with a default in the op table must have been given; there are no defaults here.
+struct QuantumAttentionAttributes {
+  std::string strategy;
+  std::vector<int64_t> num_samples;
+  int64_t control_variate, layer, is_causal, qk_matmul_output_mode, left_window_size, right_window_size;
+  float softcap;
+  bool has_scale;
+  float scale;
+  int64_t q_num_heads, kv_num_heads;  // 0: absent
+};
+
+struct Shape {
+  int rank;
+  int64_t dim[4];
+};
+std::string to_string(const Shape& shape);
+
+// One input: data null where it is absent.
+struct TensorView {
+  const void* data;
+  bool present;
+  DType type;
+  Shape shape;
+};
+
+struct QuantumAttentionInputs {
+  TensorView q, k, v, attn_mask, past_key, past_value;
+  const int64_t* nonpad_kv_seqlen;  // null: absent
+  Shape nonpad_shape;
+  int64_t seed;
+};
+
+struct QuantumAttentionCall {
+  QuantumAttentionParams params;
+  QuantumAttentionTensors tensors;  // the outputs are left null
+  Shape y, present_key, present_value, qk_matmul_output;
+};
+
+// Errors, all std::invalid_argument with one line: "[QuantumAttention] num_samples must be > 0, got 0".
+void check_attributes(const QuantumAttentionAttributes& attributes);
+QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& attributes, const QuantumAttentionInputs& inputs);
+
+}  // namespace qexport

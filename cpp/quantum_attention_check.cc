@@ -1,0 +1,184 @@
+// The one place where attributes and shapes are checked; the kernels behind it take them as given.
+#include "qexport/quantum_attention_check.h"
+
+#include <cmath>
+
+namespace qexport {
+namespace {
+
+constexpr const char* kOp = "[QuantumAttention] ";
+constexpr const char* kStrategies[] = {"exact", "naive", "stratified", "adaptive", "hybrid"};
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(kOp + message); }
+
+[[noreturn]] void fail_shape(const char* name, const Shape& shape, const std::string& expected) {
+  fail(std::string(name) + " has shape " + to_string(shape) + ", expected " + expected);
+}
+
+Strategy strategy_of(const std::string& name) {
+  for (int i = 0; i < 5; ++i) {
+    if (name == kStrategies[i]) return static_cast<Strategy>(i);
+  }
+  fail("strategy must be one of exact, naive, stratified, adaptive, hybrid, got '" + name + "'");
+}
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return;
+  const std::string limit = most == INT64_MAX ? ">= " + std::to_string(least)
+                                              : "in " + std::to_string(least) + " to " + std::to_string(most);
+  fail(std::string(name) + " must be " + limit + ", got " + std::to_string(value));
+}
+
+void check_shape(const char* name, const TensorView& tensor, const std::vector<int64_t>& expected, const char* meaning) {
+  bool same = tensor.shape.rank == static_cast<int>(expected.size());
+  Shape wanted{static_cast<int>(expected.size()), {}};
+  for (size_t i = 0; i < expected.size(); ++i) {
+    wanted.dim[i] = expected[i];
+    same = same && tensor.shape.dim[i] == expected[i];
+  }
+  if (!same) fail_shape(name, tensor.shape, to_string(wanted) + " (" + meaning + ")");
+}
+
+// Sizes of one of Q, K, V, whichever layout it has: (b, heads, n, size) or (b, n, heads * size).
+struct HeadView {
+  int64_t batch, heads, len, size;
+  HeadRows rows;
+};
+
+HeadView head_view(const char* name, const TensorView& tensor, int64_t heads, const char* heads_name) {
+  const int64_t* d = tensor.shape.dim;
+  if (tensor.shape.rank == 4) return {d[0], d[1], d[2], d[3], {tensor.data, d[1] * d[2] * d[3], d[2] * d[3], d[3]}};
+  if (tensor.shape.rank != 3) fail_shape(name, tensor.shape, "3 or 4 dimensions");
+  if (heads == 0) fail(std::string(name) + " has 3 dimensions, which needs the attribute " + heads_name);
+  if (d[2] % heads != 0) {
+    fail_shape(name, tensor.shape, "a last dimension that " + std::string(heads_name) + " = " + std::to_string(heads) + " divides");
+  }
+  return {d[0], heads, d[1], d[2] / heads, {tensor.data, d[1] * d[2], d[2] / heads, d[2]}};
+}
+
+AttentionMask mask_view(const TensorView& mask, int64_t batch, int64_t heads, int64_t q_len, int64_t total_len) {
+  if (!mask.present) return {nullptr, DType::f32, 0, 0, 0, 0};
+  const int64_t full[4] = {batch, heads, q_len, total_len};
+  const Shape wanted{4, {batch, heads, q_len, total_len}};
+  if (mask.shape.rank < 1 || mask.shape.rank > 4) fail_shape("attn_mask", mask.shape, "1 to 4 dimensions");
+  int64_t dims[4] = {1, 1, 1, 1};
+  for (int i = 0; i < mask.shape.rank; ++i) dims[4 - mask.shape.rank + i] = mask.shape.dim[i];
+  for (int i = 0; i < 4; ++i) {
+    if (i < 3 ? dims[i] != 1 && dims[i] != full[i] : dims[i] > full[i]) {
+      fail_shape("attn_mask", mask.shape, "one that broadcasts to " + to_string(wanted) + " (batch, q_heads, q_len, total_len)");
+    }
+  }
+  static const char no_elements = 0;  // a mask of length 0 masks every key and may come without a pointer
+  return {mask.data ? mask.data : &no_elements,
+          mask.type,
+          dims[0] == 1 ? 0 : dims[1] * dims[2] * dims[3],
+          dims[1] == 1 ? 0 : dims[2] * dims[3],
+          dims[2] == 1 ? 0 : dims[3],
+          dims[3]};
+}
+
+}  // namespace
+
+std::string to_string(const Shape& shape) {
+  std::string text = "(";
+  for (int i = 0; i < shape.rank; ++i) text += (i ? ", " : "") + std::to_string(shape.dim[i]);
+  return text + (shape.rank == 1 ? ",)" : ")");
+}
+
+void check_attributes(const QuantumAttentionAttributes& a) {
+  strategy_of(a.strategy);
+  if (a.num_samples.empty()) fail("num_samples must hold one number, or one per query head, got none");
+  for (const int64_t samples : a.num_samples) {
+    if (samples <= 0) fail("num_samples must be > 0, got " + std::to_string(samples));
+    check_range("num_samples", samples, 1, INT32_MAX);
+  }
+  check_range("control_variate", a.control_variate, 0, 1);
+  check_range("layer", a.layer, 0, UINT32_MAX);
+  check_range("is_causal", a.is_causal, 0, 1);
+  check_range("qk_matmul_output_mode", a.qk_matmul_output_mode, 0, 3);
+  check_range("left_window_size", a.left_window_size, -1, INT32_MAX);
+  check_range("right_window_size", a.right_window_size, -1, INT32_MAX);
+  if (!(a.softcap >= 0.0f) || std::isinf(a.softcap)) fail("softcap must be >= 0 and finite, got " + std::to_string(a.softcap));
+  if (a.has_scale && !std::isfinite(a.scale)) fail("scale must be finite, got " + std::to_string(a.scale));
+  if (a.q_num_heads < 0) check_range("q_num_heads", a.q_num_heads, 1, INT64_MAX);
+  if (a.kv_num_heads < 0) check_range("kv_num_heads", a.kv_num_heads, 1, INT64_MAX);
+}
+
+QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const QuantumAttentionInputs& in) {
+  const HeadView q = head_view("Q", in.q, a.q_num_heads, "q_num_heads");
+  const HeadView k = head_view("K", in.k, a.kv_num_heads, "kv_num_heads");
+  const HeadView v = head_view("V", in.v, a.kv_num_heads, "kv_num_heads");
+  if (in.k.shape.rank != in.q.shape.rank) fail_shape("K", in.k.shape, "as many dimensions as Q, " + to_string(in.q.shape));
+  if (in.v.shape.rank != in.q.shape.rank) fail_shape("V", in.v.shape, "as many dimensions as Q, " + to_string(in.q.shape));
+  if (k.batch != q.batch) fail_shape("K", in.k.shape, "the batch size of Q, " + std::to_string(q.batch));
+  if (k.size != q.size) fail_shape("K", in.k.shape, "the head_size of Q, " + std::to_string(q.size));
+  if (v.batch != k.batch || v.heads != k.heads || v.len != k.len) {
+    fail_shape("V", in.v.shape, "the batch size, kv_heads and kv_len of K, " + to_string(in.k.shape));
+  }
+  if (k.heads == 0 || q.heads % k.heads != 0) {
+    fail("q_heads must be a multiple of kv_heads, got " + std::to_string(q.heads) + " and " + std::to_string(k.heads));
+  }
+  if (q.size == 0 || v.size == 0) fail_shape(q.size == 0 ? "Q" : "V", q.size == 0 ? in.q.shape : in.v.shape, "a head_size above 0");
+  if (in.past_key.present != in.past_value.present) fail("past_key and past_value must be given together");
+  int64_t past_len = 0;
+  if (in.past_key.present) {
+    past_len = in.past_key.shape.rank == 4 ? in.past_key.shape.dim[2] : 0;
+    check_shape("past_key", in.past_key, {q.batch, k.heads, past_len, k.size}, "batch, kv_heads, past_len, head_size");
+    check_shape("past_value", in.past_value, {q.batch, k.heads, past_len, v.size}, "batch, kv_heads, past_len, v_head_size");
+  }
+  if (in.nonpad_kv_seqlen) {
+    if (in.past_key.present) fail("nonpad_kv_seqlen cannot be combined with past_key");
+    if (in.nonpad_shape.rank != 1 || in.nonpad_shape.dim[0] != q.batch) {
+      fail_shape("nonpad_kv_seqlen", in.nonpad_shape, "(" + std::to_string(q.batch) + ",), one number per batch item");
+    }
+  }
+  const int64_t total_len = past_len + k.len;
+  check_range("total_len", total_len, 0, INT32_MAX / 2);
+  check_range("q_len", q.len, 0, INT32_MAX / 2);
+  const int64_t count = static_cast<int64_t>(a.num_samples.size());
+  if (count != 1 && count != q.heads) {
+    fail("num_samples must hold 1 number or one per query head (" + std::to_string(q.heads) + "), got " + std::to_string(count));
+  }
+
+  QuantumAttentionCall call{};
+  call.params = {strategy_of(a.strategy),
+                 a.num_samples.data(),
+                 count,
+                 a.control_variate != 0,
+                 a.is_causal != 0,
+                 static_cast<uint32_t>(a.layer),
+                 in.seed,
+                 a.has_scale ? a.scale : static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.size))),
+                 a.softcap,
+                 a.left_window_size,
+                 a.right_window_size,
+                 a.qk_matmul_output_mode,
+                 in.q.type,
+                 q.batch,
+                 q.heads,
+                 k.heads,
+                 q.len,
+                 past_len,
+                 k.len,
+                 q.size,
+                 v.size};
+  QuantumAttentionTensors& t = call.tensors;
+  t.q = q.rows, t.k = k.rows, t.v = v.rows;
+  t.past_key = {in.past_key.data, k.heads * past_len * k.size, past_len * k.size, k.size};
+  t.past_value = {in.past_value.data, k.heads * past_len * v.size, past_len * v.size, v.size};
+  t.mask = mask_view(in.attn_mask, q.batch, q.heads, q.len, total_len);
+  t.nonpad_kv_seqlen = in.nonpad_kv_seqlen;
+  if (in.q.shape.rank == 4) {
+    call.y = {4, {q.batch, q.heads, q.len, v.size}};
+    t.y_batch_stride = q.heads * q.len * v.size, t.y_head_stride = q.len * v.size, t.y_row_stride = v.size;
+  } else {
+    call.y = {3, {q.batch, q.len, q.heads * v.size, 0}};
+    t.y_batch_stride = q.len * q.heads * v.size, t.y_head_stride = v.size, t.y_row_stride = q.heads * v.size;
+  }
+  call.present_key = {4, {q.batch, k.heads, total_len, k.size}};
+  call.present_value = {4, {q.batch, k.heads, total_len, v.size}};
+  call.qk_matmul_output = {4, {q.batch, q.heads, q.len, total_len}};
+  return call;
+}
+
+}  // namespace qexport

@@ -1,0 +1,42 @@
+// RegisterCustomOps, the one symbol of libqexport_ops: adds the domain com.qexport to a session.
+#include <cstdio>
+
+#include "quantum_attention.h"
+
+namespace qexport {
+namespace {
+
+// With a shape function, onnxruntime before 1.24 crashes on a node that leaves an optional input in the middle empty.
+bool can_infer_shapes(const char* version) {
+  int major = 0, minor = 0;
+  return std::sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 24);
+}
+
+// One domain for the life of the process; every session refers to it.
+OrtCustomOpDomain* make_domain(bool infer) {
+  OrtCustomOpDomain* domain = nullptr;
+  ort_check(ort->CreateCustomOpDomain("com.qexport", &domain));
+  for (const DType type : {DType::f32, DType::f16, DType::bf16}) {
+    ort_check(ort->CustomOpDomain_Add(domain, quantum_attention_op(type, infer)));
+  }
+  return domain;
+}
+
+}  // namespace
+}  // namespace qexport
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
+                                                                                            const OrtApiBase* base) {
+  using namespace qexport;
+  static const OrtApi* const api = base->GetApi(kOrtApiVersion);
+  if (!api) {
+    // A status is made through the API that is not there; the session then fails at the first node of the domain.
+    std::fprintf(stderr, "libqexport_ops needs onnxruntime 1.17 or newer, this is %s\n", base->GetVersionString());
+    return nullptr;
+  }
+  ort = api;
+  return ort_guard([&] {
+    static OrtCustomOpDomain* const domain = make_domain(can_infer_shapes(base->GetVersionString()));
+    ort_check(ort->AddCustomOpDomain(options, domain));
+  });
+}
