@@ -1,0 +1,274 @@
+"""The command line as a user meets it: exit codes, one-line errors, clean JSON, quick help."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from bundle_factory import build_model, make_bundle
+
+from qexport.cli import COMMANDS, main
+
+
+@pytest.fixture
+def qexport(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("cli") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def classical(tmp_path_factory):
+    """A classical .onnx file with two attentions."""
+    path = tmp_path_factory.mktemp("cli") / "encoder.onnx"
+    onnx.save(build_model(quantum=False), path)
+    return path
+
+
+def assert_one_line(code, out, err, *words, expected=1):
+    assert code == expected, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("qexport: error: ")
+    for word in words:
+        assert word in err
+
+
+def test_help_of_every_command(qexport):
+    code, out, _ = qexport("--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert name in out
+        code, text, _ = qexport(name, "--help")
+        assert code == 0
+        assert "--json" in text
+
+
+def test_help_is_quick():
+    """Median of five starts under 0.3 s."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "qexport", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.3
+
+
+def test_convert_validate_profile_inspect(qexport, classical, tmp_path):
+    target = tmp_path / "bundle"
+    code, out, err = qexport("convert", classical, "-o", target, "--num-samples", "4", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert [site["strategy"] for site in report["sites"]] == ["stratified"] * 2
+    code, out, err = qexport("validate", target, "--max-error", "2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["passed"] is True
+    code, out, err = qexport("profile", target, "--runs", "3", "--seq", "8,16", "--json")
+    assert code == 0, err
+    assert [size["sequence"] for size in json.loads(out)["sizes"]] == [8, 16]
+    code, out, err = qexport("inspect", target, "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["sites"]) == 2
+
+
+def test_text_output(qexport, bundle):
+    code, out, _ = qexport("validate", bundle, "--max-error", "2")
+    assert code == 0
+    assert "encoder.0.attention" in out
+    assert "PASSED" in out
+    code, out, _ = qexport("profile", bundle, "--runs", "3", "--seq", "16")
+    assert code == 0
+    assert "p50 ms" in out
+    assert "QuantumAttention" in out
+    code, out, _ = qexport("inspect", bundle)
+    assert code == 0
+    assert "encoder.1.attention" in out
+
+
+def test_out_of_tolerance_is_exit_code_3(qexport, bundle):
+    code, out, err = qexport("validate", bundle, "--max-error", "1e-4")
+    assert code == 3
+    assert "FAILED: output 'hidden' with the library" in out
+    assert "first site over the limit: encoder.0.attention" in out
+    assert err == ""
+
+
+def test_dry_run_writes_nothing(qexport, classical, tmp_path):
+    code, out, err = qexport("convert", classical, "--dry-run", "-o", tmp_path / "never")
+    assert code == 0, err
+    assert "2 of 2 attentions would be converted" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["no-such-command"], ["no command 'no-such-command'", "convert"]),
+        (["convert", "model.onnx"], ["-o DIR"]),
+        (["convert", "model.onnx", "-o", "x", "--num-samples", "0"], ["must be >= 1, got 0"]),
+        (["convert", "model.onnx", "-o", "x", "--num-samples", "-3"], ["must be >= 1, got -3"]),
+        (["convert", "model.onnx", "-o", "x", "--num-samples", "some"], ["'some' is not a whole number"]),
+        (["convert", "model.onnx", "-o", "x", "--strategy", "best"], ["'best'", "stratified"]),
+        (["convert", "model.onnx", "-o", "x", "--opset", "11"], ["11", "17"]),
+        (["profile", "x", "--runs", "0"], ["0", "1"]),
+        (["validate", "x", "--seeds", "many"], ["many"]),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(qexport, argv, words):
+    code, out, err = qexport(*argv)
+    assert code == 2
+    assert out == ""
+    for word in words:
+        assert word in err
+
+
+def damaged(kind, tmp_path, classical):
+    """A file that is wrong in the way of `kind`, and what the error must say."""
+    path = tmp_path / f"{kind}.onnx"
+    if kind == "missing":
+        return path, ["no such"]
+    if kind == "text":
+        path.write_text("this is not a model\n")
+        return path, ["not an ONNX"]
+    if kind == "empty":
+        path.write_bytes(b"")
+        return path, ["not an ONNX"]
+    if kind == "truncated":
+        path.write_bytes(classical.read_bytes()[:-3000])
+        return path, ["cut short"]
+    model = onnx.load(classical)
+    if kind == "unknown_op":
+        model.graph.node[-1].domain = "com.nobody"
+        model.graph.node[-1].op_type = "Mystery"
+        model.opset_import.append(onnx.helper.make_opsetid("com.nobody", 1))
+        words = ["com.nobody", "Mystery"]
+    elif kind == "no_attention":
+        model = onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+        )
+        words = ["no attention found"]
+    elif kind == "external_missing":
+        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+        (tmp_path / "weights.bin").unlink()
+        return path, ["weights.bin"]
+    elif kind == "external_outside":
+        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+        model = onnx.load(path, load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "../outside.bin"
+        (tmp_path.parent / "outside.bin").write_bytes((tmp_path / "weights.bin").read_bytes())
+        path.write_bytes(model.SerializeToString())
+        return path, ["outside"]
+    path.write_bytes(model.SerializeToString())
+    return path, words
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "text", "empty", "truncated", "unknown_op", "no_attention", "external_missing", "external_outside"],
+)
+def test_convert_of_a_bad_file(qexport, kind, tmp_path, classical):
+    path, words = damaged(kind, tmp_path, classical)
+    assert_one_line(*qexport("convert", path, "-o", tmp_path / "out"), path.name, *words)
+    assert not (tmp_path / "out").exists()
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"input_ids": np.zeros((1, 5), np.float32), "attention_mask": np.ones((1, 5), np.int64)}, ["input_ids", "float32"]),
+        ({"input_ids": np.zeros((1, 65), np.int64), "attention_mask": np.ones((1, 65), np.int64)}, ["65", "64"]),
+        ({"input_ids": np.zeros((0, 5), np.int64), "attention_mask": np.ones((0, 5), np.int64)}, ["empty"]),
+        ({"input_ids": np.full((1, 5), 50), "attention_mask": np.ones((1, 5), np.int64)}, ["input_ids", "50"]),
+        ({"ids": np.zeros((1, 5), np.int64)}, ["ids", "input_ids"]),
+    ],
+)
+def test_validate_with_bad_data(qexport, bundle, tmp_path, arrays, words):
+    np.savez(tmp_path / "data.npz", **arrays)
+    assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.npz"), *words)
+
+
+def test_data_of_an_unknown_kind(qexport, bundle, tmp_path):
+    (tmp_path / "data.csv").write_text("1,2\n")
+    assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.csv"), ".npz", expected=2)
+
+
+@pytest.mark.parametrize("command", ["validate", "profile", "inspect"])
+def test_no_bundle_there(qexport, command, tmp_path):
+    assert_one_line(*qexport(command, tmp_path / "nothing"), "no such")
+
+
+def test_sequence_longer_than_the_model(qexport, bundle):
+    code, out, err = qexport("profile", bundle, "--seq", "65")
+    assert_one_line(code, out, err, "65", "64", expected=code)
+    assert code in (1, 2)
+
+
+def test_recipe_errors_name_the_file_and_the_key(qexport, classical, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("strategy: stratified\nsamples: 3\n")
+    code, out, err = qexport("convert", classical, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
+    assert_one_line(code, out, err, "recipe.yaml", "samples", expected=2)
+
+
+def test_an_existing_folder_is_not_overwritten(qexport, classical, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    code, out, err = qexport("convert", classical, "-o", tmp_path / "mine")
+    assert_one_line(code, out, err, "mine", expected=code)
+    assert code in (1, 2)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_interrupt_leaves_the_old_bundle(classical, tmp_path):
+    """Ctrl-C while a bundle is being replaced: exit code 130, the old one byte for byte, nothing beside it."""
+    target = make_bundle(tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
+    script = f"""
+import signal, os, threading, time
+import qexport.conversion as conversion
+from qexport.cli import main
+run = conversion._run
+def slow(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+    return run(*args)
+conversion._run = slow
+main(["convert", {str(classical)!r}, "-o", {str(target)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_doctor(qexport):
+    code, out, _ = qexport("doctor", "--json")
+    assert code == 0
+    assert {f["subject"] for f in json.loads(out)["findings"]} >= {"python", "onnxruntime", "op library", "kernel"}
+
+
+def test_ops(qexport):
+    code, out, _ = qexport("ops", "--json")
+    assert code == 0
+    assert json.loads(out)["ops"][0]["name"] == "QuantumAttention"
+    assert "num_samples" in qexport("ops")[1]
