@@ -4,25 +4,93 @@ import numpy as np
 import onnx_ir as ir
 
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Where", "Softmax", "Cast", "Identity", "Dropout", "Not", "Pow", "MatMul"}
+# Ops that scales are computed with in exported files; evaluated only on a few constant numbers.
+_FOLDABLE = {
+    "Add",
+    "Cast",
+    "Concat",
+    "Div",
+    "Gather",
+    "Identity",
+    "Mul",
+    "Neg",
+    "Pow",
+    "Reciprocal",
+    "Reshape",
+    "Shape",
+    "Slice",
+    "Sqrt",
+    "Squeeze",
+    "Sub",
+    "Unsqueeze",
+}
 
 
-def constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
-    """The value as an array when it is a constant of at most `limit` elements, else None."""
-    if value is None:
+def constant(value: ir.Value | None, limit: int = 4096, depth: int = 16) -> np.ndarray | None:
+    """The value as an array when it is a constant of at most `limit` elements, or computed from such; else None."""
+    if value is None or value.is_graph_input():
         return None
     tensor = value.const_value
-    producer = value.producer()
-    if tensor is None and producer is not None and producer.op_type == "Constant" and producer.domain in ("", "ai.onnx"):
+    node = value.producer()
+    if tensor is None and is_op(node, "Constant"):
         tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or value.is_graph_input() or tensor.size > limit:
+    if tensor is not None:
+        return tensor.numpy() if tensor.size <= limit else None
+    if node is None or depth == 0 or not is_op(node, *_FOLDABLE) or len(node.outputs) != 1:
         return None
-    return tensor.numpy()
+    if node.op_type == "Shape":
+        return _constant_shape(node)
+    inputs = [constant(x, limit, depth - 1) if x is not None else None for x in node.inputs]
+    if any(array is None for array, x in zip(inputs, node.inputs, strict=True) if x is not None):
+        return None
+    return _evaluate(node, inputs)
+
+
+def _constant_shape(node: ir.Node) -> np.ndarray | None:
+    shape = node.inputs[0].shape
+    if shape is None:
+        return None
+    dims = list(shape)[attribute(node, "start", 0) : attribute(node, "end", len(shape))]
+    # a dynamic axis stands as -1; only numbers picked out of it that are >= 0 are trusted (see `scalar`)
+    return np.array([d if isinstance(d, int) else -1 for d in dims], np.int64)
+
+
+def _evaluate(node: ir.Node, inputs: list) -> np.ndarray | None:
+    from onnx import TensorProto, helper
+    from onnx.reference import ReferenceEvaluator
+
+    if any(array is not None and array.dtype.kind in "iu" and (array == -1).any() for array in inputs[:1]) and (
+        node.op_type not in ("Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Identity", "Reshape")
+    ):
+        return None  # arithmetic on a size that is not known
+    proto = ir.to_proto(node)
+    names = [x.name for x in node.inputs if x is not None]
+    graph = helper.make_graph(
+        [proto],
+        "fold",
+        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in dict.fromkeys(names)],
+        [helper.make_tensor_value_info(node.outputs[0].name, TensorProto.UNDEFINED, None)],
+    )
+    opset = node.graph.opset_imports.get("", 23) if isinstance(node.graph, ir.Graph) else 23
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    feeds = {x.name: array for x, array in zip(node.inputs, inputs, strict=True) if x is not None}
+    try:
+        return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+    except Exception:  # an odd or malformed node is simply not a constant
+        return None
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """The value as a float when it is a constant of one element, else None."""
-    array = constant(value, limit=1)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+    array = constant(value)
+    if array is None or array.size != 1:
+        return None
+    return float(array.reshape(-1)[0])
+
+
+def is_single(value: ir.Value | None) -> bool:
+    """Whether the value is known to hold one element, constant or not."""
+    return value is not None and value.shape is not None and all(dim == 1 for dim in value.shape)
 
 
 def rank(value: ir.Value | None, depth: int = 12) -> int | None:
@@ -77,10 +145,9 @@ def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
 
 
-def only_use(value: ir.Value) -> ir.Node | None:
-    """The only consumer of a value, None when it has several, none, or is a graph output."""
-    uses = value.uses()
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+def consumers(value: ir.Value, ignore: str = "Shape") -> list[ir.Node]:
+    """The nodes that use a value, without those that only ask for its shape; each once."""
+    return list({id(use.node): use.node for use in value.uses() if not is_op(use.node, ignore)}.values())
 
 
 class Builder:
@@ -90,27 +157,61 @@ class Builder:
         self.anchor = anchor
         self.stem = stem or anchor.outputs[0].name or "attention"
         self.count = 0
+        self.module = anchor.metadata_props.get("qexport.module")
 
-    def node(self, op_type: str, *inputs, dtype=None, rank=None, output: str | None = None, **attributes) -> ir.Value:
-        """The output of a new node; plain numbers and lists among the inputs become constants (int64)."""
+    def node(self, op_type: str, *inputs, like: ir.Value | None = None, shape=None, dtype=None, **attributes) -> ir.Value:
+        """The output of a new node.
+
+        Args:
+            inputs: values, None for one that is left out, or integers, which become int64 constants.
+            like: a value with the element type of the output; `dtype` gives the type itself.
+            shape: sizes, names or None per axis of the output, where known.
+        """
         values = [x if isinstance(x, ir.Value) or x is None else self.const(np.asarray(x, np.int64)) for x in inputs]
-        self.count += 1
-        name = output or f"{self.stem}/qexport_{op_type}_{self.count}"
+        name = self._name(op_type)
+        dtype = dtype if dtype is not None else like.dtype if like is not None else None
         result = ir.Value(name=name, type=ir.TensorType(dtype) if dtype is not None else None)
-        if rank is not None:
-            result.shape = ir.Shape([None] * rank)
+        if shape is not None:
+            result.shape = ir.Shape(shape)
         node = ir.Node(
             "", op_type, values, ir.convenience.convert_attributes(attributes), outputs=[result], name=f"{name}_node"
         )
-        self.anchor.graph.insert_before(self.anchor, node)
-        return result
+        return self._add(node)
 
     def const(self, array: np.ndarray) -> ir.Value:
         """A constant as the output of a Constant node."""
-        self.count += 1
-        name = f"{self.stem}/qexport_const_{self.count}"
+        name = self._name("const")
         tensor = ir.tensor(np.asarray(array), name=name)
         result = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[result], name=f"{name}_node")
+        return self._add(
+            ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[result], name=f"{name}_node")
+        )
+
+    def transpose(self, value: ir.Value, perm: list[int]) -> ir.Value:
+        """`value` with its axes permuted; merged with a Transpose that made it, and left out where nothing moves."""
+        producer = value.producer()
+        if is_op(producer, "Transpose") and "perm" in producer.attributes:
+            inner = producer.attributes["perm"].as_ints()
+            value, perm = producer.inputs[0], [inner[p] for p in perm]
+        if perm == list(range(len(perm))):
+            return value
+        shape = [value.shape[p] for p in perm] if value.shape is not None else [None] * len(perm)
+        return self.node("Transpose", value, like=value, shape=shape, perm=perm)
+
+    def axes(self, value: ir.Value, start: int, end: int) -> ir.Value:
+        """Sizes of the axes start..end of a value, as an int64 vector."""
+        return self.node("Shape", value, dtype=ir.DataType.INT64, shape=[end - start], start=start, end=end)
+
+    def concat(self, *parts) -> ir.Value:
+        """Vectors and integers joined into one int64 vector."""
+        return self.node("Concat", *([p] if isinstance(p, int) else p for p in parts), dtype=ir.DataType.INT64, axis=0)
+
+    def _name(self, what: str) -> str:
+        self.count += 1
+        return f"{self.stem}/qexport_{what}_{self.count}"
+
+    def _add(self, node: ir.Node) -> ir.Value:
+        if self.module:
+            node.metadata_props["qexport.module"] = self.module
         self.anchor.graph.insert_before(self.anchor, node)
-        return result
+        return node.outputs[0]

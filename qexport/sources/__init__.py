@@ -85,7 +85,7 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
             raise UsageError(f"{text}: dtype is for torch models; an .onnx file keeps its own type")
         from qexport.sources.onnx_file import open_file
 
-        return open_file(path)
+        return open_file(path, opset=opset)
     if path.is_file():
         raise UsageError(f"{text}: unknown kind of file; give an .onnx or .pt2 file, a folder or package.module:callable")
     if ":" in text and "/" not in text:

@@ -12,11 +12,11 @@ import onnx_ir as ir
 
 from qexport.errors import QexportError, UsageError
 from qexport.sources import InputSpec, Source
+from qexport.sources.kinds import kind_of
 from qexport.sources.quiet import quiet, reason_of
 
 # The exporter's own lowest opset; below it the finished graph is converted down.
 EXPORTER_OPSET = 18
-_KINDS = {"mask": "mask", "token_type": "token_types", "position": "position_ids"}
 
 
 def import_torch():
@@ -257,15 +257,3 @@ def _spec(value: ir.Value, known: dict[str, InputSpec]) -> InputSpec:
     if spec := known.get(value.name):
         return InputSpec(value.name, dtype, shape, spec.kind, spec.high)
     return InputSpec(value.name, dtype, shape, kind_of(value.name, dtype))
-
-
-def kind_of(name: str, dtype: str) -> str:
-    """The kind of an input by its name and type; see InputSpec."""
-    if dtype == "bool":
-        return "boolean"
-    if not dtype.startswith(("int", "uint")):
-        return "continuous"
-    for part, kind in _KINDS.items():
-        if part in name.lower():
-            return kind
-    return "token_ids" if "ids" in name.lower() or "token" in name.lower() else "integer"

@@ -1,0 +1,238 @@
+"""fuse_attention: a Softmax between two products becomes one ai.onnx Attention.
+
+    MatMul(Softmax(scale * Q K^T + bias), V)  ->  Attention(Q, K, V, bias; scale)
+
+3-D products over batch * heads become 4-D ones around the node. The value that the second product made keeps its name.
+"""
+
+import onnx_ir as ir
+
+from qexport.rewrite import DeclinedError, LeftAlone
+from qexport.rewrite.graph import Builder, attribute, constant, consumers, is_op, known_size, scalar, size
+from qexport.rewrite.heads import split_heads, ungrouped
+from qexport.rewrite.masks import attention_mask
+from qexport.rewrite.products import Product, scores_product, values_product
+from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
+from qexport.rewrite.sites import module_from_name, site_name
+
+_SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def fuse_attention(model: ir.Model, opset: int) -> list[LeftAlone]:
+    """Fuse every Softmax whose result weighs values, in place, subgraphs included.
+
+    Args:
+        opset: of the model; below 23 only what the spelled-out fallback can express is taken.
+
+    Returns:
+        The sites that stay, with the reason.
+    """
+    left_alone = []
+    for softmax in [node for node in model.graph.all_nodes() if is_op(node, "Softmax")]:
+        try:
+            end = find_values(softmax)
+            if end is None:
+                continue  # a classifier's, router's or loss's softmax
+            _fuse(softmax, *end, opset)
+        except DeclinedError as reason:
+            name = site_name(softmax)
+            left_alone.append(LeftAlone(name, module_of(softmax), str(reason)))
+    return left_alone
+
+
+def module_of(node: ir.Node) -> str:
+    """The torch module name of a node, from the exporter's metadata or from a path-like node name."""
+    return node.metadata_props.get("qexport.module") or module_from_name(node.name or "")
+
+
+def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, list[ir.Value]] | None:
+    """Walk on from a Softmax to the product with the values.
+
+    Returns:
+        (product node, its operand that holds the probabilities, the values on the way), or None when the softmax weighs
+        no values.
+
+    Raises:
+        DeclinedError: it does, but the probabilities are used elsewhere too or pass an op that Attention lacks.
+    """
+    value, way = softmax.outputs[0], []
+    for _ in range(12):
+        way.append(value)
+        users = consumers(value)
+        guard = _nan_guard(value, users)
+        if guard is not None:
+            way.append(guard[0])
+            value = guard[1]
+            continue
+        products = [u for u in users if is_product(u)]
+        quantised = [u for u in users if u.op_type in (*QUANTISED, "QuantizeLinear")]
+        if quantised and _meets_product(quantised[0]):
+            raise DeclinedError(f"its probabilities are quantised ({quantised[0].op_type}) before they weigh the values")
+        if len(users) > 1 or value.is_graph_output():
+            if not products and not any(_meets_product(u, 3) for u in users):
+                return None
+            other = [f"{u.op_type} {u.name!r}" for u in users if u not in products[:1]]
+            raise DeclinedError(f"its probabilities are also used by {other[0] if other else 'an output of the graph'}")
+        if not users:
+            return None
+        user = users[0]
+        if is_product(user):
+            return (user, value, way) if not _weighs_constant(user, value) else None
+        if is_op(user, "Dropout") and not inference_dropout(user):
+            raise DeclinedError("its probabilities pass a Dropout in training mode; export the model in eval mode")
+        if is_op(user, "Cast", "Identity", "Dropout", "Reshape"):
+            value = user.outputs[0]
+            continue
+        if _meets_product(user, 2) and is_op(user, "Mul", "Add", "Sub", "Div", "Where", "Transpose"):
+            raise DeclinedError(f"its probabilities pass {user.op_type} {user.name!r} before they weigh the values")
+        return None
+    return None
+
+
+def _nan_guard(value: ir.Value, users: list[ir.Node]) -> tuple[ir.Value, ir.Value] | None:
+    """(flag, guarded probabilities) of Where(IsNaN(p), 0, p), which exporters put behind a softmax."""
+    if len(users) != 2 or not any(is_op(u, "IsNaN") for u in users):
+        return None
+    check, select = users if is_op(users[0], "IsNaN") else users[::-1]
+    if not is_op(select, "Where") or select.inputs[0] is not check.outputs[0] or select.inputs[2] is not value:
+        return None
+    return (check.outputs[0], select.outputs[0]) if scalar(select.inputs[1]) == 0 else None
+
+
+def _meets_product(node: ir.Node, depth: int = 4) -> bool:
+    """Whether a product of matrices follows within a few nodes."""
+    if is_product(node) or node.op_type in (
+        "MatMulInteger",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+    ):
+        return True
+    return depth > 0 and any(_meets_product(u, depth - 1) for out in node.outputs for u in consumers(out))
+
+
+def _weighs_constant(product: ir.Node, probabilities: ir.Value) -> bool:
+    other = product.inputs[1] if product.inputs[0] is probabilities else product.inputs[0]
+    return other.const_value is not None or constant(other, limit=1 << 40, depth=0) is not None
+
+
+def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list[ir.Value], opset: int) -> None:
+    values = values_product(product, probabilities)
+    n = values.rank
+    _check_axis(softmax, n)
+    scores = find_scores(softmax)
+    keys = scores_product(scores.product)
+    if keys.rank != n:
+        raise DeclinedError(f"its scores have {keys.rank} axes at the first product and {n} at the second")
+    for operand, what in ((keys.left, "queries"), (keys.right, "keys")):
+        if operand.value.const_value is not None:
+            raise DeclinedError(f"its {what} are constants of the model, so there is nothing to attend over")
+    dtype = keys.left.value.dtype or values.right.value.dtype
+    if dtype is not None and dtype not in _SAMPLED_TYPES:
+        raise DeclinedError(f"its type is {dtype.name.lower()}; QuantumAttention takes float32, float16 and bfloat16")
+    if scores.softcap and opset < 23:
+        raise DeclinedError("its scores have a soft cap, which the fallback below opset 23 cannot express")
+
+    builder = Builder(product)
+    q, scale = _peel_scale(keys.left, scores.scale * keys.alpha)
+    k, scale = _peel_scale(keys.right, scale)
+    heads = split_heads(builder, scores, keys, n)
+    q4, k4, v4 = (heads.split(x) for x in (_ordered(builder, q), _ordered(builder, k), _ordered(builder, values.right)))
+    for factor, divides in scores.factors:
+        q4 = builder.node(
+            "Div" if divides else "Mul", q4, builder.node("CastLike", factor, q4, like=q4), like=q4, shape=q4.shape
+        )
+    if opset >= 23:
+        k4, v4 = ungrouped(q4, k4, v4)
+    mask = attention_mask(builder, scores, keys, heads, q4, k4, opset)
+    _replace_shapes(builder, [*scores.chain, *way], heads, q4, k4)
+    _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)
+
+
+def _check_axis(softmax: ir.Node, n: int) -> None:
+    axis = attribute(softmax, "axis", -1)
+    if axis not in (-1, n - 1):
+        raise DeclinedError(f"its Softmax runs over axis {axis} of {n}, not over the keys")
+
+
+def _peel_scale(operand, scale: float):
+    """Move a number that multiplies Q or K into the scale; the operand without it."""
+    from qexport.rewrite.products import Operand
+
+    value, perm = operand.value, operand.perm
+    for _ in range(4):
+        node = value.producer()
+        if is_op(node, "Transpose") and "perm" in node.attributes and _is_scaled(node.inputs[0]):
+            inner = node.attributes["perm"].as_ints()
+            value, perm = node.inputs[0], [inner[p] for p in perm]
+            continue
+        if not _is_scaled(value):
+            break
+        inner, factor = _is_scaled(value)
+        value, scale = inner, scale * factor
+    return Operand(value, perm), scale
+
+
+def _is_scaled(value: ir.Value) -> tuple[ir.Value, float] | None:
+    """(x, c) when a value is x * c with a number c and the same shape as x."""
+    node = value.producer()
+    if not is_op(node, "Mul", "Div"):
+        return None
+    pairs = [(node.inputs[0], node.inputs[1])]
+    if node.op_type == "Mul":
+        pairs.append((node.inputs[1], node.inputs[0]))
+    for inner, other in pairs:
+        factor = scalar(other)
+        if factor and inner.const_value is None:
+            return inner, factor if node.op_type == "Mul" else 1.0 / factor
+    return None
+
+
+def _ordered(builder: Builder, operand) -> ir.Value:
+    return builder.transpose(operand.value, operand.perm)
+
+
+def _replace_shapes(builder: Builder, values: list[ir.Value], heads, q4: ir.Value, k4: ir.Value) -> None:
+    """Sizes that the graph asks of the scores or probabilities, taken from Q and K instead, so that no one computes them."""
+    for value in values:
+        for shape in [use.node for use in value.uses() if is_op(use.node, "Shape")]:
+            full = heads.scores_shape(q4, k4, value)
+            start, end = attribute(shape, "start", 0), attribute(shape, "end")
+            if start or end is not None:
+                full = builder.node(
+                    "Slice", full, [start], [end if end is not None else 1 << 31], [0], dtype=ir.DataType.INT64
+                )
+            shape.outputs[0].replace_all_uses_with(full, replace_graph_outputs=True)
+            shape.graph.remove(shape, safe=True)
+
+
+def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Product, softmax) -> None:
+    out = product.outputs[0]
+    attributes = {"scale": float(scale)}
+    if scores.softcap:
+        attributes["softcap"] = float(scores.softcap)
+    if scores.cast:
+        attributes["softmax_precision"] = int(ir.DataType.FLOAT)
+    y = ir.Value(type=out.type, shape=ir.Shape([*(size(q4, a) for a in range(3)), known_size(v4, 3)]))
+    node = ir.Node(
+        "",
+        "Attention",
+        [q4, k4, v4] + ([mask] if mask is not None else []),
+        ir.convenience.convert_attributes(attributes),
+        outputs=[y],
+        name=site_name(softmax),
+    )
+    if module := module_of(softmax):
+        node.metadata_props["qexport.module"] = module
+    builder.anchor.graph.insert_before(builder.anchor, node)
+    plain = heads.joined and (values.out_perm is None or values.out_perm == list(range(values.rank)))
+    result = y if plain else heads.join(y)
+    if values.out_perm is not None:
+        result = builder.transpose(result, values.out_perm)
+    name = out.name
+    out.replace_all_uses_with(result, replace_graph_outputs=True)
+    out.name = f"{name}/qexport_replaced"
+    if result is not y:
+        y.name = f"{name}/qexport_attention"
+    result.name, result.type, result.shape = name, out.type, out.shape
+    product.graph.remove(product, safe=True)

@@ -1,0 +1,119 @@
+""".onnx files of any exporter: read, checked, inlined and raised to the opset of the bundle. Needs no torch."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from qexport.bundle import Bundle
+from qexport.errors import QexportError
+from qexport.external_data import check_external_data, load_structure
+from qexport.ops import DOMAIN
+from qexport.rewrite.raise_opset import raise_opset
+from qexport.rewrite.sites import module_from_name
+from qexport.sources import InputSpec, Source
+from qexport.sources.quiet import reason_of
+from qexport.sources.specs import limits_of, spec_of
+
+OLDEST_OPSET = 11
+# Domains whose ops onnxruntime itself holds; whether it knows the op is seen when the file is run.
+RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.ml", "ai.onnx.preview.training")
+EXAMPLE_BATCH, EXAMPLE_SEQUENCE = 2, 16
+
+
+def open_file(path: Path, *, opset: int) -> Source:
+    """Read an .onnx file and bring it to `opset`; a file that is newer keeps its own opset from 23 on.
+
+    Raises:
+        QexportError: not an ONNX model, cut short, older than opset 11, an op that nothing runs, external data that is
+            missing or outside the folder, already converted, or it cannot be raised.
+    """
+    structure = load_structure(path)
+    check_external_data(path, structure)
+    _check_opset(path, structure)
+    _check_ops(path, structure)
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise QexportError(f"{path}: cannot be read: {reason_of(error)}") from error
+    if any(node.op_type == "QuantumAttention" and node.domain == DOMAIN for node in model.graph.all_nodes()):
+        raise QexportError(f"{path}: holds QuantumAttention already; convert the classical model it was made from")
+    if model.functions:
+        passes.InlinePass()(model)
+    passes.RemoveInitializersFromInputsPass()(model)
+    present = model.opset_imports.get("", opset)
+    model = raise_opset(model, max(opset, present) if opset >= 23 else opset, str(path))
+    infer_shapes(model)
+    for node in model.graph.all_nodes():
+        node.doc_string = None
+        if module := module_from_name(node.name or ""):
+            node.metadata_props["qexport.module"] = module
+    inputs = [spec_of(value, model) for value in model.graph.inputs]
+    source = Source("onnx", path.name, model, inputs, {}, limits=limits_of(model, inputs))
+    source.examples = example_inputs(source)
+    source.expected = _run(path, source.examples)
+    return source
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """onnx's shape inference, with the sizes it can compute; a graph that it cannot follow stays as it is."""
+    try:
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    except Exception:  # quantised and odd graphs trip it; the rules then see fewer sizes and decline more
+        return
+
+
+def example_inputs(source: Source) -> dict[str, np.ndarray]:
+    """Generated inputs of batch 2 and short sequences, within the model's limits."""
+    from qexport.data import dimension_sizes, generate
+
+    manifest = {"inputs": [spec.to_dict() for spec in source.inputs], "limits": source.limits}
+    lengths = {name: size for name, size in source.limits.items() if size < EXAMPLE_SEQUENCE}
+    sizes = dimension_sizes(manifest, EXAMPLE_BATCH, EXAMPLE_SEQUENCE, lengths)
+    return generate(Bundle(Path(source.name), manifest), batch=EXAMPLE_BATCH, seq=EXAMPLE_SEQUENCE, dims=sizes).feeds[0]
+
+
+def _run(path: Path, feeds: dict) -> dict[str, np.ndarray]:
+    from qexport.runtime import one_line, session
+
+    opened = session(path, library=False)
+    names = [output.name for output in opened.get_outputs()]
+    try:
+        return dict(zip(names, opened.run(names, feeds), strict=True))
+    except Exception as error:
+        raise QexportError(f"{path}: onnxruntime cannot run it on generated inputs: {one_line(error)}") from error
+
+
+def _check_opset(path: Path, model: onnx.ModelProto) -> None:
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx") and entry.version < OLDEST_OPSET:
+            raise QexportError(f"{path}: is at opset {entry.version}; {OLDEST_OPSET} or newer is needed, export it again")
+        if entry.domain in ("", "ai.onnx") and entry.version > onnx.defs.onnx_opset_version():
+            newest = onnx.defs.onnx_opset_version()
+            raise QexportError(f"{path}: is at opset {entry.version}, this onnx knows {newest}: pip install -U onnx")
+
+
+def _check_ops(path: Path, model: onnx.ModelProto) -> None:
+    """Every op must be standard, of onnxruntime, or have a function in the file."""
+    version = next((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), onnx.defs.onnx_opset_version())
+    functions = {(f.domain, f.name) for f in model.functions}
+    graphs = [model.graph]
+    while graphs:
+        for node in graphs.pop().node:
+            for attribute in node.attribute:
+                graphs.extend([attribute.g] if attribute.HasField("g") else attribute.graphs)
+            if (node.domain, node.op_type) in functions or node.domain in RUNTIME_DOMAINS:
+                continue
+            where = f"{path}: node {node.name or node.output[0]!r}"
+            if node.domain in ("", "ai.onnx"):
+                if not onnx.defs.has(node.op_type, version, ""):
+                    raise QexportError(
+                        f"{where}: opset {version} has no op {node.op_type}; the file is damaged or mislabelled"
+                    )
+            elif node.domain != DOMAIN:
+                raise QexportError(
+                    f"{where}: op {node.domain}:{node.op_type} has no function in the file, so no plain onnxruntime runs it; "
+                    "export the model without it"
+                )

@@ -1,0 +1,63 @@
+"""What the inputs of a third-party graph are, read off the graph: token ids by the table they pick from, and so on."""
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.rewrite.graph import constant, is_op, known_size
+from qexport.sources import InputSpec
+from qexport.sources.kinds import kind_of
+
+_PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice")
+# A table of position ids below this length is no position table.
+_SHORTEST_TABLE = 8
+
+
+def spec_of(value: ir.Value, model: ir.Model) -> InputSpec:
+    """The spec of a graph input: type, shape with dynamic axes named, kind, and the upper bound of ids."""
+    dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+    dims = list(value.shape) if value.shape is not None else []
+    shape = [d if isinstance(d, int) else d.value or f"{value.name}_dim_{i}" for i, d in enumerate(dims)]
+    kind = kind_of(value.name, dtype)
+    high = None
+    if dtype.startswith(("int", "uint")):
+        high = 2 if kind == "mask" else picked_rows(value)
+        if kind == "integer" and high is not None and high > 2:
+            kind = "token_ids"
+    return InputSpec(value.name, dtype, shape, kind, high)
+
+
+def picked_rows(value: ir.Value, depth: int = 6) -> int | None:
+    """Number of rows of the table that a value of ids picks from with Gather, None when it picks from none."""
+    for node, index in ((use.node, use.idx) for use in value.uses()):
+        if is_op(node, "Gather") and index == 1:
+            rows = known_size(node.inputs[0], 0)
+            if rows is not None and len(node.inputs[0].shape) == 2:
+                return rows
+        if is_op(node, *_PASSED) and index == 0 and depth and (found := picked_rows(node.outputs[0], depth - 1)):
+            return found
+    return None
+
+
+def limits_of(model: ir.Model, inputs: list[InputSpec]) -> dict[str, int]:
+    """The longest sequence, from a table of position ids 0, 1, 2, ... in the graph; empty when there is none."""
+    axes = [spec.shape[1] for spec in inputs if spec.kind == "token_ids" and len(spec.shape) == 2]
+    axes = [axis for axis in axes if isinstance(axis, str) and axis.isidentifier()]
+    lengths = [length for value in _integer_constants(model) if (length := _counted(value))]
+    return {axes[0]: min(lengths)} if axes and lengths else {}
+
+
+def _integer_constants(model: ir.Model):
+    """The int64 constants that are cut with Slice or looked up with Gather, as position ids are."""
+    for node in model.graph.all_nodes():
+        if is_op(node, "Slice", "Gather"):
+            value = node.inputs[0]
+            if value is not None and (value.dtype == ir.DataType.INT64 or is_op(value.producer(), "Constant")):
+                yield value
+
+
+def _counted(value: ir.Value) -> int | None:
+    """n when the value is the constant 0, 1, ..., n - 1 (with leading axes of 1)."""
+    array = constant(value, limit=1 << 20, depth=0)
+    if array is None or array.dtype != np.int64 or array.size < _SHORTEST_TABLE or array.shape[-1] != array.size:
+        return None
+    return array.size if np.array_equal(array.reshape(-1), np.arange(array.size)) else None
