@@ -6,10 +6,12 @@
 namespace qexport {
 namespace {
 
-// With a shape function, onnxruntime before 1.24 crashes on a node that leaves an optional input in the middle empty.
+// With a shape function, onnxruntime up to 1.26 dies on a node that leaves an optional input in the middle empty; tried with
+// 1.24.4, 1.25.1 and 1.26.0, which die, and 1.28.0, 1.30.0, 1.31.1 and 1.32.0, which do not. Without one the shapes of the
+// outputs are unknown until they are computed.
 bool can_infer_shapes(const char* version) {
   int major = 0, minor = 0;
-  return std::sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 24);
+  return std::sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 28);
 }
 
 // One domain for the life of the process; every session refers to it.

@@ -1,9 +1,11 @@
 #include "shape_inference.h"
 
+#include <atomic>
+
 namespace qexport {
 namespace {
 
-// A dimension: a size, or a name ("" where nothing is known).
+// A dimension: a size, or a name.
 struct Dim {
   int64_t size;  // -1: not known
   std::string name;
@@ -11,6 +13,12 @@ struct Dim {
 using Dims = std::vector<Dim>;
 
 constexpr int64_t kUnknown = -1;
+
+// onnxruntime takes an unnamed unknown dimension for the size -1 and warns at every run: each gets a name of its own.
+Dim unknown_dim() {
+  static std::atomic<int64_t> count{0};
+  return {kUnknown, "qexport_unknown_" + std::to_string(count.fetch_add(1))};
+}
 
 struct InputInfo {
   bool known;
@@ -37,7 +45,10 @@ InputInfo input_info(OrtShapeInferContext* context, size_t index) {
   std::vector<const char*> names(rank);
   ort_check(ort->GetDimensions(info, sizes.data(), rank));
   ort_check(ort->GetSymbolicDimensions(info, names.data(), rank));
-  for (size_t i = 0; i < rank; ++i) input.dims.push_back({sizes[i] < 0 ? kUnknown : sizes[i], names[i] ? names[i] : ""});
+  for (size_t i = 0; i < rank; ++i) {
+    const bool named = names[i] && *names[i];
+    input.dims.push_back(sizes[i] >= 0 ? Dim{sizes[i], ""} : named ? Dim{kUnknown, names[i]} : unknown_dim());
+  }
   input.known = rank > 0;
   return input;
 }
@@ -73,15 +84,44 @@ void set_output(OrtShapeInferContext* context, size_t index, ONNXTensorElementDa
   if (status) ort->ReleaseStatus(status);
 }
 
-Dim quotient(const Dim& dim, int64_t n) { return dim.size >= 0 && n > 0 ? Dim{dim.size / n, ""} : Dim{kUnknown, ""}; }
+Dim quotient(const Dim& dim, int64_t n) { return dim.size >= 0 && n > 0 ? Dim{dim.size / n, ""} : unknown_dim(); }
 
-Dim sized(int64_t n) { return {n > 0 ? n : kUnknown, ""}; }
+Dim sized(int64_t n) { return n > 0 ? Dim{n, ""} : unknown_dim(); }
+
+// onnxruntime leaves the inputs that are absent out of the list, so that the place of an input behind K, V tells nothing.
+// What can be told: nonpad_kv_seqlen and seed are int64, and past_key and past_value come together, so of the other inputs
+// none, attn_mask, the past, or attn_mask and the past are there.
+struct PastInfo {
+  bool present;
+  InputInfo key;
+};
+
+PastInfo past_key_info(OrtShapeInferContext* context) {
+  size_t count = 0;
+  ort_check(ort->ShapeInferContext_GetInputCount(context, &count));
+  std::vector<InputInfo> others;
+  for (size_t i = 3; i < count; ++i) {
+    InputInfo input = input_info(context, i);
+    if (input.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64) others.push_back(std::move(input));
+  }
+  if (others.size() < 2) return {false, {}};
+  return {true, others[others.size() - 2]};
+}
+
+// past_len + kv_len, a size or a name.
+Dim total_len(const Dim& kv_len, const PastInfo& past) {
+  if (!past.present) return kv_len;
+  if (past.key.dims.size() != 4) return unknown_dim();
+  const Dim& past_len = past.key.dims[2];
+  if (past_len.size >= 0 && kv_len.size >= 0) return {past_len.size + kv_len.size, ""};
+  const auto text = [](const Dim& dim) { return dim.size >= 0 ? std::to_string(dim.size) : dim.name; };
+  return {kUnknown, text(past_len) + " + " + text(kv_len)};
+}
 
 }  // namespace
 
 void infer_attention_shapes(OrtShapeInferContext* context) {
   const InputInfo q = input_info(context, 0), k = input_info(context, 1), v = input_info(context, 2);
-  const InputInfo past = input_info(context, 4);
   if (!q.known || !k.known || !v.known || q.dims.size() != k.dims.size() || q.dims.size() != v.dims.size()) return;
   Dims present_key, present_value;
   Dim q_heads, q_len, kv_len;
@@ -93,20 +133,14 @@ void infer_attention_shapes(OrtShapeInferContext* context) {
   } else if (q.dims.size() == 3) {
     const int64_t heads = int_attribute(context, "q_num_heads"), kv_heads = int_attribute(context, "kv_num_heads");
     const Dim size = quotient(v.dims[2], kv_heads);
-    set_output(context, 0, q.type, {q.dims[0], q.dims[1], size.size >= 0 && heads > 0 ? Dim{size.size * heads, ""} : Dim{kUnknown, ""}});
+    set_output(context, 0, q.type, {q.dims[0], q.dims[1], size.size >= 0 && heads > 0 ? Dim{size.size * heads, ""} : unknown_dim()});
     q_heads = sized(heads), q_len = q.dims[1], kv_len = k.dims[1];
     present_key = {k.dims[0], sized(kv_heads), kv_len, quotient(k.dims[2], kv_heads)};
     present_value = {k.dims[0], sized(kv_heads), kv_len, size};
   } else {
     return;
   }
-  Dim total = kv_len;
-  if (past.known && past.dims.size() == 4) {
-    const Dim& before = past.dims[2];
-    total = before.size >= 0 && kv_len.size >= 0 ? Dim{before.size + kv_len.size, ""} : Dim{kUnknown, ""};
-  } else if (past.known) {
-    return;
-  }
+  const Dim total = total_len(kv_len, past_key_info(context));
   present_key[2] = present_value[2] = total;
   set_output(context, 1, q.type, present_key);
   set_output(context, 2, q.type, present_value);
