@@ -39,10 +39,14 @@ def run_ref(feeds: dict, dtype: str, seed: int, attributes: dict) -> dict:
 def run_binding(feeds: dict, dtype: str, seed: int, attributes: dict, threads: int = 1) -> dict:
     """The kernel through pybind11."""
     typed = {name: v.astype(DTYPES[dtype]) if v.dtype == np.float32 else v for name, v in feeds.items()}
-    attributes = QUANTUM_ATTENTION.resolve(attributes)
-    attributes.pop("softmax_precision")
+    attributes = {name: value for name, value in QUANTUM_ATTENTION.resolve(attributes).items() if value is not None}
     outputs = _core.quantum_attention(
-        *(typed.get(name) for name in INPUT_NAMES), seed=seed, **attributes, want_present=True, want_qk=True, threads=threads
+        *(typed.get(name) for name in INPUT_NAMES),
+        seed=seed,
+        **attributes,
+        present=True,
+        qk_matmul_output=True,
+        threads=threads,
     )
     return {n: np.asarray(v).astype(np.float32) for n, v in zip(OUTPUT_NAMES, outputs, strict=True) if v is not None}
 

@@ -84,7 +84,7 @@ def test_convert_validate_profile_inspect(qexport, classical, tmp_path):
     assert [size["sequence"] for size in json.loads(out)["sizes"]] == [8, 16]
     code, out, err = qexport("inspect", target, "--json")
     assert code == 0, err
-    assert len(json.loads(out)["sites"]) == 2
+    assert len(json.loads(out)["attention"]) == 2
 
 
 def test_text_output(qexport, bundle):
@@ -256,7 +256,7 @@ main(["convert", {str(classical)!r}, "-o", {str(target)!r}])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.strip().count("\n") == 0  # click starts a new line after the terminal's ^C
     assert {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

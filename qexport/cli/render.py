@@ -18,13 +18,16 @@ def progress_line(silent: bool):
 
 
 def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: int = 1) -> None:
-    """A table on stdout; the first `text_columns` columns are text, the others numbers, aligned to the right."""
+    """A table on stdout, without a head where `header` is blank.
+
+    The first `text_columns` columns are text, the others numbers, aligned to the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
     for i, name in enumerate(header):
         number = i >= text_columns
         grid.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
@@ -230,15 +233,46 @@ def show_profile(report, verbose: bool) -> None:
 
 
 def show_inspection(found: dict, verbose: bool) -> None:
-    """What `inspect` found, as key and value lines; lists of sites as a table."""
-    for key, value in found.items():
-        if key in ("sites", "left_alone") or value in (None, [], {}):
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        click.echo(f"{key:18}{value}")
+    """What `inspect` found: facts line by line, then the attentions."""
+    recipe = found["recipe"] or {}
+    facts = {
+        "kind": found["kind"] + (f", from {found['source']['kind']} {found['source']['name']}" if found["source"] else ""),
+        "file": f"{found['file_bytes'] / 1e6:.1f} MB, {found['parameters'] / 1e6:.1f} M parameters",
+        "sha256": found["sha256"],
+        "opset": ", ".join(f"{domain} {version}" for domain, version in found["opsets"].items()),
+        "needs": f"IR {found['ir_version']}, onnxruntime {found['min_onnxruntime']} or newer",
+        "inputs": ", ".join(map(_value_text, found["inputs"])),
+        "outputs": ", ".join(map(_value_text, found["outputs"])),
+        "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items() if value != []),
+        "nodes": f"{found['nodes']}: "
+        + ", ".join(f"{count} {op}" for op, count in list(found["ops"].items())[: None if verbose else 8]),
+        "fallback": ", ".join(found["functions"]),
+        "changed": ", ".join(found["changed_files"] or []),
+    }
+    for key, value in facts.items():
+        if value:
+            click.echo(f"{key:10}{value}")
+    rows = [
+        (site["module"] or site["name"], site["op"], site["strategy"] or "", _samples_or_blank(site))
+        for site in found["attention"]
+    ]
+    if rows:
+        table("Attention", ("site", "op", "strategy", "samples"), rows, text_columns=3)
+    for site in found["left_alone"] or []:
+        click.echo(f"left alone {site_label(site)}: {site['reason']}")
+
+
+def _value_text(value: dict) -> str:
+    return f"{value['name']} {value['dtype']}{value['shape']}".replace("'", "") + (
+        " (optional)" if value.get("optional") else ""
+    )
+
+
+def _sampling(attributes: dict) -> tuple[str, str]:
+    """Strategy and samples of a QuantumAttention node; blank for other attentions."""
+    if "strategy" not in attributes:
+        return "", ""
+    return attributes["strategy"], samples_text(attributes["num_samples"])
 
 
 def show_demo(report, verbose: bool) -> None:

@@ -151,7 +151,7 @@ def _naive_weights(p, size, num_samples, seed, layer, control_variate):
         for k in range(S):
             word = philox4x32(seed, layer, row, query, torch.tensor(k // 4))[:, h, :, k % 4]
             t = (word * F[:, h, :, -1]) >> 32
-            j = torch.searchsorted(F[:, h], t[..., None], right=True).clamp(max=p.shape[-1] - 1)
+            j = torch.searchsorted(F[:, h].contiguous(), t[..., None], right=True).clamp(max=p.shape[-1] - 1)
             share = torch.ones_like(j, dtype=p.dtype)
             if control_variate:
                 share = (p[:, h] * F[:, h, :, -1:] / f[:, h].clamp(min=1)).gather(-1, j)
