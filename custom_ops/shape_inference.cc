@@ -88,7 +88,8 @@ Dim quotient(const Dim& dim, int64_t n) { return dim.size >= 0 && n > 0 ? Dim{di
 
 Dim sized(int64_t n) { return n > 0 ? Dim{n, ""} : unknown_dim(); }
 
-// onnxruntime leaves the inputs that are absent out of the list, so that the place of an input behind K, V tells nothing.
+// Some versions of onnxruntime leave absent inputs out of the list, others give them no type, so that the place of an input
+// behind V tells nothing.
 // What can be told: nonpad_kv_seqlen and seed are int64, and past_key and past_value come together, so of the other inputs
 // none, attn_mask, the past, or attn_mask and the past are there.
 struct PastInfo {
@@ -102,7 +103,8 @@ PastInfo past_key_info(OrtShapeInferContext* context) {
   std::vector<InputInfo> others;
   for (size_t i = 3; i < count; ++i) {
     InputInfo input = input_info(context, i);
-    if (input.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64) others.push_back(std::move(input));
+    const bool absent = input.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    if (!absent && input.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64) others.push_back(std::move(input));
   }
   if (others.size() < 2) return {false, {}};
   return {true, others[others.size() - 2]};
