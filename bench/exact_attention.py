@@ -1,0 +1,158 @@
+"""Exact attention on the CPU: QuantumAttention (strategy exact) against onnxruntime's own operators, side by side.
+
+    python bench/exact_attention.py [--threads 1 2] [--lengths 32 128 512] [--head-sizes 64 32] [--causal] [--json FILE]
+
+Everything runs as a one-node model in the same process. Each output is first compared with a float64 computation; nothing
+is timed that fails. The rounds are interleaved (one call of each contender in turn), the table shows medians, and a ratio is
+the median over the rounds of contender / QuantumAttention with its quartiles, so above 1 QuantumAttention is faster.
+"""
+
+import argparse
+import json
+import platform
+import time
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from qexport.ops.proto import make_node
+from qexport.runtime import get_library_path
+
+HEADS = 8
+MAX_ERROR = 1e-4  # float32 against float64, inputs N(0, 1)
+
+
+def reference(q, k, v, causal):
+    """softmax(q k^T / sqrt(d)) v in float64; (heads, n, d)."""
+    scores = q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    if causal:
+        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ v.astype(np.float64)
+
+
+def contenders(heads, size, causal):
+    """name -> (node, opset imports, 3-D inputs?)."""
+    unmasked = {"unidirectional": 1} if causal else {}
+    own = {"strategy": "exact", "is_causal": int(causal)}
+    names = ["q", "k", "v"]
+    return {
+        "QuantumAttention 3-D": (
+            make_node("QuantumAttention", names, ["y"], q_num_heads=heads, kv_num_heads=heads, **own),
+            [helper.make_opsetid("", 23), helper.make_opsetid("com.qexport", 1)],
+            True,
+        ),
+        "MultiHeadAttention": (
+            helper.make_node("MultiHeadAttention", names, ["y"], domain="com.microsoft", num_heads=heads, **unmasked),
+            [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)],
+            True,
+        ),
+        "QuantumAttention 4-D": (
+            make_node("QuantumAttention", names, ["y"], **own),
+            [helper.make_opsetid("", 23), helper.make_opsetid("com.qexport", 1)],
+            False,
+        ),
+        "Attention-23": (
+            helper.make_node("Attention", names, ["y"], is_causal=int(causal)),
+            [helper.make_opsetid("", 23)],
+            False,
+        ),
+    }
+
+
+def session(node, opsets, rank, threads):
+    """An onnxruntime session of a model that is that one node."""
+    shape = ["b", "n", "s"] if rank == 3 else ["b", "h", "n", "s"]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("q", "k", "v")]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    model = helper.make_model(helper.make_graph([node], "g", values, [output]), opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.register_custom_ops_library(get_library_path())
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def bind(sess, feeds):
+    """The session's call with inputs and outputs bound, so that no copy is timed."""
+    binding = sess.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    binding.bind_output("y", "cpu")
+    return lambda: sess.run_with_iobinding(binding), lambda: binding.copy_outputs_to_cpu()[0]
+
+
+def measure(heads, n, size, threads, causal, seconds):
+    """One row of the table: checked outputs, then interleaved times of every contender in milliseconds."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, n, size), dtype=np.float32) for _ in range(3))
+    expected = reference(q[0], k[0], v[0], causal)
+    calls, errors = {}, {}
+    for name, (node, opsets, flat) in contenders(heads, size, causal).items():
+        arrays = {"q": q, "k": k, "v": v}
+        if flat:
+            arrays = {key: np.ascontiguousarray(a.transpose(0, 2, 1, 3).reshape(1, n, -1)) for key, a in arrays.items()}
+        call, output = bind(session(node, opsets, 3 if flat else 4, threads), arrays)
+        call()
+        y = output()
+        y = y.reshape(n, heads, size).transpose(1, 0, 2) if flat else y[0]
+        errors[name] = float(np.abs(y - expected).max())
+        if not errors[name] <= MAX_ERROR:
+            raise SystemExit(f"{name}, n={n}, head_size={size}: error {errors[name]:.2e} is above {MAX_ERROR}; not timed")
+        calls[name] = call
+    times = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["Attention-23"]) < 5:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return errors, {name: np.array(t) for name, t in times.items()}
+
+
+def quartiles(values):
+    return [float(x) for x in np.percentile(values, [25, 50, 75])]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512, 2048, 4096])
+    parser.add_argument("--head-sizes", type=int, nargs="+", default=[64, 32])
+    parser.add_argument("--heads", type=int, default=HEADS)
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per row of the table")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    rows = []
+    print(f"{'n':>5} {'size':>4} {'thr':>3} {'own 3-D ms':>10} {'GF/s':>6} {'MHA ms':>9} {'ratio (quartiles)':>19}"
+          f" {'own 4-D ms':>10} {'Attn-23 ms':>10} {'ratio (quartiles)':>19}")  # fmt: skip
+    for threads in args.threads:
+        for size in args.head_sizes:
+            for n in args.lengths:
+                errors, t = measure(args.heads, n, size, threads, args.causal, args.seconds)
+                medians = {name: float(np.median(x)) for name, x in t.items()}
+                mha = quartiles(t["MultiHeadAttention"] / t["QuantumAttention 3-D"])
+                attention = quartiles(t["Attention-23"] / t["QuantumAttention 4-D"])
+                gflops = 4e-6 * args.heads * n * n * size / (2 if args.causal else 1) / medians["QuantumAttention 3-D"]
+                rows.append({"n": n, "head_size": size, "heads": args.heads, "threads": threads, "causal": args.causal,
+                             "median_ms": medians, "max_error": errors, "gflops": gflops, "runs": len(t["Attention-23"]),
+                             "ratio_multi_head_attention": mha, "ratio_attention_23": attention})  # fmt: skip
+                print(f"{n:5} {size:4} {threads:3} {medians['QuantumAttention 3-D']:10.3f} {gflops:6.1f}"
+                      f" {medians['MultiHeadAttention']:9.3f} {mha[1]:6.2f} ({mha[0]:.2f}-{mha[2]:.2f})"
+                      f" {medians['QuantumAttention 4-D']:10.3f} {medians['Attention-23']:10.3f}"
+                      f" {attention[1]:6.2f} ({attention[0]:.2f}-{attention[2]:.2f})", flush=True)  # fmt: skip
+    if args.json:
+        from qexport import _core
+
+        with open(args.json, "w") as file:
+            json.dump(
+                {"onnxruntime": ort.__version__, "isa": _core.isa(), "machine": platform.machine(), "rows": rows},
+                file,
+                indent=1,
+            )
+
+
+if __name__ == "__main__":
+    main()
