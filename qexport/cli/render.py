@@ -33,9 +33,8 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: 
         grid.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(file=sys.stdout)
-    # A pipe has no width: print whole lines there, so that grep and diff see them.
-    console.print(grid, width=None if console.is_terminal else 200)
+    # A pipe has no width: whole lines there, so that grep and diff see them.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(grid)
 
 
 def samples_text(numbers: list[int]) -> str:
@@ -149,27 +148,31 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
         return (site["local"] or site["propagated"] or site["fallback"])["relative_error"] or float("inf")
 
     shown = sites if verbose or len(sites) <= 12 else sorted(sites, key=own, reverse=True)[:5]
-    rows = []
-    for site in shown:
-        local = site["local"] or {}
-        worst = local.get("worst_head")
-        rows.append(
-            (
-                site_label(site),
-                "" if site["strategy"] == "exact" else f"{site['strategy']}, {samples_text(site['num_samples'])}",
-                local.get("bias", {}).get("verdict", ""),
-                _error_text(site["local"]),
-                f"{percent(worst['relative_error'])} (head {worst['head']})" if worst else "",
-                _error_text(site["propagated"]),
-            )
-        )
+    columns = {
+        "site": site_label,
+        "recipe": lambda s: (
+            s["strategy"] if s["strategy"] == "exact" else f"{s['strategy']}, {samples_text(s['num_samples'])}"
+        ),
+        "deviation": lambda s: s["local"]["bias"]["verdict"] if s["local"] else "",
+        "own error": lambda s: _error_text(s["local"]),
+        "worst head": lambda s: _head_text((s["local"] or {}).get("worst_head")),
+        "error in the model": lambda s: _error_text(s["propagated"]),
+    }
     title = (
         "Attention by attention"
         if len(shown) == len(sites)
         else f"The {len(shown)} of {len(sites)} attentions that err most"
     )
-    header = ("site", "recipe", "deviation is", "own error", "worst head", "error in the model")
-    table(title, header, rows, text_columns=3)
+    text = {name: [cell(site) for site in shown] for name, cell in columns.items()}
+    for name in ("deviation", "recipe"):  # what all sites share goes into the title, so that the table stays narrow
+        if len(set(text[name])) == 1:
+            (common,) = set(text.pop(name))
+            title += f"; {name} {common}" if common else ""
+    table(title, tuple(text), list(zip(*text.values(), strict=True)), text_columns=len(text) - 3)
+
+
+def _head_text(worst: dict | None) -> str:
+    return f"{percent(worst['relative_error'])} (head {worst['head']})" if worst else ""
 
 
 def _show_verdict(found: dict) -> None:
@@ -252,10 +255,7 @@ def show_inspection(found: dict, verbose: bool) -> None:
     for key, value in facts.items():
         if value:
             click.echo(f"{key:10}{value}")
-    rows = [
-        (site["module"] or site["name"], site["op"], site["strategy"] or "", _samples_or_blank(site))
-        for site in found["attention"]
-    ]
+    rows = [(site_label(site), site["op"], *_sampling(site["attributes"])) for site in found["attention"]]
     if rows:
         table("Attention", ("site", "op", "strategy", "samples"), rows, text_columns=3)
     for site in found["left_alone"] or []:
