@@ -25,6 +25,7 @@ import qexport
 from bench import common
 from qexport.ops import DOMAIN
 from qexport.ops.proto import function_proto, make_node
+from qexport.ops.quantum_attention import SPEC
 
 N, D, HEADS, EMBED = 32, 64, 8, 512
 STRATEGIES = ("stratified", "adaptive", "hybrid", "naive")
@@ -174,6 +175,7 @@ def _binding_call(feeds, strategy, samples):
 
     Q, K, V = (feeds[name] for name in "QKV")
     attributes = {"strategy": strategy} | ({"num_samples": [samples]} if samples else {})
+    attributes = {name: value for name, value in SPEC.resolve(attributes).items() if value is not None}
     return lambda: _core.quantum_attention(Q, K, V, seed=0, **attributes)
 
 
@@ -185,8 +187,9 @@ def _peak_rss(folder: Path, model: onnx.ModelProto) -> float:
     return json.loads(done.stdout)
 
 
-_RSS_PROGRAM = """
-import resource, sys
+# VmHWM, not ru_maxrss: the latter keeps the peak of the process that forked this one.
+_RSS_PROGRAM = r"""
+import re, sys
 import numpy as np
 import onnxruntime
 import qexport
@@ -197,7 +200,7 @@ session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExec
 feeds = {i.name: np.ones(i.shape, np.int64 if i.type == "tensor(int64)" else np.float32) for i in session.get_inputs()}
 for _ in range(100):
     session.run(None, feeds)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024)
 """
 
 
