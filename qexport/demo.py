@@ -7,7 +7,7 @@ from pathlib import Path
 from qexport.errors import QexportError
 
 SENTENCES = Path(__file__).with_name("demo_sentences.txt")
-NUM_SAMPLES = 32
+NUM_SAMPLES = 64
 SEQ = 128  # length that is profiled; the sentences have their own
 
 
