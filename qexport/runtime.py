@@ -254,6 +254,10 @@ def _load_failure(path, message: str, library: bool) -> str:
         return f"op {domain}:{op} is unknown to {runtime}; register the library that holds it or convert it away"
     if match := re.search(r"No Op registered for (\w+) with domain_version of (\d+)", message):
         return f"op {match[1]} of opset {match[2]} is unknown to {runtime}; upgrade it or lower the --opset"
+    if match := re.search(r"Please load external data into raw data for tensor: (\S+)", message):
+        return (
+            f"{runtime} needs {match[1]!r} to compute shapes, but it is stored outside the file; keep small tensors inside"
+        )
     if "External data path" in message or "external data" in message.lower() or "External initializer" in message:
         return f"its external data is missing, cut short or outside its folder: {one_line(_bare(message))}"
     if "cannot get file size" in message or "cannot open file" in message.lower():

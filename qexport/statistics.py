@@ -150,7 +150,7 @@ class ErrorAccumulator:
             level: significance level of the test for bias.
         """
         errors = self.relative_errors()
-        interval = confidence_interval(errors)
+        interval = confidence_interval(errors) if np.isfinite(errors).all() else None
         result = {
             "relative_error": float(errors.mean()),
             "relative_error_ci95": list(interval) if interval else None,

@@ -1,0 +1,392 @@
+"""validate: planted errors are found where they are, noise is called noise and bias bias, and the figures are right."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from bundle_factory import HEADS, attribute, make_bundle, site_output
+from onnx import numpy_helper
+from scipy import stats
+
+from qexport.bundle import Bundle
+from qexport.comparison import _groups
+from qexport.errors import QexportError, UsageError
+from qexport.probes import LOCAL, beside, ordered_sites
+from qexport.statistics import (
+    EXACT,
+    SAMPLING,
+    SYSTEMATIC,
+    TOO_FEW,
+    ErrorAccumulator,
+    confidence_interval,
+    f_survival,
+    t_quantile,
+)
+from qexport.unpadded import by_head, keep_masks, padded_axis, rows
+from qexport.validation import DEFAULT_MAX_ERROR, ROUNDING, validate
+
+MODULES = [f"encoder.{i}.attention" for i in range(4)]
+
+
+# The statistics, against scipy and against numpy's plain formulas.
+
+
+def test_distributions_against_scipy():
+    for k1 in (1, 2.5, 30, 1e3, 1e5):
+        for k2 in (1, 4, 40, 4e3, 4e5):
+            for f in (0.01, 0.9, 1, 1.01, 1.5, 3, 20):
+                assert f_survival(f, k1, k2) == pytest.approx(stats.f.sf(f, k1, k2), abs=1e-8)
+    for freedom in (1, 2, 4, 30, 1000):
+        assert t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+    values = np.array([1.0, 2.0, 4.0, 4.5])
+    expected = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
+    assert confidence_interval(values) == pytest.approx(expected)
+    assert confidence_interval([1.0]) is None
+
+
+def accumulate(baseline, values, batches=1, **options) -> ErrorAccumulator:
+    """An accumulator over (runs, elements) values, fed in several batches."""
+    accumulator = ErrorAccumulator(len(values), **options)
+    for part in np.array_split(np.arange(baseline.shape[-1]), batches):
+        accumulator.add(baseline[..., part], [value[..., part] for value in values], lambda array: array)
+    return accumulator
+
+
+def test_metrics_against_plain_formulas():
+    rng = np.random.default_rng(0)
+    c = rng.standard_normal(500)
+    y = c + 0.1 * rng.standard_normal((6, 500)) + 0.05
+    metrics = accumulate(c, y, batches=7).metrics(rounding=1e-6)
+    errors = np.linalg.norm(y - c, axis=1) / np.linalg.norm(c)
+    assert metrics["relative_error"] == pytest.approx(errors.mean(), rel=1e-12)
+    assert metrics["relative_error_per_seed"] == pytest.approx(errors, rel=1e-12)
+    cosines = y @ c / np.linalg.norm(y, axis=1) / np.linalg.norm(c)
+    assert metrics["cosine"] == pytest.approx(cosines.mean(), rel=1e-12)
+    assert metrics["max_abs_error"] == pytest.approx(np.abs(y - c).max(), rel=1e-12)
+    variance = y.var(axis=0, ddof=1).sum()
+    bias_sq = ((y.mean(axis=0) - c) ** 2).sum() - variance / 6
+    assert metrics["bias"]["relative_bias"] == pytest.approx(np.sqrt(bias_sq) / np.linalg.norm(c), rel=1e-9)
+    assert metrics["bias"]["relative_std"] == pytest.approx(np.sqrt(variance) / np.linalg.norm(c), rel=1e-9)
+
+
+@pytest.mark.parametrize("elements", [1, 3, 40, 1000])
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+def test_unbiased_noise_is_called_systematic_at_its_level_only(elements, seeds):
+    """H0 holds: of T repetitions, those called systematic are Binomial(T, level) at most; bound by 4 sigma."""
+    rng = np.random.default_rng(elements * 100 + seeds)
+    level, repetitions, called = 0.05, 400, 0
+    c = 10 * rng.standard_normal(elements)
+    for _ in range(repetitions):
+        noise = rng.standard_normal((seeds, elements))
+        # neighbours share half of their noise, as the neurons of one output do
+        y = c + 0.1 * (noise + np.roll(noise, 1, axis=1))
+        called += accumulate(c, y).bias(1e-9, level)["verdict"] == SYSTEMATIC
+    assert called <= repetitions * level + 4 * np.sqrt(repetitions * level * (1 - level))
+
+
+@pytest.mark.parametrize("elements", [1, 40, 1000])
+def test_a_bias_is_called_systematic(elements):
+    rng = np.random.default_rng(elements)
+    c = 10 * rng.standard_normal(elements)
+    y = c + 0.1 * rng.standard_normal((8, elements)) + 0.3
+    bias = accumulate(c, y).bias(1e-9, 0.01)
+    assert bias["verdict"] == SYSTEMATIC
+    assert bias["relative_bias"] == pytest.approx(0.3 * np.sqrt(elements) / np.linalg.norm(c), rel=0.3)
+
+
+def test_verdicts_at_the_edges():
+    c = np.linspace(1, 2, 50)
+    assert accumulate(c, [c, c, c]).bias(1e-6)["verdict"] == EXACT
+    assert accumulate(c, [c + 0.1] * 3).bias(1e-6)["verdict"] == SYSTEMATIC
+    assert accumulate(c, [c + 0.1, c - 0.1]).bias(1e-6)["verdict"] == TOO_FEW
+    broken = accumulate(c, [c, c + np.nan, c]).metrics(1e-6)
+    assert broken["bias"]["verdict"] == SYSTEMATIC
+    assert not broken["relative_error"] <= 1e9  # NaN must never look small
+    assert np.isnan(broken["max_abs_error"])
+    zeros = accumulate(np.zeros(5), [np.zeros(5)] * 3).metrics(1e-6)
+    assert (zeros["relative_error"], zeros["cosine"]) == (0, 1)
+    assert accumulate(np.zeros(5), [np.ones(5)] * 3).metrics(1e-6)["relative_error"] == np.inf
+
+
+def test_the_worst_head():
+    c = np.ones((3, 10))
+    y = c + np.array([0.1, 0.5, 0.2])[:, None]
+    metrics = accumulate(c, [y, y], heads=3).metrics(1e-6)
+    assert metrics["worst_head"] == {"head": 1, "relative_error": pytest.approx(0.5)}
+
+
+# Padded positions.
+
+
+def mask_spec(*shape, dtype="int64"):
+    return {"name": "m", "kind": "mask", "shape": list(shape), "dtype": dtype}
+
+
+def test_padding_is_found_by_name_and_by_size():
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    masks = keep_masks({"inputs": [mask_spec("batch", "sequence")]}, {"m": mask})
+    axis, keep = padded_axis((2, 5, 3), ["batch", 5, "sequence"], masks)
+    assert axis == 2
+    np.testing.assert_array_equal(keep, mask.astype(bool))
+    assert padded_axis((2, 4, 3, 8), [None] * 4, masks)[0] == 2
+    assert padded_axis((2, 3, 8), None, masks)[0] == 1
+    assert padded_axis((2, 3), None, masks) is None  # (batch, features) must not be taken for (batch, positions)
+    assert padded_axis((2, 3), ["batch", "sequence"], masks)[0] == 1
+    assert padded_axis((2, 7, 8), None, masks) is None
+    additive = keep_masks({"inputs": [mask_spec("b", "s", dtype="float32")]}, {"m": np.array([[0, -1e9]], np.float32)})
+    np.testing.assert_array_equal(additive[0][1], [[True, False]])
+
+
+def test_rows_and_heads_agree_for_both_layouts():
+    rng = np.random.default_rng(0)
+    four = rng.standard_normal((2, HEADS, 3, 8))  # (batch, heads, positions, head_size)
+    three = four.transpose(0, 2, 1, 3).reshape(2, 3, HEADS * 8)
+    mask = np.array([[True, True, False], [True, False, False]])
+    for padded4, padded3 in ((None, None), ((2, mask), (1, mask))):
+        a, b = by_head(four, HEADS, padded4), by_head(three, HEADS, padded3)
+        assert a.shape == b.shape == (HEADS, (3 if padded4 else 6) * 8)
+        np.testing.assert_array_equal(np.sort(a, axis=1), np.sort(b, axis=1))
+    assert rows(three, (1, mask)).shape == (3, HEADS * 8)
+
+
+# Whole bundles.
+
+
+def test_an_exact_recipe_passes_in_both_modes(tmp_path):
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"})
+    report = validate(tmp_path / "b")
+    assert report.passed
+    assert report.max_error == {"library": ROUNDING["float32"], "fallback": ROUNDING["float32"]}
+    assert report.baseline_error < 1e-6
+    assert report.first_divergent is None
+    assert report.first_over_tolerance is None
+    for site in report.sites:
+        for mode in ("fallback", "propagated", "local"):
+            assert site[mode]["relative_error"] < 1e-5
+    assert [site["module"] for site in report.sites] == MODULES[:2]
+
+
+def test_enough_samples_are_exact_and_said_to_be(tmp_path):
+    make_bundle(tmp_path / "b", attention={"num_samples": [64]})
+    report = validate(tmp_path / "b")
+    assert report.passed
+    assert report.outputs["library"]["hidden"]["relative_error"] < 1e-5
+    assert any("no site had to sample" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("strategy", ["naive", "stratified", "adaptive", "hybrid"])
+def test_unbiased_sampling_is_called_sampling_error_at_every_site(tmp_path, strategy):
+    """With a control variate these estimators are unbiased (docs/math.md), so each site alone must show no bias."""
+    make_bundle(tmp_path / "b", attention={"strategy": strategy, "num_samples": [3]}, layers=3, sharp=1.0)
+    report = validate(tmp_path / "b", seeds=20, batch=4, seq=40, max_error=10)
+    for site in report.sites:
+        local = site["local"]
+        assert local["bias"]["verdict"] == SAMPLING, (site["name"], local)
+        assert local["relative_error"] > 0.01
+        assert local["bias"]["relative_bias"] < 0.3 * local["bias"]["relative_std"]
+    assert report.first_divergent is None
+    # fed with the same values, the first site alone and in the model are one thing
+    first = report.sites[0]
+    assert first["local"]["relative_error_per_seed"] == pytest.approx(
+        first["propagated"]["relative_error_per_seed"], rel=1e-4
+    )
+
+
+def test_noise_out_of_tolerance_fails_without_blaming_a_site(tmp_path):
+    make_bundle(tmp_path / "b", attention={"num_samples": [2]})
+    report = validate(tmp_path / "b", seeds=5, batch=4, seq=40, max_error=0.01)
+    assert not report.passed
+    assert "output 'hidden' with the library" in report.reasons[0]
+    assert report.first_divergent is None
+    assert report.first_over_tolerance["module"] == MODULES[0]
+    assert any("a larger num_samples lowers it" in note for note in report.notes)
+    assert validate(tmp_path / "b", seeds=5, batch=4, seq=40, max_error=5.0).passed
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_wrong_weight_names_the_first_site_behind_it(tmp_path, layer):
+    """A weight between attention `layer` and the next is wrong; no attention node is."""
+
+    def plant(model):
+        weight = next(t for t in model.graph.initializer if t.name == f"layer{layer}.v.weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+
+    make_bundle(tmp_path / "b", layers=3, plant=plant)
+    report = validate(tmp_path / "b", max_error=5.0)
+    assert report.first_divergent["module"] == MODULES[layer]
+    assert report.first_divergent["mode"] == "fallback"
+    assert not report.passed
+    assert "without the library" in report.reasons[0]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_wrong_scale_in_one_sampled_site_is_systematic_there_and_nowhere_else(tmp_path, layer):
+    """Both modes see the wrong scale; local errors stay clean elsewhere, since every site is fed with classical values."""
+
+    def plant(model):
+        node = next(n for n in model.graph.node if n.name == f"layer{layer}.attention")
+        node.attribute.append(onnx.helper.make_attribute("scale", 1.5 / np.sqrt(8)))
+
+    make_bundle(tmp_path / "b", layers=3, plant=plant, attention={"num_samples": [6]}, sharp=1.0)
+    report = validate(tmp_path / "b", seeds=12, batch=8, seq=40, max_error=0.02)
+    verdicts = [site["local"]["bias"]["verdict"] for site in report.sites]
+    assert verdicts == [SYSTEMATIC if i == layer else SAMPLING for i in range(3)]
+    assert report.first_divergent["module"] == MODULES[layer]
+    assert not report.passed
+
+
+def test_an_error_that_only_the_kernel_sees_is_named(tmp_path):
+    """Windows count for the kernel alone, the fallback at opset 23 has none: here the kernel is told to attend less."""
+
+    def plant(model):
+        attribute(model, "layer1.attention", "left_window_size").i = 1
+
+    make_bundle(tmp_path / "b", layers=3, plant=plant, attention={"strategy": "exact"})
+    report = validate(tmp_path / "b", batch=2, seq=30)
+    assert report.first_divergent["module"] == MODULES[1]
+    assert report.first_divergent["mode"] == "local"
+    assert not report.passed
+    assert all("with the library" in reason for reason in report.reasons)
+
+
+def test_padding_does_not_count(tmp_path):
+    """Without the mask the padded rows differ freely: they may not enter the errors, the rows that count must."""
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"})
+    short = np.array([[1] * 5 + [0] * 7, [1] * 12])
+    data = {"input_ids": np.tile(np.arange(12), (2, 1)), "attention_mask": short}
+    report = validate(tmp_path / "b", data)
+    assert report.outputs["library"]["hidden"]["elements"] == short.sum() * HEADS * 8
+    assert report.sites[0]["local"]["elements"] == short.sum() * HEADS * 8
+
+
+def test_a_changed_classical_model_is_noticed(tmp_path):
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"})
+    for name in ("classical.onnx", "model.onnx"):
+        model = onnx.load(tmp_path / "b" / name)
+        weight = next(t for t in model.graph.initializer if t.name == "layer0.v.weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
+        onnx.save(model, tmp_path / "b" / name)
+    report = validate(tmp_path / "b")
+    assert not report.passed
+    assert "differ from the stored ones" in report.reasons[0]
+
+
+def test_nan_fails(tmp_path):
+    def plant(model):
+        weight = next(t for t in model.graph.initializer if t.name == "layer1.v.weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.nan, weight.name))
+
+    make_bundle(tmp_path / "b", plant=plant)
+    report = validate(tmp_path / "b")
+    assert not report.passed
+    assert report.first_divergent["module"] == MODULES[1]
+    assert "NaN" not in json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_without_the_library(tmp_path):
+    make_bundle(tmp_path / "b", attention={"num_samples": [2]})
+    report = validate(tmp_path / "b", library=False)
+    assert report.passed
+    assert report.seeds == []
+    assert "library" not in report.outputs
+    assert all(site["propagated"] is None and site["local"] is None for site in report.sites)
+
+
+def test_large_values_are_compared_in_groups(tmp_path, monkeypatch):
+    make_bundle(tmp_path / "b", layers=3)
+    whole = validate(tmp_path / "b").to_dict()
+    monkeypatch.setattr("qexport.comparison.SITE_MEMORY", 1)
+    assert [len(group) for group in _groups([np.zeros(4)] * 3, 2)] == [1, 1, 1]
+    assert validate(tmp_path / "b").to_dict() == whole
+
+
+def test_batches_do_not_change_the_figures(tmp_path):
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"}, plant=_plant_scale)
+    rng = np.random.default_rng(3)
+    data = {"input_ids": rng.integers(0, 50, (12, 9))}
+    a = validate(tmp_path / "b", data, batch=12).outputs["library"]["hidden"]
+    b = validate(tmp_path / "b", data, batch=5).outputs["library"]["hidden"]
+    assert a["elements"] == b["elements"]
+    assert a["relative_error"] == pytest.approx(b["relative_error"], rel=1e-4)
+
+
+def _plant_scale(model):
+    node = next(n for n in model.graph.node if n.name == "layer0.attention")
+    node.attribute.append(onnx.helper.make_attribute("scale", 0.5))
+
+
+def test_weights_outside_the_model_file(tmp_path):
+    """As in a model above 2 GB: both models keep their weights in one external file each."""
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"})
+    for name in ("classical.onnx", "model.onnx"):
+        model = onnx.load(tmp_path / "b" / name)
+        options = {"save_as_external_data": True, "location": f"{name}.data", "size_threshold": 256}
+        (tmp_path / "b" / name).unlink()
+        onnx.save(model, tmp_path / "b" / name, **options)
+    report = validate(tmp_path / "b")
+    assert report.passed
+    assert report.sites[1]["local"]["relative_error"] < 1e-5
+
+
+def test_sites_come_in_the_order_of_the_graph(tmp_path):
+    make_bundle(tmp_path / "b", layers=3)
+    bundle = Bundle.open(tmp_path / "b")
+    model = onnx.load(bundle.model_path)
+    sites = [*reversed(bundle.manifest["sites"]), {"name": "gone", "output": "no such value"}]
+    assert [site["layer"] for site in ordered_sites(model, sites)] == [0, 1, 2]
+
+
+def test_a_site_is_fed_with_the_classical_values(tmp_path):
+    make_bundle(tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    model = onnx.load(bundle.model_path)
+    hybrid, local = beside(bundle.classical_path, model, bundle.manifest["sites"], "seed")
+    assert local == {f"layer{i}.attention": site_output(i) + LOCAL for i in range(2)}
+    added = [n for n in hybrid.graph.node if n.op_type == "QuantumAttention"]
+    classical = [n for n in hybrid.graph.node if n.op_type == "Attention"]
+    assert [list(n.input)[:4] for n in added] == [list(n.input) for n in classical]
+    # a value that the classical model lacks leaves the site out rather than guessing
+    for node in model.graph.node:
+        if node.name == "layer1.attention":
+            node.input[3] = "a value of the converted model alone"
+    for node in (classical_model := onnx.load(bundle.classical_path)).graph.node:
+        if node.name == "layer1.attention":
+            node.op_type = "Identity"
+    onnx.save(classical_model, tmp_path / "c.onnx")
+    assert list(beside(tmp_path / "c.onnx", model, bundle.manifest["sites"], "seed")[1]) == ["layer0.attention"]
+
+
+def test_integer_outputs_count_what_differs(tmp_path):
+    from qexport.comparison import _as_floats
+
+    base = np.array([1, 2, 3, 4])
+    accumulator = ErrorAccumulator(1)
+    accumulator.add(*_as_floats(base, [np.array([1, 2, 3, 5])]))
+    assert accumulator.relative_errors()[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("options", [{"seeds": 0}, {"max_error": 0.0}, {"max_error": -1.0}, {"max_error": float("nan")}])
+def test_wrong_arguments(tmp_path, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        validate(tmp_path, **options)
+
+
+def test_a_model_that_does_not_run_is_one_line(tmp_path):
+    def plant(model):
+        next(n for n in model.graph.node if n.name == "node_layer1.flat").input[1] = "heads_shape"
+
+    make_bundle(tmp_path / "b", plant=plant)
+    with pytest.raises(QexportError) as error:
+        validate(tmp_path / "b")
+    assert "\n" not in str(error.value)
+
+
+def test_the_default_limit_and_progress(tmp_path):
+    make_bundle(tmp_path / "b")
+    steps = []
+    report = validate(tmp_path / "b", seeds=1, progress=steps.append)
+    assert report.max_error["library"] == DEFAULT_MAX_ERROR
+    assert report.outputs["library"]["hidden"]["relative_error_ci95"] is None
+    assert report.outputs["library"]["hidden"]["bias"]["verdict"] == TOO_FEW
+    assert len(steps) >= 4
