@@ -3,9 +3,27 @@
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from qexport.rewrite import LeftAlone
-from qexport.rewrite.fuse_attention import fuse_attention
+from qexport.rewrite import DeclinedError, LeftAlone, fuse_multi_head_attention, fuse_packed_attention
+from qexport.rewrite.fuse_attention import fuse_attention, module_of
 from qexport.rewrite.masks import expand_masks
+
+RUNTIME_DOMAIN = "com.microsoft"
+RUNTIME_RULES = {rule.OP_TYPE: rule.fuse for rule in (fuse_multi_head_attention, fuse_packed_attention)}
+# Attention ops of onnxruntime that no rule takes.
+RUNTIME_REASONS = {
+    "GroupQueryAttention": "it keeps keys and values in a shared buffer that it appends to",
+    "DecoderMaskedMultiHeadAttention": "it keeps keys and values in a shared buffer that it appends to",
+    "DecoderMaskedSelfAttention": "it keeps keys and values in a shared buffer that it appends to",
+    "DecoderAttention": "it projects and caches by itself",
+    "PackedAttention": "its batch is packed without padding",
+    "PackedMultiHeadAttention": "its batch is packed without padding",
+    "PagedAttention": "its keys and values are paged",
+    "SparseAttention": "it is sparse already",
+    "LongformerAttention": "it is sparse already",
+    "QAttention": "it computes in quantised arithmetic; give the float model",
+    "QOrderedAttention": "it computes in quantised arithmetic; give the float model",
+    "LinearAttention": "it has no softmax over the keys",
+}
 
 
 def to_classical(model: ir.Model, opset: int) -> list[LeftAlone]:
@@ -18,10 +36,25 @@ def to_classical(model: ir.Model, opset: int) -> list[LeftAlone]:
     Returns:
         The attention-like sites that no rule could take, with the reason.
     """
-    left_alone = fuse_attention(model, opset)
+    left_alone = fuse_runtime_ops(model, opset) + fuse_attention(model, opset)
     if opset >= 23:
         expand_masks(model)
     tidy(model)
+    return left_alone
+
+
+def fuse_runtime_ops(model: ir.Model, opset: int) -> list[LeftAlone]:
+    """Replace the attention ops of com.microsoft in place; those that stay, with the reason."""
+    left_alone = []
+    for node in list(model.graph.all_nodes()):
+        if node.domain != RUNTIME_DOMAIN or node.op_type not in (*RUNTIME_RULES, *RUNTIME_REASONS):
+            continue
+        try:
+            if node.op_type in RUNTIME_REASONS:
+                raise DeclinedError(f"{node.op_type}: {RUNTIME_REASONS[node.op_type]}")
+            RUNTIME_RULES[node.op_type](node, opset)
+        except DeclinedError as reason:
+            left_alone.append(LeftAlone(node.name or node.outputs[0].name or node.op_type, module_of(node), str(reason)))
     return left_alone
 
 

@@ -213,7 +213,8 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Prod
         attributes["softcap"] = float(scores.softcap)
     if scores.cast:
         attributes["softmax_precision"] = int(ir.DataType.FLOAT)
-    y = ir.Value(type=out.type, shape=ir.Shape([*(size(q4, a) for a in range(3)), known_size(v4, 3)]))
+    q_heads = known_size(q4, 1) or known_size(scores.product.outputs[0], 1)
+    y = ir.Value(type=out.type, shape=ir.Shape([size(q4, 0), q_heads, size(q4, 2), known_size(v4, 3)]))
     node = ir.Node(
         "",
         "Attention",
@@ -234,5 +235,7 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Prod
     out.name = f"{name}/qexport_replaced"
     if result is not y:
         y.name = f"{name}/qexport_attention"
-    result.name, result.type, result.shape = name, out.type, out.shape
+    result.name, result.type = name, out.type
+    if result is not y:
+        result.shape = out.shape
     product.graph.remove(product, safe=True)

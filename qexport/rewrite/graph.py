@@ -128,10 +128,39 @@ def size(value: ir.Value | None, axis: int) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
 
-def known_size(value: ir.Value | None, axis: int) -> int | None:
-    """Size of one axis when it is a number."""
+def known_size(value: ir.Value | None, axis: int, depth: int = 8) -> int | None:
+    """Size of one axis when it is a number, by the shape or by the nodes before the value; None when unknown."""
     found = size(value, axis)
-    return found if isinstance(found, int) else None
+    if isinstance(found, int):
+        return found
+    axes = rank(value)
+    node = value.producer() if value is not None else None
+    if node is None or axes is None or depth == 0:
+        return None
+    axis = axis % axes
+    if is_op(node, "Transpose") and "perm" in node.attributes:
+        return known_size(node.inputs[0], node.attributes["perm"].as_ints()[axis], depth - 1)
+    if is_op(node, "Cast", "Identity", "Dropout", "Softmax", "Neg"):
+        return known_size(node.inputs[0], axis, depth - 1)
+    if is_op(node, "Reshape"):
+        return _target_size(node.inputs[1], axis)
+    if is_op(node, "Add", "Sub", "Mul", "Div", "Where"):
+        operands = [x for x in node.inputs if x is not None and rank(x) == axes]
+        sizes = [d for x in operands if (d := known_size(x, axis, depth - 1)) is not None]
+        # an axis of 1 may be broadcast by one whose size is not known
+        return max((d for d in sizes if d > 1), default=None)
+    return None
+
+
+def _target_size(target: ir.Value, axis: int) -> int | None:
+    """The size that a Reshape target, or the Concat that makes it, gives an axis as a positive number."""
+    array = constant(target)
+    if array is None:
+        part = target.producer()
+        if not is_op(part, "Concat") or len(part.inputs) <= axis or any(known_size(x, 0) != 1 for x in part.inputs):
+            return None
+        array, axis = constant(part.inputs[axis]), 0
+    return int(array.reshape(-1)[axis]) if array is not None and array.size > axis and array.reshape(-1)[axis] > 0 else None
 
 
 def attribute(node: ir.Node, name: str, default=None):

@@ -84,12 +84,6 @@ def split_heads(builder: Builder, scores, keys, n: int) -> Heads:
     opened = next(node for node, pair in zip(scores.reshapes, shapes, strict=True) if pair == (3, 4))
     count = known_size(opened.outputs[0], 1)
     if count is None:
-        target = constant(opened.inputs[1])
-        part = opened.inputs[1].producer()
-        if target is None and is_op(part, "Concat") and len(part.inputs) == 4:
-            target = [None, constant(part.inputs[1])]
-        count = int(target[1]) if target is not None and target[1] is not None and target[1] > 0 else None
-    if count is None:
         raise DeclinedError("the number of its heads is computed by the graph")
     return Heads(builder, joined=False, count=count)
 
@@ -116,7 +110,7 @@ def ungrouped(q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value
     pairs = [_before_repeat(x) for x in (k, v)]
     if None in pairs or known_size(pairs[0], 1) != known_size(pairs[1], 1):
         return k, v
-    q_heads, kv_heads = known_size(q, 1), known_size(pairs[0], 1)
+    q_heads, kv_heads = known_size(q, 1) or known_size(k, 1), known_size(pairs[0], 1)
     return tuple(pairs) if q_heads and kv_heads and q_heads % kv_heads == 0 else (k, v)
 
 
@@ -128,13 +122,13 @@ def _before_repeat(value: ir.Value) -> ir.Value | None:
         return None
     axes = constant(unsqueeze.inputs[1]) if len(unsqueeze.inputs) > 1 else None
     source = unsqueeze.inputs[0]
-    heads, repeats = known_size(source, 1), known_size(expand.outputs[0], 2)
+    heads, total = known_size(source, 1), known_size(value, 1)
     certain = (
         axes is not None
         and list(axes) == [2]
         and heads is not None
-        and repeats is not None
-        and known_size(value, 1) == heads * repeats
+        and total is not None
+        and total % heads == 0
         and known_size(value, 3) is not None
         and known_size(value, 3) == known_size(source, 3)
     )

@@ -29,7 +29,7 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
     for value, _, _ in scores.biases:
         if _depends(value, origin):
             raise DeclinedError(
-                "the bias added to its scores is computed from the queries or keys (disentangled attention); as an attn_mask "
+                "the bias added to its scores is computed from the queries or keys (disentangled attention); as attn_mask "
                 "it would be a dense batch x heads x queries x keys tensor of every run"
             )
     dtype = q.dtype or ir.DataType.FLOAT

@@ -76,7 +76,7 @@ def heads_of(node: ir.Node) -> tuple[int | None, int | None, int | None]:
         width = known_size(q, 2)
         return q_heads, kv_heads, width // q_heads if width else None
     head_size = known_size(q, 3) or known_size(k, 3)
-    return known_size(q, 1), known_size(k, 1), head_size
+    return known_size(q, 1) or known_size(node.outputs[0], 1), known_size(k, 1), head_size
 
 
 def add_seed(model: ir.Model, default: int) -> ir.Value:

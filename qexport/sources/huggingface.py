@@ -88,7 +88,7 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
         output_names=_output_names(torch, model, kwargs, folder),
         specs=specs,
     )
-    source.limits = {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
+    source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     source.tokenizer = _tokenizer_text(folder, tokenizer)
     return source
 

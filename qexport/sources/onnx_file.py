@@ -13,7 +13,7 @@ from qexport.external_data import check_external_data, load_structure
 from qexport.ops import DOMAIN
 from qexport.rewrite.raise_opset import raise_opset
 from qexport.rewrite.sites import module_from_name
-from qexport.sources import InputSpec, Source
+from qexport.sources import Source
 from qexport.sources.quiet import reason_of
 from qexport.sources.specs import limits_of, spec_of
 
@@ -114,6 +114,6 @@ def _check_ops(path: Path, model: onnx.ModelProto) -> None:
                     )
             elif node.domain != DOMAIN:
                 raise QexportError(
-                    f"{where}: op {node.domain}:{node.op_type} has no function in the file, so no plain onnxruntime runs it; "
+                    f"{where}: op {node.domain}:{node.op_type} has no function in the file, so no onnxruntime runs it; "
                     "export the model without it"
                 )

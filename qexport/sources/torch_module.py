@@ -12,11 +12,13 @@ import onnx_ir as ir
 
 from qexport.errors import QexportError, UsageError
 from qexport.sources import InputSpec, Source
-from qexport.sources.kinds import kind_of
 from qexport.sources.quiet import quiet, reason_of
+from qexport.sources.specs import limits_of, spec_of
 
 # The exporter's own lowest opset; below it the finished graph is converted down.
 EXPORTER_OPSET = 18
+# torch.export.Dim without a maximum carries one near 2^63.
+UNBOUNDED = 2**31
 
 
 def import_torch():
@@ -157,6 +159,8 @@ def export_module(
         raise QexportError(f"{name}: the model does not run on its example inputs: {reason_of(error)}") from error
     try:
         with quiet(), torch.no_grad():
+            import onnxscript.optimizer
+
             program = torch.onnx.export(
                 module,
                 () if is_program else args,
@@ -166,8 +170,10 @@ def export_module(
                 dynamic_shapes=None if is_program else dynamic_shapes,
                 output_names=output_names,
                 verbose=False,
-                optimize=True,
+                optimize=False,
             )
+            # the exporter's own optimisation also fuses RotaryEmbedding and others that few runtimes hold
+            onnxscript.optimizer.optimize_ir(program.model)
     except Exception as error:
         raise QexportError(f"{name}: torch cannot export the model to ONNX: {reason_of(error)}") from error
     model = program.model
@@ -177,7 +183,8 @@ def export_module(
         raise QexportError(
             f"{name}: the graph has {len(model.graph.inputs)} inputs, the examples hold {len(leaves)} tensors"
         )
-    inputs = [_spec(value, specs or {}) for value in model.graph.inputs]
+    inputs = [_describe(value, model, specs or {}) for value in model.graph.inputs]
+    limits = limits_of(model, inputs) | _axis_limits(torch, dynamic_shapes)
     if is_program and not any(isinstance(d, str) for spec in inputs for d in spec.shape):
         note = ["the archive was exported with fixed shapes; its batch and sequence cannot vary"]
     else:
@@ -189,6 +196,7 @@ def export_module(
         inputs=inputs,
         examples={value.name: to_numpy(leaf) for value, leaf in zip(model.graph.inputs, leaves, strict=True)},
         expected={v.name: to_numpy(t) for v, t in zip(model.graph.outputs, expected, strict=False)},
+        limits={axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in inputs)},
         notes=note,
     )
 
@@ -251,9 +259,19 @@ def _guess_axes(torch, args, kwargs):
     return args, kwargs, shapes
 
 
-def _spec(value: ir.Value, known: dict[str, InputSpec]) -> InputSpec:
-    shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
-    dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
-    if spec := known.get(value.name):
-        return InputSpec(value.name, dtype, shape, spec.kind, spec.high)
-    return InputSpec(value.name, dtype, shape, kind_of(value.name, dtype))
+def _describe(value: ir.Value, model: ir.Model, known: dict[str, InputSpec]) -> InputSpec:
+    """The spec read off the graph, with the kind and bound that the front end knows."""
+    spec = spec_of(value, model)
+    if (told := known.get(value.name)) is not None:
+        spec.kind, spec.high = told.kind, told.high
+    return spec
+
+
+def _axis_limits(torch, shapes) -> dict[str, int]:
+    """The upper bounds that torch.export.Dim objects among dynamic shapes carry."""
+    limits = {}
+    for dim in torch.utils._pytree.tree_leaves(shapes, is_leaf=lambda x: hasattr(x, "max") and hasattr(x, "min")):
+        largest = getattr(dim, "max", None)
+        if isinstance(largest, int) and largest < UNBOUNDED:
+            limits[getattr(dim, "__name__", "")] = largest
+    return limits
