@@ -144,7 +144,7 @@ def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list
         )
     if opset >= 23:
         k4, v4 = ungrouped(q4, k4, v4)
-    mask = attention_mask(builder, scores, keys, heads, q4, k4, opset)
+    mask = attention_mask(builder, scores, keys, heads, q4, k4)
     _replace_shapes(builder, [*scores.chain, *way], heads, q4, k4)
     _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)
 
@@ -202,7 +202,10 @@ def _replace_shapes(builder: Builder, values: list[ir.Value], heads, q4: ir.Valu
                 full = builder.node(
                     "Slice", full, [start], [end if end is not None else 1 << 31], [0], dtype=ir.DataType.INT64
                 )
-            shape.outputs[0].replace_all_uses_with(full, replace_graph_outputs=True)
+            old = shape.outputs[0]
+            full.type, full.shape, name = ir.TensorType(ir.DataType.INT64), old.shape, old.name
+            old.replace_all_uses_with(full, replace_graph_outputs=True)
+            old.name, full.name = f"{name}/qexport_replaced", name
             shape.graph.remove(shape, safe=True)
 
 

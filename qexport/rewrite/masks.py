@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, is_op, known_size, rank
+from qexport.rewrite.graph import Builder, attribute, is_op, known_size, rank, size
 
 _LOWEST = {
     ir.DataType.FLOAT: float(np.finfo(np.float32).min),
@@ -19,8 +19,8 @@ _LOWEST = {
 }
 
 
-def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Value, opset: int) -> ir.Value | None:
-    """The attn_mask of an Attention on Q and K (4-D), None when every key counts; below opset 23 always a float tensor.
+def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Value) -> ir.Value | None:
+    """The attn_mask of an Attention on Q and K (4-D), None when every key counts.
 
     Raises:
         DeclinedError: a bias is computed from the queries or keys themselves, or cannot be aligned with the heads.
@@ -50,14 +50,14 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
         flag = flag if keeps else _negated(builder, flag)
         flag = _aligned(builder, flag, where, heads, q, k)
         keep = flag if keep is None else builder.node("And", keep, flag, dtype=ir.DataType.BOOL)
-    if keep is not None and (bias is not None or opset < 23):
-        lowest = builder.node("CastLike", builder.const(np.float32(_LOWEST[dtype])), q, like=q, shape=[])
-        zero = builder.node("CastLike", builder.const(np.float32(0)), q, like=q, shape=[])
-        return builder.node("Where", keep, bias if bias is not None else zero, lowest, like=q)
-    if keep is None and bias is None and opset < 23:
-        zero = builder.node("CastLike", builder.const(np.zeros((1, 1), np.float32)), q, like=q, shape=[1, 1])
-        return builder.node("Expand", zero, builder.concat([1], builder.axes(k, 2, 3)), like=q, shape=[1, None])
+    if keep is not None and bias is not None:
+        return builder.node("Where", keep, bias, _number_like(builder, _LOWEST[dtype], q), like=q)
     return keep if keep is not None else bias
+
+
+def _number_like(builder: Builder, value: float, q: ir.Value) -> ir.Value:
+    """A number in the type of Q."""
+    return builder.node("CastLike", builder.const(np.float32(value)), q, like=q, shape=[])
 
 
 def _negated(builder: Builder, flag: ir.Value) -> ir.Value:
@@ -74,8 +74,7 @@ def _typed(builder: Builder, value: ir.Value, q: ir.Value, dtype: ir.DataType) -
     if value.dtype == dtype:
         return value
     if dtype == ir.DataType.FLOAT16 and value.dtype in (ir.DataType.FLOAT, None):
-        lowest = builder.node("CastLike", builder.const(np.float32(_LOWEST[dtype])), value, like=value, shape=[])
-        value = builder.node("Max", value, lowest, like=value, shape=value.shape)
+        value = builder.node("Max", value, _number_like(builder, _LOWEST[dtype], value), like=value, shape=value.shape)
     return builder.node("CastLike", value, q, like=q, shape=value.shape)
 
 
@@ -149,21 +148,35 @@ def expand_masks(model: ir.Model) -> None:
     ]:
         q, mask = node.inputs[0], node.inputs[3]
         axis = 1 if attribute(node, "q_num_heads") else 2
-        rows, axes = _dim(q, axis), rank(mask)
-        if axes is not None and axes >= 2 and rows is not None and _dim(mask, -2) == rows:
+        rows, axes = size(q, axis), rank(mask)
+        if axes is not None and axes >= 2 and rows is not None and size(mask, -2) == rows:
             continue
         key = (id(mask), rows, id(node.graph)) if rows is not None else None
         if key is None or key not in done:
             builder = Builder(node)
             target = builder.concat([1, 1], builder.axes(q, axis, axis + 1), [1])
-            shape = [None, None, rows, mask.shape[-1] if axes else None]
+            shape = [None, None, rows, size(mask, -1)]
             expanded = builder.node("Expand", mask, target, like=mask, shape=shape)
             done[key] = expanded
         node.replace_input_with(3, done[key])
 
 
-def _dim(value: ir.Value, axis: int):
-    if value.shape is None or len(value.shape) < abs(axis):
-        return None
-    dim = value.shape[axis]
-    return dim if isinstance(dim, int) else dim.value
+def float_masks(model: ir.Model) -> None:
+    """Give every Attention a float attn_mask: zeros where there is none, the lowest number where a boolean says no.
+
+    This is what the fallback below opset 23 needs, where Attention is spelled out in MatMul, Add and Softmax.
+    """
+    for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention")]:
+        q, k = node.inputs[0], node.inputs[1]
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        if mask is not None and mask.dtype != ir.DataType.BOOL:
+            continue
+        builder = Builder(node)
+        zero = _number_like(builder, 0.0, q)
+        if mask is None:
+            new = builder.node("Expand", zero, builder.concat([1], builder.axes(k, 2, 3)), like=q, shape=[1, None])
+        else:
+            lowest = _number_like(builder, _LOWEST[q.dtype or ir.DataType.FLOAT], q)
+            new = builder.node("Where", mask, zero, lowest, like=q, shape=mask.shape)
+        node.resize_inputs(max(4, len(node.inputs)))
+        node.replace_input_with(3, new)

@@ -1,0 +1,89 @@
+"""fuse_attention fires on every spelling, declines with its reason, and stays equal."""
+
+import onnx
+import pytest
+from harness import Rewritten, assert_same, feeds, parse, run
+from spellings import DECLINED, FUSED
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fires_and_stays_equal(name):
+    spelling = FUSED[name]
+    source = parse(spelling.text)
+    inputs = feeds(source)
+    done = Rewritten(source)
+    assert [entry.reason for entry in done.left_alone] == []
+    assert done.ops().count("Attention") == spelling.sites
+    assert done.ops("sampled").count("QuantumAttention") == len(done.sites) == spelling.sites
+    onnx.checker.check_model(done.classical, full_check=True)
+    expected = run(source, inputs)
+    assert_same(expected, run(done.classical, inputs))
+    assert_same(expected, run(done.sampled, inputs))
+
+
+@pytest.mark.parametrize("name", [name for name, spelling in FUSED.items() if spelling.opset <= 17])
+def test_low_opset_stays_equal(name):
+    spelling = FUSED[name]
+    source = parse(spelling.text)
+    inputs = feeds(source)
+    done = Rewritten(source, opset=17)
+    assert done.left_alone == []
+    assert "Attention" not in done.ops() + done.ops("sampled")
+    assert done.ops("sampled").count("QuantumAttention") == spelling.sites
+    assert_same(run(source, inputs), run(done.sampled, inputs))
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_declines_with_the_reason(name):
+    spelling, reason = DECLINED[name]
+    source = parse(spelling.text)
+    inputs = feeds(source)
+    done = Rewritten(source)
+    assert done.sites == []
+    assert len(done.left_alone) == 1
+    assert reason in done.left_alone[0].reason
+    assert done.left_alone[0].name == "/block/attention/Attention_" + done.left_alone[0].name.rpartition("_")[2]
+    assert done.left_alone[0].module == "block.attention"
+    assert_same(run(source, inputs), run(done.sampled, inputs))
+
+
+def test_soft_cap_declines_below_opset_23():
+    source = parse(FUSED["soft cap"].text.replace('"": 23', '"": 17'))
+    done = Rewritten(source, opset=17)
+    assert "soft cap" in done.left_alone[0].reason
+
+
+def test_scale_folds_into_one_number():
+    done = Rewritten(parse(FUSED["scale on q and k"].text))
+    node = next(n for n in done.classical.graph.node if n.op_type == "Attention")
+    scale = next(a.f for a in node.attribute if a.name == "scale")
+    assert scale == pytest.approx(0.594604**2)
+    assert list(node.input[:3]) == ["q", "k", "v"]
+
+
+def test_scale_of_the_shape_is_computed():
+    done = Rewritten(parse(FUSED["scale of the shape"].text))
+    node = next(n for n in done.classical.graph.node if n.op_type == "Attention")
+    assert next(a.f for a in node.attribute if a.name == "scale") == pytest.approx(8**-0.5)
+
+
+def test_grouped_heads_are_not_repeated():
+    done = Rewritten(parse(FUSED["grouped heads, repeated"].text))
+    assert (done.sites[0].q_heads, done.sites[0].kv_heads, done.sites[0].head_size) == (4, 2, 8)
+    assert "Expand" not in done.ops()
+
+
+def test_where_gives_a_boolean_mask():
+    done = Rewritten(parse(FUSED["where keep"].text))
+    inferred = onnx.shape_inference.infer_shapes(done.classical)
+    node = next(n for n in done.classical.graph.node if n.op_type == "Attention")
+    types = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
+    assert types[node.input[3]] == onnx.TensorProto.BOOL
+
+
+def test_a_classifier_is_no_site():
+    text = FUSED["no scale"]
+    source = parse(text.text.replace("y = MatMul(p, v)", "y = Identity(p)").replace("float[b,4,l,8] y", "float[b,4,l,s] y"))
+    done = Rewritten(source)
+    assert done.sites == []
+    assert done.left_alone == []
