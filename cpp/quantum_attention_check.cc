@@ -24,8 +24,8 @@ Strategy strategy_of(const std::string& name) {
 
 void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
   if (value >= least && value <= most) return;
-  const std::string limit = most == INT64_MAX ? ">= " + std::to_string(least)
-                                              : "in " + std::to_string(least) + " to " + std::to_string(most);
+  const std::string limit =
+      most == INT64_MAX ? ">= " + std::to_string(least) : "in " + std::to_string(least) + " to " + std::to_string(most);
   fail(std::string(name) + " must be " + limit + ", got " + std::to_string(value));
 }
 
@@ -51,7 +51,8 @@ HeadView head_view(const char* name, const TensorView& tensor, int64_t heads, co
   if (tensor.shape.rank != 3) fail_shape(name, tensor.shape, "3 or 4 dimensions");
   if (heads == 0) fail(std::string(name) + " has 3 dimensions, which needs the attribute " + heads_name);
   if (d[2] % heads != 0) {
-    fail_shape(name, tensor.shape, "a last dimension that " + std::string(heads_name) + " = " + std::to_string(heads) + " divides");
+    fail_shape(name, tensor.shape,
+               "a last dimension that " + std::string(heads_name) + " = " + std::to_string(heads) + " divides");
   }
   return {d[0], heads, d[1], d[2] / heads, {tensor.data, d[1] * d[2], d[2] / heads, d[2]}};
 }
@@ -65,7 +66,8 @@ AttentionMask mask_view(const TensorView& mask, int64_t batch, int64_t heads, in
   for (int i = 0; i < mask.shape.rank; ++i) dims[4 - mask.shape.rank + i] = mask.shape.dim[i];
   for (int i = 0; i < 4; ++i) {
     if (i < 3 ? dims[i] != 1 && dims[i] != full[i] : dims[i] > full[i]) {
-      fail_shape("attn_mask", mask.shape, "one that broadcasts to " + to_string(wanted) + " (batch, q_heads, q_len, total_len)");
+      fail_shape("attn_mask", mask.shape,
+                 "one that broadcasts to " + to_string(wanted) + " (batch, q_heads, q_len, total_len)");
     }
   }
   static const char no_elements = 0;  // a mask of length 0 masks every key and may come without a pointer
@@ -98,7 +100,8 @@ void check_attributes(const QuantumAttentionAttributes& a) {
   check_range("qk_matmul_output_mode", a.qk_matmul_output_mode, 0, 3);
   check_range("left_window_size", a.left_window_size, -1, INT32_MAX);
   check_range("right_window_size", a.right_window_size, -1, INT32_MAX);
-  if (!(a.softcap >= 0.0f) || std::isinf(a.softcap)) fail("softcap must be >= 0 and finite, got " + std::to_string(a.softcap));
+  if (!(a.softcap >= 0.0f) || std::isinf(a.softcap))
+    fail("softcap must be >= 0 and finite, got " + std::to_string(a.softcap));
   if (a.has_scale && !std::isfinite(a.scale)) fail("scale must be finite, got " + std::to_string(a.scale));
   if (a.q_num_heads < 0) check_range("q_num_heads", a.q_num_heads, 1, INT64_MAX);
   if (a.kv_num_heads < 0) check_range("kv_num_heads", a.kv_num_heads, 1, INT64_MAX);
@@ -118,7 +121,8 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
   if (k.heads == 0 || q.heads % k.heads != 0) {
     fail("q_heads must be a multiple of kv_heads, got " + std::to_string(q.heads) + " and " + std::to_string(k.heads));
   }
-  if (q.size == 0 || v.size == 0) fail_shape(q.size == 0 ? "Q" : "V", q.size == 0 ? in.q.shape : in.v.shape, "a head_size above 0");
+  if (q.size == 0 || v.size == 0)
+    fail_shape(q.size == 0 ? "Q" : "V", q.size == 0 ? in.q.shape : in.v.shape, "a head_size above 0");
   if (in.past_key.present != in.past_value.present) fail("past_key and past_value must be given together");
   int64_t past_len = 0;
   if (in.past_key.present) {
@@ -137,7 +141,8 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
   check_range("q_len", q.len, 0, INT32_MAX / 2);
   const int64_t count = static_cast<int64_t>(a.num_samples.size());
   if (count != 1 && count != q.heads) {
-    fail("num_samples must hold 1 number or one per query head (" + std::to_string(q.heads) + "), got " + std::to_string(count));
+    fail("num_samples must hold 1 number or one per query head (" + std::to_string(q.heads) + "), got " +
+         std::to_string(count));
   }
 
   QuantumAttentionCall call{};

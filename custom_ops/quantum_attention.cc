@@ -8,8 +8,7 @@ namespace qexport {
 namespace {
 
 constexpr const char* kName = "QuantumAttention";
-constexpr const char* kInputs[] = {"Q",        "K",          "V",                "attn_mask",
-                                   "past_key", "past_value", "nonpad_kv_seqlen", "seed"};
+constexpr const char* kInputs[] = {"Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen", "seed"};
 constexpr size_t kInputCount = 8, kOutputCount = 4, kRequiredInputs = 3, kRequiredOutputs = 1;
 
 struct Kernel {

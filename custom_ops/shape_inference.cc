@@ -135,7 +135,8 @@ void infer_attention_shapes(OrtShapeInferContext* context) {
   } else if (q.dims.size() == 3) {
     const int64_t heads = int_attribute(context, "q_num_heads"), kv_heads = int_attribute(context, "kv_num_heads");
     const Dim size = quotient(v.dims[2], kv_heads);
-    set_output(context, 0, q.type, {q.dims[0], q.dims[1], size.size >= 0 && heads > 0 ? Dim{size.size * heads, ""} : unknown_dim()});
+    set_output(context, 0, q.type,
+               {q.dims[0], q.dims[1], size.size >= 0 && heads > 0 ? Dim{size.size * heads, ""} : unknown_dim()});
     q_heads = sized(heads), q_len = q.dims[1], kv_len = k.dims[1];
     present_key = {k.dims[0], sized(kv_heads), kv_len, quotient(k.dims[2], kv_heads)};
     present_value = {k.dims[0], sized(kv_heads), kv_len, size};

@@ -16,15 +16,9 @@ static size_t scratch_bytes(const AttentionJob& job) {
 #define QEXPORT_STRING(x) QEXPORT_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
-                         kMaxRows,
-                         kSampledRows,
-                         scratch_bytes,
-                         exact_block,
-                         sampled_block,
-                         entropy_block,
-                         qk_matmul_output_block,
-                         value_stats};
+const Kernels kernels = {
+    QEXPORT_STRING(QEXPORT_ISA), kMaxRows,   kSampledRows, scratch_bytes, exact_block, sampled_block, entropy_block,
+    qk_matmul_output_block,      value_stats};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

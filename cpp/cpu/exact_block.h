@@ -9,7 +9,7 @@ namespace QEXPORT_ISA {
 constexpr int64_t kTile = 64;  // keys; S^T, P^T, one tile of K or V and O^T then stay in the L1/L2 cache
 
 struct ExactScratch {
-  float *q_t, *s, *bias, *o_t, *keys, *row;
+  float *q_t, *s, *bias, *o_t, *keys;
 };
 
 static ExactScratch exact_scratch(const AttentionJob& job, Arena& arena) {
@@ -20,8 +20,7 @@ static ExactScratch exact_scratch(const AttentionJob& job, Arena& arena) {
   s.s = arena.take<float>(kTile * kMaxRows);
   s.bias = arena.take<float>(job.tensors.mask.data ? kTile * kMaxRows : 0);
   s.o_t = arena.take<float>(p.v_head_size * kMaxRows);
-  s.keys = arena.take<float>(p.type == DType::f32 ? 0 : kTile * size);
-  s.row = arena.take<float>(size);
+  s.keys = arena.take<float>(kTile * size);
   return s;
 }
 
@@ -55,7 +54,7 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   Rows rows;
   set_rows(job, block, rows);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, scratch.q_t, ld, scratch.row);
+  pack_queries(job, block, rows, scratch.q_t, ld);
 
   alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows];
   for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
@@ -75,14 +74,9 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
     value_product(v.data, v.stride, scratch.s, scratch.o_t, ld, p.v_head_size, count, rows.vecs, alpha);
   }
 
-  for (int64_t r = 0; r < rows.count; ++r) {
-    // A row without an allowed key has l = 0 and is 0.
-    const float inverse = l[r] == 0.0f ? 0.0f : 1.0f / l[r];
-    for (int64_t x = 0; x < p.v_head_size; ++x) {
-      scratch.row[x] = l[r] == 0.0f ? 0.0f : scratch.o_t[x * ld + r] * inverse;
-    }
-    write_row(p.type, scratch.row, p.v_head_size, output_row(job, block.batch, rows.head[r], rows.query[r]));
-  }
+  // A row without an allowed key has l = 0 and is 0.
+  for (int64_t r = 0; r < ld; ++r) l[r] = l[r] == 0.0f ? 0.0f : 1.0f / l[r];
+  write_outputs(job, block, rows, scratch.o_t, ld, l);
 }
 
 }  // namespace QEXPORT_ISA

@@ -25,8 +25,8 @@ struct RowBlock {
 
 struct Kernels {
   const char* name;
-  int64_t exact_rows;    // rows of a block of exact_rows_kernel
-  int64_t sampled_rows;  // rows of a block of the other kernels
+  int64_t exact_rows;                                // rows of a block of exact_rows_kernel
+  int64_t sampled_rows;                              // rows of a block of the other kernels
   size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);

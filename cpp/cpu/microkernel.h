@@ -15,8 +15,8 @@ namespace QEXPORT_ISA {
 // c[b][lanes] = (c[b][lanes] * rescale if kAccumulate) + sum_{i < n} a[b * stride + i * step] * rhs[i][lanes]
 // for kRows values of b and kVecs vectors of lanes. `ld` is the distance in floats between rows of rhs, and of c.
 template <int kVecs, int kRows, bool kAccumulate>
-static QEXPORT_INLINE void product_block(const float* a, int64_t stride, int64_t step, const float* rhs, float* c, int64_t ld,
-                                         int64_t n, const float* rescale) {
+static QEXPORT_INLINE void product_block(const float* a, int64_t stride, int64_t step, const float* rhs, float* c,
+                                         int64_t ld, int64_t n, const float* rescale) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int b = 0; b < kRows; ++b) {
@@ -77,10 +77,12 @@ static void value_product(const float* v_rows, int64_t v_stride, const float* p,
                           int64_t keys, int vecs, const float* rescale) {
   int v = 0;
   for (; v + 2 <= vecs; v += 2) {
-    product_rows<2, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size, rescale + v * kLanes);
+    product_rows<2, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size,
+                          rescale + v * kLanes);
   }
   if (v < vecs) {
-    product_rows<1, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size, rescale + v * kLanes);
+    product_rows<1, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size,
+                          rescale + v * kLanes);
   }
 }
 

@@ -6,8 +6,7 @@
 namespace qexport {
 namespace QEXPORT_ISA {
 
-constexpr int kSampledVecs = 2;
-constexpr int kSampledRows = kSampledVecs * kLanes;
+constexpr int kSampledRows = 32;  // all their scores are in memory at once
 
 // Scratch of the row-wise kernels. p, x, f: (total_len, ld).
 struct RowScratch {
@@ -20,7 +19,7 @@ static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
   RowScratch s;
   s.q_t = arena.take<float>(p.head_size * kSampledRows);
   s.bias = arena.take<float>(job.tensors.mask.data ? kTile * kSampledRows : 0);
-  s.keys = arena.take<float>(p.type == DType::f32 ? 0 : kTile * size);
+  s.keys = arena.take<float>(kTile * size);
   s.row = arena.take<float>(size);
   s.p = arena.take<float>(job.total_len * kSampledRows);
   s.x = arena.take<float>(p.strategy == Strategy::exact ? 0 : job.total_len * kSampledRows);
@@ -31,8 +30,8 @@ static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
 enum class Stage { raw, capped, masked };
 
 // out[(j - begin)][lane] = score of key j, up to and including a stage, for keys [begin, end).
-static void row_scores(const AttentionJob& job, const RowBlock& block, const Rows& rows, const RowScratch& scratch, Stage stage,
-                       int64_t begin, int64_t end, float* out) {
+static void row_scores(const AttentionJob& job, const RowBlock& block, const Rows& rows, const RowScratch& scratch,
+                       Stage stage, int64_t begin, int64_t end, float* out) {
   const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
   const int64_t ld = rows.vecs * kLanes;
@@ -50,9 +49,9 @@ static void row_scores(const AttentionJob& job, const RowBlock& block, const Row
 
 // One column of lanes of scores s[n][ld] becomes e = exp(s - max).
 struct ColumnSums {
-  vf sum;            // Z
-  vi allowed;        // number of keys with a score above -inf
-  vf weighted_sum;   // sum_j e_j (s_j - max)
+  vf sum;           // Z
+  vi allowed;       // number of keys with a score above -inf
+  vf weighted_sum;  // sum_j e_j (s_j - max)
 };
 
 static ColumnSums exponentiate(float* s, int64_t ld, int64_t n) {
@@ -82,7 +81,7 @@ static void entropy_block(const AttentionJob& job, RowBlock block, char* memory)
   Rows rows;
   set_rows(job, block, rows);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, scratch.q_t, ld, scratch.row);
+  pack_queries(job, block, rows, scratch.q_t, ld);
   row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
   for (int v = 0; v < rows.vecs; ++v) {
     const ColumnSums sums = exponentiate(scratch.p + v * kLanes, ld, rows.end - rows.begin);
@@ -104,8 +103,10 @@ static void qk_matmul_output_block(const AttentionJob& job, RowBlock block, char
   Rows rows;
   set_rows(job, block, rows);
   const int64_t ld = rows.vecs * kLanes, n = job.total_len;
-  pack_queries(job, block, rows, scratch.q_t, ld, scratch.row);
-  const Stage stage = p.qk_matmul_output_mode == 0 ? Stage::raw : p.qk_matmul_output_mode == 1 ? Stage::capped : Stage::masked;
+  pack_queries(job, block, rows, scratch.q_t, ld);
+  const Stage stage = p.qk_matmul_output_mode == 0   ? Stage::raw
+                      : p.qk_matmul_output_mode == 1 ? Stage::capped
+                                                     : Stage::masked;
   row_scores(job, block, rows, scratch, stage, 0, n, scratch.p);
   if (p.qk_matmul_output_mode == 3) {
     for (int v = 0; v < rows.vecs; ++v) {

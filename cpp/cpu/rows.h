@@ -7,43 +7,53 @@
 namespace qexport {
 namespace QEXPORT_ISA {
 
-constexpr int kMaxVecs = 4;
-constexpr int kMaxRows = kMaxVecs * kLanes;
+constexpr int kMaxRows = 64;  // rows of a block: enough to hide the loads of K and V behind the arithmetic
 
-static QEXPORT_INLINE int64_t element_size(DType type) {
-  return type == DType::f32 ? 4 : type == DType::boolean ? 1 : 2;
+static QEXPORT_INLINE int64_t element_size(DType type) { return type == DType::f32 ? 4 : type == DType::boolean ? 1 : 2; }
+
+// Elements src[0 .. n) as float32, n <= kLanes; the other lanes are 0.
+static QEXPORT_INLINE vf load_part(DType type, const char* src, int64_t n) {
+  if (type == DType::f32) {
+    if (n == kLanes) return load<vf>(src);
+    vf x{};
+    __builtin_memcpy(&x, src, static_cast<size_t>(n) * 4);
+    return x;
+  }
+  vh x{};
+  if (n == kLanes) {
+    x = load<vh>(src);
+  } else {
+    __builtin_memcpy(&x, src, static_cast<size_t>(n) * 2);
+  }
+  return type == DType::f16 ? from_f16(x) : from_bf16(x);
+}
+
+// The first n lanes in the type of `dst`.
+static QEXPORT_INLINE void store_part(DType type, char* dst, vf x, int64_t n) {
+  if (type == DType::f32) {
+    if (n == kLanes) return store(dst, x);
+    __builtin_memcpy(dst, &x, static_cast<size_t>(n) * 4);
+    return;
+  }
+  const vh h = type == DType::f16 ? to_f16(x) : to_bf16(x);
+  if (n == kLanes) return store(dst, h);
+  __builtin_memcpy(dst, &h, static_cast<size_t>(n) * 2);
 }
 
 // `n` elements of `src` as float32. `dst` holds n rounded up to kLanes.
-static void read_row(DType type, const void* src, int64_t n, float* dst) {
-  if (type == DType::f32) {
-    __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4);
-    return;
-  }
-  const uint16_t* half = static_cast<const uint16_t*>(src);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    vh x{};
-    if (i + kLanes <= n) {
-      x = load<vh>(half + i);
-    } else {
-      __builtin_memcpy(&x, half + i, static_cast<size_t>(n - i) * 2);
-    }
-    store(dst + i, type == DType::f16 ? from_f16(x) : from_bf16(x));
-  }
+static void read_row(DType type, const char* src, int64_t n, float* dst) {
+  const int64_t step = kLanes * element_size(type);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes, src += step) store(dst + i, load_part(type, src, kLanes));
+  if (i < n) store(dst + i, load_part(type, src, n - i));
 }
 
 // `n` float32 elements (readable up to n rounded up to kLanes) in the type of `dst`.
-static void write_row(DType type, const float* src, int64_t n, void* dst) {
-  if (type == DType::f32) {
-    __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4);
-    return;
-  }
-  uint16_t* half = static_cast<uint16_t*>(dst);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vf x = load<vf>(src + i);
-    const vh h = type == DType::f16 ? to_f16(x) : to_bf16(x);
-    __builtin_memcpy(half + i, &h, static_cast<size_t>(lesser<int64_t>(kLanes, n - i)) * 2);
-  }
+static void write_row(DType type, const float* src, int64_t n, char* dst) {
+  const int64_t step = kLanes * element_size(type);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes, dst += step) store_part(type, dst, load<vf>(src + i), kLanes);
+  if (i < n) store_part(type, dst, load<vf>(src + i), n - i);
 }
 
 static QEXPORT_INLINE const char* row_of(const HeadRows& rows, DType type, int64_t b, int64_t h, int64_t i) {
@@ -58,8 +68,9 @@ struct KeyRows {
   int64_t count;
 };
 
-// Keys before past_len come from the past, the others from the new rows; a run never crosses the border. float32 rows are
-// used where they lie; others are converted into `buffer` (count x round_up(size, kLanes) floats).
+// Keys before past_len come from the past, the others from the new rows; a run never crosses the border. float32 rows that
+// follow one another are used where they lie. Others are brought together in `buffer` (count x round_up(size, kLanes)
+// floats): half types, and rows a head apart, whose power-of-two distance would put them all into the same few cache sets.
 static KeyRows key_rows(const AttentionJob& job, bool values, int64_t b, int64_t kv_head, int64_t j, int64_t count,
                         float* buffer) {
   const QuantumAttentionParams& p = job.params;
@@ -69,12 +80,12 @@ static KeyRows key_rows(const AttentionJob& job, bool values, int64_t b, int64_t
   const int64_t first = past ? j : j - p.past_len;
   count = lesser(count, past ? p.past_len - j : job.total_len - j);
   const char* src = row_of(rows, p.type, b, kv_head, first);
-  if (p.type == DType::f32) return {reinterpret_cast<const float*>(src), rows.row_stride, count};
   const int64_t size = values ? p.v_head_size : p.head_size;
-  const int64_t stride = (size + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = 0; i < count; ++i) {
-    read_row(p.type, src + i * rows.row_stride * 2, size, buffer + i * stride);
+  if (p.type == DType::f32 && (rows.row_stride == size || count == 1)) {
+    return {reinterpret_cast<const float*>(src), rows.row_stride, count};
   }
+  const int64_t stride = (size + kLanes - 1) / kLanes * kLanes, step = rows.row_stride * element_size(p.type);
+  for (int64_t i = 0; i < count; ++i) read_row(p.type, src + i * step, size, buffer + i * stride);
   return {buffer, stride, count};
 }
 
@@ -87,9 +98,9 @@ struct Rows {
   const char* mask[kMaxRows];
   alignas(64) int32_t lo[kMaxRows];
   alignas(64) int32_t hi[kMaxRows];
-  int64_t begin, end;              // the union of the ranges
+  int64_t begin, end;                // the union of the ranges
   int64_t common_begin, common_end;  // their intersection
-  bool shared_mask;                // every row has the same mask row
+  bool shared_mask;                  // every row has the same mask row
 };
 
 static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows) {
@@ -116,9 +127,9 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
     if (p.left_window >= 0) lo = greater<int64_t>(lo, position - p.left_window);
     if (mask.data) {
       hi = lesser(hi, mask.len);
-      rows.mask[r] = static_cast<const char*>(mask.data) +
-                     (block.batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride) *
-                         element_size(mask.type);
+      rows.mask[r] =
+          static_cast<const char*>(mask.data) +
+          (block.batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride) * element_size(mask.type);
       rows.shared_mask = rows.shared_mask && rows.mask[r] == rows.mask[0];
     }
     if (hi <= lo) lo = hi = 0;
@@ -129,24 +140,55 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
   if (rows.begin >= rows.end) rows.begin = rows.end = 0;
 }
 
-// q_t[x][lane] = scale * Q[lane][x], zero in lanes without a row. `row` holds round_up(head_size, kLanes) floats.
-static void pack_queries(const AttentionJob& job, const RowBlock& block, const Rows& rows, float* q_t, int64_t ld, float* row) {
+// q_t[x][lane] = scale * Q[lane][x], zero in lanes without a row.
+static void pack_queries(const AttentionJob& job, const RowBlock& block, const Rows& rows, float* q_t, int64_t ld) {
   const QuantumAttentionParams& p = job.params;
-  for (int64_t r = 0; r < rows.vecs * kLanes; ++r) {
-    if (r >= rows.count) {
-      for (int64_t x = 0; x < p.head_size; ++x) q_t[x * ld + r] = 0.0f;
-      continue;
+  const int64_t bytes = element_size(p.type);
+  for (int64_t r0 = 0; r0 < ld; r0 += kLanes) {
+    const char* src[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t r = r0 + lane;
+      src[lane] = r < rows.count ? row_of(job.tensors.q, p.type, block.batch, rows.head[r], rows.query[r]) : nullptr;
     }
-    const char* src = row_of(job.tensors.q, p.type, block.batch, rows.head[r], rows.query[r]);
-    read_row(p.type, src, p.head_size, row);
-    for (int64_t x = 0; x < p.head_size; ++x) q_t[x * ld + r] = row[x] * p.scale;
+    for (int64_t x = 0; x < p.head_size; x += kLanes) {
+      const int64_t n = lesser<int64_t>(kLanes, p.head_size - x);
+      vf m[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        m[lane] = src[lane] ? load_part(p.type, src[lane] + x * bytes, n) * p.scale : vf{};
+      }
+      transpose(m);
+      for (int64_t i = 0; i < n; ++i) store(q_t + (x + i) * ld + r0, m[i]);
+    }
   }
 }
 
 static QEXPORT_INLINE char* output_row(const AttentionJob& job, int64_t b, int64_t head, int64_t query) {
   const QuantumAttentionTensors& t = job.tensors;
-  return static_cast<char*>(t.y) + (b * t.y_batch_stride + head * t.y_head_stride + query * t.y_row_stride) *
-                                       element_size(job.params.type);
+  return static_cast<char*>(t.y) +
+         (b * t.y_batch_stride + head * t.y_head_stride + query * t.y_row_stride) * element_size(job.params.type);
+}
+
+// Y[lane][x] = o_t[x][lane] * factor[lane], or 0 where factor is 0.
+static void write_outputs(const AttentionJob& job, const RowBlock& block, const Rows& rows, const float* o_t, int64_t ld,
+                          const float* factor) {
+  const QuantumAttentionParams& p = job.params;
+  const int64_t bytes = element_size(p.type);
+  for (int64_t r0 = 0; r0 < rows.count; r0 += kLanes) {
+    const int64_t live = lesser<int64_t>(kLanes, rows.count - r0);
+    const vf f = load<vf>(factor + r0);
+    char* dst[kLanes];
+    for (int64_t lane = 0; lane < live; ++lane) {
+      dst[lane] = output_row(job, block.batch, rows.head[r0 + lane], rows.query[r0 + lane]);
+    }
+    for (int64_t x = 0; x < p.v_head_size; x += kLanes) {
+      const int64_t n = lesser<int64_t>(kLanes, p.v_head_size - x);
+      vf m[kLanes];
+      for (int i = 0; i < kLanes; ++i) m[i] = i < n ? load<vf>(o_t + (x + i) * ld + r0) : vf{};
+      for (int i = 0; i < kLanes; ++i) m[i] = f == 0.0f ? vf{} : m[i] * f;
+      transpose(m);
+      for (int64_t lane = 0; lane < live; ++lane) store_part(p.type, dst[lane] + x * bytes, m[lane], n);
+    }
+  }
 }
 
 // Carves arrays out of scratch, each aligned to a cache line. With base null it only counts.

@@ -33,7 +33,8 @@ static vi prefix_sums(float* x, int64_t ld, int64_t n) {
 }
 
 // One column of lanes, rows v * kLanes .. : p[n][ld] holds the scores on entry.
-static void sample_column(const AttentionJob& job, const RowBlock& block, const Rows& rows, const RowScratch& scratch, int v) {
+static void sample_column(const AttentionJob& job, const RowBlock& block, const Rows& rows, const RowScratch& scratch,
+                          int v) {
   const QuantumAttentionParams& params = job.params;
   const int64_t ld = rows.vecs * kLanes, n = rows.end - rows.begin, size = params.v_head_size;
   const int64_t ld_o = (size + kLanes - 1) / kLanes * kLanes;
@@ -66,9 +67,9 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
     const vi some = prefix_sums(x, ld, n);
     for (int lane = 0; lane < live; ++lane) {
       if (!some[lane]) continue;
-      weight_sum[lane] = multinomial(job, block, scratch, rows.begin, n, ld, p + lane,
-                                     reinterpret_cast<const uint32_t*>(x) + lane, samples_of_head(params, rows.head[v * kLanes + lane]),
-                                     counter(lane), o + lane * ld_o);
+      weight_sum[lane] =
+          multinomial(job, block, scratch, rows.begin, n, ld, p + lane, reinterpret_cast<const uint32_t*>(x) + lane,
+                      samples_of_head(params, rows.head[v * kLanes + lane]), counter(lane), o + lane * ld_o);
     }
   } else {
     vf budget = splat(1.0f);
@@ -118,7 +119,7 @@ static void sampled_block(const AttentionJob& job, RowBlock block, char* memory)
   Arena arena{memory, 0};
   const RowScratch scratch = row_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, scratch.q_t, ld, scratch.row);
+  pack_queries(job, block, rows, scratch.q_t, ld);
   row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
   for (int v = 0; v < rows.vecs; ++v) sample_column(job, block, rows, scratch, v);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX2__)
 // GCC 12 warns about its own undefined-vector intrinsics where they are inlined.
@@ -86,23 +87,34 @@ static QEXPORT_INLINE uint32_t lane_bits(vi mask) {
 #endif
 }
 
-// e^x for x <= 0 to about 1 ulp; 0 below -87 (and for -inf); NaN stays NaN.
-// x = n ln2 + r, |r| <= ln2 / 2; e^r by its degree-6 minimax polynomial; 2^n through the exponent bits.
+// e^x = 2^(x log2 e) for x <= 0, to about 1 ulp near 0; 0 for -inf and where float32 runs out; NaN stays NaN.
+// 2^r is its degree-5 polynomial of least relative error (7.5e-8) on the interval of r.
 static QEXPORT_INLINE vf exp_nonpositive(vf x) {
+  const vf y = x * 1.44269504088896341f;
+#if defined(__AVX512F__)
+  // y = floor(y) + r, r in [0, 1); scalef multiplies by 2^floor(y) and turns -inf into 0.
+  const vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf poly = splat(1.8775766734e-03f);
+  poly = poly * r + 8.9893400947e-03f;
+  poly = poly * r + 5.5826318050e-02f;
+  poly = poly * r + 2.4015361705e-01f;
+  poly = poly * r + 6.9315307320e-01f;
+  poly = poly * r + 9.9999992506e-01f;
+  return (vf)_mm512_scalef_ps((__m512)poly, (__m512)y);
+#else
+  // y = n + r, |r| <= 1/2, n an integer; 2^n through the exponent bits.
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-  const vf shifted = x * 1.44269504088896341f + kRound;
-  const vf n = shifted - kRound;
-  vf r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vf poly = splat(1.9875691500e-4f);
-  poly = poly * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
-  poly = poly * r * r + r + 1.0f;
+  const vf shifted = y + kRound;
+  const vf r = y - (shifted - kRound);
+  vf poly = splat(1.3276471979e-03f);
+  poly = poly * r + 9.6755413342e-03f;
+  poly = poly * r + 5.5507132735e-02f;
+  poly = poly * r + 2.4022119724e-01f;
+  poly = poly * r + 6.9314696706e-01f;
+  poly = poly * r + 1.0000000717f;
   const vf power = float_of((bits_of(shifted) << 23) + 0x3F800000u);
-  return x < -87.0f ? vf{} : poly * power;
+  return y < -125.0f ? vf{} : poly * power;
+#endif
 }
 
 // tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|).
@@ -110,6 +122,33 @@ static QEXPORT_INLINE vf tanh(vf x) {
   const vu sign = bits_of(x) & 0x80000000u;
   const vf e = exp_nonpositive(float_of(bits_of(x) | 0x80000000u) * 2.0f);
   return float_of(bits_of((1.0f - e) / (1.0f + e)) | sign);
+}
+
+// Lane l of step S of the transposition: of the pair (a, b), whose places differ by S, the upper result takes the lanes
+// without bit S of a and b, the lower one those with it.
+template <int S, bool kUpper, int... L>
+static QEXPORT_INLINE vf exchange(vf a, vf b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (kUpper ? ((L & S) ? kLanes + L - S : L) : ((L & S) ? kLanes + L : L + S))...);
+}
+
+template <int S>
+static QEXPORT_INLINE void transpose_step(vf (&m)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const vf a = m[i], b = m[i + S];
+    m[i] = exchange<S, true>(a, b, Lanes{});
+    m[i + S] = exchange<S, false>(a, b, Lanes{});
+  }
+}
+
+// m[i][l] <-> m[l][i].
+static QEXPORT_INLINE void transpose(vf (&m)[kLanes]) {
+  transpose_step<1>(m);
+  transpose_step<2>(m);
+  if constexpr (kLanes > 4) transpose_step<kLanes == 4 ? 2 : 4>(m);
+  if constexpr (kLanes > 8) transpose_step<kLanes == 16 ? 8 : 2>(m);
 }
 
 static QEXPORT_INLINE vf from_bf16(vh x) { return float_of(__builtin_convertvector(x, vu) << 16); }
@@ -136,8 +175,8 @@ static QEXPORT_INLINE vh to_f16(vf x) {
   const vu u = bits_of(x);
   const vu sign = (u >> 16) & 0x8000u;
   const vu a = u & 0x7FFFFFFFu;
-  const vu normal = (a + 0xC8000FFFu + ((a >> 13) & 1u)) >> 13;              // exponent minus 112, rounded
-  const vu subnormal = bits_of(float_of(a) + 0.5f) - 0x3F000000u;            // adding 0.5 aligns the mantissa to 2^-24
+  const vu normal = (a + 0xC8000FFFu + ((a >> 13) & 1u)) >> 13;    // exponent minus 112, rounded
+  const vu subnormal = bits_of(float_of(a) + 0.5f) - 0x3F000000u;  // adding 0.5 aligns the mantissa to 2^-24
   vu h = a < 0x38800000u ? subnormal : normal;
   h = a >= 0x477FF000u ? vu{} + 0x7C00u : h;
   h = a > 0x7F800000u ? vu{} + 0x7E00u : h;

@@ -22,7 +22,8 @@ DType type_of(const py::array& array, const char* name) {
   if (type == "float16") return DType::f16;
   if (type == "bfloat16") return DType::bf16;  // ml_dtypes
   if (type == "bool") return DType::boolean;
-  throw std::invalid_argument(std::string("[QuantumAttention] ") + name + " must be float32, float16, bfloat16 or bool, got " + type);
+  throw std::invalid_argument(std::string("[QuantumAttention] ") + name +
+                              " must be float32, float16, bfloat16 or bool, got " + type);
 }
 
 // `array` becomes contiguous and stays alive as long as the caller's variable.
@@ -66,18 +67,9 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
                             int64_t right_window_size, bool present, bool qk_matmul_output, int threads) {
   if (const char* error = isa_error()) throw std::invalid_argument(error);
   if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
-  const QuantumAttentionAttributes attributes{strategy,
-                                              std::move(num_samples),
-                                              control_variate,
-                                              layer,
-                                              is_causal,
-                                              qk_matmul_output_mode,
-                                              left_window_size,
-                                              right_window_size,
-                                              softcap,
-                                              scale.has_value(),
-                                              scale.value_or(0.0f),
-                                              q_num_heads,
+  const QuantumAttentionAttributes attributes{strategy,    std::move(num_samples), control_variate,      layer,
+                                              is_causal,   qk_matmul_output_mode,  left_window_size,     right_window_size,
+                                              softcap,     scale.has_value(),      scale.value_or(0.0f), q_num_heads,
                                               kv_num_heads};
   check_attributes(attributes);
   QuantumAttentionInputs in{view(Q, "Q"),
@@ -129,7 +121,8 @@ uint32_t philox_word(uint32_t key_lo, uint32_t key_hi, uint32_t c0, uint32_t c1,
 
 using Words = py::array_t<uint32_t>;
 
-py::tuple philox(const Words& key_lo, const Words& key_hi, const Words& c0, const Words& c1, const Words& c2, const Words& c3) {
+py::tuple philox(const Words& key_lo, const Words& key_hi, const Words& c0, const Words& c1, const Words& c2,
+                 const Words& c3) {
   return py::make_tuple(py::vectorize(philox_word<0>)(key_lo, key_hi, c0, c1, c2, c3),
                         py::vectorize(philox_word<1>)(key_lo, key_hi, c0, c1, c2, c3),
                         py::vectorize(philox_word<2>)(key_lo, key_hi, c0, c1, c2, c3),
@@ -142,14 +135,15 @@ py::tuple philox(const Words& key_lo, const Words& key_hi, const Words& c0, cons
 PYBIND11_MODULE(_core, m) {
   using namespace pybind11::literals;
   m.doc() = "The CPU kernels on numpy arrays.";
-  m.def("quantum_attention", &qexport::quantum_attention, "Q"_a, "K"_a, "V"_a, "attn_mask"_a = py::none(),
-        "past_key"_a = py::none(), "past_value"_a = py::none(), "nonpad_kv_seqlen"_a = py::none(), "seed"_a = 0, py::kw_only(),
-        "strategy"_a, "num_samples"_a, "control_variate"_a, "layer"_a, "is_causal"_a, "scale"_a = py::none(), "softcap"_a,
-        "q_num_heads"_a = 0, "kv_num_heads"_a = 0, "qk_matmul_output_mode"_a, "left_window_size"_a, "right_window_size"_a,
-        "present"_a = false, "qk_matmul_output"_a = false, "threads"_a = 1,
-        "(Y, present_key, present_value, qk_matmul_output) of QuantumAttention; the last three are None unless asked for by\n"
-        "`present` and `qk_matmul_output`. Arrays of float32, float16 or ml_dtypes.bfloat16. `num_samples` is a list of one\n"
-        "number or one per query head. Attributes as in qexport.ops.quantum_attention.SPEC. Raises ValueError.");
+  m.def(
+      "quantum_attention", &qexport::quantum_attention, "Q"_a, "K"_a, "V"_a, "attn_mask"_a = py::none(),
+      "past_key"_a = py::none(), "past_value"_a = py::none(), "nonpad_kv_seqlen"_a = py::none(), "seed"_a = 0, py::kw_only(),
+      "strategy"_a, "num_samples"_a, "control_variate"_a, "layer"_a, "is_causal"_a, "scale"_a = py::none(), "softcap"_a,
+      "q_num_heads"_a = 0, "kv_num_heads"_a = 0, "qk_matmul_output_mode"_a, "left_window_size"_a, "right_window_size"_a,
+      "present"_a = false, "qk_matmul_output"_a = false, "threads"_a = 1,
+      "(Y, present_key, present_value, qk_matmul_output) of QuantumAttention; the last three are None unless asked for by\n"
+      "`present` and `qk_matmul_output`. Arrays of float32, float16 or ml_dtypes.bfloat16. `num_samples` is a list of one\n"
+      "number or one per query head. Attributes as in qexport.ops.quantum_attention.SPEC. Raises ValueError.");
   m.def("philox", &qexport::philox, "key_lo"_a, "key_hi"_a, "c0"_a, "c1"_a, "c2"_a, "c3"_a,
         "The four words of the Philox4x32-10 block of a key and a counter; uint32 arguments that broadcast.");
   m.def("isa", &qexport::isa_name, "The instruction set in use: generic, avx2, avx512 or neon.");

@@ -21,7 +21,7 @@ struct QuantumAttentionParams {
   uint32_t layer;
   int64_t seed;
   float scale;
-  float softcap;  // 0 is off
+  float softcap;                      // 0 is off
   int64_t left_window, right_window;  // -1 is off
   int64_t qk_matmul_output_mode;
   DType type;  // of Q, K, V, the past and the outputs
