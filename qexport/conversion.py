@@ -102,33 +102,40 @@ def convert(
 
     say("reading the model")
     source = open_source(model, opset=opset, dtype=dtype, task=task)
-    say("finding attention")
-    left_alone = to_classical(source.model, opset)
     if dry_run:
+        say("finding attention")
+        left_alone = to_classical(source.model, opset)
         sites, more = sample_attention(source.model, resolved)
         _require_sites(source, sites, [*left_alone, *more])
-        return _report(None, source, resolved, opset, sites, [*left_alone, *more], None)
+        return _report(None, source, resolved, sites, [*left_alone, *more], None)
     from qexport.bundle import write_bundle
 
     with write_bundle(output) as writer:
-        report = _write(writer.path, source, resolved, opset, left_alone, say)
+        report = _write(writer.path, source, resolved, opset, say)
         report.path = Path(output)
         writer.manifest = report.manifest
         say("writing the bundle")
     return report
 
 
-def _write(folder: Path, source, recipe, opset: int, left_alone: list, say) -> ConversionReport:
+def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
+    from qexport.rewrite.classical import to_classical
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
 
     external = _external_name(source.model)
+    left_alone = []
+    if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
+        say("finding attention")
+        left_alone = to_classical(source.model, opset)
     say("writing the classical model")
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
     say("running the classical model")
     outputs, difference = _run_classical(source, classical)
     say("converting attention")
+    if opset < 23:
+        left_alone = to_classical(source.model, opset)
     sites, more = sample_attention(source.model, recipe)
     left_alone = [*left_alone, *more]
     _require_sites(source, sites, left_alone)
@@ -142,7 +149,7 @@ def _write(folder: Path, source, recipe, opset: int, left_alone: list, say) -> C
     if source.tokenizer is not None:
         (folder / "tokenizer").mkdir()
         (folder / "tokenizer" / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
-    return _report(folder, source, recipe, opset, sites, left_alone, difference)
+    return _report(folder, source, recipe, sites, left_alone, difference)
 
 
 def _require_sites(source, sites: list, left_alone: list) -> None:
@@ -257,7 +264,7 @@ def _copy_library(folder: Path) -> None:
         shutil.copyfile(library, folder / library.name)
 
 
-def _report(path, source, recipe, opset, sites, left_alone, difference) -> ConversionReport:
+def _report(path, source, recipe, sites, left_alone, difference) -> ConversionReport:
     manifest = {
         "schema_version": 1,
         "qexport_version": _version("qexport"),

@@ -11,7 +11,7 @@ from qexport.bundle import Bundle
 from qexport.errors import QexportError
 from qexport.external_data import check_external_data, load_structure
 from qexport.ops import DOMAIN
-from qexport.rewrite.raise_opset import raise_opset
+from qexport.rewrite.convert_opset import convert_opset
 from qexport.rewrite.sites import module_from_name
 from qexport.sources import Source
 from qexport.sources.quiet import reason_of
@@ -44,7 +44,7 @@ def open_file(path: Path, *, opset: int) -> Source:
         passes.InlinePass()(model)
     passes.RemoveInitializersFromInputsPass()(model)
     present = model.opset_imports.get("", opset)
-    model = raise_opset(model, max(opset, present) if opset >= 23 else opset, str(path))
+    model = convert_opset(model, max(opset, present) if opset >= 23 else opset, str(path))
     infer_shapes(model)
     for node in model.graph.all_nodes():
         node.doc_string = None

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import QexportError, UsageError
+from qexport.rewrite.convert_opset import convert_opset
 from qexport.sources import InputSpec, Source
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.specs import limits_of, spec_of
@@ -176,8 +177,8 @@ def export_module(
             onnxscript.optimizer.optimize_ir(program.model)
     except Exception as error:
         raise QexportError(f"{name}: torch cannot export the model to ONNX: {reason_of(error)}") from error
-    model = program.model
-    name_modules(model)
+    name_modules(program.model)
+    model = convert_opset(program.model, opset, name)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
     if len(leaves) != len(model.graph.inputs):
         raise QexportError(

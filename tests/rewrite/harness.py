@@ -7,7 +7,7 @@ import onnxruntime as ort
 
 from qexport.recipe import Recipe
 from qexport.rewrite.classical import to_classical
-from qexport.rewrite.raise_opset import raise_opset
+from qexport.rewrite.convert_opset import convert_opset
 from qexport.rewrite.sample_attention import attach_fallback, sample_attention
 from qexport.sources.onnx_file import infer_shapes
 
@@ -54,7 +54,7 @@ class Rewritten:
     """A model on its way through the passes at `opset`: `classical` and `sampled` protos, sites and left_alone."""
 
     def __init__(self, source: onnx.ModelProto, opset: int = 23, recipe: Recipe | None = None):
-        model = raise_opset(ir.from_proto(source), opset, "test")
+        model = convert_opset(ir.from_proto(source), opset, "test")
         infer_shapes(model)
         before = ir.to_proto(model)
         self.left_alone = to_classical(model, opset)

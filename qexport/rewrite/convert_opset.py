@@ -1,4 +1,4 @@
-"""raise_opset: bring an older graph to a newer ai.onnx opset with onnx's own version converter.
+"""convert_opset: bring a graph to another ai.onnx opset with onnx's own version converter.
 
 The large weights stay out of the conversion (a protobuf holds 2 GiB at most) and are put back afterwards.
 """
@@ -12,22 +12,18 @@ from qexport.sources.quiet import reason_of
 _KEPT = 1024  # bytes; small tensors stay, since adapters read axes, scales and pads from them
 
 
-def raise_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
+def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
     """`model` at the ai.onnx opset `opset`; itself when it is there already.
 
     Args:
         name: of the model, for messages.
 
     Raises:
-        QexportError: it is newer than `opset`, or the converter has no adapter for one of its ops.
+        QexportError: the converter has no adapter for one of its ops; on the way down that is common.
     """
     present = model.opset_imports.get("", 1)
     if present == opset:
         return model
-    if present > opset:
-        raise QexportError(
-            f"{name}: is at opset {present} and cannot be lowered to {opset}; choose --opset {present} or newer"
-        )
     kept = {}
     for key, value in list(model.graph.initializers.items()):
         tensor = value.const_value
@@ -41,6 +37,10 @@ def raise_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
     try:
         proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:  # the converter is C++ and raises RuntimeError, InferenceError and others
+        if present > opset:
+            raise QexportError(
+                f"{name}: cannot be lowered from opset {present} to {opset}; choose opset {present}"
+            ) from error
         raise QexportError(f"{name}: onnx cannot raise it from opset {present} to {opset}: {reason_of(error)}") from error
     raised = ir.from_proto(proto)
     for value in list(raised.graph.inputs):
