@@ -4,10 +4,10 @@ Needs numpy, onnx and onnxruntime alone. onnxruntime is imported when it is firs
 of its packages is installed.
 """
 
-import importlib.util
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -37,22 +37,16 @@ def library_file_name() -> str:
 def find_library() -> Path | None:
     """The op library of this installation, or None.
 
-    A wheel puts it in qexport/lib; an editable install leaves it in site-packages, beside the compiled `qexport._core`;
-    `qexport.__path__` then names both folders.
+    It lies in qexport/lib of the installed package: beside this file, or in site-packages where this file belongs to an
+    editable install or to a source tree that comes first on sys.path.
     """
-    import qexport
-
-    folders = [Path(folder) for folder in qexport.__path__]
-    try:
-        core = importlib.util.find_spec("qexport._core")
-    except (ImportError, ValueError):
-        core = None
-    if core is not None and core.origin:
-        folders.append(Path(core.origin).parent)
+    folders = [Path(__file__).parent]
+    with suppress(metadata.PackageNotFoundError):
+        folders.append(Path(metadata.distribution("qexport").locate_file("qexport")))
     for folder in folders:
-        for candidate in (folder / "lib" / library_file_name(), folder / library_file_name()):
-            if candidate.is_file():
-                return candidate.resolve()
+        candidate = folder / "lib" / library_file_name()
+        if candidate.is_file():
+            return candidate.resolve()
     return None
 
 
@@ -182,15 +176,29 @@ def session(path, *, library=True, providers=None, options=None):
     # Older runtimes read external data from anywhere on the disk; newer ones check the folder themselves.
     if version_tuple(ort.__version__) < (1, 25):
         check_external_data(path)
+    return create_session(path, str(path), options, providers, bool(library))
+
+
+def create_session(path, source, options, providers, library: bool):
+    """An onnxruntime session of `source` (a path or the bytes of a model); `path` and `library` are for messages.
+
+    Raises:
+        QexportError: the model does not load, or a provider does not start.
+    """
+    ort = onnxruntime()
+    ort.set_default_logger_severity(4)  # a provider that fails to start would print pages before we say so in one line
     try:
-        opened = ort.InferenceSession(str(path), options, providers=providers)
+        opened = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
-        raise explain_load_error(path, error, bool(library)) from error
+        raise explain_load_error(path, error, library) from error
+    finally:
+        ort.set_default_logger_severity(2)  # onnxruntime's default; it has no getter
     for provider in providers:
         name = provider if isinstance(provider, str) else provider[0]
         if name not in opened.get_providers():
             raise QexportError(
-                f"provider {name!r} did not start, only {', '.join(opened.get_providers())}; check its driver"
+                f"provider {name!r} did not start; its driver or libraries are missing "
+                "(for CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]', and an NVIDIA driver)"
             )
     return opened
 

@@ -65,7 +65,7 @@ def test_help_is_quick():
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "qexport", "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-P", "-m", "qexport", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - start)
     assert statistics.median(times) < 0.3
 
@@ -254,7 +254,7 @@ def slow(*args):
 conversion._run = slow
 main(["convert", {str(classical)!r}, "-o", {str(target)!r}])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert done.stderr.strip().count("\n") == 0  # click starts a new line after the terminal's ^C
     assert {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()} == before

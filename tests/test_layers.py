@@ -31,7 +31,7 @@ sys.meta_path.insert(0, Block())
 
 def run(code, blocked=()):
     script = BLOCK.format(blocked=tuple(blocked), code=code)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
