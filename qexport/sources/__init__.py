@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -76,7 +76,7 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
         return open_folder(path, opset=opset, dtype=dtype, task=task)
     if suffix in (".onnx", ".pt2"):
         if not path.is_file():
-            raise UsageError(f"{text}: no such file")
+            raise QexportError(f"{text}: no such file")
         if suffix == ".pt2":
             from qexport.sources.torch_module import open_archive
 
@@ -92,4 +92,4 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
         from qexport.sources.torch_module import open_callable
 
         return open_callable(text, opset=opset, dtype=dtype)
-    raise UsageError(f"{text}: no such file or folder, and not of the form package.module:callable")
+    raise QexportError(f"{text}: no such file or folder, and not of the form package.module:callable")
