@@ -83,7 +83,7 @@ def bind(sess, feeds):
     return lambda: sess.run_with_iobinding(binding), lambda: binding.copy_outputs_to_cpu()[0]
 
 
-def measure(heads, n, size, threads, causal, seconds):
+def measure(heads, n, size, threads, causal, seconds, clock):
     """One row of the table: checked outputs, then interleaved times of every contender in milliseconds."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, heads, n, size), dtype=np.float32) for _ in range(3))
@@ -105,9 +105,9 @@ def measure(heads, n, size, threads, causal, seconds):
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["Attention-23"]) < 5:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return errors, {name: np.array(t) for name, t in times.items()}
 
 
@@ -124,14 +124,20 @@ def main():
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--seconds", type=float, default=2.0, help="per row of the table")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of the calling thread, for a shared machine; one thread"
+    )
     args = parser.parse_args()
+    if args.cpu_time and args.threads != [1]:
+        parser.error("--cpu-time sees the calling thread alone: give --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     rows = []
     print(f"{'n':>5} {'size':>4} {'thr':>3} {'own 3-D ms':>10} {'GF/s':>6} {'MHA ms':>9} {'ratio (quartiles)':>19}"
           f" {'own 4-D ms':>10} {'Attn-23 ms':>10} {'ratio (quartiles)':>19}")  # fmt: skip
     for threads in args.threads:
         for size in args.head_sizes:
             for n in args.lengths:
-                errors, t = measure(args.heads, n, size, threads, args.causal, args.seconds)
+                errors, t = measure(args.heads, n, size, threads, args.causal, args.seconds, clock)
                 medians = {name: float(np.median(x)) for name, x in t.items()}
                 mha = quartiles(t["MultiHeadAttention"] / t["QuantumAttention 3-D"])
                 attention = quartiles(t["Attention-23"] / t["QuantumAttention 4-D"])

@@ -17,8 +17,8 @@ static size_t scratch_bytes(const AttentionJob& job) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    QEXPORT_STRING(QEXPORT_ISA), kMaxRows,   kSampledRows, scratch_bytes, exact_block, sampled_block, entropy_block,
-    qk_matmul_output_block,      value_stats};
+    QEXPORT_STRING(QEXPORT_ISA), kMaxRows, kSampledRows, scratch_bytes, exact_block, sampled_block, entropy_block,
+    qk_matmul_output_block,      pack,     value_stats};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

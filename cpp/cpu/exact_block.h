@@ -14,7 +14,7 @@ struct ExactScratch {
 
 static ExactScratch exact_scratch(const AttentionJob& job, Arena& arena) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t size = (greater(p.head_size, p.v_head_size) + kLanes - 1) / kLanes * kLanes;
+  const int64_t size = packed_row(greater(p.head_size, p.v_head_size));
   ExactScratch s;
   s.q_t = arena.take<float>(p.head_size * kMaxRows);
   s.s = arena.take<float>(kTile * kMaxRows);

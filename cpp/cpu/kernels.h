@@ -9,14 +9,19 @@ namespace qexport {
 struct AttentionJob {
   QuantumAttentionParams params;
   QuantumAttentionTensors tensors;
-  int64_t total_len;  // past_len + kv_len
-  int64_t group;      // query heads per kv head
-  float* value_mean;  // (batch, kv_heads, v_head_size), or null
-  float* value_norm;  // (batch, kv_heads, total_len): |v_j - mean|, or null
-  float* entropy;     // (batch, q_heads, q_len), adaptive only
-  int32_t* allowed;   // (batch, q_heads, q_len): allowed keys, adaptive only
-  double* budget;     // (batch, q_heads, q_len): samples of each row, adaptive only
+  int64_t total_len;    // past_len + kv_len
+  int64_t group;        // query heads per kv head
+  float* packed_key;    // (batch, kv_heads, total_len, packed_row(head_size)) float32, or null: K is read where it lies
+  float* packed_value;  // (batch, kv_heads, total_len, packed_row(v_head_size)), or null
+  float* value_mean;    // (batch, kv_heads, v_head_size), or null
+  float* value_norm;    // (batch, kv_heads, total_len): |v_j - mean|, or null
+  float* entropy;       // (batch, q_heads, q_len), adaptive only
+  int32_t* allowed;     // (batch, q_heads, q_len): allowed keys, adaptive only
+  double* budget;       // (batch, q_heads, q_len): samples of each row, adaptive only
 };
+
+// Floats from one row of packed_key or packed_value to the next: whole vectors of every instruction set.
+inline int64_t packed_row(int64_t size) { return (size + 15) / 16 * 16; }
 
 // `count` query rows of one kv head, from row `first`. Row r is query r % q_len of query head kv_head * group + r / q_len.
 struct RowBlock {
@@ -32,6 +37,7 @@ struct Kernels {
   void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*qk_matmul_output)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*pack)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills packed_key and packed_value
   void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
 };
 

@@ -25,8 +25,21 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   return job;
 }
 
+// More than this is not packed at once but tile by tile: the arena of a session never gives memory back.
+constexpr size_t kMaxPackedBytes = size_t{64} << 20;
+
+// Packing pays where rows must be converted or brought together, and more than one block reads them.
+bool needs_packing(const AttentionJob& job) {
+  const QuantumAttentionParams& p = job.params;
+  const QuantumAttentionTensors& t = job.tensors;
+  const bool as_is = p.type == DType::f32 && t.k.row_stride == p.head_size && t.v.row_stride == p.v_head_size;
+  const size_t bytes = static_cast<size_t>(p.batch * p.kv_heads * job.total_len) * sizeof(float) *
+                       static_cast<size_t>(packed_row(p.head_size) + packed_row(p.v_head_size));
+  return !as_is && job.group * p.q_len > kernels().exact_rows && bytes <= kMaxPackedBytes;
+}
+
 struct Layout {
-  size_t mean, norm, entropy, allowed, budget, workers, per_worker, total;
+  size_t packed_key, packed_value, mean, norm, entropy, allowed, budget, workers, per_worker, total;
 };
 
 Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
@@ -41,6 +54,10 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
     used += needed ? padded(bytes) : 0;
     return at;
   };
+  const bool packed = needs_packing(job);
+  const size_t keys = kv * static_cast<size_t>(job.total_len) * sizeof(float);
+  layout.packed_key = take(packed, keys * static_cast<size_t>(packed_row(p.head_size)));
+  layout.packed_value = take(packed, keys * static_cast<size_t>(packed_row(p.v_head_size)));
   layout.mean = take(p.control_variate, kv * static_cast<size_t>(p.v_head_size) * sizeof(float));
   layout.norm = take(p.control_variate, kv * static_cast<size_t>(job.total_len) * sizeof(float));
   layout.entropy = take(adaptive, rows * sizeof(float));
@@ -68,9 +85,10 @@ class BlockRunner {
     const int64_t per_span = (span + max_rows - 1) / max_rows;
     const int64_t total = p.batch * p.kv_heads * spans * per_span;
     each(total, [&, spans, per_span, span](int64_t i, char* scratch) {
-      // Later rows come first: under a causal mask they take longest, and a long block at the end would be waited for.
-      const int64_t part = per_span - 1 - i / (p.batch * p.kv_heads * spans);
-      const int64_t place = i % (p.batch * p.kv_heads * spans);
+      // Blocks of one head follow each other, so that its keys stay in the cache; later rows come first, since under a
+      // causal mask they take longest and a long block at the end would be waited for.
+      const int64_t part = per_span - 1 - i % per_span;
+      const int64_t place = i / per_span;
       const int64_t first = place % spans * span + part * max_rows;
       body(RowBlock{place / spans / p.kv_heads, place / spans % p.kv_heads, first,
                     std::min(max_rows, place % spans * span + span - first)},
@@ -176,6 +194,10 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
   char* base = static_cast<char*>(scratch);
   base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
   const QuantumAttentionParams& p = job.params;
+  if (needs_packing(job)) {
+    job.packed_key = reinterpret_cast<float*>(base + layout.packed_key);
+    job.packed_value = reinterpret_cast<float*>(base + layout.packed_value);
+  }
   if (p.control_variate) {
     job.value_mean = reinterpret_cast<float*>(base + layout.mean);
     job.value_norm = reinterpret_cast<float*>(base + layout.norm);
@@ -197,6 +219,9 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
       if (job.tensors.present_key) join(job, false, i / p.kv_heads, i % p.kv_heads);
       if (job.tensors.present_value) join(job, true, i / p.kv_heads, i % p.kv_heads);
     });
+  }
+  if (job.packed_key) {
+    runner.each(kv, [&](int64_t i, char*) { k.pack(job, i / p.kv_heads, i % p.kv_heads); });
   }
   if (p.control_variate) {
     runner.each(kv, [&](int64_t i, char* s) { k.value_stats(job, i / p.kv_heads, i % p.kv_heads, s); });

@@ -15,7 +15,7 @@ struct RowScratch {
 
 static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t size = (greater(p.head_size, p.v_head_size) + kLanes - 1) / kLanes * kLanes;
+  const int64_t size = packed_row(greater(p.head_size, p.v_head_size));
   RowScratch s;
   s.q_t = arena.take<float>(p.head_size * kSampledRows);
   s.bias = arena.take<float>(job.tensors.mask.data ? kTile * kSampledRows : 0);

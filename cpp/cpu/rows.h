@@ -68,25 +68,63 @@ struct KeyRows {
   int64_t count;
 };
 
+// `count` rows, `step` bytes apart, as float32 rows of packed_row(size) floats.
+static void gather_rows(DType type, const char* src, int64_t step, int64_t size, int64_t count, float* dst) {
+  const int64_t stride = packed_row(size), bytes = size * element_size(type);
+  for (int64_t i = 0; i < count; ++i, src += step, dst += stride) {
+    // Rows far apart are beyond the reach of the hardware prefetcher.
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(src + 8 * step + line);
+    read_row(type, src, size, dst);
+  }
+}
+
 // Keys before past_len come from the past, the others from the new rows; a run never crosses the border. float32 rows that
-// follow one another are used where they lie. Others are brought together in `buffer` (count x round_up(size, kLanes)
-// floats): half types, and rows a head apart, whose power-of-two distance would put them all into the same few cache sets.
+// follow one another are used where they lie. Others are brought together, in packed_key and packed_value once for all
+// blocks, or else in `buffer` (count x packed_row(size) floats): half types, and rows a head apart, whose power-of-two
+// distance would put them all into the same few cache sets.
 static KeyRows key_rows(const AttentionJob& job, bool values, int64_t b, int64_t kv_head, int64_t j, int64_t count,
                         float* buffer) {
   const QuantumAttentionParams& p = job.params;
   const QuantumAttentionTensors& t = job.tensors;
+  const int64_t size = values ? p.v_head_size : p.head_size;
+  const float* packed = values ? job.packed_value : job.packed_key;
+  if (packed) {
+    const int64_t stride = packed_row(size);
+    return {packed + ((b * p.kv_heads + kv_head) * job.total_len + j) * stride, stride, lesser(count, job.total_len - j)};
+  }
   const bool past = j < p.past_len;
   const HeadRows& rows = past ? (values ? t.past_value : t.past_key) : (values ? t.v : t.k);
   const int64_t first = past ? j : j - p.past_len;
   count = lesser(count, past ? p.past_len - j : job.total_len - j);
   const char* src = row_of(rows, p.type, b, kv_head, first);
-  const int64_t size = values ? p.v_head_size : p.head_size;
   if (p.type == DType::f32 && (rows.row_stride == size || count == 1)) {
     return {reinterpret_cast<const float*>(src), rows.row_stride, count};
   }
-  const int64_t stride = (size + kLanes - 1) / kLanes * kLanes, step = rows.row_stride * element_size(p.type);
-  for (int64_t i = 0; i < count; ++i) read_row(p.type, src + i * step, size, buffer + i * stride);
-  return {buffer, stride, count};
+  gather_rows(p.type, src, rows.row_stride * element_size(p.type), size, count, buffer);
+  return {buffer, packed_row(size), count};
+}
+
+// Past and new rows of one kv head, joined, in float32.
+static void pack(const AttentionJob& job, int64_t b, int64_t kv_head) {
+  const QuantumAttentionParams& p = job.params;
+  const QuantumAttentionTensors& t = job.tensors;
+  for (int which = 0; which < 2; ++which) {
+    const bool values = which == 1;
+    float* dst = values ? job.packed_value : job.packed_key;
+    if (!dst) continue;
+    const int64_t size = values ? p.v_head_size : p.head_size, stride = packed_row(size);
+    dst += (b * p.kv_heads + kv_head) * job.total_len * stride;
+    const HeadRows& past = values ? t.past_value : t.past_key;
+    const HeadRows& fresh = values ? t.v : t.k;
+    if (p.past_len > 0) {
+      gather_rows(p.type, row_of(past, p.type, b, kv_head, 0), past.row_stride * element_size(p.type), size, p.past_len,
+                  dst);
+    }
+    if (p.kv_len > 0) {
+      gather_rows(p.type, row_of(fresh, p.type, b, kv_head, 0), fresh.row_stride * element_size(p.type), size, p.kv_len,
+                  dst + p.past_len * stride);
+    }
+  }
 }
 
 // The rows of one block, one per lane, with the keys [lo, hi) that causality, windows, padding and the length of the mask

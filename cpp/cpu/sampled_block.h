@@ -37,7 +37,7 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
                           int v) {
   const QuantumAttentionParams& params = job.params;
   const int64_t ld = rows.vecs * kLanes, n = rows.end - rows.begin, size = params.v_head_size;
-  const int64_t ld_o = (size + kLanes - 1) / kLanes * kLanes;
+  const int64_t ld_o = packed_row(size);
   const int64_t kv = block.batch * params.kv_heads + block.kv_head;
   const int64_t live = lesser<int64_t>(kLanes, rows.count - v * kLanes);
   float* p = scratch.p + v * kLanes;
