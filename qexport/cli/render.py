@@ -100,12 +100,12 @@ def _error_text(metrics: dict | None) -> str:
     """Mean over the seeds with the half width of its 95 % confidence interval."""
     if metrics is None:
         return ""
-    interval = metrics["relative_error_ci95"]
-    spread = (interval[1] - interval[0]) / 2 if interval else 0
-    text = percent(metrics["relative_error"])
-    return (
-        f"{text} ± {percent(spread)}" if spread and metrics["relative_error"] and metrics["relative_error"] > 1e-5 else text
-    )
+    error, interval = metrics["relative_error"], metrics["relative_error_ci95"]
+    text = percent(error)
+    # an interval that would not change a printed digit is rounding, not sampling
+    if error is None or interval is None or interval[1] - interval[0] < 1e-3 * error or error < 1e-5:
+        return text
+    return f"{text} ± {percent((interval[1] - interval[0]) / 2)}"
 
 
 def show_validation(report, verbose: bool) -> None:
@@ -190,7 +190,7 @@ def _show_verdict(found: dict) -> None:
 
 
 def _mb(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.0f} MB"
+    return "" if count is None else f"{count / 1e6:.{0 if count >= 1e7 else 2}f} MB"
 
 
 def show_profile(report, verbose: bool) -> None:
@@ -225,14 +225,25 @@ def show_profile(report, verbose: bool) -> None:
     last = found["sizes"][-1]
     for which, model in last["models"].items():
         rows = [(op["op"], op["nodes"], f"{op['time_us'] / 1e3:.2f}", f"{100 * op['share']:.0f} %") for op in model["ops"]]
-        shown = rows if verbose else rows[:6]
         size = f"batch {last['batch']}, seq {last['sequence'] or 'fixed'}"
-        table(f"Where the time goes, {which}, {size}", ("op", "nodes", "ms", "share"), shown)
+        table(f"Where the time goes, {which}, {size}", ("op", "nodes", "ms", "share"), rows if verbose else rows[:6])
+        if verbose:
+            _show_nodes(which, model["nodes"])
         placement = model["placement"]
         if placement["not_on_first_provider"] or placement["memcpy_nodes"]:
             away = plural(len(placement["not_on_first_provider"]), "node")
             copies = placement["memcpy_nodes"]
             click.echo(f"{which}: {away} not on {placement['asked'][0]}, {copies} copies between devices")
+
+
+def _show_nodes(which: str, nodes: list[dict]) -> None:
+    """Every node with its provider, its time and the memory in use while it ran."""
+    rows = [
+        (n["name"], n["op"], n["provider"], f"{n['time_us'] / 1e3:.3f}", _mb(n["memory_peak_bytes"]), _mb(n["output_bytes"]))
+        for n in nodes
+    ]
+    header = ("node", "op", "provider", "ms", "peak memory", "output")
+    table(f"Node by node, {which}", header, rows, text_columns=3)
 
 
 def show_inspection(found: dict, verbose: bool) -> None:
