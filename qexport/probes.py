@@ -16,7 +16,7 @@ from qexport.external_data import check_external_data, external_files, load_stru
 from qexport.ops import DOMAIN
 from qexport.runtime import (
     check_providers,
-    explain_load_error,
+    create_session,
     get_library_path,
     onnxruntime,
     quiet_options,
@@ -130,11 +130,7 @@ def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=N
                 (scratch / location).symlink_to(folder / location)
             (scratch / "model.onnx").write_bytes(source)
             source = str(scratch / "model.onnx")
-        try:
-            session = ort.InferenceSession(source, options, providers=check_providers(providers))
-        except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
-            raise explain_load_error(path, error, bool(library)) from error
-        yield session
+        yield create_session(path, source, options, check_providers(providers), bool(library))
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)

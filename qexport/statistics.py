@@ -10,20 +10,29 @@ one long vector, G_ij = <d_i, d_j>, <d_i, c> and |c|^2 give every figure below.
     variance of one run         s^2 = sum_i |d_i - m|^2 / (N - 1)
     bias^2                      |m|^2 - s^2 / N, the mean of <d_i, d_j> over i != j: unbiased for |E d|^2
 
-Test of "no bias": F = N |m|^2 / s^2 is compared with the F distribution of k and k (N - 1) degrees of freedom, where
-k = (tr S)^2 / tr S^2 is the effective number of independent elements (Box 1954), estimated from the Gram matrix of the
-centred d_i with the corrections of Bai and Saranadasa (1996). Neurons of one output are far from independent; k accounts
-for that, and k = 1 gives Student's t test. Seeds are the independent replicates; at least 3 are needed.
+Test of "no bias". Seeds are the independent replicates; elements are not, the neurons of one output move together. Let S be
+the covariance matrix of one run. Without bias the products <d_i, d_j>, i < j, have mean 0, variance tr S^2, and are
+uncorrelated, whatever S is (the statistic of Chen and Qin 2010). Their Student's t statistic has nearly that distribution
+when many directions of S count, and is skewed like chi^2_d - d when few do, d = (tr S^2)^3 / (tr S^3)^2 (matching three
+cumulants, Hall 1983, Zhang 2005). So with p_t Student's p-value and z its normal quantile
+
+    p = P(chi^2_d > d + sqrt(2 d) z).
+
+The traces are estimated from the Gram matrix of the centred runs without bias (moments of the Wishart distribution), which
+takes 4 seeds. tests/test_validate.py holds the level of the test for spectra of S from flat to 1 / i^2.
 """
 
 import math
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 
 BIAS_LEVEL = 0.01
 CONFIDENCE = 0.95
-MIN_SEEDS_FOR_BIAS = 3
+MIN_SEEDS_FOR_BIAS = 4
+# Above so many degrees of freedom chi^2 is as good as normal.
+MANY = 1e4
 
 EXACT = "exact"
 SAMPLING = "within sampling error"
@@ -61,6 +70,39 @@ def f_survival(f: float, k1: float, k2: float) -> float:
     if math.isinf(f):
         return 0.0
     return incomplete_beta(k2 / 2, k1 / 2, k2 / (k2 + k1 * f))
+
+
+def t_survival(t: float, freedom: int) -> float:
+    """P(T > t) for Student's t."""
+    half = f_survival(t * t, 1, freedom) / 2
+    return half if t > 0 else 1 - half
+
+
+def chi2_survival(x: float, freedom: float) -> float:
+    """P(chi^2 > x): the regularised upper incomplete gamma function Q(freedom / 2, x / 2) (DLMF 8.11.4 and 8.9.2)."""
+    a, x = freedom / 2, x / 2
+    if x <= 0:
+        return 1.0
+    front = math.exp(a * math.log(x) - x - math.lgamma(a))
+    if x < a + 1:
+        term = total = 1 / a
+        for n in range(1, 100_000):
+            term *= x / (a + n)
+            total += term
+            if term < total * 1e-15:
+                break
+        return max(0.0, 1 - front * total)
+    b, d = x + 1 - a, 1 / (x + 1 - a)
+    c, total = 1e300, 1 / (x + 1 - a)
+    for n in range(1, 100_000):
+        b += 2
+        step = -n * (n - a)
+        d = 1 / (step * d + b or 1e-300)
+        c = b + step / c or 1e-300
+        total *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return min(1.0, front * total)
 
 
 def t_quantile(probability: float, freedom: int) -> float:
@@ -171,7 +213,7 @@ class ErrorAccumulator:
         n, norm = self.runs, math.sqrt(self.base)
         errors = self.relative_errors()
         mean_sq = float(self.gram.sum()) / n**2
-        answer = {"relative_bias": None, "relative_std": None, "p_value": None, "effective_elements": None, "level": level}
+        answer = {"relative_bias": None, "relative_std": None, "p_value": None, "reference_freedom": None, "level": level}
         if not np.isfinite(errors).all():
             return {**answer, "verdict": SYSTEMATIC}
         if errors.max(initial=0) <= rounding:
@@ -184,25 +226,48 @@ class ErrorAccumulator:
         answer["relative_std"] = float(_ratio(math.sqrt(max(variance, 0)), norm))
         if answer["relative_std"] <= rounding:  # every seed deviates in the same way
             return {**answer, "p_value": 0.0, "verdict": SYSTEMATIC}
-        k = effective_elements(centred, self.elements)
-        p_value = f_survival(n * mean_sq / variance, k, k * (n - 1))
+        p_value, freedom = bias_test(self.gram)
         systematic = p_value < level and answer["relative_bias"] > rounding
-        answer |= {"p_value": p_value, "effective_elements": k, "verdict": SYSTEMATIC if systematic else SAMPLING}
+        answer |= {"p_value": p_value, "reference_freedom": freedom, "verdict": SYSTEMATIC if systematic else SAMPLING}
         return answer
 
 
-def effective_elements(centred: np.ndarray, elements: int) -> float:
-    """(tr S)^2 / tr S^2 of the covariance S of one run, from the Gram matrix of N centred runs.
+def bias_test(gram: np.ndarray) -> tuple[float, float | None]:
+    """p-value of "no bias" and the degrees of freedom d of its reference; see the page's head.
 
-    With n = N - 1, unbiased under normality: tr S^2 = n^2 / ((n - 1)(n + 2)) (|G|^2 / n^2 - (tr G / n)^2 / n) and
-    (tr S)^2 = (tr G / n)^2 - 2 tr S^2 / n. Clipped to 1..elements.
+    Args:
+        gram: products <d_i, d_j> of the deviations of N >= 4 runs.
+
+    Returns:
+        d is None where it is large enough for Student's t alone.
     """
-    n = len(centred) - 1
-    trace = float(np.trace(centred)) / n
-    square = n**2 / ((n - 1) * (n + 2)) * (float((centred**2).sum()) / n**2 - trace**2 / n)
-    if square <= 0:
-        return float(elements)
-    return float(np.clip((trace**2 - 2 * square / n) / square, 1, max(elements, 1)))
+    products = gram[np.triu_indices(len(gram), 1)]
+    spread = products.std(ddof=1) / math.sqrt(len(products))
+    if spread == 0:
+        return float(products.mean() <= 0), None
+    p_value = t_survival(float(products.mean() / spread), len(products) - 1)
+    freedom = reference_freedom(gram)
+    if freedom > MANY:
+        return p_value, None
+    z = -NormalDist().inv_cdf(min(max(p_value, 1e-300), 1 - 1e-16))
+    return chi2_survival(freedom + math.sqrt(2 * freedom) * z, freedom), freedom
+
+
+def reference_freedom(gram: np.ndarray) -> float:
+    """d = (tr S^2)^3 / (tr S^3)^2 from N >= 4 runs, at least 1; 1, the most skewed case, where an estimate is not positive.
+
+    With n = N - 1, s_k = tr W^k and W the Gram matrix of the centred runs divided by n, unbiased under normality:
+    tr S^2 = n^2 / ((n - 1)(n + 2)) (s_2 - s_1^2 / n) and
+    tr S^3 = n^4 / ((n - 1)(n - 2)(n + 2)(n + 4)) (s_3 - 3 s_1 s_2 / n + 2 s_1^3 / n^2).
+    """
+    n = len(gram) - 1
+    w = (gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()) / n
+    s1, s2, s3 = float(np.trace(w)), float((w**2).sum()), float(np.trace(w @ w @ w))
+    second = n**2 / ((n - 1) * (n + 2)) * (s2 - s1**2 / n)
+    third = n**4 / ((n - 1) * (n - 2) * (n + 2) * (n + 4)) * (s3 - 3 * s1 * s2 / n + 2 * s1**3 / n**2)
+    if second <= 0 or third <= 0:
+        return 1.0
+    return max(1.0, second**3 / third**2)
 
 
 def _ratio(numerator, denominator):
