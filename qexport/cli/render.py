@@ -237,12 +237,12 @@ def show_profile(report, verbose: bool) -> None:
 
 
 def _show_nodes(which: str, nodes: list[dict]) -> None:
-    """Every node with its provider, its time and the memory in use while it ran."""
+    """Every node with its provider, its time and the memory in use."""
     rows = [
-        (n["name"], n["op"], n["provider"], f"{n['time_us'] / 1e3:.3f}", _mb(n["memory_peak_bytes"]), _mb(n["output_bytes"]))
+        (n["name"], n["op"], n["provider"], f"{n['time_us'] / 1e3:.3f}", _mb(n["memory_in_use_bytes"]), _mb(n["output_bytes"]))
         for n in nodes
     ]
-    header = ("node", "op", "provider", "ms", "peak memory", "output")
+    header = ("node", "op", "provider", "ms", "memory in use", "output")
     table(f"Node by node, {which}", header, rows, text_columns=3)
 
 
