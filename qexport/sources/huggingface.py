@@ -7,7 +7,7 @@ from pathlib import Path
 from qexport.errors import QexportError, UsageError
 from qexport.sources import InputSpec, Source
 from qexport.sources.quiet import quiet, reason_of
-from qexport.sources.torch_module import export_module, import_torch
+from qexport.sources.torch_export import export_module, import_torch
 
 # task -> the transformers classes that may serve it, in the order of preference
 TASKS = {
@@ -67,30 +67,50 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
         raise UsageError(f"task must be one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")
     torch = import_torch()
     model = _load(folder, task, torch)
-    model.config.return_dict = True
-    for config in (model.config, getattr(model.config, "text_config", None), getattr(model.config, "decoder", None)):
+    for part in model.modules():  # encoders and decoders hold configurations of their own
+        config = getattr(part, "config", None)
         if hasattr(config, "use_cache"):
             config.use_cache = False
+    model.config.return_dict = True
     tokenizer = _tokenizer(folder)
     kwargs, specs, axes, limits = _example_inputs(torch, model, tokenizer)
     if dtype is not None:
         target = getattr(torch, dtype)
         model = model.to(target)
         kwargs = {k: v.to(target) if v.is_floating_point() else v for k, v in kwargs.items()}
-    source = export_module(
-        model,
-        (),
-        kwargs,
-        kind="huggingface",
-        name=folder.resolve().name,
-        opset=opset,
-        dynamic_shapes=axes,
-        output_names=_output_names(torch, model, kwargs, folder),
-        specs=specs,
-    )
+    source = _export(torch, model, kwargs, axes, specs, folder, opset)
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     source.tokenizer = _tokenizer_text(folder, tokenizer)
     return source
+
+
+def _export(torch, model, kwargs, axes, specs, folder: Path, opset: int) -> Source:
+    """Export with the fused attention of torch, or with the written-out one where the exporter cannot take that."""
+    problem = None
+    for attention in (None, "eager"):
+        if attention is not None:
+            try:
+                with quiet():
+                    model.set_attn_implementation(attention)
+            except Exception:  # no other form: the first failure is the one to tell
+                raise problem from problem.__cause__
+        try:
+            return export_module(
+                model,
+                (),
+                kwargs,
+                kind="huggingface",
+                name=folder.resolve().name,
+                opset=opset,
+                axes=axes,
+                output_names=_output_names(torch, model, kwargs, folder),
+                specs=specs,
+            )
+        except QexportError as error:
+            problem = problem or error
+            if "scaled_dot_product" not in str(error) and "SDPA" not in str(error):
+                break
+    raise problem
 
 
 def _load(folder: Path, task: str, torch):
@@ -114,31 +134,45 @@ def _load(folder: Path, task: str, torch):
         raise QexportError(f"{folder}: no weights (model.safetensors or pytorch_model.bin); copy them beside config.json")
     problem = None
     for class_name in TASKS[task]:
-        for extra in ({}, {"add_pooling_layer": False}):
+        for attention in ("sdpa", "eager"):
             try:
-                with quiet():
-                    model, report = getattr(transformers, class_name).from_pretrained(
-                        folder,
-                        local_files_only=True,
-                        attn_implementation="sdpa",
-                        output_loading_info=True,
-                        dtype="auto",
-                        **extra,
-                    )
+                return _from_pretrained(getattr(transformers, class_name), folder, attention)
+            except QexportError as error:
+                problem = problem or error
+                break
             except Exception as error:
                 problem = problem or _load_problem(folder, config["model_type"], task, error)
-                break
-            missing = sorted(report["missing_keys"])
-            if not missing:
-                return model
-            problem = QexportError(
-                f"{folder}: the weights lack {len(missing)} tensors that {type(model).__name__} needs, {missing[0]} first; "
-                "choose a task that the weights were trained for, or copy the whole checkpoint"
-            )
-            # a pooler that was never trained is better left out than made up
-            if not all(".pooler." in f".{key}" for key in missing):
-                break
+                if "scaled_dot_product_attention" not in str(error):
+                    break
+                problem = None  # written out in matrix products; the rules find it there
     raise problem
+
+
+def _from_pretrained(model_class, folder: Path, attention: str):
+    """The model with all its weights. A pooler that was never trained is left out rather than made up.
+
+    Raises:
+        QexportError: the weights lack tensors that the model needs.
+    """
+    for extra in ({}, {"add_pooling_layer": False}):
+        with quiet():
+            model, report = model_class.from_pretrained(
+                folder,
+                local_files_only=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+                dtype="auto",
+                **extra,
+            )
+        missing = sorted(report["missing_keys"])
+        if not missing:
+            return model
+        if not all(".pooler." in f".{key}" for key in missing):
+            break
+    raise QexportError(
+        f"{folder}: the weights lack {len(missing)} tensors that {type(model).__name__} needs, {missing[0]} first; "
+        "choose a task that the weights were trained for, or copy the whole checkpoint"
+    )
 
 
 def _load_problem(folder: Path, model_type: str, task: str, error: Exception) -> QexportError:
@@ -151,10 +185,6 @@ def _load_problem(folder: Path, model_type: str, task: str, error: Exception) ->
     if "Unrecognized configuration class" in text:
         return QexportError(
             f"{folder}: the architecture {model_type!r} has no model for the task {task!r}; choose another --task"
-        )
-    if "does not support" in text and "scaled_dot_product_attention" in text:
-        return QexportError(
-            f"{folder}: {model_type!r} has no scaled_dot_product_attention in transformers; give package.module:callable"
         )
     return QexportError(f"{folder}: cannot load the model: {reason_of(error)}")
 

@@ -17,14 +17,14 @@ from qexport.sources import Source
 from qexport.sources.quiet import reason_of
 from qexport.sources.specs import limits_of, spec_of
 
-OLDEST_OPSET = 11
+OLDEST_OPSET, NEWEST_OPSET = 11, 24
 # Domains whose ops onnxruntime itself holds; whether it knows the op is seen when the file is run.
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.ml", "ai.onnx.preview.training")
 EXAMPLE_BATCH, EXAMPLE_SEQUENCE = 2, 16
 
 
 def open_file(path: Path, *, opset: int) -> Source:
-    """Read an .onnx file and bring it to `opset`; a file that is newer keeps its own opset from 23 on.
+    """Read an .onnx file and bring it to `opset`; a file at 24 stays there when 23 is asked for.
 
     Raises:
         QexportError: not an ONNX model, cut short, older than opset 11, an op that nothing runs, external data that is
@@ -44,7 +44,7 @@ def open_file(path: Path, *, opset: int) -> Source:
         passes.InlinePass()(model)
     passes.RemoveInitializersFromInputsPass()(model)
     present = model.opset_imports.get("", opset)
-    model = convert_opset(model, max(opset, present) if opset >= 23 else opset, str(path))
+    model = convert_opset(model, min(max(opset, present), NEWEST_OPSET) if opset >= 23 else opset, str(path))
     infer_shapes(model)
     for node in model.graph.all_nodes():
         node.doc_string = None

@@ -1,0 +1,209 @@
+"""Export of torch modules to an ONNX graph with named axes and module names; every torch front end ends here."""
+
+import ast
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.errors import QexportError
+from qexport.rewrite.convert_opset import convert_opset
+from qexport.sources import InputSpec, Source
+from qexport.sources.quiet import quiet, reason_of
+from qexport.sources.specs import limits_of, spec_of
+
+# The exporter's own lowest opset; below it the finished graph is converted down.
+EXPORTER_OPSET = 18
+# torch.export.Dim without a maximum carries one near 2^63.
+UNBOUNDED = 2**31
+
+
+def import_torch():
+    """torch, or one line that says how to install it."""
+    try:
+        with quiet():
+            import torch
+    except ImportError as error:
+        raise QexportError(f'torch cannot be imported ({reason_of(error)}): pip install "qexport[export]"') from error
+    return torch
+
+
+def export_module(
+    module,
+    args: tuple,
+    kwargs: dict,
+    *,
+    kind: str,
+    name: str,
+    opset: int,
+    dtype: str | None = None,
+    dynamic_shapes=None,
+    axes=None,
+    output_names: list[str] | None = None,
+    specs: dict[str, InputSpec] | None = None,
+) -> Source:
+    """Export an nn.Module or ExportedProgram with torch.onnx.export and describe its inputs.
+
+    Args:
+        args, kwargs: example tensors.
+        dynamic_shapes: as torch.export takes it, kept to the letter.
+        axes: names of dynamic axes instead, {axis: name} per input; an axis that the model fixes stays fixed with a remark.
+            With neither, batch axes and the axis 1 of token ids and of 3-D inputs are made dynamic.
+        output_names: names of the graph outputs; None keeps the exporter's.
+        specs: what is known of an input beyond its type and shape, by name.
+
+    Raises:
+        QexportError: the module does not run on the examples, or cannot be exported.
+    """
+    torch = import_torch()
+    is_program = isinstance(module, torch.export.ExportedProgram)
+    if not is_program:
+        module = module.eval()
+        if dtype is not None:
+            module = module.to(getattr(torch, dtype))
+            args, kwargs = _cast((args, kwargs), getattr(torch, dtype))
+        if dynamic_shapes is None:
+            if axes is None:
+                args, kwargs, axes = _guess_axes(torch, args, kwargs)
+            dynamic_shapes = torch.utils._pytree.tree_map_only(str, lambda name: torch.export.Dim.AUTO, axes)
+    try:
+        with quiet(), torch.no_grad():
+            runner = module.module() if is_program else module
+            expected = [leaf for leaf in torch.utils._pytree.tree_leaves(runner(*args, **kwargs)) if torch.is_tensor(leaf)]
+    except Exception as error:
+        raise QexportError(f"{name}: the model does not run on its example inputs: {reason_of(error)}") from error
+    try:
+        with quiet(), torch.no_grad():
+            import onnxscript.optimizer
+
+            program = torch.onnx.export(
+                module,
+                () if is_program else args,
+                kwargs=None if is_program else kwargs,
+                dynamo=True,
+                opset_version=max(opset, EXPORTER_OPSET),
+                dynamic_shapes=None if is_program else dynamic_shapes,
+                output_names=output_names,
+                verbose=False,
+                optimize=False,
+            )
+            # the exporter's own optimisation also fuses RotaryEmbedding and others that few runtimes hold
+            onnxscript.optimizer.optimize_ir(program.model)
+    except Exception as error:
+        raise QexportError(f"{name}: torch cannot export the model to ONNX: {reason_of(error)}") from error
+    name_modules(program.model)
+    notes = []
+    if axes is not None:
+        notes = _name_axes(program.model, list(axes.values() if isinstance(axes, Mapping) else axes))
+    model = convert_opset(program.model, opset, name)
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+    if len(leaves) != len(model.graph.inputs):
+        raise QexportError(
+            f"{name}: the graph has {len(model.graph.inputs)} inputs, the examples hold {len(leaves)} tensors"
+        )
+    inputs = [_describe(value, model, specs or {}) for value in model.graph.inputs]
+    limits = limits_of(model, inputs) | _axis_limits(torch, dynamic_shapes)
+    if is_program and not any(isinstance(d, str) for spec in inputs for d in spec.shape):
+        notes.append("the archive was exported with fixed shapes; its batch and sequence cannot vary")
+    return Source(
+        kind=kind,
+        name=name,
+        model=model,
+        inputs=inputs,
+        examples={value.name: to_numpy(leaf) for value, leaf in zip(model.graph.inputs, leaves, strict=True)},
+        expected={v.name: to_numpy(t) for v, t in zip(model.graph.outputs, expected, strict=False)},
+        limits={axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in inputs)},
+        notes=notes,
+    )
+
+
+def to_numpy(tensor) -> np.ndarray:
+    """A torch tensor as a numpy array; bfloat16 through ml_dtypes."""
+    return ir.tensor(tensor.detach().cpu().contiguous()).numpy()
+
+
+def name_modules(model: ir.Model) -> None:
+    """Replace the exporter's metadata (which holds paths of this machine) by `qexport.module`, the torch module name."""
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes:
+            path = ast.literal_eval(scopes)
+            if len(path) > 1 and path[-2]:
+                node.metadata_props["qexport.module"] = path[-2]
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _cast(tree, dtype):
+    import torch
+
+    return torch.utils._pytree.tree_map(lambda t: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t, tree)
+
+
+def _guess_axes(torch, args, kwargs):
+    """Dynamic axes where the user gave none: axis 0 is the batch, axis 1 of an integer or 3-D float input the sequence.
+
+    An axis of size 1 would be specialised to 1 by torch.export, so such a batch is doubled first.
+    """
+    tensors = [*args, *kwargs.values()]
+    if all(t.ndim for t in tensors) and {t.shape[0] for t in tensors} == {1}:
+        args = tuple(t.repeat(2, *[1] * (t.ndim - 1)) for t in args)
+        kwargs = {k: t.repeat(2, *[1] * (t.ndim - 1)) for k, t in kwargs.items()}
+    names = {}
+
+    def axes(tensor):
+        result = {0: "batch"} if tensor.ndim else {}
+        token_like = tensor.ndim == 2 and not tensor.is_floating_point()
+        if (token_like or (tensor.ndim == 3 and tensor.is_floating_point())) and tensor.shape[1] > 1:
+            size = tensor.shape[1]
+            result[1] = names.setdefault(size, "sequence" if not names else f"sequence_{len(names) + 1}")
+        return result
+
+    return args, kwargs, tuple(axes(t) for t in args) if args else {k: axes(t) for k, t in kwargs.items()}
+
+
+def _name_axes(model: ir.Model, wanted: list[dict[int, str]]) -> list[str]:
+    """Rename the exporter's symbols (s77) to the wanted axis names; remarks on axes that the model fixes."""
+    renames, fixed = {}, {}
+    for value, axes in zip(model.graph.inputs, wanted, strict=True):
+        for axis, name in axes.items():
+            found = value.shape[axis]
+            if isinstance(found, int):
+                fixed.setdefault(name, found)
+            elif str(found.value).isidentifier():
+                renames.setdefault(str(found.value), name)
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph.all_nodes() for v in n.outputs)]
+    for value in values:
+        if value.shape is not None:
+            dims = [d if isinstance(d, int) or d.value is None else _renamed(str(d.value), renames) for d in value.shape]
+            value.shape = ir.Shape(dims)
+    return [f"{name} is fixed at {size}: the model computes with that size" for name, size in fixed.items()]
+
+
+def _renamed(expression: str, renames: dict[str, str]) -> str:
+    return re.sub(r"[A-Za-z_]\w*", lambda match: renames.get(match[0], match[0]), expression)
+
+
+def _describe(value: ir.Value, model: ir.Model, known: dict[str, InputSpec]) -> InputSpec:
+    """The spec read off the graph, with the kind and bound that the front end knows."""
+    spec = spec_of(value, model)
+    if (told := known.get(value.name)) is not None:
+        spec.kind, spec.high = told.kind, told.high
+    return spec
+
+
+def _axis_limits(torch, shapes) -> dict[str, int]:
+    """The upper bounds that torch.export.Dim objects among dynamic shapes carry."""
+    limits = {}
+    for dim in torch.utils._pytree.tree_leaves(shapes, is_leaf=lambda x: hasattr(x, "max") and hasattr(x, "min")):
+        largest = getattr(dim, "max", None)
+        if isinstance(largest, int) and largest < UNBOUNDED:
+            limits[getattr(dim, "__name__", "")] = largest
+    return limits
