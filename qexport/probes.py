@@ -52,20 +52,20 @@ def beside(
         model: the converted model.
 
     Returns:
-        The new model, and the name of the sampled value by site name. A site is left out when the values that its node
-        reads are not in the classical model.
+        The new model, and the name of the sampled value by site name. A site is left out when a value that its node reads
+        can only be had from another sampled site.
     """
     classical = load_structure(classical_path)
     makers = {name: node for node in classical.graph.node for name in node.output}
-    available = set(makers) | {v.name for v in classical.graph.input} | {t.name for t in classical.graph.initializer}
+    graft = _Graft(classical, model, seed_input)
     quantum = {name: node for node in model.graph.node if node.domain == DOMAIN for name in node.output}
     local = {}
     for site in sites:
         source = quantum.get(site["output"])
         if source is None or site["output"] not in makers:
             continue
-        inputs = _classical_inputs(source, makers[site["output"]], available, seed_input)
-        if inputs is None:
+        inputs = _classical_inputs(source, makers[site["output"]])
+        if not all(graft.bring(name) for name in inputs):
             continue
         node = onnx.NodeProto()
         node.CopyFrom(source)
@@ -82,15 +82,42 @@ def beside(
     return classical, local
 
 
-def _classical_inputs(source, maker, available: set[str], seed_input: str) -> list[str] | None:
+def _classical_inputs(source, maker) -> list[str]:
     """The inputs of a QuantumAttention node as values of the classical model: those of the Attention that it replaces, else
     those of the same name."""
     names = list(source.input)
     if maker.op_type == "Attention" and maker.domain == "":
         for i in range(min(len(names), 7)):
             names[i] = maker.input[i] if i < len(maker.input) else ""
-    known = all(not name or name in available or name == seed_input for name in names)
-    return names if known else None
+    return names
+
+
+class _Graft:
+    """Brings values that only the converted model has (a transposed key, say) into the classical one, with the nodes that
+    make them from values that both have. Values of one name are the same in both: rewrites give new values new names.
+    """
+
+    def __init__(self, classical: onnx.ModelProto, model: onnx.ModelProto, seed_input: str):
+        self.graph = classical.graph
+        self.available = {"", seed_input, *(v.name for v in classical.graph.input)}
+        self.available |= {t.name for t in classical.graph.initializer}
+        self.available |= {name for node in classical.graph.node for name in node.output}
+        self.makers = {name: node for node in model.graph.node for name in node.output}
+        self.weights = {t.name: t for t in model.graph.initializer}
+
+    def bring(self, name: str) -> bool:
+        """Make the value `name` available; False when it hangs on a sampled value, or its weights lie in another file."""
+        if name in self.available:
+            return True
+        weight, maker = self.weights.get(name), self.makers.get(name)
+        if weight is not None and weight.data_location != onnx.TensorProto.EXTERNAL:
+            self.graph.initializer.append(weight)
+        elif maker is not None and maker.domain != DOMAIN and all(self.bring(source) for source in maker.input):
+            self.graph.node.append(maker)
+        else:
+            return False
+        self.available |= {name} if weight is not None else set(maker.output)
+        return True
 
 
 def _add_seed(classical: onnx.ModelProto, model: onnx.ModelProto, seed_input: str) -> None:

@@ -376,6 +376,32 @@ def test_a_site_is_fed_with_the_classical_values(tmp_path):
     assert list(beside(tmp_path / "c.onnx", model, bundle.manifest["sites"], "seed")[1]) == ["layer0.attention"]
 
 
+def test_values_of_the_converted_model_alone_are_brought_along(tmp_path):
+    """Where the classical model holds decomposed attention, the rewrite makes the site's keys from other values."""
+
+    def plant(model):
+        perm = {"perm": [0, 1, 3, 2]}
+        twice = [
+            onnx.helper.make_node("Transpose", ["layer1.k.heads"], ["turned"], **perm),
+            onnx.helper.make_node("Transpose", ["turned"], ["turned back"], **perm),
+        ]
+        at = next(i for i, n in enumerate(model.graph.node) if n.name == "layer1.attention")
+        model.graph.node[at].input[1] = "turned back"
+        for node in reversed(twice):
+            model.graph.node.insert(at, node)
+
+    make_bundle(tmp_path / "b", plant=plant, attention={"strategy": "exact"})
+    bundle = Bundle.open(tmp_path / "b")
+    classical = onnx.load(bundle.classical_path)
+    next(n for n in classical.graph.node if n.name == "layer1.attention").domain = "com.example"  # not ai.onnx Attention
+    onnx.save(classical, tmp_path / "c.onnx")
+    hybrid, local = beside(tmp_path / "c.onnx", onnx.load(bundle.model_path), bundle.manifest["sites"], "seed")
+    assert set(local) == {"layer0.attention", "layer1.attention"}
+    assert [n.op_type for n in hybrid.graph.node if "turned" in str(n.output)] == ["Transpose", "Transpose"]
+    report = validate(tmp_path / "b")
+    assert report.sites[1]["local"]["relative_error"] < 1e-5
+
+
 def test_integer_outputs_count_what_differs(tmp_path):
     from qexport.comparison import _as_floats
 
