@@ -3,8 +3,9 @@
     python -m bench.generation [--seeds 3] [--json FILE]
 
 Speech: Whisper tiny.en on ten seconds of speech, all 4 encoder attentions (1500 positions) and 8 decoder attentions sampled;
-`encoder_error` is the relative Frobenius error of the encoder's states, `same_transcript` the share of seeds whose greedy
-transcript is the classical one, token for token. Story: stories15M, the classical model's own greedy text of 255 tokens;
+`encoder_error` is the relative Frobenius error of the encoder's states, `same_tokens` the share of the classical transcript
+that is most likely given the right tokens before, `same_transcript` the share of seeds whose greedy transcript is the
+classical one, token for token. Story: stories15M, the classical model's own greedy text of 255 tokens;
 `nats_per_token` is how well the sampled model predicts it, mean over seeds, with the 95 % interval's half width.
 """
 
@@ -28,6 +29,13 @@ def transcribe(decoder, states: np.ndarray, seed: int | None = None, limit: int 
         feeds = {"decoder_input_ids": np.array([tokens]), "encoder_hidden_states": states}
         tokens.append(int(decoder.run(None, seeded(feeds, seed))[0][0, -1].argmax()))
     return tokens[len(WHISPER_START) :]
+
+
+def next_tokens(decoder, states: np.ndarray, transcript: list[int], seed: int | None = None) -> np.ndarray:
+    """The most likely token at each place of a transcript when the right ones precede it."""
+    tokens = np.array([WHISPER_START + transcript[:-1]])
+    logits = decoder.run(None, seeded({"decoder_input_ids": tokens, "encoder_hidden_states": states}, seed))[0]
+    return logits[0, len(WHISPER_START) - 1 :].argmax(-1)
 
 
 def greedy_story(session, length: int) -> np.ndarray:
@@ -57,18 +65,21 @@ def speech_table(folder: Path, opened, seeds: int) -> list[dict]:
     features = {"input_features": speech_features()}
     exact = opened(bundles["encoder"] / "classical.onnx").run(None, features)[0]
     transcript = transcribe(opened(bundles["decoder"] / "classical.onnx"), exact)
-    rows = [{"samples": None, "encoder_error": 0.0, "same_transcript": 1.0}]
+    rows = [{"samples": None, "encoder_error": 0.0, "same_tokens": 1.0, "same_transcript": 1.0}]
     for samples in (256, 64, 32, 16, 8):
         encoder, decoder = (
             opened(common.with_attributes(bundle / "model.onnx", bundle / "sampled.onnx", num_samples=[samples]))
             for bundle in bundles.values()
         )
-        errors, same = [], []
+        errors, same, agreed = [], [], []
         for seed in range(seeds):
             states = encoder.run(None, seeded(features, seed))[0]
             errors.append(common.relative_error(states, exact))
+            agreed.append(np.mean(next_tokens(decoder, states, transcript, seed) == np.array(transcript)))
             same.append(transcribe(decoder, states, seed) == transcript)
-        rows.append({"samples": samples, "encoder_error": float(np.mean(errors)), "same_transcript": float(np.mean(same))})
+        means = (float(np.mean(values)) for values in (errors, agreed, same))
+        names = ("encoder_error", "same_tokens", "same_transcript")
+        rows.append({"samples": samples} | dict(zip(names, means, strict=True)))
     return rows
 
 
