@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from qexport.errors import QexportError, UsageError
 
 IR_VERSION = 10
-OPSETS = (17, 25)
+OPSETS = (17, 24)
 # protobuf refuses 2 GiB; nodes and names need room beside the weights.
 EXTERNAL_ABOVE = 2**31 - 2**26
+# Shape inference reads small tensors, and reads them only inside the file.
+SMALLEST_EXTERNAL = 1024
 
 
 @dataclass
@@ -120,6 +120,7 @@ def convert(
 
 def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
+    from qexport.conversion_checks import check_fallback, run_classical
     from qexport.rewrite.classical import to_classical
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
 
@@ -132,7 +133,7 @@ def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
     say("running the classical model")
-    outputs, difference = _run_classical(source, classical)
+    outputs, difference = run_classical(source, classical)
     say("converting attention")
     if opset < 23:
         left_alone = to_classical(source.model, opset)
@@ -143,8 +144,8 @@ def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     _save(source.model, folder / "model.onnx", external)
     if outputs is not None:
         say("checking the fallback")
-        _check_fallback(source, folder / "model.onnx", outputs)
-        _write_samples(folder / "test_data_set_0", source.examples, outputs)
+        check_fallback(source, folder / "model.onnx", outputs)
+    _write_samples(folder / "test_data_set_0", source.examples, outputs or source.expected)
     _copy_library(folder / "lib")
     if source.tokenizer is not None:
         (folder / "tokenizer").mkdir()
@@ -177,75 +178,15 @@ def _save(model, path: Path, external: str | None) -> None:
     import onnx_ir as ir
 
     model.ir_version = IR_VERSION
-    if external is not None and not (path.parent / external).exists():
-        ir.external_data.unload_from_model(model, path.parent, external)
+    if external is None:
+        ir.external_data.load_to_model(model)  # the source's own weights file stays behind
+    elif not (path.parent / external).exists():
+        ir.external_data.unload_from_model(model, path.parent, external, size_threshold_bytes=SMALLEST_EXTERNAL)
     ir.save(model, path)
 
 
-def _run_classical(source, path: Path):
-    """(outputs by name, deviation from the source); (None, None) where this onnxruntime has no kernel for the type."""
-    try:
-        outputs = _run(path, source.examples)
-    except QexportError as error:
-        if any(spec.dtype == "bfloat16" for spec in source.inputs) or "bfloat16" in str(error).lower():
-            source.notes.append(f"not run: {error}")
-            return None, None
-        raise
-    if source.expected is None:
-        return outputs, None
-    difference = _difference(source.expected, outputs)
-    allowed = tolerance(outputs)
-    if not difference <= allowed:
-        raise QexportError(
-            f"{source.name}: the classical ONNX model differs from the source by {difference:.2g} of the largest output "
-            f"({allowed:.0e} is allowed); please report the model"
-        )
-    return outputs, difference
-
-
-def _check_fallback(source, path: Path, outputs: dict) -> None:
-    difference = _difference(outputs, _run(path, source.examples))
-    if not difference <= tolerance(outputs):
-        raise QexportError(
-            f"{source.name}: the converted model without the op library differs from the classical one by {difference:.2g} "
-            "of the largest output; please report the model"
-        )
-
-
-def tolerance(outputs: dict) -> float:
-    """The largest relative difference that rounding explains, by the widest-spaced type among the outputs."""
-    names = {array.dtype.name for array in outputs.values()}
-    return 5e-2 if "bfloat16" in names else 2e-2 if "float16" in names else 1e-3
-
-
-def _run(path: Path, feeds: dict) -> dict[str, np.ndarray]:
-    """Outputs by name of a model on the CPU provider, without the op library."""
-    from qexport.runtime import one_line, session
-
-    opened = session(path, library=False)
-    names = [output.name for output in opened.get_outputs()]
-    try:
-        return dict(zip(names, opened.run(names, feeds), strict=True))
-    except Exception as error:
-        raise QexportError(f"{path.name}: onnxruntime cannot run the model: {one_line(error)}") from error
-
-
-def _difference(expected: dict, outputs: dict) -> float:
-    """Largest |a - b| over all outputs that both have, relative to the largest finite |a| of that output."""
-    worst = 0.0
-    for name in expected.keys() & outputs.keys():
-        a, b = (np.asarray(x, np.float64) for x in (expected[name], outputs[name]))
-        if a.shape != b.shape:
-            return float("inf")
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        finite = np.abs(a[np.isfinite(a)])
-        span = max(finite.max(initial=0.0), 1e-30)
-        worst = max(worst, float(np.max(np.where(same, 0.0, np.abs(a - b)) / span, initial=0.0)))
-    return worst
-
-
 def _write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
-    """The inputs and the classical outputs as input_K.pb and output_K.pb, as onnxruntime_perf_test reads them."""
+    """The inputs and outputs as input_K.pb and output_K.pb, as onnxruntime_perf_test reads them."""
     import onnx_ir as ir
 
     folder.mkdir()

@@ -33,7 +33,7 @@ class Samples(click.ParamType):
 @click.option("--num-samples", type=Samples(), help="Keys per query, one number or one per head [32].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Sample around the mean of V [on].")
 @click.option("--seed", type=int, help="Default of the model's seed input [0].")
-@click.option("--opset", type=click.IntRange(17, 25), help="Opset of the file; 17 to 22 for older runtimes [23].")
+@click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23].")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the weights [as they are].")
 @click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
 @click.option("--config", metavar="FILE", help="Recipe in YAML; options given here win over it.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, constant, is_op, known_size, rank, size
+from qexport.rewrite.graph import Builder, attribute, constant, is_op, known_size, rank, size
 
 
 @dataclass
@@ -94,7 +94,7 @@ def _heads_before(value: ir.Value) -> int | None:
         node = value.producer()
         if is_op(node, "Reshape") and rank(node.inputs[0]) == 4:
             return known_size(node.inputs[0], 1)
-        if is_op(node, "Transpose") and rank(node.inputs[0]) == 3 and node.attributes["perm"].as_ints() == [1, 0, 2]:
+        if is_op(node, "Transpose") and rank(node.inputs[0]) == 3 and list(attribute(node, "perm", ())) == [1, 0, 2]:
             # nn.MultiheadAttention: (rows, batch * heads, columns), reshaped from (rows, batch, heads * columns)
             inner = node.inputs[0].producer()
             width, columns = known_size(inner.inputs[0], 2) if is_op(inner, "Reshape") else None, known_size(value, 2)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from qexport.bundle import Bundle
+from qexport.conversion_checks import run
 from qexport.errors import QexportError
 from qexport.external_data import check_external_data, load_structure
 from qexport.ops import DOMAIN
@@ -53,7 +54,7 @@ def open_file(path: Path, *, opset: int) -> Source:
     inputs = [spec_of(value, model) for value in model.graph.inputs]
     source = Source("onnx", path.name, model, inputs, {}, limits=limits_of(model, inputs))
     source.examples = example_inputs(source)
-    source.expected = _run(path, source.examples)
+    source.expected = run(path, source.examples)
     return source
 
 
@@ -73,17 +74,6 @@ def example_inputs(source: Source) -> dict[str, np.ndarray]:
     lengths = {name: size for name, size in source.limits.items() if size < EXAMPLE_SEQUENCE}
     sizes = dimension_sizes(manifest, EXAMPLE_BATCH, EXAMPLE_SEQUENCE, lengths)
     return generate(Bundle(Path(source.name), manifest), batch=EXAMPLE_BATCH, seq=EXAMPLE_SEQUENCE, dims=sizes).feeds[0]
-
-
-def _run(path: Path, feeds: dict) -> dict[str, np.ndarray]:
-    from qexport.runtime import one_line, session
-
-    opened = session(path, library=False)
-    names = [output.name for output in opened.get_outputs()]
-    try:
-        return dict(zip(names, opened.run(names, feeds), strict=True))
-    except Exception as error:
-        raise QexportError(f"{path}: onnxruntime cannot run it on generated inputs: {one_line(error)}") from error
 
 
 def _check_opset(path: Path, model: onnx.ModelProto) -> None:

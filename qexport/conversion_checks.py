@@ -1,0 +1,99 @@
+"""Checks of a conversion on the example inputs: source, classical model and fallback must agree up to rounding."""
+
+from pathlib import Path
+
+import numpy as np
+
+from qexport.errors import QexportError
+from qexport.sources import Source
+
+
+def run_classical(source: Source, path: Path):
+    """(outputs by name, deviation from the source); (None, None) where this onnxruntime has no kernels for bfloat16.
+
+    Raises:
+        QexportError: it does not run, or differs from the source by more than rounding.
+    """
+    try:
+        outputs = run(path, source.examples)
+    except QexportError as error:
+        if "bfloat16" not in _types(source):
+            raise
+        source.notes.append(f"not checked, since this onnxruntime cannot run bfloat16 on the CPU: {error}")
+        return None, None
+    if source.expected is None:
+        return outputs, None
+    difference = difference_of(source.expected, outputs)
+    allowed = allowed_difference(source)
+    if not difference <= allowed:
+        raise QexportError(
+            f"{source.name}: the classical ONNX model differs from the source by {difference:.2g} of the largest output "
+            f"({allowed:.0e} is allowed); please report the model"
+        )
+    return outputs, difference
+
+
+def check_fallback(source: Source, path: Path, outputs: dict) -> None:
+    """Check that the converted model without the op library computes what the classical one does.
+
+    Raises:
+        QexportError: it does not.
+    """
+    difference = difference_of(outputs, run(path, source.examples))
+    if not difference <= allowed_difference(source):
+        raise QexportError(
+            f"{source.name}: the converted model without the op library differs from the classical one by {difference:.2g} "
+            "of the largest output; please report the model"
+        )
+
+
+def allowed_difference(source: Source) -> float:
+    """The largest relative difference that rounding explains: by type, and wide where activations are quantised."""
+    if any(node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") for node in source.model.graph.all_nodes()):
+        note = "activations are quantised as the model runs: the last digit of one value can move a whole quantisation step"
+        if note not in source.notes:
+            source.notes.append(note)
+        return 0.5
+    types = _types(source)
+    return 5e-2 if "bfloat16" in types else 2e-2 if "float16" in types else 1e-3
+
+
+def _types(source: Source) -> set[str]:
+    """Names of the element types of the inputs and weights."""
+    weights = source.model.graph.initializers.values()
+    return {spec.dtype for spec in source.inputs} | {v.dtype.numpy().name for v in weights if v.dtype is not None}
+
+
+def run(path: Path, feeds: dict) -> dict[str, np.ndarray]:
+    """Outputs by name of a model on the CPU provider, without the op library.
+
+    Raises:
+        QexportError: onnxruntime cannot load or run it.
+    """
+    from qexport.runtime import one_line, onnxruntime, session
+
+    options = onnxruntime().SessionOptions()
+    options.log_severity_level = 4  # the error that is raised says it all
+    try:
+        opened = session(path, library=False, options=options)
+    except QexportError as error:  # name the file as the bundle does, not its temporary folder
+        raise QexportError(str(error).replace(str(path), path.name)) from error
+    names = [output.name for output in opened.get_outputs()]
+    try:
+        return dict(zip(names, opened.run(names, feeds), strict=True))
+    except Exception as error:
+        raise QexportError(f"{path.name}: onnxruntime cannot run the model: {one_line(error)}") from error
+
+
+def difference_of(expected: dict, outputs: dict) -> float:
+    """Largest |a - b| over all outputs that both have, relative to the largest finite |a| of that output."""
+    worst = 0.0
+    for name in expected.keys() & outputs.keys():
+        a, b = (np.asarray(x, np.float64) for x in (expected[name], outputs[name]))
+        if a.shape != b.shape:
+            return float("inf")
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        finite = np.abs(a[np.isfinite(a)])
+        span = max(finite.max(initial=0.0), 1e-30)
+        worst = max(worst, float(np.max(np.where(same, 0.0, np.abs(a - b)) / span, initial=0.0)))
+    return worst
