@@ -137,8 +137,8 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
     }
   }
   const int64_t total_len = past_len + k.len;
-  check_range("total_len", total_len, 0, INT32_MAX / 2);
-  check_range("q_len", q.len, 0, INT32_MAX / 2);
+  check_range("total_len", total_len, 0, int64_t{1} << 26);
+  check_range("q_len", q.len, 0, INT32_MAX);
   const int64_t count = static_cast<int64_t>(a.num_samples.size());
   if (count != 1 && count != q.heads) {
     fail("num_samples must hold 1 number or one per query head (" + std::to_string(q.heads) + "), got " +

@@ -8,9 +8,18 @@ namespace QEXPORT_ISA {
 
 constexpr int kSampledRows = 32;  // all their scores are in memory at once
 
-// Scratch of the row-wise kernels. p, x, f: (total_len, ld).
+// Keys chosen by the rows of one column of lanes, waiting for their values to be added up.
+constexpr int64_t kChosen = 1024;
+struct Chosen {
+  int32_t* place;  // (key - begin) * kLanes + lane
+  int32_t* p;      // bits of p_j
+  int32_t* f;      // f_j
+};
+
+// Scratch of the row-wise kernels. p, x: (total_len, ld).
 struct RowScratch {
   float *q_t, *bias, *keys, *row, *p, *x, *o;
+  Chosen chosen;
 };
 
 static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
@@ -24,6 +33,9 @@ static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
   s.p = arena.take<float>(job.total_len * kSampledRows);
   s.x = arena.take<float>(p.strategy == Strategy::exact ? 0 : job.total_len * kSampledRows);
   s.o = arena.take<float>(p.strategy == Strategy::exact ? 0 : size * kSampledRows);
+  s.chosen.place = arena.take<int32_t>(kChosen + kLanes);
+  s.chosen.p = arena.take<int32_t>(kChosen + kLanes);
+  s.chosen.f = arena.take<int32_t>(kChosen + kLanes);
   return s;
 }
 
@@ -47,13 +59,15 @@ static void row_scores(const AttentionJob& job, const RowBlock& block, const Row
   }
 }
 
-// One column of lanes of scores s[n][ld] becomes e = exp(s - max).
+// What exponentiate() returns of each lane.
 struct ColumnSums {
-  vf sum;           // Z
+  vf sum;           // Z = sum_j e_j
   vi allowed;       // number of keys with a score above -inf
-  vf weighted_sum;  // sum_j e_j (s_j - max)
+  vf weighted_sum;  // sum_j e_j (s_j - max), if asked for
 };
 
+// One column of lanes of scores s[n][ld] becomes e = exp(s - max).
+template <bool kWeighted>
 static ColumnSums exponentiate(float* s, int64_t ld, int64_t n) {
   vf m = splat(-kInf);
   vi allowed{};
@@ -68,7 +82,7 @@ static ColumnSums exponentiate(float* s, int64_t ld, int64_t n) {
     const vf d = load<vf>(s + j * ld) - origin;
     const vf e = exp_nonpositive(d);
     sum += e;
-    weighted += e == 0.0f ? vf{} : e * d;
+    if (kWeighted) weighted += e == 0.0f ? vf{} : e * d;
     store(s + j * ld, e);
   }
   return {sum, allowed, weighted};
@@ -84,7 +98,7 @@ static void entropy_block(const AttentionJob& job, RowBlock block, char* memory)
   pack_queries(job, block, rows, scratch.q_t, ld);
   row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
   for (int v = 0; v < rows.vecs; ++v) {
-    const ColumnSums sums = exponentiate(scratch.p + v * kLanes, ld, rows.end - rows.begin);
+    const ColumnSums sums = exponentiate<true>(scratch.p + v * kLanes, ld, rows.end - rows.begin);
     for (int lane = 0; lane < kLanes && v * kLanes + lane < rows.count; ++lane) {
       const int64_t r = v * kLanes + lane;
       const int64_t at = (block.batch * job.params.q_heads + rows.head[r]) * job.params.q_len + rows.query[r];
@@ -111,7 +125,7 @@ static void qk_matmul_output_block(const AttentionJob& job, RowBlock block, char
   if (p.qk_matmul_output_mode == 3) {
     for (int v = 0; v < rows.vecs; ++v) {
       float* column = scratch.p + v * kLanes;
-      const vf z = exponentiate(column, ld, n).sum;
+      const vf z = exponentiate<false>(column, ld, n).sum;
       const vf inverse = z == 0.0f ? vf{} : 1.0f / z;
       for (int64_t j = 0; j < n; ++j) store(column + j * ld, load<vf>(column + j * ld) * inverse);
     }

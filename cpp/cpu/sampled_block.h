@@ -19,17 +19,14 @@ static bool is_exact(const AttentionJob& job, const Rows& rows) {
   return true;
 }
 
-// Prefix sums of f_j = floor(2^30 x_j / sum x) + 1 where x_j > 0, in place of x. Returns the lanes with any x_j > 0.
-static vi prefix_sums(float* x, int64_t ld, int64_t n) {
-  vf sum{};
-  for (int64_t j = 0; j < n; ++j) sum += load<vf>(x + j * ld);
+// Prefix sums of f_j = floor(2^30 x_j / sum) + 1 where x_j > 0, in place of x.
+static void prefix_sums(float* x, int64_t ld, int64_t n, vf sum) {
   vi total{};
   for (int64_t j = 0; j < n; ++j) {
     const vf xj = load<vf>(x + j * ld);
     total += xj > 0.0f ? to_int(xj * 1073741824.0f / sum) + 1 : vi{};
     store(x + j * ld, total);
   }
-  return sum > 0.0f;
 }
 
 // One column of lanes, rows v * kLanes .. : p[n][ld] holds the scores on entry.
@@ -43,55 +40,60 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
   float* p = scratch.p + v * kLanes;
   float* x = scratch.x + v * kLanes;
   float* o = scratch.o + v * kLanes * ld_o;
-  const ColumnSums sums = exponentiate(p, ld, n);
-  const vf z = sums.sum == 0.0f ? splat(1.0f) : sums.sum;
-  const float* norm = params.control_variate ? job.value_norm + kv * job.total_len + rows.begin : nullptr;
-  for (int64_t j = 0; j < n; ++j) {
-    const vf pj = load<vf>(p + j * ld) / z;
-    store(p + j * ld, pj);
-    // A key that is not attended to must not lend its norm, which may be NaN.
-    store(x + j * ld, norm ? (pj > 0.0f ? pj * norm[j] : vf{}) : pj);
+  for (int64_t i = 0; i < live * ld_o; ++i) o[i] = 0.0f;
+
+  const ColumnSums sums = exponentiate<false>(p, ld, n);
+  vf budget = splat(1.0f);
+  vi take_all{}, taken{};
+  for (int lane = 0; lane < live; ++lane) {
+    const int64_t head = rows.head[v * kLanes + lane], samples = samples_of_head(params, head);
+    double own = static_cast<double>(samples);
+    if (params.strategy == Strategy::adaptive) {
+      own = job.budget[(block.batch * params.q_heads + head) * params.q_len + rows.query[v * kLanes + lane]];
+    }
+    take_all[lane] = params.strategy != Strategy::naive && own >= sums.allowed[lane] ? -1 : 0;
+    taken[lane] = params.strategy == Strategy::hybrid && !take_all[lane] ? static_cast<int32_t>(samples / 2) : 0;
+    budget[lane] = static_cast<float>(own);
   }
 
-  const uint64_t seed = static_cast<uint64_t>(params.seed);
+  // p_j = e_j / Z and x_j, with the sum and the maximum of the x_j of rows that are sampled.
+  const float* norm = params.control_variate ? job.value_norm + kv * job.total_len + rows.begin : nullptr;
+  const vf inverse = sums.sum == 0.0f ? vf{} : 1.0f / sums.sum;
+  vf rest{}, largest{};
+  for (int64_t j = 0; j < n; ++j) {
+    const vf pj = load<vf>(p + j * ld) * inverse;
+    store(p + j * ld, pj);
+    // A key that is not attended to must not lend its norm, which may be NaN.
+    const vf xj = norm ? (pj > 0.0f ? pj * norm[j] : vf{}) : pj;
+    rest += xj;
+    largest = max(xj, largest);
+    store(x + j * ld, take_all & (pj > 0.0f) ? splat(kInf) : xj);
+  }
+  rest = take_all ? vf{} : rest;
+
   const auto counter = [&](int lane) {
     const int64_t r = v * kLanes + lane;
     return PhiloxBlock{{params.layer, static_cast<uint32_t>(block.batch * params.q_heads + rows.head[r]),
                         static_cast<uint32_t>(rows.query[r]), 0u}};
   };
-  for (int64_t i = 0; i < live * ld_o; ++i) o[i] = 0.0f;
-
   vf weight_sum{};
-  vi take_all{};
   if (params.strategy == Strategy::naive) {
-    const vi some = prefix_sums(x, ld, n);
+    prefix_sums(x, ld, n, rest);
     for (int lane = 0; lane < live; ++lane) {
-      if (!some[lane]) continue;
+      if (!(rest[lane] > 0.0f)) continue;
       weight_sum[lane] =
           multinomial(job, block, scratch, rows.begin, n, ld, p + lane, reinterpret_cast<const uint32_t*>(x) + lane,
                       samples_of_head(params, rows.head[v * kLanes + lane]), counter(lane), o + lane * ld_o);
     }
   } else {
-    vf budget = splat(1.0f);
-    vi largest{};
     vu offset{};
+    const uint64_t seed = static_cast<uint64_t>(params.seed);
     for (int lane = 0; lane < live; ++lane) {
-      const int64_t head = rows.head[v * kLanes + lane];
-      const int64_t samples = samples_of_head(params, head);
       offset[lane] = philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), counter(lane)).word[0] >> 8;
-      if (params.strategy == Strategy::adaptive) {
-        const double own = job.budget[(block.batch * params.q_heads + head) * params.q_len + rows.query[v * kLanes + lane]];
-        take_all[lane] = own >= sums.allowed[lane] ? -1 : 0;
-        budget[lane] = static_cast<float>(own);
-        continue;
-      }
-      take_all[lane] = samples >= sums.allowed[lane] ? -1 : 0;
-      largest[lane] = params.strategy == Strategy::hybrid && !take_all[lane] ? static_cast<int32_t>(samples / 2) : 0;
-      budget[lane] = static_cast<float>(samples - largest[lane]);
     }
-    if (lane_bits(largest > 0)) mark_largest(p, x, ld, n, largest);
-    const vf c = inclusion_factor(x, ld, n, budget);
-    weight_sum = systematic(job, block, scratch, rows.begin, n, ld, p, x, c, take_all, offset, o, ld_o);
+    if (lane_bits(taken > 0)) rest = take_largest(p, x, ld, n, taken, &largest);
+    const vf c = inclusion_factor(x, ld, n, budget, taken, rest, largest);
+    weight_sum = systematic(job, block, scratch, rows.begin, n, ld, p, x, c, offset, o, ld_o);
   }
 
   const float* mean = params.control_variate ? job.value_mean + kv * size : nullptr;

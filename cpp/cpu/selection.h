@@ -9,18 +9,20 @@ namespace QEXPORT_ISA {
 
 constexpr int32_t kOne = 1 << 24;  // T: probability 1 in fixed point
 
-// c with sum_j min(1, c x_j) = budget, over the keys with x_j > 0 of each lane. Negative x marks keys taken beforehand.
-static vf inclusion_factor(const float* x, int64_t ld, int64_t n, vf budget) {
-  vf rest{};
-  for (int64_t j = 0; j < n; ++j) rest += max(load<vf>(x + j * ld), vf{});
-  vf c = rest > 0.0f ? budget / rest : vf{};
-  vi certain{};  // C of the last round
-  vi active = c > 0.0f;
+// Throughout, x_j = +inf marks a key that is taken for certain whatever c is: the largest keys of `hybrid`, and every key of
+// a row that is computed exactly.
+
+// c with sum_j min(1, c x_j) = budget - taken over the keys not taken beforehand, which sum to `rest` and have the maximum
+// `largest`; budget and taken are those of each lane. Lanes without such keys get 1.
+static vf inclusion_factor(const float* x, int64_t ld, int64_t n, vf budget, vi taken, vf rest, vf largest) {
+  vf c = rest > 0.0f ? (budget - to_float(taken)) / rest : splat(1.0f);
+  vi certain = taken;  // C of the last round
+  vi active = (rest > 0.0f) & (c * largest >= 1.0f);
   while (lane_bits(active)) {
     vi count{};
     rest = vf{};
     for (int64_t j = 0; j < n; ++j) {
-      const vf xj = max(load<vf>(x + j * ld), vf{});
+      const vf xj = load<vf>(x + j * ld);
       const vi sure = c * xj >= 1.0f;
       count -= sure;
       rest += sure ? vf{} : xj;
@@ -33,71 +35,121 @@ static vf inclusion_factor(const float* x, int64_t ld, int64_t n, vf budget) {
   return c;
 }
 
-// Marks the k largest p of each lane (ties: lowest index) by x = -1. Keys with p = 0 are never marked.
+// Marks the k largest p of each lane (ties: lowest index; never p = 0) as taken; lanes with k = 0 stay as they are.
+// Returns the sum, and in `largest` the maximum, of the other x.
 // The k-th largest is found by bisection of the bit patterns, which order as the floats do since p >= 0.
-static void mark_largest(const float* p, float* x, int64_t ld, int64_t n, vi k) {
-  vi threshold{};  // the largest t with #{p >= t} >= k
-  for (int bit = 30; bit >= 0; --bit) {
+static vf take_largest(const float* p, float* x, int64_t ld, int64_t n, vi k, vf* largest) {
+  vi threshold = k > 0 ? vi{} : splat(INT32_MAX);           // the largest found t with #{p >= t} >= k
+  vi open = k > 0;                                          // lanes where #{p >= t} is not k yet
+  for (int bit = 29; bit >= 0 && lane_bits(open); --bit) {  // p <= 1 has no bit above 29
     const vi trial = threshold | (1 << bit);
     vi count{};
     for (int64_t j = 0; j < n; ++j) count -= load<vi>(p + j * ld) >= trial;
-    threshold = count >= k ? trial : threshold;
+    threshold = open & (count >= k) ? trial : threshold;
+    open &= count != k;
   }
   vi above{};
   for (int64_t j = 0; j < n; ++j) above -= load<vi>(p + j * ld) > threshold;
   vi ties = k - above;  // how many keys equal to the threshold still fit, in index order
+  vf rest{}, most{};
   for (int64_t j = 0; j < n; ++j) {
     const vi bits = load<vi>(p + j * ld);
     const vi tie = (bits == threshold) & (ties > 0);
     ties += tie;
     const vi taken = ((bits > threshold) | tie) & (bits > 0);
-    store(x + j * ld, taken ? splat(-1.0f) : load<vf>(x + j * ld));
+    const vf xj = load<vf>(x + j * ld);
+    const vf other = taken | (xj == kInf) ? vf{} : xj;
+    rest += other;
+    most = max(other, most);
+    if (lane_bits(taken)) store(x + j * ld, taken ? splat(kInf) : xj);
   }
+  *largest = most;
+  return rest;
 }
 
-// f_j of the fixed-point inclusion probabilities.
-static QEXPORT_INLINE vi inclusion(vf x, vf c, vi take_all) {
-  const vf y = c * x;
-  vi f = to_int((y < 1.0f ? max(y, vf{}) : vf{}) * static_cast<float>(kOne)) + 1;
-  f = (y >= 1.0f) | (f > kOne) ? splat(kOne) : f;
-  f = x > 0.0f ? f : vi{};
-  return (x < 0.0f) | take_all ? splat(kOne) : f;
+// Where the values of the keys of a block lie: those before `split` in the past.
+struct ValueRows {
+  const float *past, *fresh;
+  int64_t split, past_stride, fresh_stride;
+  bool direct;  // float32 in memory; else every row is converted when it is needed
+};
+
+static ValueRows value_rows(const AttentionJob& job, const RowBlock& block) {
+  const QuantumAttentionParams& p = job.params;
+  const HeadRows &past = job.tensors.past_value, &fresh = job.tensors.v;
+  ValueRows rows{nullptr, nullptr, p.past_len, past.row_stride, fresh.row_stride, p.type == DType::f32 || job.packed_value};
+  if (job.packed_value) {
+    rows.fresh_stride = packed_row(p.v_head_size);
+    rows.fresh = job.packed_value + (block.batch * p.kv_heads + block.kv_head) * job.total_len * rows.fresh_stride;
+    rows.split = 0;
+  } else if (rows.direct) {
+    if (p.past_len > 0) rows.past = reinterpret_cast<const float*>(row_of(past, p.type, block.batch, block.kv_head, 0));
+    rows.fresh = reinterpret_cast<const float*>(row_of(fresh, p.type, block.batch, block.kv_head, 0));
+  }
+  return rows;
 }
 
-// o[lane] += weight[lane] * v for the lanes of `bits`; o is (rows, ld_o).
-static QEXPORT_INLINE void add_value(uint32_t bits, const vf& weight, const float* v, int64_t size, float* o, int64_t ld_o) {
-  alignas(64) float w[kLanes];
-  store(w, weight);
-  for (; bits; bits &= bits - 1) {
-    const int lane = __builtin_ctz(bits);
-    float* row = o + lane * ld_o;
-    const float wl = w[lane];
-    int64_t x = 0;
-    for (; x + kLanes <= size; x += kLanes) store(row + x, load<vf>(row + x) + load<vf>(v + x) * wl);
-    for (; x < size; ++x) row[x] += v[x] * wl;
+static QEXPORT_INLINE const float* value_row(const AttentionJob& job, const RowBlock& block, const ValueRows& rows,
+                                             int64_t j, float* buffer) {
+  if (!rows.direct) return key_rows(job, true, block.batch, block.kv_head, j, 1, buffer).data;
+  return j < rows.split ? rows.past + j * rows.past_stride : rows.fresh + (j - rows.split) * rows.fresh_stride;
+}
+
+static QEXPORT_INLINE void add_scaled(float* dst, const float* src, float factor, int64_t n) {
+  int64_t x = 0;
+  for (; x + kLanes <= n; x += kLanes) store(dst + x, load<vf>(dst + x) + load<vf>(src + x) * factor);
+  for (; x < n; ++x) dst[x] += src[x] * factor;
+}
+
+// o[lane] += w_j v_j and sum[lane] += w_j for the waiting keys, w_j = p_j T / f_j.
+static void add_chosen(const AttentionJob& job, const RowBlock& block, const ValueRows& values, const RowScratch& scratch,
+                       int64_t begin, int64_t count, float* o, int64_t ld_o, float* sum) {
+  const Chosen& chosen = scratch.chosen;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vf f = to_float(load<vi>(chosen.f + i));
+    store(chosen.p + i, load<vf>(chosen.p + i) * static_cast<float>(kOne) / f);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t place = static_cast<uint32_t>(chosen.place[i]), lane = place % kLanes;
+    float w;
+    __builtin_memcpy(&w, chosen.p + i, 4);
+    sum[lane] += w;
+    add_scaled(o + lane * ld_o, value_row(job, block, values, begin + place / kLanes, scratch.keys), w,
+               job.params.v_head_size);
   }
 }
 
 // Systematic sampling of one column of rows: o[lane] = sum over the chosen keys of w_j v_j; returns sum of w_j.
 static vf systematic(const AttentionJob& job, const RowBlock& block, const RowScratch& scratch, int64_t begin, int64_t n,
-                     int64_t ld, const float* p, const float* x, vf c, vi take_all, vu offset, float* o, int64_t ld_o) {
-  vu cumulative{}, before{};
-  vf sum{};
-  for (int64_t j = 0; j < n; ++j) {
-    const vf pj = load<vf>(p + j * ld);
-    const vi f = inclusion(load<vf>(x + j * ld), c, take_all & (pj > 0.0f));
-    cumulative += (vu)f;
-    const vu stratum = (cumulative + static_cast<uint32_t>(kOne - 1) - offset) >> 24;
-    const vi chosen = (vi)(stratum != before);
+                     int64_t ld, const float* p, const float* x, vf c, vu offset, float* o, int64_t ld_o) {
+  const ValueRows values = value_rows(job, block);
+  const Chosen& chosen = scratch.chosen;
+  alignas(64) float sum[kLanes] = {};
+  const vf scaled = c * static_cast<float>(kOne);
+  vu cumulative = static_cast<uint32_t>(kOne - 1) - offset, before{};
+  vi place;
+  for (int lane = 0; lane < kLanes; ++lane) place[lane] = lane;
+  int64_t waiting = 0;
+  for (int64_t j = 0; j < n; ++j, place += kLanes) {
+    const vf xj = load<vf>(x + j * ld);
+    // f_j = min(T, floor(c x_j T) + 1) where x_j > 0
+    vi f = to_int(min(xj * scaled, splat(static_cast<float>(kOne)))) + 1;
+    f = f > kOne ? splat(kOne) : f;
+    cumulative += (vu)(xj > 0.0f ? f : vi{});
+    const vu stratum = cumulative >> 24;
+    const uint32_t bits = lane_bits((vi)(stratum != before));
     before = stratum;
-    const uint32_t bits = lane_bits(chosen);
-    if (!bits) continue;
-    const vf weight = chosen ? pj * static_cast<float>(kOne) / to_float(f) : vf{};
-    sum += weight;
-    const KeyRows v = key_rows(job, true, block.batch, block.kv_head, begin + j, 1, scratch.keys);
-    add_value(bits, weight, v.data, job.params.v_head_size, o, ld_o);
+    store_compressed(chosen.place + waiting, bits, place);
+    store_compressed(chosen.p + waiting, bits, load<vi>(p + j * ld));
+    store_compressed(chosen.f + waiting, bits, f);
+    waiting += __builtin_popcount(bits);
+    if (waiting >= kChosen - kLanes) {
+      add_chosen(job, block, values, scratch, begin, waiting, o, ld_o, sum);
+      waiting = 0;
+    }
   }
-  return sum;
+  add_chosen(job, block, values, scratch, begin, waiting, o, ld_o, sum);
+  return load<vf>(sum);
 }
 
 // Draws with replacement of one row (lane) from the prefix sums f[n][ld]; o += the weighted values, returns sum of weights.
@@ -106,6 +158,7 @@ static float multinomial(const AttentionJob& job, const RowBlock& block, const R
   const QuantumAttentionParams& params = job.params;
   const uint64_t seed = static_cast<uint64_t>(params.seed);
   const uint32_t total = f[(n - 1) * ld];
+  const ValueRows values = value_rows(job, block);
   PhiloxBlock random{};
   float sum = 0.0f;
   for (int64_t draw = 0; draw < samples; ++draw) {
@@ -127,8 +180,7 @@ static float multinomial(const AttentionJob& job, const RowBlock& block, const R
     const float weight = params.control_variate ? p[low * ld] * static_cast<float>(total) /
                                                       (static_cast<float>(samples) * static_cast<float>(own))
                                                 : 1.0f / static_cast<float>(samples);
-    const KeyRows v = key_rows(job, true, block.batch, block.kv_head, begin + low, 1, scratch.keys);
-    for (int64_t x = 0; x < params.v_head_size; ++x) o[x] += weight * v.data[x];
+    add_scaled(o, value_row(job, block, values, begin + low, scratch.keys), weight, params.v_head_size);
     sum += weight;
   }
   return sum;

@@ -87,6 +87,25 @@ static QEXPORT_INLINE uint32_t lane_bits(vi mask) {
 #endif
 }
 
+static QEXPORT_INLINE vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Writes the lanes of x that are set in `bits` one after the other; may write kLanes elements.
+static QEXPORT_INLINE void store_compressed(int32_t* dst, uint32_t bits, vi x) {
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(dst, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)x));
+#else
+  for (; bits; bits &= bits - 1) *dst++ = x[__builtin_ctz(bits)];
+#endif
+}
+
 // e^x = 2^(x log2 e) for x <= 0, to about 1 ulp near 0; 0 for -inf and where float32 runs out; NaN stays NaN.
 // 2^r is its degree-5 polynomial of least relative error (7.5e-8) on the interval of r.
 static QEXPORT_INLINE vf exp_nonpositive(vf x) {
