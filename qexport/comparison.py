@@ -14,8 +14,9 @@ from qexport.data import Inputs
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.probes import beside, open_probe, ordered_sites, watch
+from qexport.sensitivity import quantizes, sensitivity
 from qexport.statistics import ErrorAccumulator
-from qexport.unpadded import by_head, keep_masks, padded_axis, rows
+from qexport.unpadded import as_floats, by_head, keep_masks, padded_axis, rows
 
 # Values of sites that are held at once, in bytes; sites are compared in groups that fit.
 SITE_MEMORY = 512 * 2**20
@@ -26,7 +27,8 @@ class Comparison:
     """Accumulated errors. `outputs[mode][name]` and `sites[mode][site name]` hold accumulators for the modes "fallback" and
     "library" (errors as they run through the model); `local[site name]` for a site fed with the classical values.
     `dtypes` are the element types of the values; `baseline` is the stored outputs' relative deviation from the classical
-    model's, None when there are none.
+    model's, None when there are none; `sensitivity` is how far rounding alone moves each graph output, None for models that
+    do not quantise as they run.
     """
 
     outputs: dict[str, dict[str, ErrorAccumulator]] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class Comparison:
     dtypes: dict[str, str] = field(default_factory=dict)
     site_order: list[dict] = field(default_factory=list)
     baseline: float | None = None
+    sensitivity: dict[str, float] | None = None
 
 
 def compare(bundle: Bundle, inputs: Inputs, seeds: list[int], *, library=True, providers=None, progress=None) -> Comparison:
@@ -102,7 +105,7 @@ def _compare_outputs(bundle, model, inputs, expected, seeds, symbols) -> dict[st
         for i, name in enumerate(names):
             padded = padded_axis(base[name].shape, symbols[name], masks)
             values = [_same_shape(name, base[name], one[i]) for one in runs]
-            accumulators[name].add(*_as_floats(rows(base[name], padded), [rows(value, padded) for value in values]))
+            accumulators[name].add(*as_floats(rows(base[name], padded), [rows(value, padded) for value in values]))
     return accumulators
 
 
@@ -112,20 +115,15 @@ def _same_shape(name: str, base: np.ndarray, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _as_floats(base: np.ndarray, values: list[np.ndarray]):
-    """Integers and booleans as agreement: 1 for the baseline, 1 or 0 for a run, so that the relative error is the square
-    root of the fraction that differs."""
-    if base.dtype.kind not in "biu":
-        return base, values
-    return np.ones(base.shape), [value == base for value in values]
-
-
 def _compare_sites(bundle, inputs, seeds, library, providers, say, result: Comparison) -> None:
-    structure = load_structure(bundle.model_path)
-    sites = ordered_sites(structure, ordered_sites(load_structure(bundle.classical_path), bundle.manifest["sites"]))
+    structure, classical = load_structure(bundle.model_path), load_structure(bundle.classical_path)
+    sites = ordered_sites(structure, ordered_sites(classical, bundle.manifest["sites"]))
     result.site_order = sites
     if not sites:
         return
+    if quantizes(classical):
+        say("measuring how far rounding moves the outputs")
+        result.sensitivity = sensitivity(bundle, inputs, sites, providers)
     say("comparing the sites, without the library")
     result.sites["fallback"] = _watched_sites(bundle, inputs, sites, seeds[:1], False, providers, result.dtypes)
     if library:

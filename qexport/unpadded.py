@@ -63,3 +63,11 @@ def by_head(array: np.ndarray, heads: int, padded: tuple[int, np.ndarray] | None
         chosen = chosen.reshape(*chosen.shape[:-1], heads, -1)
         axis = chosen.ndim - 2
     return np.moveaxis(chosen, axis, 0).reshape(heads, -1)
+
+
+def as_floats(base: np.ndarray, values: list[np.ndarray]):
+    """Integers and booleans as agreement: 1 for the baseline, 1 or 0 for a run, so that the relative error is the square
+    root of the fraction that differs."""
+    if base.dtype.kind not in "biu":
+        return base, values
+    return np.ones(base.shape), [value == base for value in values]

@@ -11,8 +11,10 @@ from scipy import stats
 
 from qexport.bundle import Bundle
 from qexport.comparison import _groups
+from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.probes import LOCAL, beside, ordered_sites
+from qexport.sensitivity import sensitivity
 from qexport.statistics import (
     EXACT,
     SAMPLING,
@@ -24,7 +26,7 @@ from qexport.statistics import (
     f_survival,
     t_quantile,
 )
-from qexport.unpadded import by_head, keep_masks, padded_axis, rows
+from qexport.unpadded import as_floats, by_head, keep_masks, padded_axis, rows
 from qexport.validation import DEFAULT_MAX_ERROR, ROUNDING, validate
 
 MODULES = [f"encoder.{i}.attention" for i in range(4)]
@@ -176,7 +178,8 @@ def test_an_exact_recipe_passes_in_both_modes(tmp_path):
     make_bundle(tmp_path / "b", attention={"strategy": "exact"})
     report = validate(tmp_path / "b")
     assert report.passed
-    assert report.max_error == {"library": ROUNDING["float32"], "fallback": ROUNDING["float32"]}
+    assert report.max_error == dict.fromkeys(("library", "fallback", "local"), ROUNDING["float32"])
+    assert report.sensitivity is None
     assert report.baseline_error < 1e-6
     assert report.first_divergent is None
     assert report.first_over_tolerance is None
@@ -402,12 +405,56 @@ def test_values_of_the_converted_model_alone_are_brought_along(tmp_path):
     assert report.sites[1]["local"]["relative_error"] < 1e-5
 
 
-def test_integer_outputs_count_what_differs(tmp_path):
-    from qexport.comparison import _as_floats
+def quantise(folder):
+    """Make both models quantise the input of every query projection as they run, as int8 graphs do."""
+    for name in ("classical.onnx", "model.onnx"):
+        model = onnx.load(folder / name)
+        for i in (0, 1):
+            at = next(k for k, n in enumerate(model.graph.node) if n.name == f"node_layer{i}.up")
+            source = model.graph.node[at].input[0]
+            names = [f"{source}/{part}" for part in ("q", "scale", "zero")]
+            model.graph.node[at].input[0] = f"{source}/back"
+            model.graph.node.insert(at, onnx.helper.make_node("DequantizeLinear", names, [f"{source}/back"]))
+            model.graph.node.insert(at, onnx.helper.make_node("DynamicQuantizeLinear", [source], names))
+        onnx.save(model, folder / name)
 
+
+def test_a_model_that_quantises_is_judged_by_what_rounding_does_to_it(tmp_path):
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"})
+    quantise(tmp_path / "b")
+    data = {"input_ids": np.random.default_rng(0).integers(0, 50, (200, 60))}
+    report = validate(tmp_path / "b", data, batch=100, seeds=1)
+    assert report.passed
+    # two ulps flip a step somewhere in 200 * 60 * 16 values: rounding does more than the 3e-7 without quantisation
+    assert report.sensitivity["hidden"] > 1e-6
+    assert report.max_error["fallback"] >= 5e-3
+    assert report.max_error["local"] == ROUNDING["float32"]
+    assert "quantises as it runs" in report.notes[0]
+
+
+def test_a_wrong_site_of_a_model_that_quantises_fails(tmp_path):
+    def plant(model):
+        attribute(model, "layer1.attention", "left_window_size").i = 30
+
+    make_bundle(tmp_path / "b", attention={"strategy": "exact"}, plant=plant)
+    quantise(tmp_path / "b")
+    data = {"input_ids": np.random.default_rng(0).integers(0, 50, (2, 40))}
+    report = validate(tmp_path / "b", data, max_error=0.001)
+    assert report.first_divergent["module"] == MODULES[1]
+    assert any("is wrong by itself" in reason for reason in report.reasons)
+
+
+def test_the_perturbation_is_two_ulps(tmp_path):
+    make_bundle(tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    changes = sensitivity(bundle, load_inputs(bundle), bundle.manifest["sites"])
+    assert 1e-8 < changes["hidden"] < 3e-6
+
+
+def test_integer_outputs_count_what_differs():
     base = np.array([1, 2, 3, 4])
     accumulator = ErrorAccumulator(1)
-    accumulator.add(*_as_floats(base, [np.array([1, 2, 3, 5])]))
+    accumulator.add(*as_floats(base, [np.array([1, 2, 3, 5])]))
     assert accumulator.relative_errors()[0] == pytest.approx(0.5)
 
 
