@@ -169,8 +169,9 @@ def _inclusion_scale(size, budget):
         if (count == certain).all():
             return c
         rest = torch.where(taken, 0, size).sum(-1, keepdim=True)
-        left = budget - count
-        c = torch.where(count == certain, c, torch.where(rest > 0, left / rest, torch.inf))
+        # c only grows: certain keys may use the whole budget up while others of tiny size are left, which then stay unlikely.
+        grown = torch.where(rest > 0, (budget - count) / rest, torch.inf).maximum(c)
+        c = torch.where(count == certain, c, grown)
         certain = count
 
 
