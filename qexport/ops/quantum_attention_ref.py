@@ -169,7 +169,7 @@ def _inclusion_scale(size, budget):
         if (count == certain).all():
             return c
         rest = torch.where(taken, 0, size).sum(-1, keepdim=True)
-        # c only grows: certain keys may use the whole budget up while others of tiny size are left, which then stay unlikely.
+        # c only grows: certain keys may use the whole budget up while others of tiny size are left, which stay unlikely.
         grown = torch.where(rest > 0, (budget - count) / rest, torch.inf).maximum(c)
         c = torch.where(count == certain, c, grown)
         certain = count
