@@ -59,6 +59,20 @@ static void row_scores(const AttentionJob& job, const RowBlock& block, const Row
   }
 }
 
+// Sum of term(j) over j < n, in parts of 64: a long float32 sum would round by more than the width of many draws, and move
+// keys across the borders of the strata.
+template <class Term>
+static QEXPORT_INLINE vf sum_in_parts(int64_t n, const Term& term) {
+  vf total{};
+  for (int64_t first = 0; first < n; first += 64) {
+    const int64_t end = lesser(first + 64, n);
+    vf part{};
+    for (int64_t j = first; j < end; ++j) part += term(j);
+    total += part;
+  }
+  return total;
+}
+
 // What exponentiate() returns of each lane.
 struct ColumnSums {
   vf sum;           // Z = sum_j e_j
@@ -77,14 +91,18 @@ static ColumnSums exponentiate(float* s, int64_t ld, int64_t n) {
     allowed -= x != -kInf;
   }
   const vf origin = m == -kInf ? vf{} : m;
-  vf sum{}, weighted{};
-  for (int64_t j = 0; j < n; ++j) {
-    const vf d = load<vf>(s + j * ld) - origin;
-    const vf e = exp_nonpositive(d);
-    sum += e;
-    if (kWeighted) weighted += e == 0.0f ? vf{} : e * d;
-    store(s + j * ld, e);
+  vf weighted{};
+  if (kWeighted) {
+    weighted = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
+      const vf d = load<vf>(s + j * ld) - origin, e = exp_nonpositive(d);
+      return e == 0.0f ? vf{} : e * d;
+    });
   }
+  const vf sum = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
+    const vf e = exp_nonpositive(load<vf>(s + j * ld) - origin);
+    store(s + j * ld, e);
+    return e;
+  });
   return {sum, allowed, weighted};
 }
 

@@ -59,16 +59,16 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
   // p_j = e_j / Z and x_j, with the sum and the maximum of the x_j of rows that are sampled.
   const float* norm = params.control_variate ? job.value_norm + kv * job.total_len + rows.begin : nullptr;
   const vf inverse = sums.sum == 0.0f ? vf{} : 1.0f / sums.sum;
-  vf rest{}, largest{};
-  for (int64_t j = 0; j < n; ++j) {
+  vf largest{};
+  vf rest = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
     const vf pj = load<vf>(p + j * ld) * inverse;
     store(p + j * ld, pj);
     // A key that is not attended to must not lend its norm, which may be NaN.
     const vf xj = norm ? (pj > 0.0f ? pj * norm[j] : vf{}) : pj;
-    rest += xj;
     largest = max(xj, largest);
     store(x + j * ld, take_all & (pj > 0.0f) ? splat(kInf) : xj);
-  }
+    return xj;
+  });
   rest = take_all ? vf{} : rest;
 
   const auto counter = [&](int lane) {

@@ -20,13 +20,12 @@ static vf inclusion_factor(const float* x, int64_t ld, int64_t n, vf budget, vi 
   vi active = (rest > 0.0f) & (c * largest >= 1.0f);
   while (lane_bits(active)) {
     vi count{};
-    rest = vf{};
-    for (int64_t j = 0; j < n; ++j) {
+    rest = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
       const vf xj = load<vf>(x + j * ld);
       const vi sure = c * xj >= 1.0f;
       count -= sure;
-      rest += sure ? vf{} : xj;
-    }
+      return sure ? vf{} : xj;
+    });
     const vf next = (budget - to_float(count)) / rest;
     active &= (count > certain) & (rest > 0.0f) & (next > c);
     c = active ? next : c;
@@ -51,18 +50,18 @@ static vf take_largest(const float* p, float* x, int64_t ld, int64_t n, vi k, vf
   vi above{};
   for (int64_t j = 0; j < n; ++j) above -= load<vi>(p + j * ld) > threshold;
   vi ties = k - above;  // how many keys equal to the threshold still fit, in index order
-  vf rest{}, most{};
-  for (int64_t j = 0; j < n; ++j) {
+  vf most{};
+  const vf rest = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
     const vi bits = load<vi>(p + j * ld);
     const vi tie = (bits == threshold) & (ties > 0);
     ties += tie;
     const vi taken = ((bits > threshold) | tie) & (bits > 0);
     const vf xj = load<vf>(x + j * ld);
     const vf other = taken | (xj == kInf) ? vf{} : xj;
-    rest += other;
     most = max(other, most);
     if (lane_bits(taken)) store(x + j * ld, taken ? splat(kInf) : xj);
-  }
+    return other;
+  });
   *largest = most;
   return rest;
 }

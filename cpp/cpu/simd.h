@@ -29,6 +29,7 @@ constexpr int kBlock = 8;
 #endif
 
 #define QEXPORT_INLINE inline __attribute__((always_inline))
+#define QEXPORT_INLINE_LAMBDA __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
