@@ -21,6 +21,9 @@ def run_classical(source: Source, path: Path):
             raise
         source.notes.append(f"not checked, since this onnxruntime cannot run bfloat16 on the CPU: {error}")
         return None, None
+    for name, array in outputs.items():
+        if array.dtype.kind == "f" and array.size and np.isnan(array).all():
+            raise QexportError(f"{source.name}: output {name!r} is NaN throughout on the example inputs; check the weights")
     if source.expected is None:
         return outputs, None
     difference = difference_of(source.expected, outputs)

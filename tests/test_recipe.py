@@ -100,7 +100,7 @@ def test_errors_are_one_line_with_file_key_and_limit(write, text, words):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UsageError, match="nothing.yaml: cannot read the recipe: No such file"):
+    with pytest.raises(UsageError, match=r"nothing\.yaml: cannot read the recipe: No such file"):
         load_recipe(tmp_path / "nothing.yaml")
 
 
@@ -112,7 +112,7 @@ def test_errors_of_arguments_name_no_file(write):
 
 
 def test_a_list_must_fit_the_heads():
-    with pytest.raises(UsageError, match="num_samples lists 2 numbers, but enc.0 has 12 query heads"):
+    with pytest.raises(UsageError, match=r"num_samples lists 2 numbers, but enc\.0 has 12 query heads"):
         make_recipe({"num_samples": [1, 2]}).resolve("enc.0", "n", 12)
 
 

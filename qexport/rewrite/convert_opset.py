@@ -34,6 +34,8 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
             value.dtype = tensor.dtype
             del model.graph.initializers[key]
             model.graph.inputs.append(value)
+        elif isinstance(tensor, ir.ExternalTensor):  # a proto would keep the file's name but forget its folder
+            value.const_value = ir.tensor(tensor.numpy().copy(), name=key)
     try:
         proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:  # the converter is C++ and raises RuntimeError, InferenceError and others

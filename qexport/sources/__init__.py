@@ -1,5 +1,6 @@
 """Front ends: whatever the user names becomes an ONNX graph with input specs, example inputs and module names."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
     path = Path(text)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    is_folder, suffix = path.is_dir(), path.suffix.lower()
+    # os.path, not Path: a name that is no path at all is no error there
+    is_folder, is_file, suffix = os.path.isdir(text), os.path.isfile(text), path.suffix.lower()
     if task is not None and not is_folder:
         raise UsageError(f"task {task!r} is for Hugging Face folders only, {text} is none")
     if is_folder:
@@ -75,7 +77,7 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
 
         return open_folder(path, opset=opset, dtype=dtype, task=task)
     if suffix in (".onnx", ".pt2"):
-        if not path.is_file():
+        if not is_file:
             raise QexportError(f"{text}: no such file")
         if suffix == ".pt2":
             from qexport.sources.torch_module import open_archive
@@ -86,10 +88,11 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
         from qexport.sources.onnx_file import open_file
 
         return open_file(path, opset=opset)
-    if path.is_file():
+    if is_file:
         raise UsageError(f"{text}: unknown kind of file; give an .onnx or .pt2 file, a folder or package.module:callable")
     if ":" in text and "/" not in text:
         from qexport.sources.torch_module import open_callable
 
         return open_callable(text, opset=opset, dtype=dtype)
-    raise QexportError(f"{text}: no such file or folder, and not of the form package.module:callable")
+    shown = text if len(text) <= 200 else f"{text[:200]}…"
+    raise QexportError(f"{shown}: no such file or folder, and not of the form package.module:callable")

@@ -44,6 +44,7 @@ def open_file(path: Path, *, opset: int) -> Source:
     if model.functions:
         passes.InlinePass()(model)
     passes.RemoveInitializersFromInputsPass()(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
     present = model.opset_imports.get("", opset)
     model = convert_opset(model, min(max(opset, present), NEWEST_OPSET) if opset >= 23 else opset, str(path))
     infer_shapes(model)

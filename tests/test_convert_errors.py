@@ -1,0 +1,170 @@
+"""Whatever is wrong with the input: one line that names it, nothing written."""
+
+import json
+import os
+
+import numpy as np
+import onnx
+import pytest
+from decomposed import encoder, save
+from onnx import helper, parser
+
+from qexport.conversion import convert
+from qexport.errors import QexportError, UsageError
+
+TINY = '<ir_version: 8, opset_import: ["": 17]> g (float[b,4] x) => (float[b,4] y) { y = Relu(x) }'
+
+
+def assert_fails(model, folder, *words, kind=QexportError, **arguments):
+    """convert raises `kind` with one line that holds the words, and leaves nothing in the folder."""
+    target = folder / "out" / "bundle"
+    with pytest.raises(kind) as caught:
+        convert(model, target, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    for word in words:
+        assert word in message
+    assert not (folder / "out").exists()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(model, name="m.onnx"):
+        path = tmp_path / name
+        path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["missing.onnx", "missing.pt2", "missing", "some/folder"])
+def test_missing_path(tmp_path, name):
+    assert_fails(tmp_path / name, tmp_path, name, "no such")
+
+
+def test_unknown_kind_of_file(write, tmp_path):
+    assert_fails(write(b"x", "model.h5"), tmp_path, "model.h5", ".onnx", kind=UsageError)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x00" * 100, json.dumps({"a": 1}).encode()])
+def test_not_an_onnx_file(write, tmp_path, content):
+    assert_fails(write(content), tmp_path, "m.onnx", "not an ONNX model")
+
+
+@pytest.mark.parametrize("part", [0.5, 0.9, 0.99])
+def test_a_truncated_file(write, tmp_path, part):
+    whole = encoder().SerializeToString()
+    assert_fails(write(whole[: int(len(whole) * part)]), tmp_path, "m.onnx")
+
+
+def test_no_attention(write, tmp_path):
+    assert_fails(write(parser.parse_model(TINY)), tmp_path, "no attention found", "looked for")
+
+
+def test_only_attention_that_is_declined(write, tmp_path):
+    path = save(tmp_path, layers=1, extra="kept = ReduceMean(p0)", outputs=", float[1,1,1,1] kept")
+    assert_fails(path, tmp_path, "none of its 1 attentions", "also used by ReduceMean")
+
+
+def test_an_op_that_nothing_runs(tmp_path, write):
+    text = TINY.replace('"": 17', '"": 17, "acme": 1').replace("Relu(x)", "acme.Warp(x)")
+    assert_fails(write(parser.parse_model(text)), tmp_path, "acme:Warp", "no function in the file")
+
+
+def test_an_op_that_onnx_does_not_have(tmp_path, write):
+    assert_fails(write(parser.parse_model(TINY.replace("Relu", "Wobble"))), tmp_path, "opset 17 has no op Wobble")
+
+
+def test_a_converted_model(tmp_path):
+    convert(save(tmp_path), tmp_path / "b")
+    assert_fails(tmp_path / "b" / "model.onnx", tmp_path, "holds QuantumAttention already", "classical")
+
+
+def test_an_old_opset(tmp_path, write):
+    model = parser.parse_model(TINY.replace('"": 17', '"": 9'))
+    assert_fails(write(model), tmp_path, "opset 9", "11")
+
+
+def test_an_opset_of_the_future(tmp_path, write):
+    model = parser.parse_model(TINY)
+    model.opset_import[0].version = 99
+    assert_fails(write(model), tmp_path, "opset 99", "pip install -U onnx")
+
+
+def test_a_missing_weight(tmp_path, write):
+    model = encoder()
+    name = model.graph.initializer.pop().name
+    assert_fails(write(model), tmp_path, name)
+
+
+def external(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    onnx.save(encoder(), folder / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=64)
+    return folder
+
+
+def test_missing_external_data(tmp_path):
+    folder = external(tmp_path)
+    (folder / "weights.bin").unlink()
+    assert_fails(folder / "m.onnx", tmp_path, "weights.bin", "missing")
+
+
+def test_short_external_data(tmp_path):
+    folder = external(tmp_path)
+    data = (folder / "weights.bin").read_bytes()
+    (folder / "weights.bin").write_bytes(data[: len(data) // 2])
+    assert_fails(folder / "m.onnx", tmp_path, "weights.bin", "bytes")
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/hostname"])
+def test_external_data_outside_the_folder(tmp_path, location):
+    folder = external(tmp_path)
+    os.rename(folder / "weights.bin", tmp_path / "weights.bin")
+    model = onnx.load(folder / "m.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    assert_fails(folder / "m.onnx", tmp_path, location, "outside the folder")
+
+
+def test_an_input_whose_range_nothing_tells(tmp_path, write):
+    """Integers that pick from no table cannot be made up."""
+    model = encoder()
+    cast = helper.make_node("Cast", ["level"], ["level_f"], to=1, name="c")
+    model.graph.node.insert(0, cast)
+    model.graph.node.append(helper.make_node("Mul", ["hidden", "level_f"], ["scaled"], name="s"))
+    model.graph.input.append(helper.make_tensor_value_info("level", onnx.TensorProto.INT64, [1]))
+    model.graph.output.append(helper.make_tensor_value_info("scaled", onnx.TensorProto.FLOAT, None))
+    assert_fails(write(model), tmp_path, "level")
+
+
+def test_output_is_a_file(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UsageError, match="taken: a file is there already"):
+        convert(save(tmp_path), tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_output_holds_other_files(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        convert(save(tmp_path), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+def test_a_huge_number_in_a_name_is_no_path(tmp_path):
+    assert_fails("a" * 5000, tmp_path, kind=QexportError)
+
+
+def test_nan_weights_are_told(tmp_path, write):
+    model = encoder()
+    words = next(i for i in model.graph.initializer if i.name == "words")
+    array = onnx.numpy_helper.to_array(words).copy()
+    array[:] = np.nan
+    words.CopyFrom(onnx.numpy_helper.from_array(array, "words"))
+    assert_fails(write(model), tmp_path, "NaN")

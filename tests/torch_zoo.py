@@ -1,0 +1,182 @@
+"""Small torch modules with random weights: every callable returns what `qexport convert tests.torch_zoo:NAME` takes."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+VOCAB, WIDTH, HEADS = 50, 32, 4
+
+
+class Block(nn.Module):
+    """Self-attention with scaled_dot_product_attention, or written out (`eager`)."""
+
+    def __init__(self, causal=False, eager=False):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.causal, self.eager = causal, eager
+
+    def forward(self, x, mask=None):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        if self.eager:
+            scores = q @ k.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5
+            y = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -1e9), -1) @ v
+        else:
+            y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, WIDTH))
+
+
+class Encoder(nn.Module):
+    """Two blocks over token ids, with a padding mask (b, n) where `masked`."""
+
+    def __init__(self, masked=False, **block):
+        super().__init__()
+        self.words = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(Block(**block) for _ in range(2))
+        self.masked = masked
+
+    def forward(self, input_ids, attention_mask=None):
+        mask = attention_mask[:, None, None, :].bool() if self.masked else None
+        x = self.words(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def ids(batch=2, length=7):
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def encoder():
+    torch.manual_seed(0)
+    return Encoder(), (ids(),)
+
+
+def causal():
+    torch.manual_seed(0)
+    return Encoder(causal=True), (ids(),)
+
+
+def masked():
+    torch.manual_seed(0)
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    return Encoder(masked=True), {"input_ids": ids(), "attention_mask": mask}
+
+
+def eager():
+    torch.manual_seed(0)
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    return Encoder(masked=True, eager=True), {"input_ids": ids(), "attention_mask": mask}
+
+
+def one_item():
+    """An example batch of 1, which torch.export would specialise."""
+    torch.manual_seed(0)
+    return Encoder(), (ids(batch=1),)
+
+
+def named_axes():
+    torch.manual_seed(0)
+    axes = {0: torch.export.Dim("items"), 1: torch.export.Dim("tokens", max=64)}
+    return Encoder(), (ids(),), (axes,)
+
+
+class MultiHead(nn.Module):
+    """nn.MultiheadAttention, whose averaged weights are returned when `weights`."""
+
+    def __init__(self, weights=False):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.weights = weights
+
+    def forward(self, x):
+        y, p = self.attention(x, x, x, need_weights=True)
+        return (y, p) if self.weights else y
+
+
+def multi_head():
+    torch.manual_seed(0)
+    return MultiHead(), (torch.randn(2, 6, WIDTH),)
+
+
+def multi_head_weights():
+    torch.manual_seed(0)
+    return MultiHead(weights=True), (torch.randn(2, 6, WIDTH),)
+
+
+def transformer_layer():
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True), (torch.randn(2, 6, WIDTH),)
+
+
+class Fixed(nn.Module):
+    """A block over exactly 9 patches, by its position table."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.block = nn.Parameter(torch.randn(1, 9, WIDTH)), Block()
+
+    def forward(self, x):
+        return self.block(x + self.places)
+
+
+def fixed_length():
+    torch.manual_seed(0)
+    return Fixed(), (torch.randn(2, 9, WIDTH),)
+
+
+class Loud(nn.Module):
+    """Prints and warns on every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        import warnings
+
+        print("a print of the model")
+        warnings.warn("a warning of the model", stacklevel=1)
+        return self.block(x)
+
+
+def loud():
+    torch.manual_seed(0)
+    return Loud(), (torch.randn(2, 6, WIDTH),)
+
+
+def no_attention():
+    return nn.Linear(4, 4), (torch.randn(2, 4),)
+
+
+def data_dependent():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else x * 2
+
+    return Branch(), (torch.randn(2, 4),)
+
+
+def wrong_inputs():
+    return Encoder(), (torch.randn(2, 3, 4, 5),)
+
+
+def raises():
+    raise RuntimeError("the weights are on another disk")
+
+
+def returns_module_only():
+    return nn.Linear(2, 2)
+
+
+def returns_numbers():
+    return nn.Linear(2, 2), (1.0, 2.0)
+
+
+def returns_text():
+    return "model", "inputs"
+
+
+NOT_CALLABLE = 3
