@@ -5,9 +5,11 @@ disk or Ctrl-C leaves neither half a bundle nor a damaged old one.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -151,7 +153,8 @@ def write_bundle(output):
     target = Path(os.path.realpath(output))
     check_output(target)
     made = _make_parents(target.parent)
-    writer = BundleWriter(target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial", target)
+    _remove_abandoned(target)
+    writer = BundleWriter(target.parent / f"{_partial_prefix(target)}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial", target)
     done = False
     try:
         with terminate_as_exception():
@@ -192,6 +195,31 @@ def check_output(target) -> None:
         raise UsageError(f"{target}: the folder is not empty and holds no bundle; choose another folder") from None
     if strangers := sorted(present - set(manifest["files"]) - {MANIFEST}):
         raise UsageError(f"{target}: replacing this bundle would delete {strangers[0]}; move it or choose another folder")
+
+
+def _partial_prefix(target: Path) -> str:
+    """How the names of this machine's half-written folders for `target` begin."""
+    return f".{target.name}.{platform.node().partition('.')[0]}"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes of this machine that no longer live (killed, out of memory) left half-written for `target`."""
+    for folder in target.parent.glob(f"{glob.escape(_partial_prefix(target))}.*.partial"):
+        pid = folder.name.split(".")[-3]
+        if pid.isdigit() and not _lives(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    if os.name != "posix":  # on Windows os.kill(pid, 0) would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _write_manifest(writer: BundleWriter) -> None:

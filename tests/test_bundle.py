@@ -132,6 +132,25 @@ def test_a_signal_half_way(tmp_path, number, existing):
     assert digest(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL on Windows")
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
+    """SIGKILL (or the kernel, out of memory) cannot be caught; a writer that still lives keeps its folder."""
+    code = textwrap.dedent(SLOW_WRITER).format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"))
+    children = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for child in children:
+        assert child.stdout.readline() == "half\n"
+    children[0].kill()
+    children[0].communicate()
+    assert len(list(tmp_path.iterdir())) == 2
+    write_small(tmp_path / "out")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[-1] == "out"
+    assert [f".{children[1].pid}." in name for name in names[:-1]] == [True]
+    children[1].send_signal(signal.SIGINT)
+    children[1].communicate(timeout=30)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_signal_during_the_exchange_waits_for_its_end(tmp_path, monkeypatch):
     import qexport.bundle
 
