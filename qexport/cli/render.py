@@ -126,7 +126,7 @@ def show_validation(report, verbose: bool) -> None:
                 percent(fallback["relative_error"]),
                 _error_text(sampled),
                 _fixed(shown["cosine"]),
-                f"{shown['max_abs_error']:.2g}",
+                _digits(shown["max_abs_error"]),
             )
         )
     header = ("output", "error without library", "error with library", "cosine", "max abs")
@@ -135,6 +135,10 @@ def show_validation(report, verbose: bool) -> None:
     for note in found["notes"]:
         click.echo(f"note: {note}")
     _show_verdict(found)
+
+
+def _digits(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2g}"
 
 
 def _fixed(value: float | None) -> str:
