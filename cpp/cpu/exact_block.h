@@ -63,12 +63,11 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   for (int64_t j = rows.begin, count; j < rows.end; j += count) {
     const KeyRows k = key_rows(job, false, block.batch, block.kv_head, j, lesser(kTile, rows.end - j), scratch.keys);
     count = k.count;
-    if (mask.data && !mask_bias(mask, rows, j, count, scratch.bias, ld)) continue;
+    const MaskEffect effect = mask.data ? mask_bias(mask, rows, j, count, scratch.bias, ld) : MaskEffect::none;
+    if (effect == MaskEffect::all_masked) continue;
     score_product(k.data, k.stride, scratch.q_t, scratch.s, ld, p.head_size, count, rows.vecs);
     if (p.softcap > 0.0f) apply_softcap(scratch.s, count * ld, p.softcap);
-    if (mask.data || j < rows.common_begin || j + count > rows.common_end) {
-      apply_mask(rows, j, count, mask.data ? scratch.bias : nullptr, scratch.s, ld);
-    }
+    apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld);
     online_softmax(scratch.s, ld, count, rows.vecs, m, l, alpha);
     const KeyRows v = key_rows(job, true, block.batch, block.kv_head, j, count, scratch.keys);
     value_product(v.data, v.stride, scratch.s, scratch.o_t, ld, p.v_head_size, count, rows.vecs, alpha);

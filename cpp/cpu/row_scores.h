@@ -51,11 +51,15 @@ static void row_scores(const AttentionJob& job, const RowBlock& block, const Row
     const KeyRows k = key_rows(job, false, block.batch, block.kv_head, j, lesser(kTile, end - j), scratch.keys);
     count = k.count;
     float* s = out + (j - begin) * ld;
+    MaskEffect effect = MaskEffect::none;
+    if (stage == Stage::masked && mask.data) effect = mask_bias(mask, rows, j, count, scratch.bias, ld);
+    if (effect == MaskEffect::all_masked) {
+      for (int64_t i = 0; i < count * ld; i += kLanes) store(s + i, splat(-kInf));
+      continue;
+    }
     score_product(k.data, k.stride, scratch.q_t, s, ld, p.head_size, count, rows.vecs);
     if (stage != Stage::raw && p.softcap > 0.0f) apply_softcap(s, count * ld, p.softcap);
-    if (stage != Stage::masked) continue;
-    if (mask.data) mask_bias(mask, rows, j, count, scratch.bias, ld);
-    apply_mask(rows, j, count, mask.data ? scratch.bias : nullptr, s, ld);
+    if (stage == Stage::masked) apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, s, ld);
   }
 }
 

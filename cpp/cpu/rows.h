@@ -141,6 +141,19 @@ struct Rows {
   bool shared_mask;                  // every row has the same mask row
 };
 
+// Whether element j of a mask row lets a row attend to key j.
+static bool mask_allows(DType type, const char* row, int64_t j) {
+  if (type == DType::boolean) return row[j] != 0;
+  if (type == DType::f32) {
+    float x;
+    __builtin_memcpy(&x, row + j * 4, 4);
+    return x != -kInf;
+  }
+  uint16_t half;
+  __builtin_memcpy(&half, row + j * 2, 2);
+  return half != (type == DType::f16 ? 0xFC00 : 0xFF80);
+}
+
 static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows) {
   const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
@@ -174,6 +187,10 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
     rows.lo[r] = static_cast<int32_t>(lo), rows.hi[r] = static_cast<int32_t>(hi);
     rows.common_begin = greater(rows.common_begin, lo), rows.common_end = lesser(rows.common_end, hi);
     if (hi > lo) rows.begin = lesser(rows.begin, lo), rows.end = greater(rows.end, hi);
+  }
+  if (mask.data && rows.shared_mask) {  // padding, as a rule
+    while (rows.end > rows.begin && !mask_allows(mask.type, rows.mask[0], rows.end - 1)) --rows.end;
+    while (rows.begin < rows.end && !mask_allows(mask.type, rows.mask[0], rows.begin)) ++rows.begin;
   }
   if (rows.begin >= rows.end) rows.begin = rows.end = 0;
 }

@@ -7,46 +7,82 @@
 namespace qexport {
 namespace QEXPORT_ISA {
 
-static QEXPORT_INLINE float mask_value(const AttentionMask& mask, const char* row, int64_t j) {
-  switch (mask.type) {
-    case DType::boolean:
-      return row[j] ? 0.0f : -kInf;
-    case DType::f32: {
-      float x;
-      __builtin_memcpy(&x, row + j * 4, 4);
-      return x;
-    }
-    default: {
-      uint16_t half;
-      __builtin_memcpy(&half, row + j * 2, 2);
-      const vh x = half - vh{};
-      return mask.type == DType::f16 ? from_f16(x)[0] : from_bf16(x)[0];
-    }
+// Elements row[0 .. n) of a mask as numbers to add to the scores, n <= kLanes; the other lanes are 0.
+static QEXPORT_INLINE vf load_bias(DType type, const char* row, int64_t n) {
+  if (type != DType::boolean) return load_part(type, row, n);
+  typedef uint8_t vb __attribute__((vector_size(kLanes)));
+  vb x = vb{} + static_cast<uint8_t>(1);
+  if (n == kLanes) {
+    x = load<vb>(row);
+  } else {
+    __builtin_memcpy(&x, row, static_cast<size_t>(n));
   }
+  return __builtin_convertvector(x, vi) == 0 ? splat(-kInf) : vf{};
 }
 
-// bias[j][lane] for keys j0 .. j0 + count (one column of kLanes equal lanes when the rows share their mask). Keys from
-// mask.len on are outside every row's range and get -inf. False: no row attends to any of these keys.
-static bool mask_bias(const AttentionMask& mask, const Rows& rows, int64_t j0, int64_t count, float* bias, int64_t ld) {
-  bool any = false;
-  const int64_t known = lesser(count, mask.len - j0);
-  const int64_t n_rows = rows.shared_mask ? 1 : rows.count;
-  for (int64_t r = 0; r < n_rows; ++r) {
-    for (int64_t j = 0; j < known; ++j) {
-      const float x = mask_value(mask, rows.mask[r], j0 + j);
-      bias[j * ld + r] = x;
-      any = any || x != -kInf;
+// What a mask does to a tile of keys: no row attends to any of them, all scores stay as they are, or it must be applied.
+enum class MaskEffect { all_masked, none, some };
+
+// The effect of a tile of a boolean mask, by its bytes alone: most tiles of a padding mask are all true or all false.
+static MaskEffect boolean_effect(const Rows& rows, int64_t j0, int64_t count) {
+  constexpr uint64_t kTrue = 0x0101010101010101u;
+  uint64_t any = 0, all = kTrue;
+  for (int64_t r = 0; r < (rows.shared_mask ? 1 : rows.count); ++r) {
+    for (int64_t j = 0; j < count; j += 8) {
+      uint64_t word = 0;
+      const int64_t n = lesser<int64_t>(8, count - j);
+      if (n == 8) {
+        __builtin_memcpy(&word, rows.mask[r] + j0 + j, 8);
+        all &= word;
+      } else {
+        __builtin_memcpy(&word, rows.mask[r] + j0 + j, static_cast<size_t>(n));
+        all &= word | ~(kTrue >> (64 - 8 * n));
+      }
+      any |= word;
     }
-    for (int64_t j = greater<int64_t>(known, 0); j < count; ++j) bias[j * ld + r] = -kInf;
+    if (any && all != kTrue) return MaskEffect::some;
   }
+  return any ? MaskEffect::none : MaskEffect::all_masked;
+}
+
+// bias[j][lane] for the keys j0 .. j0 + count, where the effect is `some`. Keys from mask.len on, which no row's range
+// holds, get any number.
+static MaskEffect mask_bias(const AttentionMask& mask, const Rows& rows, int64_t j0, int64_t count, float* bias,
+                            int64_t ld) {
+  const int64_t known = mask.len - j0, bytes = element_size(mask.type);
+  if (mask.type == DType::boolean && known >= count) {
+    const MaskEffect effect = boolean_effect(rows, j0, count);
+    if (effect != MaskEffect::some) return effect;
+  }
+  vf highest = splat(-kInf);
+  vu set{};
+  const auto part = [&](int64_t r, int64_t j) QEXPORT_INLINE_LAMBDA {
+    const int64_t n = lesser<int64_t>(kLanes, lesser(count, known) - j);
+    if (n <= 0) return vf{};
+    const vf x = load_bias(mask.type, rows.mask[r] + (j0 + j) * bytes, n);
+    highest = max(n == kLanes ? x : vf{}, highest);
+    set |= bits_of(x);
+    return x;
+  };
   if (rows.shared_mask) {
-    for (int64_t j = 0; j < count; ++j) store(bias + j * ld, splat(bias[j * ld]));
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const vf x = part(0, j);
+      for (int64_t i = 0; i < lesser<int64_t>(kLanes, count - j); ++i) {
+        for (int64_t r = 0; r < ld; r += kLanes) store(bias + (j + i) * ld + r, splat(x[i]));
+      }
+    }
   } else {
-    for (int64_t r = n_rows; r < rows.vecs * kLanes; ++r) {
-      for (int64_t j = 0; j < count; ++j) bias[j * ld + r] = -kInf;
+    for (int64_t r = 0; r < ld; r += kLanes) {
+      for (int64_t j = 0; j < count; j += kLanes) {
+        vf m[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) m[lane] = part(r + lane < rows.count ? r + lane : 0, j);
+        transpose(m);
+        for (int64_t i = 0; i < lesser<int64_t>(kLanes, count - j); ++i) store(bias + (j + i) * ld + r, m[i]);
+      }
     }
   }
-  return any;
+  if (!lane_bits(highest > -kInf)) return MaskEffect::all_masked;
+  return lane_bits(set != 0) ? MaskEffect::some : MaskEffect::none;
 }
 
 static void apply_softcap(float* s, int64_t n, float softcap) {
@@ -57,9 +93,10 @@ static void apply_softcap(float* s, int64_t n, float softcap) {
 // Adds the bias and puts -inf where a row does not attend; selects, so that a NaN under the mask does not leak.
 static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float* bias, float* s, int64_t ld) {
   const bool ranged = j0 < rows.common_begin || j0 + count > rows.common_end;
+  if (!ranged && !bias) return;
   for (int v = 0; v < rows.vecs; ++v) {
     const vi lo = load<vi>(rows.lo + v * kLanes), hi = load<vi>(rows.hi + v * kLanes);
-    const float* b = bias ? bias + (rows.shared_mask ? 0 : v * kLanes) : nullptr;
+    const float* b = bias ? bias + v * kLanes : nullptr;
     for (int64_t j = 0; j < count; ++j) {
       vf x = load<vf>(s + j * ld + v * kLanes);
       vi allowed = vi{} == 0;
