@@ -24,8 +24,10 @@ def measure(request: dict) -> dict:
         feed = {name: file[name] for name in file.files}
     onnxruntime()  # the runtime itself belongs to "before"
     before = current_rss()
+    # JSON turns the pairs (name, options) into lists, and onnxruntime takes tuples alone
+    providers = [tuple(p) if isinstance(p, list) else p for p in request["providers"]]
     start = time.perf_counter()
-    opened = session(request["model"], library=request["library"], providers=request["providers"], options=options)
+    opened = session(request["model"], library=request["library"], providers=providers, options=options)
     load = time.perf_counter() - start
     loaded = current_rss()
     for _ in range(request["runs"]):

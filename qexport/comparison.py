@@ -1,7 +1,7 @@
 """Runs a bundle's two models on the same inputs and accumulates their differences, end to end and site by site.
 
-At most two sessions are open at a time, and the values of a batch are held only while it is compared; the outputs of the
-classical model are the exception, they are kept for all batches.
+At most two sessions are open at a time, and the values of a batch are held only while it is compared: the classical model
+runs again for every comparison.
 """
 
 from dataclasses import dataclass, field
@@ -53,60 +53,52 @@ def compare(bundle: Bundle, inputs: Inputs, seeds: list[int], *, library=True, p
     """
     say = progress or (lambda text: None)
     result = Comparison()
-    say("running the classical model")
-    expected, symbols = _classical_outputs(bundle, inputs, providers)
-    result.dtypes.update({name: str(array.dtype) for name, array in expected[0].items()})
-    result.baseline = _baseline(expected, inputs)
     modes = [("fallback", False, seeds[:1])] + ([("library", library, seeds)] if library else [])
     for mode, lib, chosen in modes:
-        say(f"running the converted model, {_mode_words(mode, chosen)}")
-        model = runtime.session(bundle.model_path, library=lib, providers=providers)
-        result.outputs[mode] = _compare_outputs(bundle, model, inputs, expected, chosen, symbols)
-        del model
-    del expected
+        say(f"running the models, {_mode_words(mode, chosen)}")
+        result.outputs[mode] = _compare_outputs(bundle, inputs, chosen, lib, providers, result)
     _compare_sites(bundle, inputs, seeds, library, providers, say, result)
     return result
-
-
-def _classical_outputs(bundle, inputs, providers) -> tuple[list[dict], dict]:
-    """The classical model's outputs for every feed, and the symbolic shapes of its outputs."""
-    classical = runtime.session(bundle.classical_path, library=False, providers=providers)
-    names = [o.name for o in classical.get_outputs()]
-    symbols = {o.name: o.shape for o in classical.get_outputs()}
-    return [dict(zip(names, runtime.run(classical, names, feed), strict=True)) for feed in inputs.feeds], symbols
 
 
 def _mode_words(mode: str, seeds: list[int]) -> str:
     return "without the library" if mode == "fallback" else f"with the library, {len(seeds)} seeds"
 
 
-def _baseline(expected, inputs: Inputs) -> float | None:
-    if not inputs.expected:
-        return None
-    errors = ErrorAccumulator(1)
-    for ours, stored in zip(expected, inputs.expected, strict=True):
-        for name in set(ours) & set(stored):
-            if ours[name].shape == stored[name].shape:
-                finite = np.isfinite(ours[name]) & np.isfinite(stored[name])
-                errors.add(ours[name][finite], [stored[name][finite]])
-    return float(errors.relative_errors()[0])
-
-
 def _seeded(feed: dict, seed_input: str, seed: int) -> dict:
     return {**feed, seed_input: np.array(seed, np.int64)}
 
 
-def _compare_outputs(bundle, model, inputs, expected, seeds, symbols) -> dict[str, ErrorAccumulator]:
-    accumulators = {name: ErrorAccumulator(len(seeds)) for name in symbols}
-    names = list(accumulators)
-    for feed, base in zip(inputs.feeds, expected, strict=True):
+def _compare_outputs(bundle, inputs, seeds, library, providers, result: Comparison) -> dict[str, ErrorAccumulator]:
+    """The graph outputs of both model files as they are. Also the stored outputs against the classical model's."""
+    classical = runtime.session(bundle.classical_path, library=False, providers=providers)
+    model = runtime.session(bundle.model_path, library=library, providers=providers)
+    names = [o.name for o in classical.get_outputs()]
+    symbols = {o.name: o.shape for o in classical.get_outputs()}
+    accumulators = {name: ErrorAccumulator(len(seeds)) for name in names}
+    stored = ErrorAccumulator(1)
+    for i, feed in enumerate(inputs.feeds):
         masks = keep_masks(bundle.manifest, feed)
+        base = dict(zip(names, runtime.run(classical, names, feed), strict=True))
         runs = [runtime.run(model, names, _seeded(feed, bundle.seed_input, seed)) for seed in seeds]
-        for i, name in enumerate(names):
+        for k, name in enumerate(names):
+            result.dtypes[name] = str(base[name].dtype)
             padded = padded_axis(base[name].shape, symbols[name], masks)
-            values = [_same_shape(name, base[name], one[i]) for one in runs]
+            values = [_same_shape(name, base[name], one[k]) for one in runs]
             accumulators[name].add(*as_floats(rows(base[name], padded), [rows(value, padded) for value in values]))
+        if inputs.expected:
+            _add_stored(stored, base, inputs.expected[i])
+    if inputs.expected:
+        result.baseline = float(stored.relative_errors()[0])
     return accumulators
+
+
+def _add_stored(stored: ErrorAccumulator, ours: dict, expected: dict) -> None:
+    """Where both are finite; fully masked rows may hold NaN in both."""
+    for name in set(ours) & set(expected):
+        if ours[name].shape == expected[name].shape:
+            finite = np.isfinite(ours[name]) & np.isfinite(expected[name])
+            stored.add(ours[name][finite], [expected[name][finite]])
 
 
 def _same_shape(name: str, base: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -180,7 +172,7 @@ def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators
 def _add_site(accumulator: ErrorAccumulator, heads: int, padded, value, runs) -> None:
     """A site's values as (heads, elements), so that the errors of the heads come apart without another pass."""
     base = by_head(value, heads, padded)
-    accumulator.add(base, [by_head(run, heads, padded) for run in runs], lambda array: array)
+    accumulator.add(base, [by_head(run, heads, padded) for run in runs])
 
 
 def _groups(values: list[np.ndarray], seeds: int):

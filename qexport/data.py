@@ -15,6 +15,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.feeds import check_feed, dim_size
 
 DEFAULT_BATCH = 8
+GIVEN = "given texts"
 
 
 @dataclass
@@ -40,7 +41,7 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
 
     Args:
         data: None for the stored samples (generated inputs when `batch` or `seq` is given), a path of an .npz or .txt file,
-            or a dict of arrays by input name.
+            a dict of arrays by input name, or a list of texts.
         batch: items per feed (files), or items (generated).
         seq: length that texts are cut to, or length of generated inputs.
 
@@ -57,6 +58,10 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
         return generate(bundle, batch=batch or 1, seq=seq, ragged=True)
     if isinstance(data, dict):
         return _split(bundle, data, "arrays", batch or DEFAULT_BATCH)
+    if isinstance(data, (list, tuple)):
+        if not data or not all(isinstance(text, str) for text in data):
+            raise UsageError("data must be a path, a dict of arrays or a list of texts that is not empty")
+        return tokenize(bundle, list(enumerate(data, 1)), GIVEN, batch=batch or DEFAULT_BATCH, seq=seq)
     path = Path(data)
     if not path.is_file():
         raise QexportError(f"{path}: no such data file")
@@ -132,7 +137,8 @@ def tokenize(bundle: Bundle, numbered, source: str, *, batch: int = DEFAULT_BATC
         feed, more = check_feed(bundle, _text_arrays(bundle, encodings[start : start + batch], pad_id), source)
         feeds.append(feed)
         notes += [note for note in more if note not in notes]
-    return Inputs(feeds, f"{len(numbered)} texts of {source}", notes)
+    count = len(numbered)
+    return Inputs(feeds, f"{count} {source}" if source == GIVEN else f"{count} texts of {source}", notes)
 
 
 def _tokenizer(bundle: Bundle):

@@ -34,22 +34,23 @@ def sensitivity(bundle, inputs, sites: list[dict], providers=None) -> dict[str, 
         QexportError: the model does not load or run.
     """
     watched = watch(bundle.classical_path, sites)
-    with open_probe(watched, bundle.classical_path, library=False, providers=providers) as session:
-        names = [o.name for o in session.get_outputs()]
-        symbols = {o.name: o.shape for o in session.get_outputs()}
-        expected = [dict(zip(names, runtime.run(session, names, feed), strict=True)) for feed in inputs.feeds]
-    names = [o.name for o in load_structure(bundle.classical_path).graph.output]
-    largest = dict.fromkeys(names, 0.0)
-    for trial in range(TRIALS):
-        nudged = perturb(load_structure(bundle.classical_path), sites, expected[0], trial)
-        errors = {name: ErrorAccumulator(1) for name in names}
-        with open_probe(nudged, bundle.classical_path, library=False, providers=providers) as session:
-            for feed, base in zip(inputs.feeds, expected, strict=True):
-                masks = keep_masks(bundle.manifest, feed)
-                for name, value in zip(names, runtime.run(session, names, feed), strict=True):
-                    padded = padded_axis(value.shape, symbols[name], masks)
-                    errors[name].add(*as_floats(rows(base[name], padded), [rows(value, padded)]))
-        largest = {name: max(largest[name], float(errors[name].relative_errors()[0])) for name in names}
+    outputs = [o.name for o in load_structure(bundle.classical_path).graph.output]
+    largest = dict.fromkeys(outputs, 0.0)
+    with open_probe(watched, bundle.classical_path, library=False, providers=providers) as base:
+        names = [o.name for o in base.get_outputs()]
+        symbols = {o.name: o.shape for o in base.get_outputs()}
+        example = dict(zip(names, runtime.run(base, names, inputs.feeds[0]), strict=True))
+        for trial in range(TRIALS):
+            nudged = perturb(load_structure(bundle.classical_path), sites, example, trial)
+            errors = {name: ErrorAccumulator(1) for name in outputs}
+            with open_probe(nudged, bundle.classical_path, library=False, providers=providers) as session:
+                for feed in inputs.feeds:
+                    masks = keep_masks(bundle.manifest, feed)
+                    pairs = zip(runtime.run(base, outputs, feed), runtime.run(session, outputs, feed), strict=True)
+                    for name, (before, after) in zip(outputs, pairs, strict=True):
+                        padded = padded_axis(before.shape, symbols[name], masks)
+                        errors[name].add(*as_floats(rows(before, padded), [rows(after, padded)]))
+            largest = {name: max(largest[name], float(errors[name].relative_errors()[0])) for name in outputs}
     return largest
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 BIAS_LEVEL = 0.01
 CONFIDENCE = 0.95
+CHUNK = 2**20
 MIN_SEEDS_FOR_BIAS = 4
 # Above so many degrees of freedom chi^2 is as good as normal.
 MANY = 1e4
@@ -130,7 +131,7 @@ def confidence_interval(values) -> tuple[float, float] | None:
 class ErrorAccumulator:
     """Errors of N runs of one value against its baseline, summed over batches; see the page's head for the formulas.
 
-    `heads` > 0 also keeps the error of each attention head.
+    `heads` > 0 also keeps the error of each attention head; CHUNK bounds the float64 copies that it makes.
     """
 
     runs: int
@@ -150,19 +151,23 @@ class ErrorAccumulator:
         self.head_error = np.zeros(self.heads)
         self.head_base = np.zeros(self.heads)
 
-    def add(self, baseline: np.ndarray, values: list[np.ndarray], by_head=None) -> None:
-        """Add one batch.
+    def add(self, baseline: np.ndarray, values: list[np.ndarray]) -> None:
+        """Add one batch, CHUNK elements at a time.
 
         Args:
-            baseline: the baseline's values, any shape.
+            baseline: the baseline's values, any shape; (heads, elements) when `heads` > 0.
             values: one array of that shape per run.
-            by_head: turns such an array into (heads, elements); needed when `heads` > 0.
         """
-        c = np.asarray(baseline, dtype=np.float64)
-        deviations = np.stack([np.asarray(y, dtype=np.float64) - c for y in values])
+        lead = self.heads or 1
+        baseline, values = baseline.reshape(lead, -1), [value.reshape(lead, -1) for value in values]
+        width = max(CHUNK // lead, 1)
+        for start in range(0, baseline.shape[1], width):
+            part = slice(start, start + width)
+            c = baseline[:, part].astype(np.float64)
+            self._add_part(c, np.stack([value[:, part].astype(np.float64) - c for value in values]))
+
+    def _add_part(self, c: np.ndarray, deviations: np.ndarray) -> None:
         flat = deviations.reshape(self.runs, -1)
-        if not flat.shape[1]:
-            return
         self.elements += flat.shape[1]
         self.gram += flat @ flat.T
         self.cross += flat @ c.ravel()
@@ -170,9 +175,8 @@ class ErrorAccumulator:
         # maximum keeps NaN, so a broken run cannot pass
         self.max_abs = np.maximum(self.max_abs, np.abs(flat).max(axis=1))
         if self.heads:
-            self.head_base += (by_head(c) ** 2).sum(axis=1)
-            for deviation in deviations:
-                self.head_error += (by_head(deviation) ** 2).sum(axis=1)
+            self.head_base += (c**2).sum(axis=1)
+            self.head_error += (deviations**2).sum(axis=(0, 2))
 
     def relative_errors(self) -> np.ndarray:
         """|d_i| / |c| of each run; 0 / 0 is 0."""

@@ -72,7 +72,7 @@ def validate(
 
     Args:
         bundle: a folder, or a `Bundle`.
-        data: .npz or .txt file, or a dict of arrays; the bundle's stored samples when None.
+        data: .npz or .txt file, a dict of arrays or a list of texts; the bundle's stored samples when None.
         max_error: largest relative Frobenius error of any output, mean over the seeds; when None 0.1, or the rounding
             tolerance for a recipe that does not sample; more for a model that quantises its activations as it runs.
         seeds: number of seeds, 0 .. seeds - 1, that the library runs with.

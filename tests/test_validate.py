@@ -56,7 +56,7 @@ def accumulate(baseline, values, batches=1, **options) -> ErrorAccumulator:
     """An accumulator over (runs, elements) values, fed in several batches."""
     accumulator = ErrorAccumulator(len(values), **options)
     for part in np.array_split(np.arange(baseline.shape[-1]), batches):
-        accumulator.add(baseline[..., part], [value[..., part] for value in values], lambda array: array)
+        accumulator.add(baseline[..., part], [value[..., part] for value in values])
     return accumulator
 
 
@@ -128,6 +128,17 @@ def test_verdicts_at_the_edges():
     zeros = accumulate(np.zeros(5), [np.zeros(5)] * 3).metrics(1e-6)
     assert (zeros["relative_error"], zeros["cosine"]) == (0, 1)
     assert accumulate(np.zeros(5), [np.ones(5)] * 3).metrics(1e-6)["relative_error"] == np.inf
+
+
+def test_chunks_do_not_change_the_figures(monkeypatch):
+    rng = np.random.default_rng(0)
+    c, y = rng.standard_normal((3, 50)), rng.standard_normal((2, 3, 50))
+    whole = accumulate(c, y, heads=3).metrics(1e-6)
+    monkeypatch.setattr("qexport.statistics.CHUNK", 21)
+    chunked = accumulate(c, y, heads=3).metrics(1e-6)
+    assert chunked["elements"] == whole["elements"] == 150
+    assert chunked["relative_error_per_seed"] == pytest.approx(whole["relative_error_per_seed"], rel=1e-12)
+    assert chunked["worst_head"]["relative_error"] == pytest.approx(whole["worst_head"]["relative_error"], rel=1e-12)
 
 
 def test_the_worst_head():
