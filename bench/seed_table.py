@@ -8,7 +8,7 @@ sequence 32, batch 1 (four projections with their biases around the attention), 
 QuantumAttention, torch = nn.MultiheadAttention with the same weights.
 
 `bound` is what no estimator that reads S of n value rows can beat as n grows, for such inputs:
-error^2 >= Phi(t - 2) with 1 - Phi(t) = S / n. At n = 32 it is a guide, not a proof.
+error^2 >= Phi(t - 2) with 1 - Phi(t) = S / n. At n = 32 it is a guide, not a proof; the last table has n = 128 and 512.
 """
 
 import json
@@ -162,6 +162,20 @@ def op_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
     return rows
 
 
+def gaussian_table(opened, inputs: int, draws: int) -> list[dict]:
+    """Longer rows of the same kind, where 32 samples are a fraction of the keys: error beside the bound."""
+    rows = []
+    for n in (128, 512):
+        data = [dict(zip("QKV", x, strict=True)) for x in _gaussian(np.random.default_rng(2), inputs, (3, 1, 1, n, D))]
+        references = [softmax_attention(**feeds) for feeds in data]
+        for strategy in STRATEGIES:
+            session = opened(op_model(n=n, strategy=strategy, num_samples=[32]))
+            pairs = list(zip(data, references, strict=True))
+            error = np.mean([common.relative_error(run(session, f, s), ref) for f, ref in pairs for s in range(draws)])
+            rows.append({"n": n, "samples": 32, "strategy": strategy, "error": float(error), "bound": gaussian_bound(32, n)})
+    return rows
+
+
 def _sampled(strategy, samples):
     return op_model(strategy=strategy, **({"num_samples": [samples]} if samples else {}))
 
@@ -274,6 +288,7 @@ def main():
         opened = Opened(Path(folder), arguments.threads)
         sizes = arguments.inputs, arguments.draws, arguments.runs
         tables = {"op": op_table(opened, *sizes), "layer": layer_table(opened, *sizes)}
+        tables["gaussian"] = gaussian_table(opened, *sizes[:2])
     parameters = {"n": N, "head_size": D, "layer": f"{EMBED}-D, {HEADS} heads, batch 1", "random_inputs": arguments.inputs}
     common.report("seed_table", arguments.threads, parameters | {"draws": arguments.draws}, tables, arguments.json)
 
