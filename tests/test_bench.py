@@ -3,16 +3,12 @@
 import hashlib
 import io
 import struct
-import sys
 import tarfile
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/ is not part of the installed package
 
 from bench import common, packages
 from bench.data import read_png
