@@ -19,7 +19,7 @@ cumulants, Hall 1983, Zhang 2005). So with p_t Student's p-value and z its norma
     p = P(chi^2_d > d + sqrt(2 d) z).
 
 The traces are estimated from the Gram matrix of the centred runs without bias (moments of the Wishart distribution), which
-takes 4 seeds. tests/test_validate.py holds the level of the test for spectra of S from flat to 1 / i^2.
+takes 4 seeds. tests/test_error_statistics.py holds the level of the test for spectra of S from flat to 1 / i^2.
 """
 
 import math

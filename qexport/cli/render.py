@@ -245,7 +245,14 @@ def show_profile(report, verbose: bool) -> None:
 def _show_nodes(which: str, nodes: list[dict]) -> None:
     """Every node with its provider, its time and the memory in use."""
     rows = [
-        (n["name"], n["op"], n["provider"], f"{n['time_us'] / 1e3:.3f}", _mb(n["memory_in_use_bytes"]), _mb(n["output_bytes"]))
+        (
+            n["name"],
+            n["op"],
+            n["provider"],
+            f"{n['time_us'] / 1e3:.3f}",
+            _mb(n["memory_in_use_bytes"]),
+            _mb(n["output_bytes"]),
+        )
         for n in nodes
     ]
     header = ("node", "op", "provider", "ms", "memory in use", "output")
