@@ -95,7 +95,8 @@ def export_module(
     name_modules(program.model)
     notes = []
     if axes is not None:
-        notes = _name_axes(program.model, list(axes.values() if isinstance(axes, Mapping) else axes))
+        ranges = _ranges(program.exported_program)
+        notes = _name_axes(program.model, list(axes.values() if isinstance(axes, Mapping) else axes), ranges)
     model = convert_opset(program.model, opset, name)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
     if len(leaves) != len(model.graph.inputs):
@@ -169,21 +170,33 @@ def _guess_axes(torch, args, kwargs):
     return args, kwargs, tuple(axes(t) for t in args) if args else {k: axes(t) for k, t in kwargs.items()}
 
 
-def _name_axes(model: ir.Model, wanted: list[dict[int, str]]) -> list[str]:
+def _ranges(program) -> dict[str, tuple[int, int]]:
+    """(smallest, largest) size of each of the exporter's symbols; UNBOUNDED where there is no largest."""
+
+    def number(bound):
+        return int(bound) if getattr(bound, "is_Integer", False) else UNBOUNDED
+
+    return {str(symbol): (number(r.lower), number(r.upper)) for symbol, r in program.range_constraints.items()}
+
+
+def _name_axes(model: ir.Model, wanted: list[dict[int, str]], ranges: dict[str, tuple[int, int]]) -> list[str]:
     """Rename the exporter's symbols (s77) to the wanted axis names; remarks on axes that the model fixes."""
     renames, fixed = {}, {}
     for value, axes in zip(model.graph.inputs, wanted, strict=True):
         for axis, name in axes.items():
             found = value.shape[axis]
-            if isinstance(found, int):
-                fixed.setdefault(name, found)
+            least, most = (found, found) if isinstance(found, int) else ranges.get(str(found.value), (0, UNBOUNDED))
+            if least == most:
+                fixed.setdefault(name, least)
+                if not isinstance(found, int):
+                    renames[str(found.value)] = str(least)
             elif str(found.value).isidentifier():
                 renames.setdefault(str(found.value), name)
     values = [*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph.all_nodes() for v in n.outputs)]
     for value in values:
         if value.shape is not None:
             dims = [d if isinstance(d, int) or d.value is None else _renamed(str(d.value), renames) for d in value.shape]
-            value.shape = ir.Shape(dims)
+            value.shape = ir.Shape([int(d) if isinstance(d, str) and d.isdigit() else d for d in dims])
     return [f"{name} is fixed at {size}: the model computes with that size" for name, size in fixed.items()]
 
 
