@@ -5,11 +5,12 @@ namespace qexport {
 namespace QEXPORT_ISA {
 
 static size_t scratch_bytes(const AttentionJob& job) {
-  Arena exact{nullptr, 0}, rowwise{nullptr, 0};
+  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0};
   exact_scratch(job, exact);
+  few_scratch(job, few);
   row_scratch(job, rowwise);
   const bool only_exact = job.params.strategy == Strategy::exact && !job.tensors.qk_matmul_output;
-  return only_exact ? exact.used : greater(exact.used, rowwise.used);
+  return greater(greater(exact.used, few.used), only_exact ? size_t{0} : rowwise.used);
 }
 
 #define QEXPORT_STRING_(x) #x

@@ -1,7 +1,7 @@
 // Exact attention of a block of rows: online softmax over tiles of keys, never more than kTile scores per row in memory.
 #pragma once
 
-#include "scores.h"
+#include "few_rows.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
@@ -25,7 +25,8 @@ static ExactScratch exact_scratch(const AttentionJob& job, Arena& arena) {
 }
 
 // Softmax of a tile with running maximum m and running sum l, both per lane: s becomes exp(s - m), alpha = exp(m_old - m).
-static void online_softmax(float* s, int64_t ld, int64_t count, int vecs, float* m, float* l, float* alpha) {
+static __attribute__((noinline)) void online_softmax(float* s, int64_t ld, int64_t count, int vecs, float* m, float* l,
+                                                     float* alpha) {
   for (int v = 0; v < vecs; ++v) {
     float* column = s + v * kLanes;
     const vf m_old = load<vf>(m + v * kLanes);
@@ -49,10 +50,11 @@ static void online_softmax(float* s, int64_t ld, int64_t count, int vecs, float*
 static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
-  Arena arena{memory, 0};
-  const ExactScratch scratch = exact_scratch(job, arena);
   Rows rows;
   set_rows(job, block, rows);
+  if (rows.count <= kFewRows) return few_rows_block(job, block, rows, memory);
+  Arena arena{memory, 0};
+  const ExactScratch scratch = exact_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;
   pack_queries(job, block, rows, scratch.q_t, ld);
 
@@ -60,15 +62,18 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
   for (int64_t i = 0; i < p.v_head_size * ld; ++i) scratch.o_t[i] = 0.0f;
 
+  const bool memory_bound = rows.vecs == 1;  // too little arithmetic per key to hide the way to memory
   for (int64_t j = rows.begin, count; j < rows.end; j += count) {
     const KeyRows k = key_rows(job, false, block.batch, block.kv_head, j, lesser(kTile, rows.end - j), scratch.keys);
     count = k.count;
     const MaskEffect effect = mask.data ? mask_bias(mask, rows, j, count, scratch.bias, ld) : MaskEffect::none;
     if (effect == MaskEffect::all_masked) continue;
+    if (memory_bound) prefetch_keys(job, true, block.batch, block.kv_head, j, count);
     score_product(k.data, k.stride, scratch.q_t, scratch.s, ld, p.head_size, count, rows.vecs);
     if (p.softcap > 0.0f) apply_softcap(scratch.s, count * ld, p.softcap);
     apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld);
     online_softmax(scratch.s, ld, count, rows.vecs, m, l, alpha);
+    if (memory_bound && j + count < rows.end) prefetch_keys(job, false, block.batch, block.kv_head, j + count, kTile);
     const KeyRows v = key_rows(job, true, block.batch, block.kv_head, j, count, scratch.keys);
     value_product(v.data, v.stride, scratch.s, scratch.o_t, ld, p.v_head_size, count, rows.vecs, alpha);
   }

@@ -63,8 +63,8 @@ static QEXPORT_INLINE void product_rows(const float* a, int64_t stride, int64_t 
 }
 
 // s[j][lanes] for `keys` rows of k; q_t is (head_size, ld).
-static void score_product(const float* k, int64_t k_stride, const float* q_t, float* s, int64_t ld, int64_t head_size,
-                          int64_t keys, int vecs) {
+static __attribute__((noinline)) void score_product(const float* k, int64_t k_stride, const float* q_t, float* s, int64_t ld,
+                                                    int64_t head_size, int64_t keys, int vecs) {
   int v = 0;
   for (; v + 2 <= vecs; v += 2) {
     product_rows<2, false>(k, k_stride, 1, q_t + v * kLanes, s + v * kLanes, ld, head_size, keys, nullptr);
@@ -73,8 +73,9 @@ static void score_product(const float* k, int64_t k_stride, const float* q_t, fl
 }
 
 // o_t[x][lanes] = o_t[x][lanes] * rescale[lanes] + sum over `keys` rows of v; p is (keys, ld), o_t is (v_head_size, ld).
-static void value_product(const float* v_rows, int64_t v_stride, const float* p, float* o_t, int64_t ld, int64_t v_head_size,
-                          int64_t keys, int vecs, const float* rescale) {
+static __attribute__((noinline)) void value_product(const float* v_rows, int64_t v_stride, const float* p, float* o_t,
+                                                    int64_t ld, int64_t v_head_size, int64_t keys, int vecs,
+                                                    const float* rescale) {
   int v = 0;
   for (; v + 2 <= vecs; v += 2) {
     product_rows<2, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size,
