@@ -1,0 +1,192 @@
+"""The README's figures, from the committed results: prints them, or with --write puts them between the README's markers.
+
+python -m bench.figures [--write README.md]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results")
+START, END = "<!-- figures -->\n", "<!-- /figures -->"
+
+
+def load(name: str) -> dict:
+    """The results file of one benchmark."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown() -> str:
+    """All figures, as Markdown."""
+    sections = (sts_b(), seed_table(), minilm_error(), generation(), exact_attention())
+    return "\n".join(section for section in sections)
+
+
+def table(header: tuple, rows: list[tuple]) -> str:
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def paragraph(text: str) -> str:
+    """Wrapped source text as one Markdown paragraph."""
+    return " ".join(text.split()) + "\n\n"
+
+
+def source(name: str, results: dict) -> str:
+    where = results["machine"]
+    threads = f"{where['threads']} thread" + "s" * (where["threads"] > 1)
+    return f"({where['cpu']}, {threads}, onnxruntime {where['onnxruntime']}, `python -m bench.{name}`)"
+
+
+def sts_b() -> str:
+    results = load("sts_b")
+    kept = [
+        row
+        for row in results["spearman"]
+        if row["strategy"] in ("classical", "stratified", "naive") and row["control_variate"] != 0
+    ]
+    rows = [
+        (
+            row["strategy"] + (f", {row['samples']} samples" if row["samples"] else ""),
+            f"{row['spearman_x100']:.2f}" + (f" ± {row['ci95']:.2f}" if row["ci95"] is not None else ""),
+            f"{row['loss_percent']:.2f} %",
+            f"{row['sampled_sentences_percent']:.0f} %" if row["sampled_sentences_percent"] is not None else "",
+        )
+        for row in kept
+    ]
+    parameters = results["parameters"]
+    return paragraph(f"""
+    **A task.** STS-B {parameters["split"]}, {parameters["pairs"]} sentence pairs, all-MiniLM-L6-v2: Spearman × 100 over
+    {parameters["seeds"]} seeds with the 95 % interval, and the loss relative to the classical model
+    {source("sts_b", results)}. Sentences average {parameters["mean_tokens"]:.0f} tokens: the last column is the share
+    that is longer than the samples, all others are computed exactly.
+    """) + table(("attention", "Spearman × 100", "loss", "sampled"), rows)
+
+
+def seed_table() -> str:
+    results = load("seed_table")
+    op = [
+        (
+            row["strategy"],
+            row["samples"],
+            percent(row["error"]),
+            percent(row["claimed_error"]) if row["claimed_error"] else "",
+            f"{1e3 * row['p50_ms']:.0f} µs",
+            f"{row['claimed_ms']} ms" if row["claimed_ms"] else "",
+        )
+        for row in results["op"]
+        if row["samples"]
+    ]
+    layer = {(row["attention"], row["samples"]): row for row in results["layer"]}
+    standard, sampled = layer["standard", None], layer["stratified", 32]
+    bounds = ", ".join(
+        f"n = {row['n']}: {percent(row['error'])} against {percent(row['bound'])}"
+        for row in results["gaussian"]
+        if row["strategy"] == "stratified"
+    )
+    first = paragraph(f"""
+    **The table this project started from.** 32 queries and keys, 64-D, Gaussian, one head: relative Frobenius error and
+    median latency of the op in a session, beside the original claims {source("seed_table", results)}. With a sample per key
+    nothing is left to estimate; sampling starts below.
+    """)
+    last = paragraph(f"""
+    A 512-D layer of 8 heads at length 32: {standard["p50_ms"]:.2f} ms with standard attention (claimed
+    {standard["claimed_ms"]}), {sampled["p50_ms"]:.2f} ms with 32 samples (claimed {sampled["claimed_ms"]}), error
+    {percent(sampled["error"])} (claimed {percent(sampled["claimed_error"])}). Gaussian inputs are the hardest: the error
+    of `stratified` with 32 samples, against the least that any estimator could reach by reading 32 values, is {bounds}.
+    """)
+    return first + table(("strategy", "samples", "error", "claimed", "p50", "claimed"), op) + "\n" + last.rstrip("\n") + "\n"
+
+
+def minilm_error() -> str:
+    results = load("minilm_error")
+    rows = [
+        (
+            row["strategy"],
+            row["samples"],
+            f"{row['mean_percent']:.1f} %",
+            f"{row['worst_percent']:.0f} %",
+            f"{row['cosine']:.4f}",
+        )
+        for row in results["n512"]
+        if row["control_variate"] == 1 and row["samples"] in (32, 128)
+    ]
+    parameters = results["parameters"]
+    return paragraph(f"""
+    **Trained activations.** The {parameters["heads"]} heads of MiniLM on {parameters["texts"]} film reviews of 512 tokens,
+    {parameters["draws"]} draws: relative Frobenius error of a head's output, mean and worst head, and the cosine of the
+    pooled embedding when all six attentions are sampled {source("minilm_error", results)}.
+    """) + table(("strategy", "samples", "mean", "worst head", "cosine"), rows)
+
+
+def generation() -> str:
+    results = load("generation")
+    speech = {row["samples"]: row for row in results["speech"]}
+    story = {row["samples"]: row for row in results["story"]}
+    rows = [
+        (
+            samples or "all",
+            f"{100 * speech[samples]['encoder_error']:.1f} %" if samples else "",
+            f"{100 * speech[samples]['same_tokens']:.0f} %",
+            f"{story[samples]['nats_per_token']:.3f}",
+        )
+        for samples in (None, 64, 32, 16, 8)
+    ]
+    parameters = results["parameters"]
+    header = ("keys read per query", "encoder error", "same tokens", "story, nats per token")
+    return paragraph(f"""
+    **Speech and stories.** Whisper tiny.en on ten seconds of speech, all 12 attentions over up to 1500 positions sampled:
+    error of the encoder's states, and share of the transcript's tokens that stay the most likely. stories15M on its own
+    greedy text of {parameters["story_tokens"]} tokens: nats per token. {parameters["seeds"]} seeds
+    {source("generation", results)}.
+    """) + table(header, rows)
+
+
+def exact_attention() -> str:
+    results = load("exact_attention")
+    rows = [
+        (
+            row["n"],
+            row["head_size"],
+            row["threads"],
+            f"{row['median_ms']['QuantumAttention 3-D']:.3f} ms",
+            f"{row['ratio_multi_head_attention'][1]:.2f} ×",
+            f"{row['ratio_attention_23'][1]:.2f} ×",
+        )
+        for row in results["rows"]
+        if row["head_size"] == 64 and row["threads"] == 1
+    ]
+    heads = results["rows"][0]["heads"]
+    return paragraph(f"""
+    **Without sampling.** Strategy `exact`, {heads} heads, float32, {results["isa"]}: median time, and how many times as long
+    onnxruntime's operators take on the same inputs, calls interleaved (onnxruntime {results["onnxruntime"]},
+    `python bench/exact_attention.py`).
+    """) + table(("n", "head size", "threads", "time", "MultiHeadAttention", "Attention"), rows)
+
+
+def percent(fraction: float) -> str:
+    """0.386 -> 38.6 %; below a millionth it is rounding, and said so by its size."""
+    return f"{100 * fraction:.1f} %" if fraction > 1e-6 else f"{fraction:.0e}"
+
+
+def put(text: str, figures: str) -> str:
+    """`text` with the figures between its markers; ValueError when it has none."""
+    before, found, rest = text.partition(START)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise ValueError(f"no {START.strip()} ... {END} in the text")
+    return f"{before}{START}\n{figures}\n{END}{after}"
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--write", metavar="FILE", type=Path, help="put the figures into this file")
+    file = arguments.parse_args().write
+    if file is None:
+        print(markdown())
+    else:
+        file.write_text(put(file.read_text(encoding="utf-8"), markdown()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
