@@ -234,11 +234,13 @@ def _report(path, source, recipe, sites, left_alone, difference) -> ConversionRe
 
 
 def min_onnxruntime(opset: int) -> str:
-    """The oldest onnxruntime that runs a model of this opset, as tests/test_convert_runtimes.py measures it."""
-    for least, version in ((24, "1.24"), (23, "1.23"), (22, "1.21")):
-        if opset >= least:
-            return version
-    return "1.20"
+    """The oldest onnxruntime that runs a bundle's model of this opset, as tests/test_convert_runtimes.py measures it: what
+    reads the file, and no older than what the op library loads on."""
+    from qexport.inspection import oldest_runtime
+    from qexport.runtime import OLDEST, version_tuple
+
+    reader = oldest_runtime(opset, IR_VERSION)
+    return ".".join(map(str, max(version_tuple(reader), OLDEST)))
 
 
 def _version(package: str) -> str | None:

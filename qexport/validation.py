@@ -17,8 +17,8 @@ from qexport.statistics import BIAS_LEVEL, EXACT, SAMPLING, SYSTEMATIC
 SCHEMA = "qexport.validate"
 SCHEMA_VERSION = 1
 # Relative Frobenius error end to end that a sampled model may have, unless the caller says otherwise. An unbiased error e
-# leaves a cosine of about 1 - e^2 / 2 to the classical output: 0.995 here.
-DEFAULT_MAX_ERROR = 0.1
+# leaves a cosine of about 1 - e^2 / 2 to the classical output: 0.999 here.
+DEFAULT_MAX_ERROR = 0.05
 # Relative error that rounding alone may cause, by the element type of the value. Two orders of the same float32 sums differ
 # by about 1e-6 after a dozen layers; a half-precision model rounds at every layer.
 ROUNDING = {"float32": 1e-5, "float64": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
@@ -73,7 +73,7 @@ def validate(
     Args:
         bundle: a folder, or a `Bundle`.
         data: .npz or .txt file, a dict of arrays or a list of texts; the bundle's stored samples when None.
-        max_error: largest relative Frobenius error of any output, mean over the seeds; when None 0.1, or the rounding
+        max_error: largest relative Frobenius error of any output, mean over the seeds; when None 0.05, or the rounding
             tolerance for a recipe that does not sample; more for a model that quantises its activations as it runs.
         seeds: number of seeds, 0 .. seeds - 1, that the library runs with.
         batch, seq: items per run and sequence length; see `qexport.data.load_inputs`.

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-line errors, clean JSON, quick help."""
 
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -242,21 +243,15 @@ def test_interrupt_leaves_the_old_bundle(classical, tmp_path):
     """Ctrl-C while a bundle is being replaced: exit code 130, the old one byte for byte, nothing beside it."""
     target = make_bundle(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
-    script = f"""
-import signal, os, threading, time
-import qexport.conversion as conversion
-from qexport.cli import main
-run = conversion._run
-def slow(*args):
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
-    return run(*args)
-conversion._run = slow
-main(["convert", {str(classical)!r}, "-o", {str(target)!r}])
-"""
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 128 + signal.SIGINT, done.stderr
-    assert done.stderr.strip().count("\n") == 0  # click starts a new line after the terminal's ^C
+    command = [sys.executable, "-P", "-m", "qexport", "convert", classical, "-o", target]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) == 1 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)  # until the new bundle's folder appears beside the old one
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGINT, out + err
+    assert err.strip().count("\n") == 0  # click starts a new line after the terminal's ^C
     assert {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

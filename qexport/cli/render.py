@@ -180,18 +180,19 @@ def _head_text(worst: dict | None) -> str:
 
 
 def _show_verdict(found: dict) -> None:
-    for key, words in (
-        ("first_divergent", "first site that is wrong"),
-        ("first_over_tolerance", "first site over the limit"),
-    ):
-        if found[key]:
-            click.echo(f"{words}: {site_label(found[key])}, {percent(found[key]['relative_error'])} ({found[key]['mode']})")
     limit = found["max_error"]["library"] or found["max_error"]["fallback"]
     if found["passed"] and found["sensitivity"]:
         click.echo("PASSED: no attention is wrong by itself, and the outputs move no more than rounding can explain")
     elif found["passed"]:
         click.echo(f"PASSED: every output is within {percent(limit)}")
     else:
+        for key, words in (
+            ("first_divergent", "first site that is wrong"),
+            ("first_over_tolerance", "first site over the limit"),
+        ):
+            if found[key]:
+                error = percent(found[key]["relative_error"])
+                click.echo(f"{words}: {site_label(found[key])}, {error} ({found[key]['mode']})")
         click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
 
 
