@@ -15,7 +15,7 @@ def run_classical(source: Source, path: Path):
         QexportError: it does not run, or differs from the source by more than rounding.
     """
     try:
-        outputs = run(path, source.examples)
+        outputs = Runner(path)(source.examples)
     except QexportError as error:
         if "bfloat16" not in _types(source):
             raise
@@ -42,7 +42,7 @@ def check_fallback(source: Source, path: Path, outputs: dict) -> None:
     Raises:
         QexportError: it does not.
     """
-    difference = difference_of(outputs, run(path, source.examples))
+    difference = difference_of(outputs, Runner(path)(source.examples))
     if not difference <= allowed_difference(source):
         raise QexportError(
             f"{source.name}: the converted model without the op library differs from the classical one by {difference:.2g} "
@@ -67,25 +67,32 @@ def _types(source: Source) -> set[str]:
     return {spec.dtype for spec in source.inputs} | {v.dtype.numpy().name for v in weights if v.dtype is not None}
 
 
-def run(path: Path, feeds: dict) -> dict[str, np.ndarray]:
-    """Outputs by name of a model on the CPU provider, without the op library.
+class Runner:
+    """An open session of a model on the CPU provider, without the op library: call it with feeds, get outputs by name.
 
     Raises:
         QexportError: onnxruntime cannot load or run it.
     """
-    from qexport.runtime import one_line, onnxruntime, session
 
-    options = onnxruntime().SessionOptions()
-    options.log_severity_level = 4  # the error that is raised says it all
-    try:
-        opened = session(path, library=False, options=options)
-    except QexportError as error:  # name the file as the bundle does, not its temporary folder
-        raise QexportError(str(error).replace(str(path), path.name)) from error
-    names = [output.name for output in opened.get_outputs()]
-    try:
-        return dict(zip(names, opened.run(names, feeds), strict=True))
-    except Exception as error:
-        raise QexportError(f"{path.name}: onnxruntime cannot run the model: {one_line(error)}") from error
+    def __init__(self, path: Path):
+        from qexport.runtime import onnxruntime, session
+
+        options = onnxruntime().SessionOptions()
+        options.log_severity_level = 4  # the error that is raised says it all
+        self.name = path.name
+        try:
+            self.session = session(path, library=False, options=options)
+        except QexportError as error:  # name the file as the bundle does, not its temporary folder
+            raise QexportError(str(error).replace(str(path), path.name)) from error
+
+    def __call__(self, feeds: dict) -> dict[str, np.ndarray]:
+        from qexport.runtime import one_line
+
+        names = [output.name for output in self.session.get_outputs()]
+        try:
+            return dict(zip(names, self.session.run(names, feeds), strict=True))
+        except Exception as error:
+            raise QexportError(f"{self.name}: onnxruntime cannot run the model: {one_line(error)}") from error
 
 
 def difference_of(expected: dict, outputs: dict) -> float:

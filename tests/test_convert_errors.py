@@ -139,7 +139,7 @@ def test_an_input_whose_range_nothing_tells(tmp_path, write):
     model.graph.node.append(helper.make_node("Mul", ["hidden", "level_f"], ["scaled"], name="s"))
     model.graph.input.append(helper.make_tensor_value_info("level", onnx.TensorProto.INT64, [1]))
     model.graph.output.append(helper.make_tensor_value_info("scaled", onnx.TensorProto.FLOAT, None))
-    assert_fails(write(model), tmp_path, "level")
+    assert_fails(write(model), tmp_path, "'level'", "no table")
 
 
 def test_output_is_a_file(tmp_path):

@@ -69,7 +69,7 @@ MODELS = {
         "causal-lm",
         2,
         {"input_ids": 2, "attention_mask": 2},
-        (4, 4, 8),
+        (4, 2, 8),
         {"sequence": 64},
     ),
     "gemma2": (

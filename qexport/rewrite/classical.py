@@ -5,6 +5,7 @@ import onnx_ir.passes.common as passes
 
 from qexport.rewrite import DeclinedError, LeftAlone, fuse_multi_head_attention, fuse_packed_attention
 from qexport.rewrite.fuse_attention import fuse_attention, module_of
+from qexport.rewrite.heads import ungroup_attention
 from qexport.rewrite.masks import expand_masks, float_masks
 
 RUNTIME_DOMAIN = "com.microsoft"
@@ -38,6 +39,7 @@ def to_classical(model: ir.Model, opset: int) -> list[LeftAlone]:
     """
     left_alone = fuse_runtime_ops(model, opset) + fuse_attention(model, opset)
     if opset >= 23:
+        ungroup_attention(model)
         expand_masks(model)
     else:
         float_masks(model)

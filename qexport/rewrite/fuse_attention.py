@@ -8,12 +8,13 @@
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError, LeftAlone
-from qexport.rewrite.graph import Builder, attribute, constant, consumers, is_op, known_size, scalar, size
-from qexport.rewrite.heads import split_heads, ungrouped
+from qexport.rewrite.graph import Builder, attribute, constant, consumers, is_op, scalar, size
+from qexport.rewrite.heads import split_heads
 from qexport.rewrite.masks import attention_mask
 from qexport.rewrite.products import Product, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_from_name, site_name
+from qexport.rewrite.sizes import known_size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -142,8 +143,6 @@ def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list
         q4 = builder.node(
             "Div" if divides else "Mul", q4, builder.node("CastLike", factor, q4, like=q4), like=q4, shape=q4.shape
         )
-    if opset >= 23:
-        k4, v4 = ungrouped(q4, k4, v4)
     mask = attention_mask(builder, scores, keys, heads, q4, k4)
     _replace_shapes(builder, [*scores.chain, *way], heads, q4, k4)
     _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)

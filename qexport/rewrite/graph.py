@@ -50,9 +50,12 @@ def _constant_shape(node: ir.Node) -> np.ndarray | None:
     shape = node.inputs[0].shape
     if shape is None:
         return None
-    dims = list(shape)[attribute(node, "start", 0) : attribute(node, "end", len(shape))]
-    # a dynamic axis stands as -1; only numbers picked out of it that are >= 0 are trusted (see `scalar`)
-    return np.array([d if isinstance(d, int) else -1 for d in dims], np.int64)
+    from qexport.rewrite.sizes import known_size
+
+    axes = range(len(shape))[attribute(node, "start", 0) : attribute(node, "end", len(shape))]
+    # an axis of unknown size stands as -1; nothing is computed from it (see `_evaluate`)
+    sizes = [known_size(node.inputs[0], axis) for axis in axes]
+    return np.array([-1 if d is None else d for d in sizes], np.int64)
 
 
 def _evaluate(node: ir.Node, inputs: list) -> np.ndarray | None:
@@ -126,41 +129,6 @@ def size(value: ir.Value | None, axis: int) -> int | str | None:
         return None
     dim = value.shape[axis]
     return dim if isinstance(dim, int) else dim.value
-
-
-def known_size(value: ir.Value | None, axis: int, depth: int = 8) -> int | None:
-    """Size of one axis when it is a number, by the shape or by the nodes before the value; None when unknown."""
-    found = size(value, axis)
-    if isinstance(found, int):
-        return found
-    axes = rank(value)
-    node = value.producer() if value is not None else None
-    if node is None or axes is None or depth == 0:
-        return None
-    axis = axis % axes
-    if is_op(node, "Transpose") and "perm" in node.attributes:
-        return known_size(node.inputs[0], node.attributes["perm"].as_ints()[axis], depth - 1)
-    if is_op(node, "Cast", "Identity", "Dropout", "Softmax", "Neg"):
-        return known_size(node.inputs[0], axis, depth - 1)
-    if is_op(node, "Reshape"):
-        return _target_size(node.inputs[1], axis)
-    if is_op(node, "Add", "Sub", "Mul", "Div", "Where"):
-        operands = [x for x in node.inputs if x is not None and rank(x) == axes]
-        sizes = [d for x in operands if (d := known_size(x, axis, depth - 1)) is not None]
-        # an axis of 1 may be broadcast by one whose size is not known
-        return max((d for d in sizes if d > 1), default=None)
-    return None
-
-
-def _target_size(target: ir.Value, axis: int) -> int | None:
-    """The size that a Reshape target, or the Concat that makes it, gives an axis as a positive number."""
-    array = constant(target)
-    if array is None:
-        part = target.producer()
-        if not is_op(part, "Concat") or len(part.inputs) <= axis or any(known_size(x, 0) != 1 for x in part.inputs):
-            return None
-        array, axis = constant(part.inputs[axis]), 0
-    return int(array.reshape(-1)[axis]) if array is not None and array.size > axis and array.reshape(-1)[axis] > 0 else None
 
 
 def attribute(node: ir.Node, name: str, default=None):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, constant, is_op, known_size, rank, size
+from qexport.rewrite.graph import Builder, attribute, constant, is_op, rank, size
+from qexport.rewrite.sizes import known_size
 
 
 @dataclass
@@ -103,6 +104,15 @@ def _heads_before(value: ir.Value) -> int | None:
             return None
         value = node.inputs[0] if rank(node.inputs[0]) == 3 else node.inputs[-1]
     return None
+
+
+def ungroup_attention(model: ir.Model) -> None:
+    """Let Attention nodes with heads of their own axis read the key and value heads before these were repeated."""
+    for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention") and not attribute(n, "q_num_heads")]:
+        if any(x is not None for x in node.inputs[4:6]):
+            continue  # past heads are as many as the repeated ones
+        for index, value in zip((1, 2), ungrouped(*node.inputs[:3]), strict=True):
+            node.replace_input_with(index, value)
 
 
 def ungrouped(q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:

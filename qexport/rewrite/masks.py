@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, is_op, known_size, rank, size
+from qexport.rewrite.graph import Builder, attribute, is_op, rank, size
+from qexport.rewrite.sizes import known_size
 
 _LOWEST = {
     ir.DataType.FLOAT: float(np.finfo(np.float32).min),

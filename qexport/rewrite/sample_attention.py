@@ -12,7 +12,8 @@ from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import function_proto, make_node
 from qexport.recipe import Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
-from qexport.rewrite.graph import attribute, is_op, known_size
+from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.sizes import known_size
 
 COPIED = (
     "is_causal",

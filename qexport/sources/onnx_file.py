@@ -2,26 +2,23 @@
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from qexport.bundle import Bundle
-from qexport.conversion_checks import run
 from qexport.errors import QexportError
 from qexport.external_data import check_external_data, load_structure
 from qexport.ops import DOMAIN
 from qexport.rewrite.convert_opset import convert_opset
 from qexport.rewrite.sites import module_from_name
 from qexport.sources import Source
+from qexport.sources.examples import make_examples
 from qexport.sources.quiet import reason_of
 from qexport.sources.specs import limits_of, spec_of
 
 OLDEST_OPSET, NEWEST_OPSET = 11, 24
 # Domains whose ops onnxruntime itself holds; whether it knows the op is seen when the file is run.
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.ml", "ai.onnx.preview.training")
-EXAMPLE_BATCH, EXAMPLE_SEQUENCE = 2, 16
 
 
 def open_file(path: Path, *, opset: int) -> Source:
@@ -54,8 +51,7 @@ def open_file(path: Path, *, opset: int) -> Source:
             node.metadata_props["qexport.module"] = module
     inputs = [spec_of(value, model) for value in model.graph.inputs]
     source = Source("onnx", path.name, model, inputs, {}, limits=limits_of(model, inputs))
-    source.examples = example_inputs(source)
-    source.expected = run(path, source.examples)
+    make_examples(source, path)
     return source
 
 
@@ -65,16 +61,6 @@ def infer_shapes(model: ir.Model) -> None:
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     except Exception:  # quantised and odd graphs trip it; the rules then see fewer sizes and decline more
         return
-
-
-def example_inputs(source: Source) -> dict[str, np.ndarray]:
-    """Generated inputs of batch 2 and short sequences, within the model's limits."""
-    from qexport.data import dimension_sizes, generate
-
-    manifest = {"inputs": [spec.to_dict() for spec in source.inputs], "limits": source.limits}
-    lengths = {name: size for name, size in source.limits.items() if size < EXAMPLE_SEQUENCE}
-    sizes = dimension_sizes(manifest, EXAMPLE_BATCH, EXAMPLE_SEQUENCE, lengths)
-    return generate(Bundle(Path(source.name), manifest), batch=EXAMPLE_BATCH, seq=EXAMPLE_SEQUENCE, dims=sizes).feeds[0]
 
 
 def _check_opset(path: Path, model: onnx.ModelProto) -> None:

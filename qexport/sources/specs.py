@@ -3,11 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 
-from qexport.rewrite.graph import constant, is_op, known_size
+from qexport.rewrite.graph import constant, is_op
+from qexport.rewrite.sizes import known_size
 from qexport.sources import InputSpec
 from qexport.sources.kinds import kind_of
 
-_PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice")
+_PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose")
 # A table of position ids below this length is no position table.
 _SHORTEST_TABLE = 8
 
@@ -36,6 +37,12 @@ def picked_rows(value: ir.Value, depth: int = 6) -> int | None:
         if is_op(node, *_PASSED) and index == 0 and depth and (found := picked_rows(node.outputs[0], depth - 1)):
             return found
     return None
+
+
+def tables(model: ir.Model) -> set[int]:
+    """Numbers of rows of the 2-D weights that Gather picks from, word embeddings and positions among them."""
+    picked = (node.inputs[0] for node in model.graph.all_nodes() if is_op(node, "Gather"))
+    return {v.const_value.shape[0] for v in picked if v is not None and v.is_initializer() and len(v.const_value.shape) == 2}
 
 
 def limits_of(model: ir.Model, inputs: list[InputSpec]) -> dict[str, int]:
