@@ -186,12 +186,11 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
   rows.vecs = static_cast<int>((block.count + kLanes - 1) / kLanes);
   rows.begin = job.total_len, rows.end = 0, rows.common_begin = 0, rows.common_end = job.total_len;
   rows.shared_mask = true;
+  int64_t head = block.kv_head * job.group + block.first / p.q_len, query = block.first % p.q_len;
   for (int64_t r = 0; r < rows.vecs * kLanes; ++r) {
     rows.lo[r] = rows.hi[r] = 0;
     rows.mask[r] = nullptr;
     if (r >= block.count) continue;
-    const int64_t head = block.kv_head * job.group + (block.first + r) / p.q_len;
-    const int64_t query = (block.first + r) % p.q_len;
     rows.head[r] = head, rows.query[r] = query;
     const int64_t position = query + offset;
     int64_t lo = 0, hi = valid;
@@ -209,6 +208,7 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
     rows.lo[r] = static_cast<int32_t>(lo), rows.hi[r] = static_cast<int32_t>(hi);
     rows.common_begin = greater(rows.common_begin, lo), rows.common_end = lesser(rows.common_end, hi);
     if (hi > lo) rows.begin = lesser(rows.begin, lo), rows.end = greater(rows.end, hi);
+    if (++query == p.q_len) ++head, query = 0;
   }
   if (mask.data && rows.shared_mask) {  // padding, as a rule
     while (rows.end > rows.begin && !mask_allows(mask.type, rows.mask[0], rows.end - 1)) --rows.end;
@@ -221,17 +221,17 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
 static void pack_queries(const AttentionJob& job, const RowBlock& block, const Rows& rows, float* q_t, int64_t ld) {
   const QuantumAttentionParams& p = job.params;
   const int64_t bytes = element_size(p.type);
+  const char* src[kMaxRows];
+  for (int64_t r = 0; r < rows.count; ++r) {
+    src[r] = row_of(job.tensors.q, p.type, block.batch, rows.head[r], rows.query[r]);
+    for (int64_t at = 0; at < p.head_size * bytes; at += 64) __builtin_prefetch(src[r] + at);
+  }
   for (int64_t r0 = 0; r0 < ld; r0 += kLanes) {
-    const char* src[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t r = r0 + lane;
-      src[lane] = r < rows.count ? row_of(job.tensors.q, p.type, block.batch, rows.head[r], rows.query[r]) : nullptr;
-    }
     for (int64_t x = 0; x < p.head_size; x += kLanes) {
       const int64_t n = lesser<int64_t>(kLanes, p.head_size - x);
       vf m[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        m[lane] = src[lane] ? load_part(p.type, src[lane] + x * bytes, n) * p.scale : vf{};
+        m[lane] = r0 + lane < rows.count ? load_part(p.type, src[r0 + lane] + x * bytes, n) * p.scale : vf{};
       }
       transpose(m);
       for (int64_t i = 0; i < n; ++i) store(q_t + (x + i) * ld + r0, m[i]);
