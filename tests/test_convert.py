@@ -264,3 +264,47 @@ def test_wrong_arguments(source, tmp_path, arguments, words):
     for word in words:
         assert word in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_onnxruntimes_optimizer(tmp_path):
+    """Embedding, attention and normalisation fused to com.microsoft ops, and LayerNormalization in an opset without it."""
+    width, rng = 16, np.random.default_rng(0)
+    text = """
+    <ir_version: 7, opset_import: ["": 14, "com.microsoft": 1]>
+    g (int32[batch,sequence] input_ids, int32[batch,sequence] attention_mask) => (float[batch,sequence,16] y) {
+      e, m = com.microsoft.EmbedLayerNormalization(input_ids, , words, places, , gamma, beta, attention_mask)
+      a = com.microsoft.Attention<num_heads=2>(e, w, b, m)
+      s = com.microsoft.SkipLayerNormalization(a, e, gamma, beta)
+      y = LayerNormalization<axis=-1, epsilon=0.00001>(s, gamma, beta)
+    }"""
+    model = onnx.parser.parse_model(text)
+    shapes = {"words": (30, width), "places": (20, width), "gamma": (width,), "beta": (width,), "w": (width, 48), "b": (48,)}
+    for name, shape in shapes.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    path = tmp_path / "optimized.onnx"
+    onnx.save(model, path)
+    inputs = {k: v.astype(np.int32) % 30 for k, v in feeds().items()}
+    expected = run(path, inputs, False)
+    for opset in (17, 23):
+        report = convert(path, tmp_path / str(opset), num_samples=64, opset=opset)
+        assert [(s["q_heads"], s["head_size"]) for s in report.sites] == [(2, 8)]
+        assert report.manifest["limits"] == {"sequence": 20}
+        assert report.manifest["inputs"][0]["high"] == 30
+        for library in (False, True):
+            assert_equal(expected, run(tmp_path / str(opset) / "model.onnx", inputs, library))
+
+
+def test_the_longest_sequence_is_measured(tmp_path):
+    """A table of positions that is looked up by computed ids, which start behind a padding id as RoBERTa's do."""
+    model = encoder()
+    for node in model.graph.node:
+        if "ids" in node.output:
+            node.output[0] = "ids_from_0"
+    at = next(i for i, node in enumerate(model.graph.node) if "ids_from_0" in node.output)
+    model.graph.node.insert(at + 1, onnx.helper.make_node("Add", ["ids_from_0", "second"], ["ids"], name="shift"))
+    for tensor in model.graph.initializer:
+        if tensor.name == "positions":
+            tensor.CopyFrom(numpy_helper.from_array(np.append(np.arange(POSITIONS + 9), 0)[None], "positions"))
+    onnx.save(model, tmp_path / "m.onnx")
+    report = convert(tmp_path / "m.onnx", tmp_path / "b")
+    assert report.manifest["limits"] == {"sequence": POSITIONS - 2}

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qexport.errors import QexportError
 from qexport.sources.quiet import reason_of
 
+_ASIDE = "qexport.aside"
 _KEPT = 1024  # bytes; small tensors stay, since adapters read axes, scales and pads from them
 
 
@@ -36,6 +37,7 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
             model.graph.inputs.append(value)
         elif isinstance(tensor, ir.ExternalTensor):  # a proto would keep the file's name but forget its folder
             value.const_value = ir.tensor(tensor.numpy().copy(), name=key)
+    strangers = _set_aside(model, present)
     try:
         proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:  # the converter is C++ and raises RuntimeError, InferenceError and others
@@ -45,9 +47,26 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
             ) from error
         raise QexportError(f"{name}: onnx cannot raise it from opset {present} to {opset}: {reason_of(error)}") from error
     raised = ir.from_proto(proto)
+    if strangers:
+        for node in raised.graph.all_nodes():
+            node.domain = "" if node.domain == _ASIDE else node.domain
+        raised.opset_imports.pop(_ASIDE, None)
     for value in list(raised.graph.inputs):
         if value.name in kept:
             raised.graph.inputs.remove(value)
             value.const_value = kept[value.name]
             raised.graph.register_initializer(value)
     return raised
+
+
+def _set_aside(model: ir.Model, opset: int) -> bool:
+    """Move nodes that ai.onnx does not have at this opset to a domain the converter passes over; whether there are any.
+
+    onnxruntime's optimizer writes LayerNormalization and its kin into ai.onnx whatever the opset.
+    """
+    strangers = [n for n in model.graph.all_nodes() if n.domain == "" and not onnx.defs.has(n.op_type, opset, "")]
+    for node in strangers:
+        node.domain = _ASIDE
+    if strangers:
+        model.opset_imports[_ASIDE] = 1
+    return bool(strangers)

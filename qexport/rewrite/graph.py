@@ -4,6 +4,16 @@ import numpy as np
 import onnx_ir as ir
 
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Where", "Softmax", "Cast", "Identity", "Dropout", "Not", "Pow", "MatMul"}
+# Ops of onnxruntime, unknown to onnx's shape inference, whose first output has the shape of the first input.
+RUNTIME_SAME_SHAPE = {
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+    "QuickGelu",
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+}
 # Ops that scales are computed with in exported files; evaluated only on a few constant numbers.
 _FOLDABLE = {
     "Add",
@@ -117,6 +127,10 @@ def rank(value: ir.Value | None, depth: int = 12) -> int | None:
         if shape is not None and isinstance(shape[0], int):
             return shape[0]
         return len(source.inputs) if source is not None and source.op_type == "Concat" else None
+    if node.op_type in RUNTIME_SAME_SHAPE:
+        return rank(node.inputs[0], depth - 1)
+    if node.op_type == "EmbedLayerNormalization":
+        return 1 if value is node.outputs[1] else 3
     if node.op_type in _ELEMENTWISE:
         ranks = [r for x in node.inputs if (r := rank(x, depth - 1)) is not None]
         return max(ranks, default=None)

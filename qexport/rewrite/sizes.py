@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from qexport.rewrite.graph import attribute, constant, is_op, rank, size
+from qexport.rewrite.graph import RUNTIME_SAME_SHAPE, attribute, constant, is_op, rank, size
 
 _CACHE = "qexport.sizes"
 _SAME_SHAPE = ("Cast", "Identity", "Dropout", "Softmax", "Neg", "Sigmoid", "Tanh", "LayerNormalization")
@@ -28,7 +28,7 @@ def known_size(value: ir.Value | None, axis: int) -> int | None:
 def _from_producer(value: ir.Value, axis: int, axes: int) -> int | None:
     node = value.producer()
     source = node.inputs[0] if node.inputs else None
-    if is_op(node, *_SAME_SHAPE):
+    if is_op(node, *_SAME_SHAPE) or node.op_type in RUNTIME_SAME_SHAPE:
         return known_size(source, axis)
     if is_op(node, "Transpose") and "perm" in node.attributes:
         return known_size(source, node.attributes["perm"].as_ints()[axis])
@@ -52,6 +52,10 @@ def _from_producer(value: ir.Value, axis: int, axes: int) -> int | None:
         return known_size(source, axis) if attribute(node, "axis", 0) % axes != axis else None
     if is_op(node, "Unsqueeze", "Squeeze"):
         return _through_ones(node, axis, axes)
+    if node.op_type == "EmbedLayerNormalization" and axis == 2:
+        return size(node.inputs[2], 1)
+    if is_op(node, "MatMul") and axis == axes - 1:
+        return known_size(node.inputs[1], -1)
     if is_op(node, "Gather") and rank(node.inputs[1]) == 0:
         dropped = attribute(node, "axis", 0) % (axes + 1)
         return known_size(source, axis if axis < dropped else axis + 1)

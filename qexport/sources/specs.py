@@ -34,6 +34,8 @@ def picked_rows(value: ir.Value, depth: int = 6) -> int | None:
             rows = known_size(node.inputs[0], 0)
             if rows is not None and len(node.inputs[0].shape) == 2:
                 return rows
+        if node.op_type == "EmbedLayerNormalization" and index in (0, 1):  # ids and segments, tables 2 and 4
+            return known_size(node.inputs[2 + 2 * index], 0)
         if is_op(node, *_PASSED) and index == 0 and depth and (found := picked_rows(node.outputs[0], depth - 1)):
             return found
     return None
@@ -49,8 +51,14 @@ def limits_of(model: ir.Model, inputs: list[InputSpec]) -> dict[str, int]:
     """The longest sequence, from a table of position ids 0, 1, 2, ... in the graph; empty when there is none."""
     axes = [spec.shape[1] for spec in inputs if spec.kind == "token_ids" and len(spec.shape) == 2]
     axes = [axis for axis in axes if isinstance(axis, str) and axis.isidentifier()]
-    lengths = [length for value in _integer_constants(model) if (length := _counted(value))]
+    lengths = [rows for node in model.graph.all_nodes() if (rows := _runtime_positions(node))]
+    lengths += [length for value in _integer_constants(model) if (length := _counted(value))]
     return {axes[0]: min(lengths)} if axes and lengths else {}
+
+
+def _runtime_positions(node: ir.Node) -> int | None:
+    """Rows of the position table of onnxruntime's EmbedLayerNormalization."""
+    return known_size(node.inputs[3], 0) if node.op_type == "EmbedLayerNormalization" else None
 
 
 def _integer_constants(model: ir.Model):
