@@ -139,5 +139,3 @@ def _extras() -> list[Finding]:
 def all_well(findings: list[Finding]) -> bool:
     """Whether nothing is broken."""
     return all(finding.state != BROKEN for finding in findings)
-
-

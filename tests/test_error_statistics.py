@@ -5,7 +5,7 @@ import pytest
 from bundle_factory import HEADS
 from scipy import stats
 
-from qexport.statistics import (
+from qexport.validation.statistics import (
     EXACT,
     SYSTEMATIC,
     TOO_FEW,
@@ -15,7 +15,7 @@ from qexport.statistics import (
     f_survival,
     t_quantile,
 )
-from qexport.unpadded import as_floats, by_head, keep_masks, padded_axis, rows
+from qexport.validation.unpadded import as_floats, by_head, keep_masks, padded_axis, rows
 
 
 def test_distributions_against_scipy():
@@ -117,7 +117,7 @@ def test_chunks_do_not_change_the_figures(monkeypatch):
     rng = np.random.default_rng(0)
     c, y = rng.standard_normal((3, 50)), rng.standard_normal((2, 3, 50))
     whole = accumulate(c, y, heads=3).metrics(1e-6)
-    monkeypatch.setattr("qexport.statistics.CHUNK", 21)
+    monkeypatch.setattr("qexport.validation.statistics.CHUNK", 21)
     chunked = accumulate(c, y, heads=3).metrics(1e-6)
     assert chunked["elements"] == whole["elements"] == 150
     assert chunked["relative_error_per_seed"] == pytest.approx(whole["relative_error_per_seed"], rel=1e-12)

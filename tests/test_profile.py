@@ -14,7 +14,7 @@ from qexport import profiling
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.profiling import CLASSICAL, CONVERTED, median_interval, profile
-from qexport.trace import arena_peak, node_table, op_table, peak_raises, placement, read_trace
+from qexport.profiling.trace import arena_peak, node_table, op_table, peak_raises, placement, read_trace
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from bundle_factory import HEADS, attribute, make_bundle, site_output
 from onnx import numpy_helper
 
 from qexport.bundle import Bundle
-from qexport.comparison import _groups
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
-from qexport.probes import LOCAL, beside, ordered_sites
-from qexport.sensitivity import sensitivity
-from qexport.statistics import SAMPLING, SYSTEMATIC, TOO_FEW
 from qexport.validation import DEFAULT_MAX_ERROR, ROUNDING, validate
+from qexport.validation.comparison import _groups
+from qexport.validation.probes import LOCAL, beside, ordered_sites
+from qexport.validation.sensitivity import sensitivity
+from qexport.validation.statistics import SAMPLING, SYSTEMATIC, TOO_FEW
 
 MODULES = [f"encoder.{i}.attention" for i in range(4)]
 
@@ -164,7 +164,7 @@ def test_without_the_library(tmp_path):
 def test_large_values_are_compared_in_groups(tmp_path, monkeypatch):
     make_bundle(tmp_path / "b", layers=3)
     whole = validate(tmp_path / "b").to_dict()
-    monkeypatch.setattr("qexport.comparison.SITE_MEMORY", 1)
+    monkeypatch.setattr("qexport.validation.comparison.SITE_MEMORY", 1)
     assert [len(group) for group in _groups([np.zeros(4)] * 3, 2)] == [1, 1, 1]
     assert validate(tmp_path / "b").to_dict() == whole
 

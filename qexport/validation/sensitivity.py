@@ -11,9 +11,9 @@ from onnx import numpy_helper
 
 from qexport import runtime
 from qexport.external_data import load_structure
-from qexport.probes import open_probe, watch
-from qexport.statistics import ErrorAccumulator
-from qexport.unpadded import as_floats, keep_masks, padded_axis, rows
+from qexport.validation.probes import open_probe, watch
+from qexport.validation.statistics import ErrorAccumulator
+from qexport.validation.unpadded import as_floats, keep_masks, padded_axis, rows
 
 QUANTIZERS = {"DynamicQuantizeLinear", "QuantizeLinear"}
 PERTURBED = "__qexport_perturbed"

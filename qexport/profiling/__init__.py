@@ -22,7 +22,7 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.data import dimension_sizes, generate
 from qexport.errors import QexportError, UsageError
-from qexport.trace import arena_peak, node_table, op_table, placement, read_trace
+from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
 SCHEMA = "qexport.profile"
 SCHEMA_VERSION = 1
@@ -247,7 +247,7 @@ def _memory(path, library, providers, threads, feed) -> dict:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         try:
             child = subprocess.run(
-                [sys.executable, "-m", "qexport._memory_child"],
+                [sys.executable, "-m", "qexport.profiling.memory_child"],
                 input=json.dumps(request),
                 capture_output=True,
                 text=True,

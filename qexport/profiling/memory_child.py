@@ -1,4 +1,4 @@
-"""Runs one model in a process of its own and prints its memory and load time as JSON: `python -m qexport._memory_child`.
+"""Runs one model in a process of its own and prints its memory and load time as JSON: the program `python -m` runs.
 
 A process keeps its peak for ever, so two models that share one cannot be told apart. The request comes as JSON on stdin:
 {"model", "library", "providers", "threads", "feed": path of an .npz, "runs"}.
@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from qexport.errors import QexportError
-from qexport.rss import current_rss, peak_rss
+from qexport.profiling.rss import current_rss, peak_rss
 from qexport.runtime import onnxruntime, quiet_options, run, session
 
 

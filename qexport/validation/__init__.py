@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass, field
 
 from qexport.bundle import Bundle
-from qexport.comparison import compare
 from qexport.data import load_inputs
 from qexport.errors import UsageError
 from qexport.runtime import onnxruntime
-from qexport.statistics import BIAS_LEVEL, EXACT, SAMPLING, SYSTEMATIC
+from qexport.validation.comparison import compare
+from qexport.validation.statistics import BIAS_LEVEL, EXACT, SAMPLING, SYSTEMATIC
 
 SCHEMA = "qexport.validate"
 SCHEMA_VERSION = 1

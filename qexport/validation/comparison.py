@@ -13,10 +13,10 @@ from qexport.bundle import Bundle
 from qexport.data import Inputs
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
-from qexport.probes import beside, open_probe, ordered_sites, watch
-from qexport.sensitivity import quantizes, sensitivity
-from qexport.statistics import ErrorAccumulator
-from qexport.unpadded import as_floats, by_head, keep_masks, padded_axis, rows
+from qexport.validation.probes import beside, open_probe, ordered_sites, watch
+from qexport.validation.sensitivity import quantizes, sensitivity
+from qexport.validation.statistics import ErrorAccumulator
+from qexport.validation.unpadded import as_floats, by_head, keep_masks, padded_axis, rows
 
 # Values of sites that are held at once, in bytes; sites are compared in groups that fit.
 SITE_MEMORY = 512 * 2**20
