@@ -31,6 +31,7 @@ bool runs_avx512() {
 
 Choice choose() {
 #if defined(QEXPORT_HAVE_X86)
+  __builtin_cpu_init();
   const Kernels* best = runs_avx512() ? &avx512::kernels : runs_avx2() ? &avx2::kernels : &generic::kernels;
 #elif defined(QEXPORT_HAVE_NEON)
   const Kernels* best = &neon::kernels;

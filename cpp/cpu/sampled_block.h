@@ -66,7 +66,7 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
     // A key that is not attended to must not lend its norm, which may be NaN.
     const vf xj = norm ? (pj > 0.0f ? pj * norm[j] : vf{}) : pj;
     largest = max(xj, largest);
-    store(x + j * ld, take_all & (pj > 0.0f) ? splat(kInf) : xj);
+    store(x + j * ld, (take_all & (pj > 0.0f)) ? splat(kInf) : xj);
     return xj;
   });
   rest = take_all ? vf{} : rest;

@@ -44,7 +44,7 @@ static vf take_largest(const float* p, float* x, int64_t ld, int64_t n, vi k, vf
     const vi trial = threshold | (1 << bit);
     vi count{};
     for (int64_t j = 0; j < n; ++j) count -= load<vi>(p + j * ld) >= trial;
-    threshold = open & (count >= k) ? trial : threshold;
+    threshold = (open & (count >= k)) ? trial : threshold;
     open &= count != k;
   }
   vi above{};
@@ -57,7 +57,7 @@ static vf take_largest(const float* p, float* x, int64_t ld, int64_t n, vi k, vf
     ties += tie;
     const vi taken = ((bits > threshold) | tie) & (bits > 0);
     const vf xj = load<vf>(x + j * ld);
-    const vf other = taken | (xj == kInf) ? vf{} : xj;
+    const vf other = (taken | (xj == kInf)) ? vf{} : xj;
     most = max(other, most);
     if (lane_bits(taken)) store(x + j * ld, taken ? splat(kInf) : xj);
     return other;

@@ -9,7 +9,9 @@
 #if defined(__AVX2__)
 // GCC 12 warns about its own undefined-vector intrinsics where they are inlined.
 #pragma GCC diagnostic push
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
