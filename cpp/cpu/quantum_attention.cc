@@ -155,7 +155,7 @@ void join(const AttentionJob& job, bool values, int64_t b, int64_t h) {
   if (p.kv_len > 0) copy(fresh, p.kv_len);
 }
 
-// The budget of batch item b: S_r = min(n_r, max(1, c g_r)), g_r = S_h exp(H_r), with c such that sum S_r = sum min(S_h,
+// The budget of batch item b: S_r = min(n_r, max(1, c g_r)), g_r = S_h sqrt(exp H_r), with c such that sum S_r = sum min(S_h,
 // n_r).
 void share_budget(const AttentionJob& job, int64_t b) {
   const QuantumAttentionParams& p = job.params;
@@ -165,7 +165,7 @@ void share_budget(const AttentionJob& job, int64_t b) {
   double target = 0.0, high = 0.0, low = 0.0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t samples = p.num_samples[p.num_samples_count == 1 ? 0 : r / p.q_len];
-    g[r] = static_cast<double>(samples) * std::exp(static_cast<double>(job.entropy[first + r]));
+    g[r] = static_cast<double>(samples) * std::exp(0.5 * static_cast<double>(job.entropy[first + r]));
     if (allowed[r] == 0) continue;
     target += static_cast<double>(std::min<int64_t>(samples, allowed[r]));
     high = std::max(high, allowed[r] / g[r]);

@@ -190,10 +190,10 @@ def _systematic_weights(p, size, budget, always, seed, layer):
 
 
 def _share_budget(p, samples, n_allowed):
-    """Samples per row of `adaptive`: in proportion to exp(entropy), between 1 and the number of allowed keys."""
+    """Samples per row of `adaptive`: in proportion to sqrt(exp(entropy)), between 1 and the number of allowed keys."""
     entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
     live = n_allowed > 0
-    want = torch.where(live, samples * entropy.exp(), 0).double()
+    want = torch.where(live, samples * (entropy / 2).exp(), 0).double()
     n = n_allowed.double()
     target = torch.where(live, torch.minimum(samples.double(), n), 0).sum((1, 2), keepdim=True)
 
