@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         x = self.words(input_ids)
         for layer in self.layers:
             x = layer(x, mask)
-        return x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 def ids(batch=2, length=7):

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qexport.errors import QexportError
 from qexport.sources.quiet import reason_of
 
+_REDUCE_AXES = 18  # the opset in which ReduceMean and its kin take their axes as an input
 _ASIDE = "qexport.aside"
 _KEPT = 1024  # bytes; small tensors stay, since adapters read axes, scales and pads from them
 
@@ -25,6 +26,7 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
     present = model.opset_imports.get("", 1)
     if present == opset:
         return model
+    metadata = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph.all_nodes() if node.metadata_props}
     kept = {}
     for key, value in list(model.graph.initializers.items()):
         tensor = value.const_value
@@ -47,10 +49,17 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
             ) from error
         raise QexportError(f"{name}: onnx cannot raise it from opset {present} to {opset}: {reason_of(error)}") from error
     raised = ir.from_proto(proto)
+    for node in raised.graph.all_nodes():  # the converter drops it
+        node.metadata_props.update(metadata.get(node.outputs[0].name, {}))
     if strangers:
         for node in raised.graph.all_nodes():
             node.domain = "" if node.domain == _ASIDE else node.domain
         raised.opset_imports.pop(_ASIDE, None)
+    if opset < _REDUCE_AXES <= present:
+        # the converter turns the axes back into an attribute but forgets this one, which came with the input
+        for node in raised.graph.all_nodes():
+            if node.domain == "" and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+                node.attributes.pop("noop_with_empty_axes", None)
     for value in list(raised.graph.inputs):
         if value.name in kept:
             raised.graph.inputs.remove(value)

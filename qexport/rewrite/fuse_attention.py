@@ -46,6 +46,14 @@ def module_of(node: ir.Node) -> str:
     return node.metadata_props.get("qexport.module") or module_from_name(node.name or "")
 
 
+def _module_around(product: ir.Node) -> str:
+    """The torch module of the nodes right behind a product; torch decomposes attention into nodes without a module name."""
+    for user in consumers(product.outputs[0]):
+        if found := module_of(user) or next((m for u in consumers(user.outputs[0]) if (m := module_of(u))), ""):
+            return found
+    return ""
+
+
 def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, list[ir.Value]] | None:
     """Walk on from a Softmax to the product with the values.
 
@@ -225,7 +233,7 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Prod
         outputs=[y],
         name=site_name(softmax),
     )
-    if module := module_of(softmax):
+    if module := module_of(softmax) or _module_around(product):
         node.metadata_props["qexport.module"] = module
     builder.anchor.graph.insert_before(builder.anchor, node)
     plain = heads.joined and (values.out_perm is None or values.out_perm == list(range(values.rank)))

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, is_op, rank, size
+from qexport.rewrite.graph import Builder, attribute, is_op, rank, scalar, size
+from qexport.rewrite.scores import MASKED
 from qexport.rewrite.sizes import known_size
 
 _LOWEST = {
@@ -34,8 +35,11 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
                 "it would be a dense batch x heads x queries x keys tensor of every run"
             )
     dtype = q.dtype or ir.DataType.FLOAT
-    bias = None
+    bias, masks = None, list(scores.masks)
     for value, factor, where in scores.biases:
+        if (flag := _padding_flag(value, factor)) is not None:
+            masks.append((flag, True, where))
+            continue
         term = _aligned(builder, value, where, heads, q, k)
         if factor != 1.0:
             term = builder.node(
@@ -44,7 +48,7 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
         term = _typed(builder, term, q, dtype)
         bias = term if bias is None else builder.node("Add", bias, term, like=q)
     keep = None
-    for value, keeps, where in scores.masks:
+    for value, keeps, where in masks:
         flag = (
             value if value.dtype in (ir.DataType.BOOL, None) else builder.node("Cast", value, to=9, dtype=ir.DataType.BOOL)
         )
@@ -54,6 +58,21 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
     if keep is not None and bias is not None:
         return builder.node("Where", keep, bias, _number_like(builder, _LOWEST[dtype], q), like=q)
     return keep if keep is not None else bias
+
+
+def _padding_flag(value: ir.Value, factor: float) -> ir.Value | None:
+    """m when a bias is (1 - m) * low with a 0/1 integer mask m, as exporters write padding; else None."""
+    product = value.producer()
+    if not is_op(product, "Mul"):
+        return None
+    for inverted, low in (product.inputs, product.inputs[::-1]):
+        level, sub = scalar(low), inverted.producer()
+        if level is None or level * factor > MASKED or not is_op(sub, "Sub") or scalar(sub.inputs[0]) != 1:
+            continue
+        cast = sub.inputs[1].producer()
+        if is_op(cast, "Cast") and cast.inputs[0].dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
+            return cast.inputs[0]
+    return None
 
 
 def _number_like(builder: Builder, value: float, q: ir.Value) -> ir.Value:

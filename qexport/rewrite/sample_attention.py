@@ -47,9 +47,9 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
             chosen.append(node)
         except DeclinedError as reason:
             left_alone.append(LeftAlone(node.name or "", module_of(node), str(reason)))
-    recipe.check_matches([(module_of(node), node.name or "") for node in chosen]) if chosen else None
     if not chosen:
         return [], left_alone
+    recipe.check_matches([(module_of(node), node.name or "") for node in chosen])
     seed = add_seed(model, recipe.seed)
     n_outputs = max(len(node.outputs) for node in chosen)
     sites = [_replace(node, layer, recipe, seed, n_outputs) for layer, node in enumerate(chosen)]
@@ -100,7 +100,9 @@ def _replace(node: ir.Node, layer: int, recipe: Recipe, seed: ir.Value, n_output
     proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=layer, **sampling, **copied)
     inputs = [*node.inputs, *[None] * (_SEED_INDEX - len(node.inputs)), seed]
     outputs = list(node.outputs)
-    fresh = [ir.Value(name="" if i >= len(outputs) else None) for i in range(n_outputs)]
+    # every node has the outputs of the one function; a blank one would be dropped when the file is written
+    unused = [f"{outputs[0].name}/qexport_unused_{i}" for i in range(len(outputs), n_outputs)]
+    fresh = [ir.Value() for _ in outputs] + [ir.Value(name=name) for name in unused]
     new = ir.Node(
         DOMAIN,
         "QuantumAttention",

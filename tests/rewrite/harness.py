@@ -33,12 +33,15 @@ def feeds(model: onnx.ModelProto, seed: int = 0) -> dict[str, np.ndarray]:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if dtype == np.bool_:
             array = rng.random(shape) < 0.6
-            array[..., 0] = True
+            if shape:
+                array[..., 0] = True
+        elif value.name == "pad":
+            array = np.arange(shape[1]) < np.array([[shape[1]], [shape[1] - 3]])
         elif np.issubdtype(dtype, np.integer):
             array = rng.integers(0, 12, shape)
         else:
             array = rng.standard_normal(shape)
-        result[value.name] = array.astype(dtype)
+        result[value.name] = np.asarray(array, dtype)
     return result
 
 

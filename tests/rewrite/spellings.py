@@ -16,7 +16,6 @@ class Spelling:
     constants: str = ""
     opset: int = 17
     output: str = "float[b,4,l,8] y"
-    masked: bool = False
     sites: int = 1
 
     @property
@@ -99,25 +98,27 @@ FUSED = {
         KT + "s0 = MatMul(q, kt) s1 = Div(s0, c) s2 = Where(keep, s1, low) " + SOFT,
         inputs=HEADS + KEEP,
         constants=SCALE + LOW,
-        masked=True,
     ),
     "where drop": Spelling(
         KT + "s0 = MatMul(q, kt) s1 = Div(s0, c) drop = Not(keep) s2 = Where(drop, low, s1) " + SOFT,
         inputs=HEADS + KEEP,
         constants=SCALE + ", float low = {-10000}",
-        masked=True,
     ),
     "where and bias": Spelling(
         KT + "s0 = MatMul(q, kt) s1 = Add(s0, rel) s2 = Where(keep, s1, low) " + SOFT,
         inputs=HEADS + KEEP + ", float[1,4,l,s] rel",
         constants=LOW[2:],
-        masked=True,
     ),
     "two wheres": Spelling(
         KT + "s0 = MatMul(q, kt) s1 = Where(keep, s0, low) s2 = Where(also, s1, low) " + SOFT,
         inputs=HEADS + KEEP + ", bool[1,1,l,s] also",
         constants=LOW[2:],
-        masked=True,
+    ),
+    "padding as a bias": Spelling(
+        KT + "m1 = Unsqueeze(pad, places) m2 = Cast<to=1>(m1) m3 = Sub(one, m2) bias = Mul(m3, low) s0 = MatMul(q, kt) "
+        "s1 = Add(s0, rel) s2 = Add(s1, bias) " + SOFT,
+        inputs=HEADS + ", int64[b,s] pad, float[1,4,l,s] rel",
+        constants=LOW[2:] + ", float one = {1}, int64[2] places = {1, 2}",
     ),
     "floor under the scores": Spelling(
         KT + "s0 = MatMul(q, kt) s1 = Add(s0, bias) s2 = Max(s1, low) " + SOFT, inputs=HEADS + BIAS, constants=LOW[2:]
@@ -127,7 +128,6 @@ FUSED = {
         "g = Where(n, zero, p) y = MatMul(g, v)",
         inputs=HEADS + KEEP,
         constants=LOW[2:] + ", float zero = {0}",
-        masked=True,
     ),
     "dropout and identity": Spelling(
         KT

@@ -73,8 +73,12 @@ def test_grouped_heads_are_not_repeated():
     assert "Expand" not in done.ops()
 
 
-def test_where_gives_a_boolean_mask():
-    done = Rewritten(parse(FUSED["where keep"].text))
+PADDING = FUSED["padding as a bias"].text.replace("s1 = Add(s0, rel) s2 = Add(s1, bias)", "s2 = Add(s0, bias)")
+
+
+@pytest.mark.parametrize("text", [FUSED["where keep"].text, PADDING])
+def test_masks_become_boolean(text):
+    done = Rewritten(parse(text))
     inferred = onnx.shape_inference.infer_shapes(done.classical)
     node = next(n for n in done.classical.graph.node if n.op_type == "Attention")
     types = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
