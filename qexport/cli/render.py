@@ -52,27 +52,32 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+def recipe_text(strategy: str = "", num_samples=(), **_) -> str:
+    """How a site is sampled: "stratified, 32 samples", "exact", or blank for attention that is not ours."""
+    return f"{strategy}, {samples_text(num_samples)} samples" if strategy not in ("", "exact") else strategy
+
+
+def _show_kinds(sites: list[dict]) -> None:
+    """A line for each group of like sites."""
+    kinds: dict[tuple, list[dict]] = {}
+    for site in sites:
+        kinds.setdefault((recipe_text(**site), site["q_heads"], site["kv_heads"], site["head_size"]), []).append(site)
+    for (recipe, q_heads, kv_heads, size), group in kinds.items():
+        heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads} heads on {kv_heads}"
+        names = site_label(group[0]) + (f" ... {site_label(group[-1])}" if len(group) > 1 else "")
+        click.echo(f"  {len(group)} x {recipe}, {heads} of {size}: {names}")
+
+
 def show_conversion(report, verbose: bool) -> None:
     """What `convert` did."""
     found = len(report.sites) + len(report.left_alone)
     verb = "converted" if report.path else "would be converted"
     click.echo(f"{len(report.sites)} of {plural(found, 'attention')} {verb}")
-    kinds: dict[tuple, list[dict]] = {}
-    for site in report.sites:
-        heads = (site["q_heads"], site["kv_heads"], site["head_size"])
-        kinds.setdefault((site["strategy"], samples_text(site["num_samples"]), *heads), []).append(site)
     if verbose:
-        rows = [
-            (site_label(s), s["strategy"], samples_text(s["num_samples"]), s["q_heads"], s["head_size"])
-            for s in report.sites
-        ]
-        table("", ("site", "strategy", "samples", "heads", "head size"), rows, text_columns=2)
+        rows = [(site_label(s), recipe_text(**s), s["q_heads"], s["head_size"]) for s in report.sites]
+        table("", ("site", "recipe", "heads", "head size"), rows, text_columns=2)
     else:
-        for (strategy, samples, q_heads, kv_heads, size), sites in kinds.items():
-            heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads} heads on {kv_heads}"
-            names = site_label(sites[0]) + (f" ... {site_label(sites[-1])}" if len(sites) > 1 else "")
-            how = strategy if strategy == "exact" else f"{strategy}, {samples} samples"
-            click.echo(f"  {len(sites)} x {how}, {heads} of {size}: {names}")
+        _show_kinds(report.sites)
     for site in report.left_alone:
         click.echo(f"  left alone {site_label(site)}: {site['reason']}")
     for note in report.notes:
@@ -88,11 +93,13 @@ def show_conversion(report, verbose: bool) -> None:
 
 
 def percent(value: float | None) -> str:
-    """A relative error with two digits that count: 4.1 %, 0.012 %, 3.2e-07."""
+    """A relative error with two digits that count: 190 %, 4.1 %, 0.012 %, 3.2e-07."""
     if value is None:
         return "not finite"
     if value == 0:
         return "0"
+    if value >= 1:
+        return f"{100 * value:.0f} %"
     return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"
 
 
@@ -154,9 +161,7 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
     shown = sites if verbose or len(sites) <= 12 else sorted(sites, key=own, reverse=True)[:5]
     columns = {
         "site": site_label,
-        "recipe": lambda s: (
-            s["strategy"] if s["strategy"] == "exact" else f"{s['strategy']}, {samples_text(s['num_samples'])}"
-        ),
+        "recipe": lambda s: recipe_text(**s),
         "deviation": lambda s: s["local"]["bias"]["verdict"] if s["local"] else "",
         "own error": lambda s: _error_text(s["local"]),
         "worst head": lambda s: _head_text((s["local"] or {}).get("worst_head")),
@@ -280,9 +285,9 @@ def show_inspection(found: dict, verbose: bool) -> None:
     for key, value in facts.items():
         if value:
             click.echo(f"{key:10}{value}")
-    rows = [(site_label(site), site["op"], *_sampling(site["attributes"])) for site in found["attention"]]
-    if rows:
-        table("Attention", ("site", "op", "strategy", "samples"), rows, text_columns=3)
+    if found["attention"]:
+        rows = [(site_label(site), site["op"], recipe_text(**site["attributes"])) for site in found["attention"]]
+        table("Attention", ("site", "op", "recipe"), rows, text_columns=3)
     for site in found["left_alone"] or []:
         click.echo(f"left alone {site_label(site)}: {site['reason']}")
 
@@ -293,13 +298,6 @@ def _value_text(value: dict) -> str:
     )
 
 
-def _sampling(attributes: dict) -> tuple[str, str]:
-    """Strategy and samples of a QuantumAttention node; blank for other attentions."""
-    if "strategy" not in attributes:
-        return "", ""
-    return attributes["strategy"], samples_text(attributes["num_samples"])
-
-
 def show_demo(report, verbose: bool) -> None:
     """One table for the whole demo, and what to try next."""
     conversion, checked, timed = report.conversion, report.validation.to_dict(), report.profile.to_dict()
@@ -308,7 +306,7 @@ def show_demo(report, verbose: bool) -> None:
     sites = conversion.sites
     rows = [
         ("attentions converted", f"{len(sites)} of {len(sites) + len(conversion.left_alone)}"),
-        ("recipe", f"{sites[0]['strategy']}, {samples_text(sites[0]['num_samples'])} keys per query"),
+        ("recipe", recipe_text(**sites[0])),
         ("checked on", f"{plural(checked['data']['samples'], 'English text')}, {plural(len(checked['seeds']), 'seed')}"),
     ]
     for name, metrics in checked["outputs"]["library"].items():
