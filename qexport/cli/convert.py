@@ -3,7 +3,8 @@
 import click
 
 from qexport.cli import common_options, print_json
-from qexport.cli.render import progress_line, show_conversion
+from qexport.cli.render import show_conversion
+from qexport.cli.text import progress_line
 from qexport.ops import QUANTUM_ATTENTION
 
 

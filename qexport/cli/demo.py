@@ -10,7 +10,8 @@ from qexport.cli import common_options, print_json
 @common_options
 def command(output, as_json, quiet, verbose):
     """Convert a real MiniLM, validate it on English sentences, profile it, and print one table."""
-    from qexport.cli.render import progress_line, show_demo
+    from qexport.cli.render import show_demo
+    from qexport.cli.text import progress_line
     from qexport.demo import demo
 
     report = demo(output, progress=progress_line(quiet or as_json))

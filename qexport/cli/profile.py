@@ -33,7 +33,8 @@ class Numbers(click.ParamType):
 @common_options
 def command(bundle, providers, batch, seq, runs, warmup, threads, as_json, quiet, verbose):
     """Time the bundle in DIR and its classical model in one run, interleaved: latency, per op, memory, placement."""
-    from qexport.cli.render import progress_line, show_profile
+    from qexport.cli.render import show_profile
+    from qexport.cli.text import progress_line
     from qexport.profiling import profile
 
     report = profile(

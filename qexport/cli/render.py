@@ -1,60 +1,8 @@
 """Reports as text for people."""
 
-import sys
-
 import click
 
-
-def progress_line(silent: bool):
-    """A function that shows the current step on one line of stderr, or None when nobody watches it."""
-    if silent or not sys.stderr.isatty():
-        return None
-
-    def show(step: str) -> None:
-        click.echo(f"\r\x1b[K{step} ...", nl=False, err=True)
-
-    click.get_current_context().call_on_close(lambda: click.echo("\r\x1b[K", nl=False, err=True))
-    return show
-
-
-def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: int = 1) -> None:
-    """A table on stdout, without a head where `header` is blank.
-
-    The first `text_columns` columns are text, the others numbers, aligned to the right.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
-    for i, name in enumerate(header):
-        number = i >= text_columns
-        grid.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
-    # A pipe has no width: whole lines there, so that grep and diff see them.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(grid)
-
-
-def samples_text(numbers: list[int]) -> str:
-    """32, or "8 to 64" where the heads differ."""
-    return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
-
-
-def site_label(site: dict) -> str:
-    """How a site is called: its torch module where there is one, else its node."""
-    return site.get("module") or site["name"]
-
-
-def plural(count: int, word: str) -> str:
-    """ "1 attention", "2 attentions"."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
-def recipe_text(strategy: str = "", num_samples=(), **_) -> str:
-    """How a site is sampled: "stratified, 32 samples", "exact", or blank for attention that is not ours."""
-    return f"{strategy}, {samples_text(num_samples)} samples" if strategy not in ("", "exact") else strategy
+from qexport.cli.text import percent, plural, recipe_text, site_label, table
 
 
 def _show_kinds(sites: list[dict]) -> None:
@@ -90,17 +38,6 @@ def show_conversion(report, verbose: bool) -> None:
             f"for onnxruntime {manifest['min_onnxruntime']} and newer"
         )
         click.echo(f"next: qexport validate {report.path}")
-
-
-def percent(value: float | None) -> str:
-    """A relative error with two digits that count: 190 %, 4.1 %, 0.012 %, 3.2e-07."""
-    if value is None:
-        return "not finite"
-    if value == 0:
-        return "0"
-    if value >= 1:
-        return f"{100 * value:.0f} %"
-    return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"
 
 
 def _error_text(metrics: dict | None) -> str:

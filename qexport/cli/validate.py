@@ -22,7 +22,8 @@ def command(bundle, data, max_error, seeds, batch, seq, as_json, quiet, verbose)
 
     Exit code 3 when the error is out of tolerance.
     """
-    from qexport.cli.render import progress_line, show_validation
+    from qexport.cli.render import show_validation
+    from qexport.cli.text import progress_line
     from qexport.validation import validate
 
     progress = progress_line(quiet or as_json)
