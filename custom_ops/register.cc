@@ -15,7 +15,9 @@ bool can_infer_shapes(const char* version) {
 }
 
 // One domain for the life of the process; every session refers to it.
-OrtCustomOpDomain* make_domain(bool infer) {
+OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
+  ort = base->GetApi(kOrtApiVersion);
+  const bool infer = can_infer_shapes(base->GetVersionString());
   OrtCustomOpDomain* domain = nullptr;
   ort_check(ort->CreateCustomOpDomain("com.qexport", &domain));
   for (const DType type : {DType::f32, DType::f16, DType::bf16}) {
@@ -30,15 +32,13 @@ OrtCustomOpDomain* make_domain(bool infer) {
 extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
                                                                                             const OrtApiBase* base) {
   using namespace qexport;
-  static const OrtApi* const api = base->GetApi(kOrtApiVersion);
-  if (!api) {
-    // A status is made through the API that is not there; the session then fails at the first node of the domain.
-    std::fprintf(stderr, "libqexport_ops needs onnxruntime 1.17 or newer, this is %s\n", base->GetVersionString());
-    return nullptr;
+  if (!base->GetApi(kOrtApiVersion)) {
+    const std::string message =
+        std::string("libqexport_ops needs onnxruntime 1.17 or newer, this is ") + base->GetVersionString();
+    return base->GetApi(1)->CreateStatus(ORT_FAIL, message.c_str());
   }
-  ort = api;
   return ort_guard([&] {
-    static OrtCustomOpDomain* const domain = make_domain(can_infer_shapes(base->GetVersionString()));
+    static OrtCustomOpDomain* const domain = make_domain(base);
     ort_check(ort->AddCustomOpDomain(options, domain));
   });
 }

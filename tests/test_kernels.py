@@ -1,0 +1,147 @@
+"""The CPU kernels around the borders of their tiles, on every instruction set of this processor, against float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qexport import _core
+
+# Rows: one, the few that decoding takes, the border of that, of a vector, of a block. Keys: the borders of a tile of 64.
+ROWS = (1, 2, 5, 6, 16, 33, 64, 65)
+KEYS = (1, 15, 63, 64, 65, 129)
+# (head_size, v_head_size): below, at and above whole vectors of 4, 8 and 16.
+SIZES = ((1, 3), (7, 5), (16, 16), (17, 33), (64, 40))
+MASKS = (None, "bool", "float", "padding", "all true", "some rows empty")
+# float32 scores of up to 64 products of N(0, 1): a few ulp of the largest score, times the spread of V.
+TOLERANCE = 2e-5
+
+
+def make_mask(kind, rng, rows, keys):
+    if kind is None:
+        return None
+    if kind == "float":
+        return np.where(rng.random((rows, keys)) < 0.3, -np.inf, rng.standard_normal((rows, keys))).astype(np.float32)
+    if kind == "padding":
+        return np.arange(keys)[None] < max(1, keys // 2)
+    if kind == "all true":
+        return np.ones((rows, keys), bool)
+    mask = rng.random((rows, keys)) < 0.7
+    if kind == "some rows empty":
+        mask[::3] = False
+    return mask
+
+
+def reference(q, k, v, mask, causal):
+    """softmax(q k^T / sqrt(d) + mask) v in float64 for (heads, n, d) arrays; rows without an allowed key are 0."""
+    group = q.shape[0] // k.shape[0]
+    k, v = (np.repeat(x, group, 0).astype(np.float64) for x in (k, v))
+    scores = q.astype(np.float64) @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores + (np.where(mask, 0.0, -np.inf) if mask.dtype == bool else mask)
+    if causal:
+        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+    highest = scores.max(-1, keepdims=True)
+    p = np.exp(scores - np.where(np.isfinite(highest), highest, 0.0))
+    total = p.sum(-1, keepdims=True)
+    return p / np.where(total == 0, 1, total) @ v
+
+
+def run(q, k, v, mask, causal, **change):
+    options = {
+        "strategy": "exact",
+        "num_samples": [1],
+        "control_variate": 0,
+        "layer": 0,
+        "is_causal": int(causal),
+        "softcap": 0.0,
+        "qk_matmul_output_mode": 0,
+        "left_window_size": -1,
+        "right_window_size": -1,
+    }
+    return _core.quantum_attention(q[None], k[None], v[None], mask, **(options | change))[0]
+
+
+def worst_error(rows, keys):
+    """The largest difference from float64 over head sizes, masks, causality and grouped heads."""
+    rng = np.random.default_rng(rows * 1000 + keys)
+    worst = 0.0
+    for (size, v_size), kind, causal, group in itertools.product(SIZES, MASKS, (False, True), (1, 3)):
+        q = rng.standard_normal((2 * group, rows, size), dtype=np.float32)
+        k = rng.standard_normal((2, keys, size), dtype=np.float32)
+        v = rng.standard_normal((2, keys, v_size), dtype=np.float32)
+        mask = make_mask(kind, rng, rows, keys)
+        expected = reference(q, k, v, mask, causal)
+        y = run(q, k, v, mask, causal)[0]
+        # (batch, n, heads * size): other strides, the same numbers.
+        flat = [x.transpose(1, 0, 2).reshape(x.shape[1], -1) for x in (q, k, v)]
+        y_flat = run(*flat, mask, causal, q_num_heads=2 * group, kv_num_heads=2)[0].reshape(rows, 2 * group, v_size)
+        for got in (y, y_flat.transpose(1, 0, 2)):
+            assert np.isfinite(got).all()
+            worst = max(worst, float(np.abs(got - expected).max()))
+    return worst
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_exact_at_the_borders_of_tiles(rows, keys):
+    assert worst_error(rows, keys) <= TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "neon"])
+def test_exact_on_every_instruction_set(isa):
+    if isa == _core.isa():
+        pytest.skip(f"{isa} is what the other tests run on")
+    code = "import test_kernels as t; print(max(t.worst_error(r, k) for r in t.ROWS for k in (15, 65)))"
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"QEXPORT_ISA": isa}
+    done = subprocess.run(
+        command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, check=False
+    )
+    if "QEXPORT_ISA" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) <= TOLERANCE
+
+
+def test_no_queries_and_no_keys():
+    def arrays(rows, keys):
+        return (np.zeros((1, n, 4), np.float32) for n in (rows, keys, keys))
+
+    assert run(*arrays(0, 5), None, False).shape == (1, 1, 0, 4)
+    np.testing.assert_array_equal(run(*arrays(3, 0), None, False), np.zeros((1, 1, 3, 4)))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_nan_under_the_mask_does_not_leak(rows):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 8), dtype=np.float32) for n in (rows, 100, 100))
+    mask = np.arange(100)[None] < 60
+    clean = run(q, k, v, mask, False)
+    k[:, 60:] = np.nan
+    np.testing.assert_array_equal(run(q, k, v, mask, False), clean)
+    for strategy in ("naive", "stratified", "adaptive", "hybrid"):
+        assert np.isfinite(run(q, k, v, mask, False, strategy=strategy, num_samples=[9])).all()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_nan_in_a_query_stays_in_its_row(rows):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 8), dtype=np.float32) for n in (rows, 100, 100))
+    q[1, -1, 0] = np.nan
+    for strategy in ("exact", "naive", "stratified", "adaptive", "hybrid"):
+        y = run(q, k, v, None, False, strategy=strategy, num_samples=[9])[0]
+        assert np.isnan(y[1, -1]).all()
+        assert np.isfinite(y[0]).all()
+        assert np.isfinite(y[1, :-1]).all()
+
+
+def test_large_scores_do_not_overflow():
+    q = np.full((1, 3, 4), 1e4, np.float32)
+    k = np.linspace(-1e4, 1e4, 70, dtype=np.float32)[None, :, None].repeat(4, -1)
+    v = np.arange(70, dtype=np.float32)[None, :, None].repeat(4, -1)
+    np.testing.assert_allclose(run(q, k, v, None, False), 69.0)
