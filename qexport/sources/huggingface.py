@@ -36,9 +36,12 @@ ALIASES = {
     "sentence-similarity": "feature-extraction",
 }
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
-# Of different length, so that the example batch holds padding; long enough that no axis is 0 or 1.
+# Of different length, so that the example batch holds padding; the first has more tokens than a query samples by default, so
+# that the stored samples of a bundle do sample.
 SENTENCES = (
-    "The river rose after a week of rain, and the old bridge was closed to lorries before the weekend.",
+    "The river rose after a week of rain, and the old bridge was closed to lorries before the weekend. Farmers moved their "
+    "cattle to the hills, the school sent its pupils home at noon, and by evening the lower road had become a brown lake in "
+    "which only the tops of the fence posts and the roof of the bus shelter could still be seen.",
     "She tuned the violin by ear.",
 )
 # Position ids of these start behind the padding id, so the table is larger than the longest text.
@@ -78,39 +81,20 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
         target = getattr(torch, dtype)
         model = model.to(target)
         kwargs = {k: v.to(target) if v.is_floating_point() else v for k, v in kwargs.items()}
-    source = _export(torch, model, kwargs, axes, specs, folder, opset)
+    source = export_module(
+        model,
+        (),
+        kwargs,
+        kind="huggingface",
+        name=folder.resolve().name,
+        opset=opset,
+        axes=axes,
+        output_names=_output_names(torch, model, kwargs, folder),
+        specs=specs,
+    )
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     source.tokenizer = _tokenizer_text(folder, tokenizer)
     return source
-
-
-def _export(torch, model, kwargs, axes, specs, folder: Path, opset: int) -> Source:
-    """Export with the fused attention of torch, or with the written-out one where the exporter cannot take that."""
-    problem = None
-    for attention in (None, "eager"):
-        if attention is not None:
-            try:
-                with quiet():
-                    model.set_attn_implementation(attention)
-            except Exception:  # no other form: the first failure is the one to tell
-                raise problem from problem.__cause__
-        try:
-            return export_module(
-                model,
-                (),
-                kwargs,
-                kind="huggingface",
-                name=folder.resolve().name,
-                opset=opset,
-                axes=axes,
-                output_names=_output_names(torch, model, kwargs, folder),
-                specs=specs,
-            )
-        except QexportError as error:
-            problem = problem or error
-            if "scaled_dot_product" not in str(error) and "SDPA" not in str(error):
-                break
-    raise problem
 
 
 def _load(folder: Path, task: str, torch):
@@ -226,7 +210,7 @@ def _example_inputs(torch, model, tokenizer):
         axes[name] = {i: axis for i, axis in enumerate(axis_names) if axis}
 
     if main == "input_ids" or {"pixel_values", "input_ids"} <= set(accepted):
-        ids, mask = _text(torch, tokenizer, vocab, generator)
+        ids, mask = _text(torch, tokenizer, vocab, _longest(config), generator)
         add("input_ids", ids, "token_ids", vocab, "batch", "sequence")
         if "attention_mask" in accepted:
             add("attention_mask", mask, "mask", 2, "batch", "sequence")
@@ -254,7 +238,7 @@ def _example_inputs(torch, model, tokenizer):
             wave = torch.randn(2, 16000, generator=generator)
             add("input_values", wave, "continuous", None, "batch", "samples")
     if "decoder_input_ids" in accepted:
-        ids, _ = _text(torch, tokenizer, vocab, generator)
+        ids, _ = _text(torch, tokenizer, vocab, _longest(config), generator)
         ids = ids[:, : max(2, ids.shape[1] // 2)]
         add("decoder_input_ids", ids, "token_ids", vocab, "batch", "decoder_sequence")
         longest = getattr(config, "max_target_positions", None) or _longest(config)
@@ -267,10 +251,11 @@ def _example_inputs(torch, model, tokenizer):
     return kwargs, specs, axes, limits
 
 
-def _text(torch, tokenizer, vocab, generator):
-    """Token ids and mask (2, n) of the example sentences, or random ids where there is no tokenizer."""
+def _text(torch, tokenizer, vocab, longest, generator):
+    """Token ids and mask (2, n) of the example sentences, cut to `longest`, or random ids where there is no tokenizer."""
     if tokenizer is not None:
-        rows = [tokenizer(text, truncation=False)["input_ids"] for text in SENTENCES]
+        cut = {"truncation": True, "max_length": longest} if longest else {}
+        rows = [tokenizer(text, **cut)["input_ids"] for text in SENTENCES]
         if vocab is None or max(max(row) for row in rows) < vocab:
             longest = max(len(row) for row in rows)
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
