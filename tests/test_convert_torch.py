@@ -93,6 +93,15 @@ def test_transformer_encoder_layer(tmp_path):
     assert_same_model(tmp_path / "b", module, inputs)
 
 
+@pytest.mark.parametrize(("name", "heads"), [("joined_heads", (4, 4, 8)), ("one_key_head", (4, 1, 8))])
+def test_attention_that_the_exporter_refuses(tmp_path, name, heads):
+    report = convert(f"torch_zoo:{name}", tmp_path / "b", num_samples=64)
+    assert [(s["q_heads"], s["kv_heads"], s["head_size"]) for s in report.sites] == [heads]
+    module, inputs = getattr(torch_zoo, name)()[:2]
+    assert_same_model(tmp_path / "b", module, inputs)
+    assert_same_model(tmp_path / "b", module, tuple(torch.cat([t, t[:, :, :4]], 2)[:1] for t in inputs))
+
+
 def test_an_axis_that_the_model_fixes_is_told(tmp_path):
     report = convert("torch_zoo:fixed_length", tmp_path / "b")
     assert report.manifest["inputs"][0]["shape"] == ["batch", 9, 32]

@@ -111,6 +111,32 @@ def transformer_layer():
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True), (torch.randn(2, 6, WIDTH),)
 
 
+class Joined(nn.Module):
+    """scaled_dot_product_attention over (batch * heads, n, d), causal."""
+
+    def forward(self, x):
+        q = x.reshape(x.shape[0] * HEADS, -1, WIDTH // HEADS)
+        return functional.scaled_dot_product_attention(q, q + 1, q, is_causal=True)
+
+
+def joined_heads():
+    torch.manual_seed(0)
+    return Joined(), (torch.randn(2, HEADS, 6, WIDTH // HEADS),), ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO},)
+
+
+class OneKeyHead(nn.Module):
+    """Multi-query attention: the key and value head are broadcast over the query heads."""
+
+    def forward(self, q, kv):
+        return functional.scaled_dot_product_attention(q, kv, kv)
+
+
+def one_key_head():
+    torch.manual_seed(0)
+    axes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    return OneKeyHead(), (torch.randn(2, HEADS, 6, 8), torch.randn(2, 1, 9, 8)), (axes, axes)
+
+
 class Fixed(nn.Module):
     """A block over exactly 9 patches, by its position table."""
 

@@ -73,25 +73,7 @@ def export_module(
             expected = [leaf for leaf in torch.utils._pytree.tree_leaves(runner(*args, **kwargs)) if torch.is_tensor(leaf)]
     except Exception as error:
         raise QexportError(f"{name}: the model does not run on its example inputs: {reason_of(error)}") from error
-    try:
-        with quiet(), torch.no_grad():
-            import onnxscript.optimizer
-
-            program = torch.onnx.export(
-                module,
-                () if is_program else args,
-                kwargs=None if is_program else kwargs,
-                dynamo=True,
-                opset_version=max(opset, EXPORTER_OPSET),
-                dynamic_shapes=None if is_program else dynamic_shapes,
-                output_names=output_names,
-                verbose=False,
-                optimize=False,
-            )
-            # the exporter's own optimisation also fuses RotaryEmbedding and others that few runtimes hold
-            onnxscript.optimizer.optimize_ir(program.model)
-    except Exception as error:
-        raise QexportError(f"{name}: torch cannot export the model to ONNX: {reason_of(error)}") from error
+    program = _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset, output_names, name)
     name_modules(program.model)
     notes = []
     if axes is not None:
@@ -117,6 +99,61 @@ def export_module(
         limits={axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in inputs)},
         notes=notes,
     )
+
+
+def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_names, name: str):
+    """The torch.onnx.ONNXProgram of a module or ExportedProgram, optimised.
+
+    The exporter takes scaled_dot_product_attention with four axes and equal or grouped heads only; where it refuses, the op
+    is written out in matrix products, from which the rules make Attention again.
+    """
+    import onnxscript.optimizer
+
+    def export(model, args, kwargs, dynamic_shapes):
+        return torch.onnx.export(
+            model,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            opset_version=max(opset, EXPORTER_OPSET),
+            dynamic_shapes=dynamic_shapes,
+            output_names=output_names,
+            verbose=False,
+            optimize=False,
+        )
+
+    is_program = isinstance(module, torch.export.ExportedProgram)
+    try:
+        with quiet(), torch.no_grad():
+            try:
+                program = export(module, *(((), None, None) if is_program else (args, kwargs, dynamic_shapes)))
+            except Exception as error:
+                if "SDPA" not in reason_of(error) and "only 4D query" not in reason_of(error):
+                    raise
+                traced = module if is_program else torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+                table = {torch.ops.aten.scaled_dot_product_attention.default: _written_out}
+                program = export(traced.run_decompositions(table), (), None, None)
+            # the exporter's own optimisation also fuses RotaryEmbedding and others that few runtimes hold
+            onnxscript.optimizer.optimize_ir(program.model)
+    except Exception as error:
+        raise QexportError(f"{name}: torch cannot export the model to ONNX: {reason_of(error)}") from error
+    return program
+
+
+def _written_out(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """scaled_dot_product_attention as its documentation spells it, without dropout."""
+    import torch
+
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        is_flag = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_flag else scores + attn_mask
+    return torch.softmax(scores, -1) @ value
 
 
 def to_numpy(tensor) -> np.ndarray:
