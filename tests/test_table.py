@@ -11,7 +11,7 @@ from attention_cases import CASES
 from qexport import _core
 from qexport.errors import UsageError
 from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, VERSION
-from qexport.ops.page import markdown_page
+from qexport.ops.page import markdown_page, readme_table
 from qexport.ops.proto import function_proto, make_node, register_schemas
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,12 @@ def test_every_attribute_is_exercised_by_a_case():
 
 def test_op_page_is_up_to_date():
     assert (ROOT / "docs" / "ops.md").read_text() == markdown_page(), "run: qexport ops --markdown > docs/ops.md"
+
+
+def test_readme_table_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("<!-- ops -->\n")[1].split("<!-- /ops -->")[0]
+    assert table == readme_table(), f"put this between the ops marks of README.md:\n{readme_table()}"
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "nothing_allowed"], ids=lambda case: case.name)

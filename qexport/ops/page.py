@@ -53,6 +53,20 @@ def markdown_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme_table() -> str:
+    """The op table of README.md."""
+    rows = [
+        (
+            f"`{DOMAIN}::{spec.name}`",
+            spec.summary,
+            ", ".join(t.split("(")[1][:-1] for t in spec.type_vars["T"]),
+            spec.fallback,
+        )
+        for spec in OPS
+    ]
+    return "\n".join(_rows(("op", "what it computes", "types", "without the library"), rows)) + "\n"
+
+
 def summary_lines() -> list[str]:
     """A few lines per op for the terminal."""
     lines = [f"{DOMAIN} version {VERSION}"]
