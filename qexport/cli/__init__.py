@@ -59,6 +59,23 @@ def cli():
     """
 
 
+class Numbers(click.ParamType):
+    """Whole numbers >= 1: one, or several with commas (32, or 128,512)."""
+
+    name = "N[,N...]"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or a list of them, such as 128 or 128,512", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"must be >= 1, got {min(numbers)}", param, ctx)
+        return numbers
+
+
 def common_options(function):
     """--json, -q and -v of every command that reports something."""
     for option in (

@@ -2,25 +2,10 @@
 
 import click
 
-from qexport.cli import common_options, print_json
+from qexport.cli import Numbers, common_options, print_json
 from qexport.cli.render import show_conversion
 from qexport.cli.text import progress_line
 from qexport.ops import QUANTUM_ATTENTION
-
-
-class Samples(click.ParamType):
-    """32, or one number per head: 32,16,8,8."""
-
-    name = "N[,N...]"
-
-    def convert(self, value, param, ctx):
-        try:
-            numbers = [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a whole number or a list of them, such as 32 or 32,16,8,8", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"samples per query must be >= 1, got {min(numbers)}", param, ctx)
-        return numbers
 
 
 @click.command("convert")
@@ -31,7 +16,7 @@ class Samples(click.ParamType):
     type=click.Choice(QUANTUM_ATTENTION.attribute("strategy").choices),
     help="How keys are sampled [stratified].",
 )
-@click.option("--num-samples", type=Samples(), help="Keys per query, one number or one per head [32].")
+@click.option("--num-samples", type=Numbers(), help="Keys per query, one number or one per head [32].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Sample around the mean of V [on].")
 @click.option("--seed", type=int, help="Default of the model's seed input [0].")
 @click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23].")

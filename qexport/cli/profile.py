@@ -2,24 +2,7 @@
 
 import click
 
-from qexport.cli import common_options, print_json
-
-
-class Numbers(click.ParamType):
-    """128, or several to sweep: 128,512."""
-
-    name = "N[,N...]"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a whole number or a list of them, such as 128,512", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"must be >= 1, got {min(numbers)}", param, ctx)
-        return numbers
+from qexport.cli import Numbers, common_options, print_json
 
 
 @click.command("profile")
