@@ -11,8 +11,10 @@ from qexport.errors import QexportError
 from qexport.sources import Source
 from qexport.sources.specs import tables
 
-# (batch, size of the other dynamic axes), tried in turn: text runs at the first, images and waves need more.
-TRIALS = ((2, 16), (2, 64), (2, 224), (2, 1024), (2, 16000), (1, 16), (1, 224))
+# (batch, size of the other dynamic axes), tried in turn: text runs at the first, which is longer than the 32 keys that a
+# query samples by default; short tables need less, images and waves more.
+TRIALS = ((2, 64), (2, 16), (2, 224), (2, 1024), (2, 16000), (1, 64), (1, 16), (1, 224))
+SHORTEST_LIMIT = 8
 LARGEST_FEED = 1 << 23
 # Position tables longer than this are not tried: attention at that length takes seconds and gigabytes.
 LONGEST_TRIED = 1100
@@ -64,7 +66,7 @@ def _measure_limit(source: Source, runner: Runner) -> None:
     """The longest sequence of token ids, where a table of about that many rows (of positions) ends it."""
     axes = {spec.shape[1] for spec in source.inputs if spec.kind == "token_ids" and len(spec.shape) == 2}
     axes = [axis for axis in axes if isinstance(axis, str) and axis.isidentifier() and axis not in source.limits]
-    lengths = sorted({rows for rows in tables(source.model) if TRIALS[0][1] < rows <= LONGEST_TRIED})
+    lengths = sorted({rows for rows in tables(source.model) if SHORTEST_LIMIT < rows <= LONGEST_TRIED})
     if len(axes) != 1 or not lengths:
         return
 
@@ -82,7 +84,7 @@ def _measure_limit(source: Source, runner: Runner) -> None:
     for rows in lengths:
         if runs(rows + 1):
             continue
-        good, bad = TRIALS[0][1], rows + 1
+        good, bad = SHORTEST_LIMIT, rows + 1
         for near in range(rows, max(rows - 4, good), -1):  # position ids start at 0, 1 or behind a padding id
             if runs(near):
                 good = near

@@ -44,6 +44,8 @@ SENTENCES = (
     "which only the tops of the fence posts and the roof of the bus shelter could still be seen.",
     "She tuned the violin by ear.",
 )
+# Length of made-up texts, where there is no tokenizer: also more than a query samples by default.
+RANDOM_TOKENS = 48
 # Position ids of these start behind the padding id, so the table is larger than the longest text.
 OFFSET_POSITIONS = {
     "roberta",
@@ -238,10 +240,10 @@ def _example_inputs(torch, model, tokenizer):
             wave = torch.randn(2, 16000, generator=generator)
             add("input_values", wave, "continuous", None, "batch", "samples")
     if "decoder_input_ids" in accepted:
-        ids, _ = _text(torch, tokenizer, vocab, _longest(config), generator)
-        ids = ids[:, : max(2, ids.shape[1] // 2)]
-        add("decoder_input_ids", ids, "token_ids", vocab, "batch", "decoder_sequence")
         longest = getattr(config, "max_target_positions", None) or _longest(config)
+        ids, _ = _text(torch, tokenizer, vocab, longest, generator)
+        # another length than the encoder's, so that the two axes are not taken for one
+        add("decoder_input_ids", ids[:, : ids.shape[1] - 3], "token_ids", vocab, "batch", "decoder_sequence")
         if longest:
             limits["decoder_sequence"] = longest
     if not kwargs:
@@ -262,7 +264,9 @@ def _text(torch, tokenizer, vocab, longest, generator):
             ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
             return ids, mask
-    ids = torch.randint(min(10, (vocab or 2) - 1), vocab or 2, (2, 16), generator=generator)
+    ids = torch.randint(
+        min(10, (vocab or 2) - 1), vocab or 2, (2, min(RANDOM_TOKENS, longest or RANDOM_TOKENS)), generator=generator
+    )
     return ids, torch.ones_like(ids)
 
 
