@@ -104,8 +104,8 @@ def convert(
     source = open_source(model, opset=opset, dtype=dtype, task=task)
     if dry_run:
         say("finding attention")
-        left_alone = to_classical(source.model, opset)
-        sites, more = sample_attention(source.model, resolved)
+        left_alone = _rewrite(source, to_classical, opset)
+        sites, more = _rewrite(source, sample_attention, resolved)
         _require_sites(source, sites, [*left_alone, *more])
         return _report(None, source, resolved, sites, [*left_alone, *more], None)
     from qexport.bundle import write_bundle
@@ -120,7 +120,7 @@ def convert(
 
 def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
-    from qexport.conversion_checks import check_fallback, run_classical
+    from qexport.conversion_checks import check_fallback, check_library, run_classical
     from qexport.rewrite.classical import to_classical
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
 
@@ -128,7 +128,7 @@ def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     left_alone = []
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
         say("finding attention")
-        left_alone = to_classical(source.model, opset)
+        left_alone = _rewrite(source, to_classical, opset)
     say("writing the classical model")
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
@@ -136,8 +136,8 @@ def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     outputs, difference = run_classical(source, classical)
     say("converting attention")
     if opset < 23:
-        left_alone = to_classical(source.model, opset)
-    sites, more = sample_attention(source.model, recipe)
+        left_alone = _rewrite(source, to_classical, opset)
+    sites, more = _rewrite(source, sample_attention, recipe)
     left_alone = [*left_alone, *more]
     _require_sites(source, sites, left_alone)
     attach_fallback(source.model, sites)
@@ -145,12 +145,26 @@ def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
     if outputs is not None:
         say("checking the fallback")
         check_fallback(source, folder / "model.onnx", outputs)
+        say("checking the op library")
+        check_library(source, folder / "model.onnx", outputs)
     _write_samples(folder / "test_data_set_0", source.examples, outputs or source.expected)
     _copy_library(folder / "lib")
     if source.tokenizer is not None:
         (folder / "tokenizer").mkdir()
         (folder / "tokenizer" / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
     return _report(folder, source, recipe, sites, left_alone, difference)
+
+
+def _rewrite(source, rule: Callable, argument):
+    """Apply a rewrite pass to the source's graph; a graph that trips it is an error in one line."""
+    try:
+        return rule(source.model, argument)
+    except QexportError:
+        raise
+    except Exception as error:
+        from qexport.sources.quiet import reason_of
+
+        raise QexportError(f"{source.name}: {rule.__name__} failed ({reason_of(error)}); please report the model") from error
 
 
 def _require_sites(source, sites: list, left_alone: list) -> None:

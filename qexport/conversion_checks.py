@@ -50,6 +50,28 @@ def check_fallback(source: Source, path: Path, outputs: dict) -> None:
         )
 
 
+def check_library(source: Source, path: Path, outputs: dict) -> None:
+    """Check that the converted model runs with the op library, where this installation has it.
+
+    How far it is from the classical model is the recipe's affair, and for `qexport validate` to say.
+
+    Raises:
+        QexportError: it does not load or run, or an output is of another shape or NaN where the classical one is not.
+    """
+    from qexport.runtime import find_library
+
+    library = find_library()
+    if library is None:
+        return
+    for name, array in Runner(path, library=str(library))(source.examples).items():
+        if array.shape != outputs[name].shape:
+            raise QexportError(
+                f"{source.name}: output {name!r} has shape {array.shape} with the op library; please report it"
+            )
+        if array.dtype.kind == "f" and (np.isnan(array) & ~np.isnan(outputs[name])).any():
+            raise QexportError(f"{source.name}: output {name!r} holds NaN with the op library; please report the model")
+
+
 def allowed_difference(source: Source) -> float:
     """The largest relative difference that rounding explains: by type, and wide where activations are quantised."""
     if any(node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") for node in source.model.graph.all_nodes()):
@@ -68,20 +90,20 @@ def _types(source: Source) -> set[str]:
 
 
 class Runner:
-    """An open session of a model on the CPU provider, without the op library: call it with feeds, get outputs by name.
+    """An open session of a model on the CPU provider, without the op library unless named: feeds in, outputs by name out.
 
     Raises:
         QexportError: onnxruntime cannot load or run it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, library: str | bool = False):
         from qexport.runtime import onnxruntime, session
 
         options = onnxruntime().SessionOptions()
         options.log_severity_level = 4  # the error that is raised says it all
         self.name = path.name
         try:
-            self.session = session(path, library=False, options=options)
+            self.session = session(path, library=library, options=options)
         except QexportError as error:  # name the file as the bundle does, not its temporary folder
             raise QexportError(str(error).replace(str(path), path.name)) from error
 

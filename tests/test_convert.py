@@ -308,3 +308,17 @@ def test_the_longest_sequence_is_measured(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     report = convert(tmp_path / "m.onnx", tmp_path / "b")
     assert report.manifest["limits"] == {"sequence": POSITIONS - 2}
+
+
+def test_a_rule_that_trips_is_one_line(source, tmp_path, monkeypatch):
+    from qexport.rewrite import fuse_attention
+
+    def trip(softmax):
+        raise KeyError("axis of a kind\nnever seen")
+
+    monkeypatch.setattr(fuse_attention, "find_values", trip)
+    with pytest.raises(QexportError) as caught:
+        convert(source, tmp_path / "b")
+    assert "\n" not in str(caught.value)
+    assert "to_classical failed (KeyError" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
