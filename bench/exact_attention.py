@@ -154,12 +154,14 @@ def main():
     if args.json:
         from qexport import _core
 
+        about = {
+            "onnxruntime": ort.__version__,
+            "isa": _core.isa(),
+            "machine": platform.machine(),
+            "clock": "processor time of the thread" if args.cpu_time else "wall",
+        }
         with open(args.json, "w") as file:
-            json.dump(
-                {"onnxruntime": ort.__version__, "isa": _core.isa(), "machine": platform.machine(), "rows": rows},
-                file,
-                indent=1,
-            )
+            json.dump({**about, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

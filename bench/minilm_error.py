@@ -10,6 +10,7 @@ estimator gave at n = 512 on other text, where there is one. The last rows are n
 is biased: the S largest p exactly, and the mean of V with what is left of the probability.
 """
 
+import contextlib
 import csv
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 
 import qexport
 from bench import common
-from bench.models import minilm_dir
+from bench.models import minilm, minilm_dir
 from bench.packages import fetch
 from bench.seed_table import softmax_attention
 from qexport.ops import DOMAIN
@@ -105,6 +106,22 @@ def top_and_mean(Q, K, V, samples: int) -> np.ndarray:
     return top @ V + (1 - top.sum(-1, keepdims=True)) * V.mean(-2, keepdims=True)
 
 
+def top_and_mean_embeddings(ids: np.ndarray, samples: int | None) -> np.ndarray:
+    """Mean-pooled, normalised embeddings of the torch model with `top_and_mean` in every layer; None: classical."""
+    from unittest import mock
+
+    import torch
+
+    def attention(query, key, value, **_):
+        return torch.from_numpy(top_and_mean(query.numpy(), key.numpy(), value.numpy(), samples)).float()
+
+    patch = mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)
+    ids = torch.from_numpy(ids)
+    with torch.no_grad(), patch if samples else contextlib.nullcontext():
+        embeddings = minilm()[0](ids, torch.ones_like(ids)).double().mean(1)
+    return torch.nn.functional.normalize(embeddings).numpy()
+
+
 def pooled(session, ids: np.ndarray, seed: int | None = None) -> np.ndarray:
     """Mean-pooled, normalised embeddings, (texts, hidden)."""
     embeddings = session.run(None, feeds_of(session, ids, seed))[0].mean(1, dtype=np.float64)
@@ -132,7 +149,8 @@ def table(bundle: Path, n: int, count: int, draws: int, threads: int) -> list[di
     for samples in SAMPLES:
         found = [top_and_mean(*site, samples) for site in sites]
         errors = np.array([_per_head(y, reference) for y, reference in zip(found, references, strict=True)])
-        rows.append(_row("top and mean", None, samples, errors, None, None))
+        cosine = (top_and_mean_embeddings(ids, samples) * top_and_mean_embeddings(ids, None)).sum(1).mean()
+        rows.append(_row("top and mean", None, samples, errors, None, round(float(cosine), 5)))
     return rows
 
 
