@@ -7,9 +7,11 @@ import onnx
 import onnx_ir as ir
 
 from qexport.errors import QexportError
+from qexport.rewrite.graph import attribute, is_op, rank
 from qexport.sources.quiet import reason_of
 
 _REDUCE_AXES = 18  # the opset in which ReduceMean and its kin take their axes as an input
+_SOFTMAX_AXIS = 13  # the opset from which on Softmax runs over one axis
 _ASIDE = "qexport.aside"
 _KEPT = 1024  # bytes; small tensors stay, since adapters read axes, scales and pads from them
 
@@ -39,7 +41,7 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
             model.graph.inputs.append(value)
         elif isinstance(tensor, ir.ExternalTensor):  # a proto would keep the file's name but forget its folder
             value.const_value = ir.tensor(tensor.numpy().copy(), name=key)
-    strangers = _set_aside(model, present)
+    strangers = _set_aside(model, present, opset)
     try:
         proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:  # the converter is C++ and raises RuntimeError, InferenceError and others
@@ -68,12 +70,20 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
     return raised
 
 
-def _set_aside(model: ir.Model, opset: int) -> bool:
-    """Move nodes that ai.onnx does not have at this opset to a domain the converter passes over; whether there are any.
+def _set_aside(model: ir.Model, present: int, opset: int) -> bool:
+    """Move nodes that the converter must not touch to a domain that it passes over; whether there are any.
 
-    onnxruntime's optimizer writes LayerNormalization and its kin into ai.onnx whatever the opset.
+    * onnxruntime's optimizer writes LayerNormalization and its kin into ai.onnx whatever the opset.
+    * Before opset 13 Softmax ran over all axes from `axis` on. Over the last one alone it means the same in both, but where
+      the converter does not see how many axes there are it adds Flatten and Reshape.
     """
-    strangers = [n for n in model.graph.all_nodes() if n.domain == "" and not onnx.defs.has(n.op_type, opset, "")]
+    strangers = [n for n in model.graph.all_nodes() if n.domain == "" and not onnx.defs.has(n.op_type, present, "")]
+    if present < _SOFTMAX_AXIS <= opset:
+        for node in model.graph.all_nodes():
+            axis = attribute(node, "axis", 1)
+            if is_op(node, "Softmax", "LogSoftmax") and (axis == -1 or axis + 1 == rank(node.inputs[0])):
+                node.attributes["axis"] = ir.AttrInt64("axis", -1)
+                strangers.append(node)
     for node in strangers:
         node.domain = _ASIDE
     if strangers:

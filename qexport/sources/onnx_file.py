@@ -45,6 +45,8 @@ def open_file(path: Path, *, opset: int) -> Source:
     passes.RemoveInitializersFromInputsPass()(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     present = model.opset_imports.get("", opset)
+    if present < 13:  # what Softmax means below depends on the number of axes
+        infer_shapes(model)
     model = convert_opset(model, min(max(opset, present), NEWEST_OPSET) if opset >= 23 else opset, str(path))
     infer_shapes(model)
     for node in model.graph.all_nodes():

@@ -53,6 +53,15 @@ FUSED = {
     "opset 11, axis 3": Spelling(
         KT + "s1 = MatMul(q, kt) s2 = Div(s1, c) p = Softmax<axis=3>(s2) y = MatMul(p, v)", constants=SCALE, opset=11
     ),
+    "opset 11, axis 3 of sizes that are computed": Spelling(
+        "d = Shape(q) b0 = Gather<axis=0>(d, i0) l0 = Gather<axis=0>(d, i1) b1 = Unsqueeze<axes=[0]>(b0) "
+        "l1 = Unsqueeze<axes=[0]>(l0) sp = Concat<axis=0>(b1, l1, four, eight) q1 = Reshape(q, sp) k1 = Reshape(k, sp) "
+        "v1 = Reshape(v, sp) q2 = Transpose<perm=[0,2,1,3]>(q1) k2 = Transpose<perm=[0,2,3,1]>(k1) "
+        "v2 = Transpose<perm=[0,2,1,3]>(v1) s1 = MatMul(q2, k2) s2 = Div(s1, c) p = Softmax<axis=3>(s2) y = MatMul(p, v2)",
+        inputs="float[b,l,32] q, float[b,l,32] k, float[b,l,32] v",
+        constants=SCALE + ", int64 i0 = {0}, int64 i1 = {1}, int64[1] four = {4}, int64[1] eight = {8}",
+        opset=11,
+    ),
     "heads split from the hidden size": Spelling(
         "q1 = Reshape(q, shape) q2 = Transpose<perm=[0,2,1,3]>(q1) k1 = Reshape(k, shape) "
         "k2 = Transpose<perm=[0,2,3,1]>(k1) "
