@@ -38,8 +38,8 @@ def to_classical(model: ir.Model, opset: int) -> list[LeftAlone]:
         The attention-like sites that no rule could take, with the reason.
     """
     left_alone = fuse_runtime_ops(model, opset) + fuse_attention(model, opset)
+    ungroup_attention(model)
     if opset >= 23:
-        ungroup_attention(model)
         expand_masks(model)
     else:
         float_masks(model)

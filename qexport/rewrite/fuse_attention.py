@@ -8,10 +8,10 @@
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError, LeftAlone
-from qexport.rewrite.graph import Builder, attribute, constant, consumers, is_op, scalar, size
+from qexport.rewrite.graph import Builder, attribute, constant, consumers, is_op, rank, scalar, size
 from qexport.rewrite.heads import split_heads
 from qexport.rewrite.masks import attention_mask
-from qexport.rewrite.products import Product, scores_product, values_product
+from qexport.rewrite.products import Operand, Product, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_from_name, site_name
 from qexport.rewrite.sizes import known_size
@@ -139,6 +139,7 @@ def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list
     dtype = keys.left.value.dtype or values.right.value.dtype
     if dtype is not None and dtype not in _SAMPLED_TYPES:
         raise DeclinedError(f"its type is {dtype.name.lower()}; QuantumAttention takes float32, float16 and bfloat16")
+    _check_broadcast([keys.left, keys.right, values.right], n)
     if scores.softcap and opset < 23:
         raise DeclinedError("its scores have a soft cap, which the fallback below opset 23 cannot express")
 
@@ -156,6 +157,17 @@ def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list
     _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)
 
 
+def _check_broadcast(operands: list[Operand], n: int) -> None:
+    """MatMul broadcasts batches and heads of 1; Attention has one batch, and shares key heads among query heads only."""
+    batches = [known_size(x.value, x.perm[0]) for x in operands]
+    if 1 in batches and any(b != 1 for b in batches):
+        raise DeclinedError(f"its queries, keys and values have batches of {', '.join(str(b or 'any') for b in batches)}")
+    if n == 4:
+        heads = [known_size(x.value, x.perm[1]) for x in operands]
+        if (heads[0] == 1 and heads[1] not in (1, None)) or (heads[1] != heads[2] and 1 in heads[1:]):
+            raise DeclinedError(f"its queries, keys and values have {', '.join(str(h or 'any') for h in heads)} heads")
+
+
 def _check_axis(softmax: ir.Node, n: int) -> None:
     axis = attribute(softmax, "axis", -1)
     if axis not in (-1, n - 1):
@@ -164,8 +176,6 @@ def _check_axis(softmax: ir.Node, n: int) -> None:
 
 def _peel_scale(operand, scale: float):
     """Move a number that multiplies Q or K into the scale; the operand without it."""
-    from qexport.rewrite.products import Operand
-
     value, perm = operand.value, operand.perm
     for _ in range(4):
         node = value.producer()
@@ -190,7 +200,7 @@ def _is_scaled(value: ir.Value) -> tuple[ir.Value, float] | None:
         pairs.append((node.inputs[1], node.inputs[0]))
     for inner, other in pairs:
         factor = scalar(other)
-        if factor and inner.const_value is None:
+        if factor and inner.const_value is None and rank(inner) == rank(value):
             return inner, factor if node.op_type == "Mul" else 1.0 / factor
     return None
 
