@@ -134,6 +134,14 @@ def test_low_opsets(tmp_path, opset):
     assert_same_model(tmp_path / "b", module, larger(inputs), library=False)
 
 
+def test_ops_that_changed_in_opset_18_are_lowered(tmp_path):
+    convert("torch_zoo:split_and_pad", tmp_path / "b", opset=17, num_samples=64)
+    ops = {n.op_type for n in onnx.load(tmp_path / "b" / "model.onnx").graph.node}
+    assert {"Pad", "ReduceMean"} <= ops
+    module, inputs = torch_zoo.split_and_pad()
+    assert_same_model(tmp_path / "b", module, inputs)
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_archives(tmp_path, dynamic):
     module, inputs = torch_zoo.encoder()

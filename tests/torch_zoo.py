@@ -111,6 +111,23 @@ def transformer_layer():
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True), (torch.randn(2, 6, WIDTH),)
 
 
+class SplitAndPad(nn.Module):
+    """A block between ops whose meaning changed in opset 18."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block(causal=True)
+
+    def forward(self, x):
+        left, right = functional.pad(x, (1, 1)).chunk(2, -1)
+        return self.block(torch.cat([right[..., :-1], left[..., 1:]], -1)).mean(-1)
+
+
+def split_and_pad():
+    torch.manual_seed(0)
+    return SplitAndPad(), (torch.randn(2, 6, WIDTH),)
+
+
 class Joined(nn.Module):
     """scaled_dot_product_attention over (batch * heads, n, d), causal."""
 

@@ -8,9 +8,9 @@ import onnx_ir as ir
 
 from qexport.errors import QexportError
 from qexport.rewrite.graph import attribute, is_op, rank
+from qexport.rewrite.sizes import known_size
 from qexport.sources.quiet import reason_of
 
-_REDUCE_AXES = 18  # the opset in which ReduceMean and its kin take their axes as an input
 _SOFTMAX_AXIS = 13  # the opset from which on Softmax runs over one axis
 _ASIDE = "qexport.aside"
 _KEPT = 1024  # bytes; small tensors stay, since adapters read axes, scales and pads from them
@@ -57,7 +57,7 @@ def convert_opset(model: ir.Model, opset: int, name: str) -> ir.Model:
         for node in raised.graph.all_nodes():
             node.domain = "" if node.domain == _ASIDE else node.domain
         raised.opset_imports.pop(_ASIDE, None)
-    if opset < _REDUCE_AXES <= present:
+    if opset < 18 <= present:
         # the converter turns the axes back into an attribute but forgets this one, which came with the input
         for node in raised.graph.all_nodes():
             if node.domain == "" and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
@@ -76,6 +76,7 @@ def _set_aside(model: ir.Model, present: int, opset: int) -> bool:
     * onnxruntime's optimizer writes LayerNormalization and its kin into ai.onnx whatever the opset.
     * Before opset 13 Softmax ran over all axes from `axis` on. Over the last one alone it means the same in both, but where
       the converter does not see how many axes there are it adds Flatten and Reshape.
+    * It has no adapters for Split and Pad from opset 18 down, where most of them need none.
     """
     strangers = [n for n in model.graph.all_nodes() if n.domain == "" and not onnx.defs.has(n.op_type, present, "")]
     if present < _SOFTMAX_AXIS <= opset:
@@ -84,8 +85,26 @@ def _set_aside(model: ir.Model, present: int, opset: int) -> bool:
             if is_op(node, "Softmax", "LogSoftmax") and (axis == -1 or axis + 1 == rank(node.inputs[0])):
                 node.attributes["axis"] = ir.AttrInt64("axis", -1)
                 strangers.append(node)
+    if opset < 18 <= present:
+        strangers += [node for node in model.graph.all_nodes() if _is_older(node)]
     for node in strangers:
         node.domain = _ASIDE
     if strangers:
         model.opset_imports[_ASIDE] = 1
     return bool(strangers)
+
+
+def _is_older(node: ir.Node) -> bool:
+    """Whether a Split or Pad of opset 18 means the same in opset 17; a Split's number of outputs, implied there, is dropped."""
+    if is_op(node, "Pad"):
+        return len(node.inputs) < 4 or node.inputs[3] is None
+    if not is_op(node, "Split"):
+        return False
+    parts = attribute(node, "num_outputs")
+    if parts is None:
+        return True
+    length = known_size(node.inputs[0], attribute(node, "axis", 0))
+    if length is None or length % parts:
+        return False  # unequal parts, which opset 17 does not make by itself
+    del node.attributes["num_outputs"]
+    return True
