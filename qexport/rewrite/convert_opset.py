@@ -95,7 +95,7 @@ def _set_aside(model: ir.Model, present: int, opset: int) -> bool:
 
 
 def _is_older(node: ir.Node) -> bool:
-    """Whether a Split or Pad of opset 18 means the same in opset 17; a Split's number of outputs, implied there, is dropped."""
+    """Whether a Split or Pad of opset 18 means the same in opset 17; the number of outputs, implied there, is dropped."""
     if is_op(node, "Pad"):
         return len(node.inputs) < 4 or node.inputs[3] is None
     if not is_op(node, "Split"):
