@@ -11,9 +11,9 @@ import pytest
 
 from qexport import _core
 
-# Rows: one, the few that decoding takes, the border of that, of a vector, of a block. Keys: the borders of a tile of 64.
+# Rows: one, the few that decoding takes, the border of that, of a vector, of a block. Keys: the borders of a tile of 128.
 ROWS = (1, 2, 5, 6, 16, 33, 64, 65)
-KEYS = (1, 15, 63, 64, 65, 129)
+KEYS = (1, 15, 64, 127, 128, 129, 257)
 # (head_size, v_head_size): below, at and above whole vectors of 4, 8 and 16.
 SIZES = ((1, 3), (7, 5), (16, 16), (17, 33), (64, 40))
 MASKS = (None, "bool", "float", "padding", "all true", "some rows empty")

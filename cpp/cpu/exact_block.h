@@ -6,7 +6,8 @@
 namespace qexport {
 namespace QEXPORT_ISA {
 
-constexpr int64_t kTile = 64;  // keys; S^T, P^T, one tile of K or V and O^T then stay in the L1/L2 cache
+// Keys. 128 measured 1 to 2 % faster than 64 at every length: O^T is read and written half as often, and S^T still fits in L1.
+constexpr int64_t kTile = 128;
 
 struct ExactScratch {
   float *q_t, *s, *bias, *o_t, *keys;
