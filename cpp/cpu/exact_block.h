@@ -6,7 +6,7 @@
 namespace qexport {
 namespace QEXPORT_ISA {
 
-// Keys. 128 measured 1 to 2 % faster than 64 at every length: O^T is read and written half as often, and S^T still fits in L1.
+// Keys. 128 measured 1 to 2 % faster than 64 at every length: O^T is read and written half as often, S^T still fits in L1.
 constexpr int64_t kTile = 128;
 
 struct ExactScratch {

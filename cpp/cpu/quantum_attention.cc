@@ -155,8 +155,8 @@ void join(const AttentionJob& job, bool values, int64_t b, int64_t h) {
   if (p.kv_len > 0) copy(fresh, p.kv_len);
 }
 
-// The budget of batch item b: S_r = min(n_r, max(1, c g_r)), g_r = S_h sqrt(exp H_r), with c such that sum S_r = sum min(S_h,
-// n_r).
+// The budget of batch item b: S_r = min(n_r, max(1, c g_r)), g_r = S_h sqrt(exp H_r), with c such that sum S_r = sum
+// min(S_h, n_r).
 void share_budget(const AttentionJob& job, int64_t b) {
   const QuantumAttentionParams& p = job.params;
   const int64_t rows = p.q_heads * p.q_len, first = b * rows;
