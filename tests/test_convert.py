@@ -322,3 +322,22 @@ def test_a_rule_that_trips_is_one_line(source, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     assert "to_classical failed (KeyError" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_inside_a_function_of_the_file(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["": 17, "local": 1]>
+    g (float[batch,2,sequence,8] q, float[batch,2,sequence,8] k, float[batch,2,sequence,8] v)
+      => (float[batch,2,sequence,8] y) { x = local.Attend(q, k, v) y = local.Attend(x, k, v) }
+    <domain: "local", opset_import: ["": 17]> Attend (q, k, v) => (y) {
+      kt = Transpose<perm=[0,1,3,2]>(k) s = MatMul(q, kt) p = Softmax<axis=-1>(s) y = MatMul(p, v)
+    }"""
+    path = tmp_path / "functions.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    report = convert(path, tmp_path / "b", num_samples=64)
+    assert len({s["name"] for s in report.sites}) == 2
+    rng = np.random.default_rng(0)
+    inputs = {n: rng.standard_normal((3, 2, 5, 8)).astype(np.float32) for n in "qkv"}
+    assert_equal(run(path, inputs, False), run(tmp_path / "b" / "model.onnx", inputs, True))
+    functions = onnx.load(tmp_path / "b" / "model.onnx").functions
+    assert [f.domain for f in functions] == ["com.qexport"]

@@ -157,6 +157,20 @@ def test_archives(tmp_path, dynamic):
         assert "fixed shapes" in report.notes[0]
 
 
+@pytest.mark.parametrize("opset", [18, 23])
+def test_a_file_that_torch_exported(tmp_path, opset):
+    """Module names come from its metadata; at opset 23 its mask has no query axis, which onnxruntime's Attention refuses."""
+    module, inputs = torch_zoo.masked()
+    path = tmp_path / "exported.onnx"
+    torch.onnx.export(module.eval(), kwargs=inputs, dynamo=True, opset_version=opset, verbose=False).save(path)
+    report = convert(path, tmp_path / "b", num_samples=64)
+    assert [s["module"] for s in report.sites] == ["layers.0", "layers.1"]
+    assert bool(report.notes) == (opset == 23)
+    assert b"site-packages" not in (tmp_path / "b" / "model.onnx").read_bytes()
+    for library in (False, True):
+        assert_same_model(tmp_path / "b", module, inputs, library)
+
+
 def test_torch_and_the_model_say_nothing(tmp_path):
     code = f"import qexport; qexport.convert('torch_zoo:loud', {str(tmp_path / 'b')!r})"
     folder = torch_zoo.__file__.rpartition("/")[0]

@@ -10,9 +10,9 @@ from qexport.errors import QexportError
 from qexport.external_data import check_external_data, load_structure
 from qexport.ops import DOMAIN
 from qexport.rewrite.convert_opset import convert_opset
-from qexport.rewrite.sites import module_from_name
 from qexport.sources import Source
 from qexport.sources.examples import make_examples
+from qexport.sources.modules import name_modules
 from qexport.sources.quiet import reason_of
 from qexport.sources.specs import limits_of, spec_of
 
@@ -42,6 +42,7 @@ def open_file(path: Path, *, opset: int) -> Source:
         raise QexportError(f"{path}: holds QuantumAttention already; convert the classical model it was made from")
     if model.functions:
         passes.InlinePass()(model)
+    name_modules(model)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     present = model.opset_imports.get("", opset)
@@ -49,10 +50,6 @@ def open_file(path: Path, *, opset: int) -> Source:
         infer_shapes(model)
     model = convert_opset(model, min(max(opset, present), NEWEST_OPSET) if opset >= 23 else opset, str(path))
     infer_shapes(model)
-    for node in model.graph.all_nodes():
-        node.doc_string = None
-        if module := module_from_name(node.name or ""):
-            node.metadata_props["qexport.module"] = module
     inputs = [spec_of(value, model) for value in model.graph.inputs]
     source = Source("onnx", path.name, model, inputs, {}, limits=limits_of(model, inputs))
     make_examples(source, path)

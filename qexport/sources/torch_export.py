@@ -1,6 +1,5 @@
 """Export of torch modules to an ONNX graph with named axes and module names; every torch front end ends here."""
 
-import ast
 import re
 from collections.abc import Mapping
 
@@ -10,6 +9,7 @@ import onnx_ir as ir
 from qexport.errors import QexportError
 from qexport.rewrite.convert_opset import convert_opset
 from qexport.sources import InputSpec, Source
+from qexport.sources.modules import name_modules
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.specs import limits_of, spec_of
 
@@ -159,24 +159,6 @@ def _written_out(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 def to_numpy(tensor) -> np.ndarray:
     """A torch tensor as a numpy array; bfloat16 through ml_dtypes."""
     return ir.tensor(tensor.detach().cpu().contiguous()).numpy()
-
-
-def name_modules(model: ir.Model) -> None:
-    """Replace the exporter's metadata (which holds paths of this machine) by `qexport.module`, the torch module name."""
-    for node in model.graph.all_nodes():
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        node.metadata_props.clear()
-        node.doc_string = None
-        if scopes:
-            path = ast.literal_eval(scopes)
-            if len(path) > 1 and path[-2]:
-                node.metadata_props["qexport.module"] = path[-2]
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
 
 
 def _cast(tree, dtype):
