@@ -15,7 +15,6 @@ TASKS = {
     "text-classification": ("AutoModelForSequenceClassification",),
     "token-classification": ("AutoModelForTokenClassification",),
     "question-answering": ("AutoModelForQuestionAnswering",),
-    "multiple-choice": ("AutoModelForMultipleChoice",),
     "masked-lm": ("AutoModelForMaskedLM",),
     "causal-lm": ("AutoModelForCausalLM",),
     "seq2seq-lm": ("AutoModelForSeq2SeqLM",),
