@@ -43,7 +43,9 @@ def larger(inputs):
     return {k: grow(v) for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(grow(v) for v in inputs)
 
 
-@pytest.mark.parametrize("name", ["encoder", "causal", "masked", "eager", "one_item", "named_axes", "multi_head"])
+@pytest.mark.parametrize(
+    "name", ["encoder", "causal", "masked", "eager", "one_item", "named_axes", "multi_head", "reversed_inputs"]
+)
 def test_callables(name, tmp_path):
     report = convert(f"torch_zoo:{name}", tmp_path / "b", num_samples=64)
     module, inputs = getattr(torch_zoo, name)()[:2]
@@ -55,6 +57,13 @@ def test_callables(name, tmp_path):
     assert_same_model(tmp_path / "b", module, inputs)
     assert_same_model(tmp_path / "b", module, larger(inputs))
     assert_same_model(tmp_path / "b", module, larger(inputs), library=False)
+
+
+def test_an_input_that_the_module_ignores_stays_an_input(tmp_path):
+    report = convert("torch_zoo:unused_input", tmp_path / "b", num_samples=64)
+    assert [i["name"] for i in report.manifest["inputs"]] == ["x", "extra"]
+    module, inputs = torch_zoo.unused_input()
+    assert_same_model(tmp_path / "b", module, inputs)
 
 
 def test_module_names_axes_and_bounds(tmp_path):

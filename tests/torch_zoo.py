@@ -83,6 +83,28 @@ def named_axes():
     return Encoder(), (ids(),), (axes,)
 
 
+def reversed_inputs():
+    """The inputs of `masked` in another order than forward names them."""
+    module, inputs = masked()
+    return module, dict(reversed(inputs.items()))
+
+
+class Unused(nn.Module):
+    """A block that ignores its second input."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x, extra):
+        return self.block(x)
+
+
+def unused_input():
+    torch.manual_seed(0)
+    return Unused(), (torch.randn(2, 6, WIDTH), torch.randn(2, 3))
+
+
 class MultiHead(nn.Module):
     """nn.MultiheadAttention, whose averaged weights are returned when `weights`."""
 
