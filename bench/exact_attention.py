@@ -1,21 +1,22 @@
 """Exact attention on the CPU: QuantumAttention (strategy exact) against onnxruntime's own operators, side by side.
 
-    python bench/exact_attention.py [--threads 1 2] [--lengths 32 128 512] [--head-sizes 64 32] [--causal] [--json FILE]
+    python -m bench.exact_attention [--threads 1 2] [--lengths 32 128 512] [--head-sizes 64 32] [--json FILE]
 
 Everything runs as a one-node model in the same process. Each output is first compared with a float64 computation; nothing
-is timed that fails. The rounds are interleaved (one call of each contender in turn), the table shows medians, and a ratio is
-the median over the rounds of contender / QuantumAttention with its quartiles, so above 1 QuantumAttention is faster.
+is timed that fails. The rounds are interleaved (one call of each contender in turn), the tables show medians, and a ratio is
+the median over the rounds of contender / QuantumAttention with its quartiles, so above 1 QuantumAttention is faster. The
+3-D form is compared with com.microsoft MultiHeadAttention (`mha`), the 4-D form with ai.onnx Attention of opset 23.
 """
 
 import argparse
-import json
-import platform
 import time
 
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from bench import common
+from qexport import _core
 from qexport.ops.proto import make_node
 from qexport.runtime import get_library_path
 
@@ -113,8 +114,34 @@ def measure(heads, n, size, threads, causal, seconds, clock):
     return errors, {name: np.array(t) for name, t in times.items()}
 
 
-def quartiles(values):
-    return [float(x) for x in np.percentile(values, [25, 50, 75])]
+def table(args, lengths, causal: bool, clock) -> list[dict]:
+    """A row per number of threads, head size and length."""
+    rows = []
+    for threads in args.threads:
+        for size in args.head_sizes:
+            for n in lengths:
+                errors, times = measure(args.heads, n, size, threads, causal, args.seconds, clock)
+                medians = {name: float(np.median(t)) for name, t in times.items()}
+                flop = 4 * args.heads * n * n * size / (2 if causal else 1)
+                row = {
+                    "n": n,
+                    "head_size": size,
+                    "threads": threads,
+                    "ms_3d": medians["QuantumAttention 3-D"],
+                    "gflop_per_s": 1e-6 * flop / medians["QuantumAttention 3-D"],
+                    "ms_mha": medians["MultiHeadAttention"],
+                }
+                row |= ratio("mha", times["MultiHeadAttention"], times["QuantumAttention 3-D"])
+                row |= {"ms_4d": medians["QuantumAttention 4-D"], "ms_attention": medians["Attention-23"]}
+                row |= ratio("attention", times["Attention-23"], times["QuantumAttention 4-D"])
+                rows.append(row | {"rounds": len(times["Attention-23"]), "max_error": max(errors.values())})
+    return rows
+
+
+def ratio(name: str, theirs, ours) -> dict:
+    """Median over the rounds of their time over ours, with its quartiles."""
+    low, median, high = (float(x) for x in np.percentile(theirs / ours, [25, 50, 75]))
+    return {f"{name}_ratio": median, f"{name}_p25": low, f"{name}_p75": high}
 
 
 def main():
@@ -123,9 +150,8 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512, 2048, 4096])
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[64, 32])
     parser.add_argument("--heads", type=int, default=HEADS)
-    parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per row of the table")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per row of a table")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time of the calling thread, for a shared machine; one thread"
     )
@@ -133,35 +159,10 @@ def main():
     if args.cpu_time and args.threads != [1]:
         parser.error("--cpu-time sees the calling thread alone: give --threads 1")
     clock = time.thread_time if args.cpu_time else time.perf_counter
-    rows = []
-    print(f"{'n':>5} {'size':>4} {'thr':>3} {'own 3-D ms':>10} {'GF/s':>6} {'MHA ms':>9} {'ratio (quartiles)':>19}"
-          f" {'own 4-D ms':>10} {'Attn-23 ms':>10} {'ratio (quartiles)':>19}")  # fmt: skip
-    for threads in args.threads:
-        for size in args.head_sizes:
-            for n in args.lengths:
-                errors, t = measure(args.heads, n, size, threads, args.causal, args.seconds, clock)
-                medians = {name: float(np.median(x)) for name, x in t.items()}
-                mha = quartiles(t["MultiHeadAttention"] / t["QuantumAttention 3-D"])
-                attention = quartiles(t["Attention-23"] / t["QuantumAttention 4-D"])
-                gflops = 4e-6 * args.heads * n * n * size / (2 if args.causal else 1) / medians["QuantumAttention 3-D"]
-                rows.append({"n": n, "head_size": size, "heads": args.heads, "threads": threads, "causal": args.causal,
-                             "median_ms": medians, "max_error": errors, "gflops": gflops, "runs": len(t["Attention-23"]),
-                             "ratio_multi_head_attention": mha, "ratio_attention_23": attention})  # fmt: skip
-                print(f"{n:5} {size:4} {threads:3} {medians['QuantumAttention 3-D']:10.3f} {gflops:6.1f}"
-                      f" {medians['MultiHeadAttention']:9.3f} {mha[1]:6.2f} ({mha[0]:.2f}-{mha[2]:.2f})"
-                      f" {medians['QuantumAttention 4-D']:10.3f} {medians['Attention-23']:10.3f}"
-                      f" {attention[1]:6.2f} ({attention[0]:.2f}-{attention[2]:.2f})", flush=True)  # fmt: skip
-    if args.json:
-        from qexport import _core
-
-        about = {
-            "onnxruntime": ort.__version__,
-            "isa": _core.isa(),
-            "machine": platform.machine(),
-            "clock": "processor time of the thread" if args.cpu_time else "wall",
-        }
-        with open(args.json, "w") as file:
-            json.dump({**about, "rows": rows}, file, indent=1)
+    tables = {name: table(args, args.lengths, name == "causal", clock) for name in ("full", "causal")}
+    clock_name = "processor time of the thread" if args.cpu_time else "wall clock"
+    parameters = {"heads": args.heads, "isa": _core.isa(), "clock": clock_name}
+    common.report("exact_attention", max(args.threads), parameters, tables, args.json)
 
 
 if __name__ == "__main__":

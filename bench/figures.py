@@ -147,21 +147,22 @@ def exact_attention() -> str:
     rows = [
         (
             row["n"],
-            row["head_size"],
+            words,
             row["threads"],
-            f"{row['median_ms']['QuantumAttention 3-D']:.3f} ms",
-            f"{row['ratio_multi_head_attention'][1]:.2f} ×",
-            f"{row['ratio_attention_23'][1]:.2f} ×",
+            f"{row['ms_3d']:.3f} ms",
+            f"{row['mha_ratio']:.2f} ×",
+            f"{row['attention_ratio']:.2f} ×",
         )
-        for row in results["rows"]
-        if row["head_size"] == 64 and row["threads"] == 1
+        for name, words in (("full", ""), ("causal", "causal"))
+        for row in results[name]
+        if row["head_size"] == 64 and row["n"] >= 128
     ]
-    heads = results["rows"][0]["heads"]
+    parameters = results["parameters"]
     return paragraph(f"""
-    **Without sampling.** Strategy `exact`, {heads} heads, float32, {results["isa"]}: median time, and how many times as long
-    onnxruntime's operators take on the same inputs, calls interleaved (onnxruntime {results["onnxruntime"]},
-    `python bench/exact_attention.py`).
-    """) + table(("n", "head size", "threads", "time", "MultiHeadAttention", "Attention"), rows)
+    **Without sampling.** Strategy `exact`, {parameters["heads"]} heads of 64, float32, {parameters["isa"]}: median time, and
+    how many times as long onnxruntime's operators take on the same inputs, calls interleaved
+    {source("exact_attention", results)}.
+    """) + table(("n", "", "threads", "time", "MultiHeadAttention", "Attention"), rows)
 
 
 def percent(fraction: float) -> str:

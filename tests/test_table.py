@@ -8,6 +8,7 @@ import pytest
 from attention_backends import one_node_model, run_ort
 from attention_cases import CASES
 
+from bench import figures
 from qexport import _core
 from qexport.errors import UsageError
 from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, VERSION
@@ -39,10 +40,12 @@ def test_op_page_is_up_to_date():
     assert (ROOT / "docs" / "ops.md").read_text() == markdown_page(), "run: qexport ops --markdown > docs/ops.md"
 
 
-def test_readme_table_is_up_to_date():
+@pytest.mark.parametrize(("marks", "content"), [("ops", readme_table), ("figures", figures.markdown)])
+def test_readme_is_up_to_date(marks, content):
+    """The README's op table is the table's, and its figures are those of the committed results."""
     text = (ROOT / "README.md").read_text()
-    table = text.split("<!-- ops -->\n")[1].split("<!-- /ops -->")[0]
-    assert table == readme_table(), f"put this between the ops marks of README.md:\n{readme_table()}"
+    block = text.split(f"<!-- {marks} -->")[1].split(f"<!-- /{marks} -->")[0]
+    assert block.strip() == content().strip(), f"put this between the {marks} marks of README.md:\n{content()}"
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "nothing_allowed"], ids=lambda case: case.name)
