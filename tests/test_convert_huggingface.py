@@ -6,16 +6,14 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
+import transformers
+from onnx import numpy_helper
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from onnx import numpy_helper  # noqa: E402
-
-from qexport.bundle import Bundle  # noqa: E402
-from qexport.conversion import convert  # noqa: E402
-from qexport.errors import QexportError, UsageError  # noqa: E402
-from qexport.runtime import session  # noqa: E402
+from qexport.bundle import Bundle
+from qexport.conversion import convert
+from qexport.errors import QexportError, UsageError
+from qexport.runtime import session
 
 SMALL = {
     "hidden_size": 32,

@@ -6,14 +6,12 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
+import torch_zoo
 
-torch = pytest.importorskip("torch")
-
-import torch_zoo  # noqa: E402
-
-from qexport.conversion import convert  # noqa: E402
-from qexport.errors import QexportError, UsageError  # noqa: E402
-from qexport.runtime import session  # noqa: E402
+from qexport.conversion import convert
+from qexport.errors import QexportError, UsageError
+from qexport.runtime import session
 
 ATOL = 1e-5
 

