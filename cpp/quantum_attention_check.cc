@@ -7,7 +7,9 @@ namespace qexport {
 namespace {
 
 constexpr const char* kOp = "[QuantumAttention] ";
-constexpr const char* kStrategies[] = {"exact", "naive", "stratified", "adaptive", "hybrid"};
+constexpr const char* kStrategies[] = {"exact", "naive", "stratified", "adaptive", "hybrid", "tree"};
+constexpr const char* kPrecisions[] = {"fp32", "bf16", "int8", "auto"};
+constexpr const char* kResiduals[] = {"none", "verify_only", "unbiased", "james_stein"};
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(kOp + message); }
 
@@ -15,12 +17,26 @@ constexpr const char* kStrategies[] = {"exact", "naive", "stratified", "adaptive
   fail(std::string(name) + " has shape " + to_string(shape) + ", expected " + expected);
 }
 
-Strategy strategy_of(const std::string& name) {
-  for (int i = 0; i < 5; ++i) {
-    if (name == kStrategies[i]) return static_cast<Strategy>(i);
+// The place of `value` among `choices`, which are in the order of the enum that it stands for.
+template <class Enum, size_t kCount>
+Enum choice_of(const char* attribute, const char* const (&choices)[kCount], const std::string& value) {
+  std::string known;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (value == choices[i]) return static_cast<Enum>(i);
+    known += (i ? ", " : "") + std::string(choices[i]);
   }
-  fail("strategy must be one of exact, naive, stratified, adaptive, hybrid, got '" + name + "'");
+  fail(std::string(attribute) + " must be one of " + known + ", got '" + value + "'");
 }
+
+Strategy strategy_of(const QuantumAttentionAttributes& a) {
+  return choice_of<Strategy>("strategy", kStrategies, a.strategy);
+}
+
+Precision precision_of(const QuantumAttentionAttributes& a) {
+  return choice_of<Precision>("precision", kPrecisions, a.precision);
+}
+
+Residual residual_of(const QuantumAttentionAttributes& a) { return choice_of<Residual>("residual", kResiduals, a.residual); }
 
 void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
   if (value >= least && value <= most) return;
@@ -88,7 +104,19 @@ std::string to_string(const Shape& shape) {
 }
 
 void check_attributes(const QuantumAttentionAttributes& a) {
-  strategy_of(a.strategy);
+  const Strategy strategy = strategy_of(a);
+  const Precision precision = precision_of(a);
+  residual_of(a);
+  if (strategy != Strategy::exact && strategy != Strategy::tree &&
+      (precision == Precision::bf16 || precision == Precision::int8)) {
+    fail("precision must be fp32 or auto with strategy " + a.strategy + ", got " + a.precision);
+  }
+  if (!(a.error_tolerance >= 0.0f && a.error_tolerance <= 1.0f)) {
+    fail("error_tolerance must be in 0 to 1, got " + std::to_string(a.error_tolerance));
+  }
+  if (a.error_tolerance > 0.0f && strategy != Strategy::tree) {
+    fail("error_tolerance needs strategy tree, got " + a.strategy + "; set it to 0");
+  }
   if (a.num_samples.empty()) fail("num_samples must hold one number, or one per query head, got none");
   for (const int64_t samples : a.num_samples) {
     if (samples <= 0) fail("num_samples must be > 0, got " + std::to_string(samples));
@@ -105,6 +133,11 @@ void check_attributes(const QuantumAttentionAttributes& a) {
   if (a.has_scale && !std::isfinite(a.scale)) fail("scale must be finite, got " + std::to_string(a.scale));
   if (a.q_num_heads < 0) check_range("q_num_heads", a.q_num_heads, 1, INT64_MAX);
   if (a.kv_num_heads < 0) check_range("kv_num_heads", a.kv_num_heads, 1, INT64_MAX);
+}
+
+void check_error_estimate(Strategy strategy) {
+  if (strategy == Strategy::exact || strategy == Strategy::tree) return;
+  fail(std::string("error_estimate needs strategy exact or tree, got ") + kStrategies[static_cast<int>(strategy)]);
 }
 
 QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const QuantumAttentionInputs& in) {
@@ -146,10 +179,13 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
   }
 
   QuantumAttentionCall call{};
-  call.params = {strategy_of(a.strategy),
+  call.params = {strategy_of(a),
                  a.num_samples.data(),
                  count,
                  a.control_variate != 0,
+                 precision_of(a),
+                 a.error_tolerance,
+                 residual_of(a),
                  a.is_causal != 0,
                  static_cast<uint32_t>(a.layer),
                  in.seed,
@@ -183,6 +219,7 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
   call.present_key = {4, {q.batch, k.heads, total_len, k.size}};
   call.present_value = {4, {q.batch, k.heads, total_len, v.size}};
   call.qk_matmul_output = {4, {q.batch, q.heads, q.len, total_len}};
+  call.error_estimate = {2, {q.batch, q.heads}};
   return call;
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr const char* kName = "QuantumAttention";
 constexpr const char* kInputs[] = {"Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen", "seed"};
-constexpr size_t kInputCount = 8, kOutputCount = 4, kRequiredInputs = 3, kRequiredOutputs = 1;
+constexpr size_t kInputCount = 8, kOutputCount = 5, kRequiredInputs = 3, kRequiredOutputs = 1;
 
 struct Kernel {
   QuantumAttentionAttributes attributes;
@@ -21,6 +21,9 @@ struct Kernel {
     a.strategy = node.text("strategy");
     a.num_samples = node.integers("num_samples");
     a.control_variate = node.integer("control_variate");
+    a.precision = node.text("precision");
+    a.error_tolerance = node.real("error_tolerance");
+    a.residual = node.text("residual");
     a.layer = node.integer("layer");
     a.is_causal = node.integer("is_causal");
     a.softcap = node.real("softcap");
@@ -55,6 +58,8 @@ struct Kernel {
     call.tensors.present_key = ort_output(context, 1, call.present_key);
     call.tensors.present_value = ort_output(context, 2, call.present_value);
     call.tensors.qk_matmul_output = ort_output(context, 3, call.qk_matmul_output);
+    call.tensors.error_estimate = static_cast<float*>(ort_output(context, 4, call.error_estimate));
+    if (call.tensors.error_estimate) check_error_estimate(call.params.strategy);
     const ParallelFor parallel = ort_parallel(context);
     const OrtScratch scratch(context, quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
     quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);
@@ -77,7 +82,9 @@ Op make_op(ONNXTensorElementDataType type) {
     if (i == 3) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // attn_mask: any type, checked in compute
     return i >= 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : static_cast<const Op*>(self)->type;
   };
-  op.GetOutputType = [](const OrtCustomOp* self, size_t) { return static_cast<const Op*>(self)->type; };
+  op.GetOutputType = [](const OrtCustomOp* self, size_t i) {
+    return i == 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : static_cast<const Op*>(self)->type;
+  };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
     return i < kRequiredInputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };

@@ -148,6 +148,7 @@ void infer_attention_shapes(OrtShapeInferContext* context) {
   set_output(context, 1, q.type, present_key);
   set_output(context, 2, q.type, present_value);
   set_output(context, 3, q.type, {q.dims[0], q_heads, q_len, total});
+  set_output(context, 4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {q.dims[0], q_heads});
 }
 
 }  // namespace qexport

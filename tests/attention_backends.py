@@ -14,6 +14,7 @@ import qexport
 from qexport import _core
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import make_node
+from qexport.ops.quantum_attention import BLOCKWISE
 from qexport.ops.quantum_attention_ref import quantum_attention_ref
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -33,7 +34,7 @@ def run_ref(feeds: dict, dtype: str, seed: int, attributes: dict) -> dict:
     """The torch reference in float64, not rounded to `dtype`."""
     tensors = {name: torch.from_numpy(v.astype(np.float64) if v.dtype == np.float32 else v) for name, v in feeds.items()}
     outputs = quantum_attention_ref(*(tensors.get(name) for name in INPUT_NAMES), seed=seed, **attributes)
-    return dict(zip(OUTPUT_NAMES, (t.numpy() for t in outputs), strict=True))
+    return {name: t.numpy() for name, t in zip(OUTPUT_NAMES, outputs, strict=True) if t is not None}
 
 
 def run_binding(feeds: dict, dtype: str, seed: int, attributes: dict, threads: int = 1) -> dict:
@@ -46,6 +47,7 @@ def run_binding(feeds: dict, dtype: str, seed: int, attributes: dict, threads: i
         **attributes,
         present=True,
         qk_matmul_output=True,
+        error_estimate=attributes["strategy"] in BLOCKWISE,
         threads=threads,
     )
     return {n: np.asarray(v).astype(np.float32) for n, v in zip(OUTPUT_NAMES, outputs, strict=True) if v is not None}
@@ -90,7 +92,10 @@ def one_node_model(feeds: dict, dtype: str, outputs, attributes: dict) -> onnx.M
 def run_ort(feeds: dict, dtype: str, seed: int, attributes: dict, threads: int = 1) -> dict:
     """The op inside onnxruntime."""
     # onnxruntime wants both present outputs or none, and no past together with nonpad_kv_seqlen
-    outputs = [name for name in OUTPUT_NAMES if not (name.startswith("present") and "past_key" not in feeds)]
+    absent = set() if "past_key" in feeds else {"present_key", "present_value"}
+    if QUANTUM_ATTENTION.resolve(attributes)["strategy"] not in BLOCKWISE:
+        absent.add("error_estimate")
+    outputs = [name for name in OUTPUT_NAMES if name not in absent]
     model = one_node_model(feeds, dtype, outputs, attributes).SerializeToString()
     values = _session(model, threads).run(outputs, {**feeds, "seed": np.array(seed, np.int64)})
     return dict(zip(outputs, values, strict=True))

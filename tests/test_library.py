@@ -240,7 +240,7 @@ def test_a_missing_attribute_is_named(attribute):
     ("attribute", "value", "message"),
     [
         ("num_samples", [0], r"num_samples must be > 0, got 0"),
-        ("strategy", "quantum", r"strategy must be one of exact, naive, stratified, adaptive, hybrid, got 'quantum'"),
+        ("strategy", "quantum", r"strategy must be one of exact, naive, stratified, adaptive, hybrid, tree, got 'quantum'"),
         ("control_variate", 2, r"control_variate must be in 0 to 1, got 2"),
         ("layer", -1, r"layer must be in 0 to 4294967295, got -1"),
         ("is_causal", 3, r"is_causal must be in 0 to 1, got 3"),

@@ -1,11 +1,18 @@
 """Parity of every op: backend x dtype x case, against the float64 reference."""
 
 import numpy as np
+import onnxruntime
 import pytest
-from attention_backends import BACKENDS, DTYPES, rounded, run_binding, run_ort, run_ref
+from attention_backends import BACKENDS, DTYPES, one_node_model, rounded, run_binding, run_ort, run_ref
 from attention_cases import CASES
 
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport import _core
+from qexport.errors import UsageError
+from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops.proto import function_proto
+from qexport.ops.quantum_attention import BLOCKWISE, STRATEGIES
+
+DRAWING = [s for s in STRATEGIES if s not in BLOCKWISE]  # these draw keys query by query
 
 # Error allowed relative to the largest value of the output: rounding of the output type, and float32 inside.
 TOLERANCE = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}
@@ -64,7 +71,7 @@ def test_qk_matmul_output(case, backend, mode):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("control_variate", [0, 1])
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "exact"])
+@pytest.mark.parametrize("strategy", DRAWING)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_quantum_attention_sampled(case, strategy, control_variate, dtype):
     """The kernel draws the keys that the reference draws, from the same Philox words."""
@@ -109,7 +116,7 @@ def test_threads_do_not_change_the_result(name, strategy):
         assert all(np.array_equal(one[name], many[name]) for name in one)
 
 
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "exact"])
+@pytest.mark.parametrize("strategy", DRAWING)
 def test_seed_and_layer_choose_the_draws(strategy):
     case = next(c for c in CASES if c.name == "plain")
     feeds = case.inputs()
@@ -121,3 +128,54 @@ def test_seed_and_layer_choose_the_draws(strategy):
     assert not np.array_equal(y(1, 0), y(2, 0))
     assert not np.array_equal(y(1, 0), y(1, 1))
     assert not np.array_equal(y(1, 0), y(1 + (1 << 32), 0)), "the high word of the seed must count"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        (
+            {"strategy": "stratified", "precision": "bf16"},
+            "precision must be fp32 or auto with strategy stratified",
+        ),
+        ({"strategy": "exact", "error_tolerance": 0.1}, "error_tolerance needs strategy tree, got exact; set it to 0"),
+        ({"strategy": "tree", "error_tolerance": 1.5}, "error_tolerance must be"),
+        ({"strategy": "tree", "error_tolerance": -0.5}, "error_tolerance must be"),
+        (
+            {"strategy": "tree", "residual": "some"},
+            "residual must be one of none, verify_only, unbiased, james_stein",
+        ),
+        ({"strategy": "exact", "precision": "fp8"}, "precision must be one of fp32, bf16, int8, auto, got 'fp8'"),
+    ],
+)
+def test_attributes_that_do_not_fit(backend, attributes, message):
+    """The table refuses them, and so does the kernel behind a hand-made node."""
+    with pytest.raises(UsageError, match=message):
+        BACKENDS[backend](CASES[0].inputs(), "float32", 0, attributes)
+    good = {"strategy": "tree", "precision": "fp32", "error_tolerance": 0.0, "residual": "none"}
+    resolved = {n: v for n, v in QUANTUM_ATTENTION.resolve(good).items() if v is not None}
+    feeds = CASES[0].inputs()
+    with pytest.raises(ValueError, match=message):
+        _core.quantum_attention(feeds["Q"], feeds["K"], feeds["V"], **(resolved | attributes))
+
+
+def test_error_estimate_is_for_blockwise_strategies():
+    feeds = CASES[0].inputs()
+    resolved = {n: v for n, v in QUANTUM_ATTENTION.resolve({"strategy": "naive"}).items() if v is not None}
+    with pytest.raises(ValueError, match="error_estimate needs strategy exact or tree, got naive"):
+        _core.quantum_attention(feeds["Q"], feeds["K"], feeds["V"], **resolved, error_estimate=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "3d", "grouped_heads", "3d_grouped_odd"])
+def test_fallback_of_error_estimate_is_zero(name):
+    """The body is exact, and finds the heads of 3-D inputs too."""
+    case = next(c for c in CASES if c.name == name)
+    feeds, attributes = case.inputs(), case.all_attributes(strategy="tree")
+    model = one_node_model(feeds, "float32", ["Y", "error_estimate"], attributes)
+    model.opset_import[0].version = 23
+    model.functions.append(function_proto("QuantumAttention", 23, len(QUANTUM_ATTENTION.outputs)))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, error = session.run(["Y", "error_estimate"], {**feeds, "seed": np.array(0, np.int64)})
+    assert_close(y, run_ref(feeds, "float32", 0, attributes)["Y"], "float32", "Y")
+    assert error.dtype == np.float32
+    assert np.array_equal(error, np.zeros((case.batch, case.q_heads)))

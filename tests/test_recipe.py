@@ -71,7 +71,7 @@ def test_an_empty_file_is_the_default_recipe(write):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("strategy: foo", ["strategy", "foo", "exact, naive, stratified, adaptive, hybrid"]),
+        ("strategy: foo", ["strategy", "foo", "exact, naive, stratified, adaptive, hybrid, tree"]),
         ("num_samples: 0", ["num_samples", "0", "1"]),
         ("num_samples: -3", ["num_samples", "-3"]),
         ("num_samples: many", ["num_samples", "many", "whole number"]),

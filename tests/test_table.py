@@ -33,6 +33,7 @@ def test_every_op_is_whole(spec):
 def test_every_attribute_is_exercised_by_a_case():
     used = {name for case in CASES for name in case.all_attributes()}
     by_every_test = {"strategy", "num_samples", "control_variate", "layer", "qk_matmul_output_mode", "softmax_precision"}
+    by_every_test |= {"precision", "error_tolerance", "residual"}
     assert {attr.name for attr in QUANTUM_ATTENTION.attributes} == used | by_every_test
 
 
@@ -77,7 +78,7 @@ def test_nodes_carry_every_default():
         ({"num_samples": 0}, r"num_samples must be >= 1, got 0"),
         ({"num_samples": []}, r"num_samples must hold at least one number"),
         ({"num_samples": "many"}, r"num_samples must be of kind ints, got 'many'"),
-        ({"strategy": "best"}, r"strategy must be one of exact, naive, stratified, adaptive, hybrid, got 'best'"),
+        ({"strategy": "best"}, r"strategy must be one of exact, naive, stratified, adaptive, hybrid, tree, got 'best'"),
         ({"softcap": float("nan")}, r"softcap must be >= 0, got nan"),
         ({"samples": 3}, r"has no attribute 'samples'; known: strategy, num_samples"),
     ],

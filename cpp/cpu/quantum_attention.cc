@@ -21,6 +21,7 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   job.group = params.q_heads / params.kv_heads;
   const int64_t least = *std::min_element(params.num_samples, params.num_samples + params.num_samples_count);
   if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
+  if (job.params.strategy == Strategy::tree) job.params.strategy = Strategy::exact;
   if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
   return job;
 }
@@ -230,6 +231,7 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.entropy(job, block, s); });
     runner.each(p.batch, [&](int64_t b, char*) { share_budget(job, b); });
   }
+  if (job.tensors.error_estimate) std::fill_n(job.tensors.error_estimate, p.batch * p.q_heads, 0.0f);
   if (p.strategy == Strategy::exact) {
     runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
   } else {

@@ -3,9 +3,25 @@
 from qexport.errors import UsageError
 from qexport.ops.spec import Attr, OpSpec, Param
 
-STRATEGIES = ("exact", "naive", "stratified", "adaptive", "hybrid")
+STRATEGIES = ("exact", "naive", "stratified", "adaptive", "hybrid", "tree")
+# `exact` and `tree` work in blocks of keys: low precision and an estimate of the error are theirs alone. The others draw
+# keys for each query by itself.
+BLOCKWISE = ("exact", "tree")
+PRECISIONS = ("fp32", "bf16", "int8", "auto")
+RESIDUALS = ("none", "verify_only", "unbiased", "james_stein")
 
 FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+
+
+def _check(values: dict) -> None:
+    strategy = values["strategy"]
+    if strategy not in BLOCKWISE and values["precision"] not in ("fp32", "auto"):
+        raise UsageError(
+            f"[QuantumAttention] precision must be fp32 or auto with strategy {strategy}, got {values['precision']}"
+        )
+    if values["error_tolerance"] > 0 and strategy != "tree":
+        raise UsageError(f"[QuantumAttention] error_tolerance needs strategy tree, got {strategy}; set it to 0")
+
 
 SPEC = OpSpec(
     name="QuantumAttention",
@@ -44,11 +60,40 @@ SPEC = OpSpec(
             "Scores or probabilities, see qk_matmul_output_mode; never sampled.",
             optional=True,
         ),
+        Param(
+            "error_estimate",
+            "E",
+            "(batch, q_heads)",
+            "Estimated relative Frobenius error of the head's output; strategies exact (0) and tree.",
+            optional=True,
+        ),
     ),
     attributes=(
         Attr("strategy", "string", "How keys are sampled; see docs/math.md.", "stratified", choices=STRATEGIES),
         Attr("num_samples", "ints", "Keys sampled per query: one number, or one per query head.", (32,), minimum=1),
         Attr("control_variate", "int", "1: sample in proportion to p |v - mean v| around the mean of V.", 1, choices=(0, 1)),
+        Attr(
+            "precision",
+            "string",
+            "Lowest precision of products that may be used; exact and tree only.",
+            "fp32",
+            choices=PRECISIONS,
+        ),
+        Attr(
+            "error_tolerance",
+            "float",
+            "tree: a tile reads more keys until its estimated relative error holds this; 0 is off.",
+            0.0,
+            minimum=0,
+            maximum=1,
+        ),
+        Attr(
+            "residual",
+            "string",
+            "tree: what the sampled residual of the unread keys does to the output.",
+            "verify_only",
+            choices=RESIDUALS,
+        ),
         Attr("layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0),
         Attr("is_causal", "int", "1: query i sees key j when j <= i + offset.", 0, choices=(0, 1)),
         Attr("scale", "float", "Factor on Q K^T; 1/sqrt(head_size) when absent."),
@@ -66,8 +111,9 @@ SPEC = OpSpec(
         Attr("right_window_size", "int", "How far to the right a query sees; -1: all the way.", -1, minimum=-1),
         Attr("softmax_precision", "int", "Accepted as in Attention; always float32 here.", choices=(1, 10, 11, 16)),
     ),
-    type_vars={"T": FLOATS, "M": ("tensor(bool)", *FLOATS), "I": ("tensor(int64)",)},
+    type_vars={"T": FLOATS, "M": ("tensor(bool)", *FLOATS), "I": ("tensor(int64)",), "E": ("tensor(float)",)},
     fallback="ai.onnx Attention (classical, not sampled)",
+    check=_check,
 )
 
 
@@ -104,9 +150,28 @@ def _attention_body(opset: int, num_outputs: int):
     if opset >= 25:
         names |= {"left_window_size": AttributeProto.INT, "right_window_size": AttributeProto.INT}
     inputs = ["Q", "K", "V", "attn_mask", "past_key", "past_value"] + (["nonpad_kv_seqlen"] if opset >= 24 else [])
-    node = helper.make_node("Attention", inputs, [param.name for param in SPEC.outputs[:num_outputs]])
+    node = helper.make_node("Attention", inputs, [param.name for param in SPEC.outputs[: min(num_outputs, 4)]])
     node.attribute.extend(AttributeProto(name=n, type=t, ref_attr_name=n) for n, t in names.items())
-    return [node]
+    return [node, *_no_error(node)] if num_outputs > 4 else [node]
+
+
+def _no_error(attention):
+    """error_estimate of the classical body: zeros of (batch, q_heads). Only Attention itself knows the heads of 3-D inputs:
+    a second one over the first query and key tells them."""
+    from onnx import helper
+
+    make = helper.make_node
+    one_row = helper.make_node("Attention", ["Q_row", "K_row", "V_row"], ["Y_row", "", "", "row_scores"])
+    one_row.attribute.extend(a for a in attention.attribute if a.name.endswith("num_heads"))
+    return [
+        make("Constant", [], ["row_begin"], value_ints=[0]),
+        make("Constant", [], ["row_end"], value_ints=[1]),
+        make("Constant", [], ["row_axis"], value_ints=[-2]),
+        *(make("Slice", [x, "row_begin", "row_end", "row_axis"], [f"{x}_row"]) for x in "QKV"),
+        one_row,
+        make("Shape", ["row_scores"], ["error_shape"], start=0, end=2),
+        make("ConstantOfShape", ["error_shape"], ["error_estimate"]),
+    ]
 
 
 def _decomposed_body():
@@ -148,7 +213,7 @@ def _decomposed_body():
 
 def infer_shapes(ctx) -> None:
     """Type and shape inference for onnx (an `onnx.shape_inference.InferenceContext`): what `Attention` infers."""
-    from onnx import TypeProto
+    from onnx import TensorProto, TypeProto
 
     def shape_of(i):
         if not ctx.has_input(i) or not ctx.get_input_type(i).tensor_type.HasField("shape"):
@@ -163,7 +228,8 @@ def infer_shapes(ctx) -> None:
         if not ctx.has_output(i):
             return
         result = TypeProto()
-        result.tensor_type.elem_type = ctx.get_input_type(0).tensor_type.elem_type
+        is_float = SPEC.outputs[i].type_var == "E"
+        result.tensor_type.elem_type = TensorProto.FLOAT if is_float else ctx.get_input_type(0).tensor_type.elem_type
         if dims is not None:
             result.tensor_type.shape.SetInParent()
             for dim in dims:
@@ -206,3 +272,4 @@ def infer_shapes(ctx) -> None:
     give(1, [*heads, total_len, sizes[0]])
     give(2, [*heads, total_len, sizes[1]])
     give(3, [q[0], q_heads, q_len, total_len])
+    give(4, [q[0], q_heads])

@@ -4,7 +4,7 @@ import torch
 
 from qexport.errors import UsageError
 from qexport.ops.philox import philox4x32
-from qexport.ops.quantum_attention import SPEC
+from qexport.ops.quantum_attention import BLOCKWISE, SPEC
 
 T = 1 << 24  # one stratum of the fixed-point inclusion probabilities
 CDF_ONE = 1 << 30  # the whole distribution in the fixed-point CDF of `naive`
@@ -32,7 +32,8 @@ def quantum_attention_ref(
         attributes: those of the op table, with its defaults.
 
     Returns:
-        (Y, present_key, present_value, qk_matmul_output) in the shapes of the op table.
+        (Y, present_key, present_value, qk_matmul_output, error_estimate) in the shapes of the op table; the last is None for
+        the strategies that do not estimate their error.
 
     Raises:
         UsageError: an attribute outside its limits, 3-D inputs without head counts.
@@ -67,7 +68,8 @@ def quantum_attention_ref(
     if three_d:
         Y = Y.transpose(1, 2).flatten(2)
     qk = (raw, capped, scores, p)[a["qk_matmul_output_mode"]]
-    return Y.to(out_dtype), *present, qk.to(out_dtype)
+    error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
+    return Y.to(out_dtype), *present, qk.to(out_dtype), error
 
 
 def _split_heads(t, heads):
@@ -98,7 +100,7 @@ def _allowed(a, batch, heads, q_len, total_len, past_len, nonpad):
 
 def _estimate(p, V, allowed, nonpad, seed, a):
     """Y from the probabilities p (batch, heads, q_len, keys) and V (batch, heads, keys, v_head_size)."""
-    if a["strategy"] == "exact":
+    if a["strategy"] in BLOCKWISE:
         return p @ V
     batch, heads, q_len, n_keys = p.shape
     valid = torch.full((batch,), n_keys) if nonpad is None else nonpad

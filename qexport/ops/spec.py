@@ -1,7 +1,7 @@
 """How an op is described. One frozen table (`qexport.ops.OPS`) drives the schemas, the translation, the
 checks, the tests, `qexport ops` and docs/ops.md. Standard library only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qexport.errors import UsageError
@@ -16,7 +16,7 @@ class Attr:
 
     `kind` is one of "int", "ints", "float", "string". `default` is written on every node; an attribute whose
     default is None is optional and may be absent (as `scale` of ai.onnx Attention). `choices` lists the allowed
-    values, `minimum` the smallest allowed one.
+    values, `minimum` and `maximum` the smallest and the largest allowed one.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Attr:
     default: object = None
     choices: tuple = ()
     minimum: float | None = None
+    maximum: float | None = None
 
     def check(self, value: object, where: str) -> object:
         """`value` in the form that a node stores.
@@ -45,6 +46,8 @@ class Attr:
                 raise UsageError(f"{where} must be one of {', '.join(map(str, self.choices))}, got {v!r}")
             if self.minimum is not None and not v >= self.minimum:
                 raise UsageError(f"{where} must be >= {self.minimum}, got {v}")
+            if self.maximum is not None and not v <= self.maximum:
+                raise UsageError(f"{where} must be <= {self.maximum}, got {v}")
         if self.kind == "ints" and not value:
             raise UsageError(f"{where} must hold at least one number, got an empty list")
         return value
@@ -63,7 +66,10 @@ class Param:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An op of the domain `com.qexport`: what it computes, takes, returns, and what its fallback is."""
+    """An op of the domain `com.qexport`: what it computes, takes, returns, and what its fallback is.
+
+    `check` takes the values of all attributes and raises UsageError where they do not fit each other.
+    """
 
     name: str
     stem: str
@@ -73,6 +79,7 @@ class OpSpec:
     attributes: tuple[Attr, ...]
     type_vars: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fallback: str = ""
+    check: Callable[[dict], None] = lambda values: None
 
     def attribute(self, name: str) -> Attr:
         """The attribute called `name`; KeyError when the op has none."""
@@ -85,7 +92,7 @@ class OpSpec:
         """Every attribute of the op: `attributes` checked, the defaults filled in, None where an optional one is absent.
 
         Raises:
-            UsageError: an unknown attribute, or a value outside its limits.
+            UsageError: an unknown attribute, a value outside its limits, or values that do not fit each other.
         """
         known = [attr.name for attr in self.attributes]
         for key in attributes:
@@ -96,4 +103,5 @@ class OpSpec:
             value = attributes.get(attr.name)
             value = attr.default if value is None else value
             values[attr.name] = None if value is None else attr.check(value, self.name)
+        self.check(values)
         return values

@@ -10,13 +10,20 @@
 namespace qexport {
 
 enum class DType : int32_t { f32, f16, bf16, boolean, i64 };
-enum class Strategy : int32_t { exact, naive, stratified, adaptive, hybrid };
+enum class Strategy : int32_t { exact, naive, stratified, adaptive, hybrid, tree };
+// The lowest precision that products may use; a permission, float32 is used where the processor lacks the instructions.
+enum class Precision : int32_t { fp32, bf16, int8, automatic };
+// What `tree` does with the sampled residual of the keys that it does not read.
+enum class Residual : int32_t { none, verify_only, unbiased, james_stein };
 
 struct QuantumAttentionParams {
   Strategy strategy;
   const int64_t* num_samples;  // (1,) or (q_heads,)
   int64_t num_samples_count;
   bool control_variate;
+  Precision precision;
+  float error_tolerance;  // 0 is off
+  Residual residual;
   bool is_causal;
   uint32_t layer;
   int64_t seed;
@@ -53,6 +60,7 @@ struct QuantumAttentionTensors {
   void* present_key;       // (batch, kv_heads, past_len + kv_len, head_size)
   void* present_value;     // (batch, kv_heads, past_len + kv_len, v_head_size)
   void* qk_matmul_output;  // (batch, q_heads, q_len, past_len + kv_len)
+  float* error_estimate;   // (batch, q_heads)
 };
 
 // Bytes of scratch that the call below needs.

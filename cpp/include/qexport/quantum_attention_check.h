@@ -13,6 +13,8 @@ namespace qexport {
 struct QuantumAttentionAttributes {
   std::string strategy;
   std::vector<int64_t> num_samples;
+  std::string precision, residual;
+  float error_tolerance;
   int64_t control_variate, layer, is_causal, qk_matmul_output_mode, left_window_size, right_window_size;
   float softcap;
   bool has_scale;
@@ -44,11 +46,13 @@ struct QuantumAttentionInputs {
 struct QuantumAttentionCall {
   QuantumAttentionParams params;
   QuantumAttentionTensors tensors;  // the outputs are left null
-  Shape y, present_key, present_value, qk_matmul_output;
+  Shape y, present_key, present_value, qk_matmul_output, error_estimate;
 };
 
 // Errors, all std::invalid_argument with one line: "[QuantumAttention] num_samples must be > 0, got 0".
 void check_attributes(const QuantumAttentionAttributes& attributes);
+// The strategy must estimate its own error where the output error_estimate is asked for.
+void check_error_estimate(Strategy strategy);
 QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& attributes, const QuantumAttentionInputs& inputs);
 
 }  // namespace qexport
