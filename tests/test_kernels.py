@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qexport import _core
+from qexport.ops import QUANTUM_ATTENTION
 
 # Rows: one, the few that decoding takes, the border of that, of a vector, of a block. Keys: the borders of a tile of 128.
 ROWS = (1, 2, 5, 6, 16, 33, 64, 65)
@@ -52,18 +53,9 @@ def reference(q, k, v, mask, causal):
 
 
 def run(q, k, v, mask, causal, **change):
-    options = {
-        "strategy": "exact",
-        "num_samples": [1],
-        "control_variate": 0,
-        "layer": 0,
-        "is_causal": int(causal),
-        "softcap": 0.0,
-        "qk_matmul_output_mode": 0,
-        "left_window_size": -1,
-        "right_window_size": -1,
-    }
-    return _core.quantum_attention(q[None], k[None], v[None], mask, **(options | change))[0]
+    attributes = QUANTUM_ATTENTION.resolve({"strategy": "exact", "control_variate": 0, "is_causal": int(causal)} | change)
+    options = {name: value for name, value in attributes.items() if value is not None}
+    return _core.quantum_attention(q[None], k[None], v[None], mask, **options)[0]
 
 
 def worst_error(rows, keys):
