@@ -1,7 +1,5 @@
 """qexport ops"""
 
-import dataclasses
-
 import click
 
 from qexport.cli import common_options, print_json
@@ -16,7 +14,7 @@ def command(markdown, as_json, quiet, verbose):
     from qexport.ops.page import markdown_page, summary_lines
 
     if as_json:
-        print_json({"domain": DOMAIN, "version": VERSION, "ops": [dataclasses.asdict(spec) for spec in OPS]})
+        print_json({"domain": DOMAIN, "version": VERSION, "ops": [spec.to_dict() for spec in OPS]})
     elif markdown:
         click.echo(markdown_page(), nl=False)
     else:

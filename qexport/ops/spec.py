@@ -2,7 +2,7 @@
 checks, the tests, `qexport ops` and docs/ops.md. Standard library only."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from qexport.errors import UsageError
 
@@ -80,6 +80,10 @@ class OpSpec:
     type_vars: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fallback: str = ""
     check: Callable[[dict], None] = lambda values: None
+
+    def to_dict(self) -> dict:
+        """Plain data: everything but `check`."""
+        return {key: value for key, value in asdict(self).items() if key != "check"}
 
     def attribute(self, name: str) -> Attr:
         """The attribute called `name`; KeyError when the op has none."""
