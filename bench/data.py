@@ -16,11 +16,22 @@ def photo() -> np.ndarray:
 
     The middle 448 x 448 pixels, each 2 x 2 of them averaged.
     """
-    pixels = read_png((fetch("scikit-image") / "astronaut.png").read_bytes())
+    pixels = _astronaut()
     top, left = (pixels.shape[0] - 448) // 2, (pixels.shape[1] - 448) // 2
-    square = pixels[top : top + 448, left : left + 448, :3].astype(np.float32) / 255
-    small = square.reshape(224, 2, 224, 2, 3).mean((1, 3))
-    return ((small - _IMAGENET_MEAN) / _IMAGENET_STD).astype(np.float32).transpose(2, 0, 1)[None]
+    return _normalised(pixels[top : top + 448, left : left + 448].reshape(224, 2, 224, 2, 3).mean((1, 3)))
+
+
+def large_photo() -> np.ndarray:
+    """The whole 512 x 512 photo with three pixels of edge repeated all round, (1, 3, 518, 518), normalised as `photo`."""
+    return _normalised(np.pad(_astronaut(), ((3, 3), (3, 3), (0, 0)), mode="edge"))
+
+
+def _astronaut() -> np.ndarray:
+    return read_png((fetch("scikit-image") / "astronaut.png").read_bytes())[..., :3].astype(np.float32) / 255
+
+
+def _normalised(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels - _IMAGENET_MEAN) / _IMAGENET_STD).astype(np.float32).transpose(2, 0, 1)[None]
 
 
 def read_png(data: bytes) -> np.ndarray:
