@@ -84,7 +84,7 @@ def test_exact_at_the_borders_of_tiles(rows, keys):
     assert worst_error(rows, keys) <= TOLERANCE
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "neon"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16", "neon"])
 def test_exact_on_every_instruction_set(isa):
     if isa == _core.isa():
         pytest.skip(f"{isa} is what the other tests run on")

@@ -1,25 +1,44 @@
 // Compiled once per instruction set, with QEXPORT_ISA naming the namespace; dispatch.cc picks one copy at run time.
+#include "blocked_exact.h"
 #include "sampled_block.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
 
 static size_t scratch_bytes(const AttentionJob& job) {
-  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0};
+  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0}, blocked{nullptr, 0};
   exact_scratch(job, exact);
   few_scratch(job, few);
   row_scratch(job, rowwise);
+  if (job.blocks.count > 0) blocked_scratch(job, blocked);
   const bool only_exact = job.params.strategy == Strategy::exact && !job.tensors.qk_matmul_output;
-  return greater(greater(exact.used, few.used), only_exact ? size_t{0} : rowwise.used);
+  return greater(greater(exact.used, blocked.used), greater(few.used, only_exact ? size_t{0} : rowwise.used));
 }
 
 #define QEXPORT_STRING_(x) #x
 #define QEXPORT_STRING(x) QEXPORT_STRING_(x)
 
+#if defined(QEXPORT_LOW_PRECISION)
+constexpr bool kLowPrecision = true;
+#else
+constexpr bool kLowPrecision = false;
+#endif
+
 extern const Kernels kernels;
-const Kernels kernels = {
-    QEXPORT_STRING(QEXPORT_ISA), kMaxRows, kSampledRows, scratch_bytes, exact_block, sampled_block, entropy_block,
-    qk_matmul_output_block,      pack,     value_stats};
+const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
+                         kMaxRows,
+                         kSampledRows,
+                         kLowPrecision,
+                         scratch_bytes,
+                         exact_block,
+                         blocked_exact_block,
+                         sampled_block,
+                         entropy_block,
+                         qk_matmul_output_block,
+                         pack,
+                         key_mean,
+                         pack_blocks,
+                         value_stats};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

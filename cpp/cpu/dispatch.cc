@@ -1,62 +1,72 @@
 // Picks the instruction set once, at the first call.
 #include <cstdlib>
-#include <cstring>
+#include <string>
 
 #include "kernels.h"
 
 namespace qexport {
 namespace {
 
-struct Choice {
+// One copy of the kernels that this build holds, and whether this processor runs it.
+struct Copy {
   const Kernels* kernels;
-  const char* error;
+  bool (*runs)();
 };
 
-bool runs_avx2() {
+bool runs_everywhere() { return true; }
+
 #if defined(QEXPORT_HAVE_X86)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool runs_avx512() {
-#if defined(QEXPORT_HAVE_X86)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
 }
+
+bool runs_avx512bf16() {
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+// From the least to the best.
+const Copy kCopies[] = {
+    {&generic::kernels, runs_everywhere},
+#if defined(QEXPORT_HAVE_X86)
+    {&avx2::kernels, runs_avx2},
+    {&avx512::kernels, runs_avx512},
+    {&avx512bf16::kernels, runs_avx512bf16},
+#elif defined(QEXPORT_HAVE_NEON)
+    {&neon::kernels, runs_everywhere},
+#endif
+};
+
+struct Choice {
+  const Kernels* kernels;
+  std::string error;  // empty: none
+};
 
 Choice choose() {
 #if defined(QEXPORT_HAVE_X86)
   __builtin_cpu_init();
-  const Kernels* best = runs_avx512() ? &avx512::kernels : runs_avx2() ? &avx2::kernels : &generic::kernels;
-#elif defined(QEXPORT_HAVE_NEON)
-  const Kernels* best = &neon::kernels;
-#else
-  const Kernels* best = &generic::kernels;
 #endif
-  const char* wanted = std::getenv("QEXPORT_ISA");
-  if (!wanted || !*wanted) return {best, nullptr};
-  if (!std::strcmp(wanted, "generic")) return {&generic::kernels, nullptr};
-#if defined(QEXPORT_HAVE_X86)
-  if (!std::strcmp(wanted, "avx2")) {
-    if (runs_avx2()) return {&avx2::kernels, nullptr};
-    return {best, "QEXPORT_ISA is avx2, which this processor does not have; unset it or choose generic"};
+  const char* variable = std::getenv("QEXPORT_ISA");
+  const std::string wanted = variable ? variable : "";
+  const Kernels* best = nullptr;
+  const Kernels* chosen = nullptr;
+  bool known = false;
+  std::string names, usable;
+  for (const Copy& copy : kCopies) {
+    names += (names.empty() ? "" : ", ") + std::string(copy.kernels->name);
+    known = known || wanted == copy.kernels->name;
+    if (!copy.runs()) continue;
+    usable += (usable.empty() ? "" : ", ") + std::string(copy.kernels->name);
+    best = copy.kernels;
+    if (wanted == copy.kernels->name) chosen = copy.kernels;
   }
-  if (!std::strcmp(wanted, "avx512")) {
-    if (runs_avx512()) return {&avx512::kernels, nullptr};
-    return {best, "QEXPORT_ISA is avx512, which this processor does not have; unset it or choose generic or avx2"};
-  }
-  return {best, "QEXPORT_ISA must be one of generic, avx2, avx512"};
-#elif defined(QEXPORT_HAVE_NEON)
-  if (!std::strcmp(wanted, "neon")) return {&neon::kernels, nullptr};
-  return {best, "QEXPORT_ISA must be one of generic, neon"};
-#else
-  return {best, "QEXPORT_ISA must be generic"};
-#endif
+  if (wanted.empty()) return {best, ""};
+  if (chosen) return {chosen, ""};
+  if (!known) return {best, "QEXPORT_ISA must be one of " + names + ", got " + wanted};
+  return {best, "QEXPORT_ISA is " + wanted + ", which this processor does not have; unset it or choose one of " + usable};
 }
 
 const Choice& choice() {
@@ -68,6 +78,6 @@ const Choice& choice() {
 
 const Kernels& kernels() { return *choice().kernels; }
 const char* isa_name() { return choice().kernels->name; }
-const char* isa_error() { return choice().error; }
+const char* isa_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
 
 }  // namespace qexport

@@ -57,7 +57,7 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   Arena arena{memory, 0};
   const ExactScratch scratch = exact_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, scratch.q_t, ld);
+  pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
 
   alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows];
   for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;

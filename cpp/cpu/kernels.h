@@ -1,6 +1,7 @@
 // The part of the CPU kernel that is compiled once per instruction set, as a table of functions.
 #pragma once
 
+#include "kv_blocks.h"
 #include "qexport/quantum_attention.h"
 
 namespace qexport {
@@ -13,6 +14,7 @@ struct AttentionJob {
   int64_t group;        // query heads per kv head
   float* packed_key;    // (batch, kv_heads, total_len, packed_row(head_size)) float32, or null: K is read where it lies
   float* packed_value;  // (batch, kv_heads, total_len, packed_row(v_head_size)), or null
+  KvBlocks blocks;      // K and V in blocks of 16 keys; keys null where they are not packed so
   float* value_mean;    // (batch, kv_heads, v_head_size), or null
   float* value_norm;    // (batch, kv_heads, total_len): |v_j - mean|, or null
   float* entropy;       // (batch, q_heads, q_len), adaptive only
@@ -30,14 +32,19 @@ struct RowBlock {
 
 struct Kernels {
   const char* name;
-  int64_t exact_rows;                                // rows of a block of exact_rows_kernel
+  int64_t exact_rows;                                // rows of a block of `exact` and `blocked`
   int64_t sampled_rows;                              // rows of a block of the other kernels
+  bool low_precision;                                // bf16 and int8 blocks are supported
   size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);  // exact, from job.blocks
   void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*qk_matmul_output)(const AttentionJob& job, RowBlock block, char* scratch);
-  void (*pack)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills packed_key and packed_value
+  void (*pack)(const AttentionJob& job, int64_t batch, int64_t kv_head);      // fills packed_key and packed_value
+  void (*key_mean)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills blocks.key_mean
+  // Fills blocks [first, end) of one head.
+  void (*pack_blocks)(const AttentionJob& job, int64_t batch, int64_t kv_head, int64_t first, int64_t end);
   void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
 };
 
@@ -49,6 +56,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {  // avx512 with products of bfloat16 (BF16) and of 8-bit integers (VNNI)
 extern const Kernels kernels;
 }
 namespace neon {

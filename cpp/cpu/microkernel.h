@@ -5,6 +5,9 @@
 //
 //     scores  S^T[j][lane] = sum_x K[j][x] Q^T[x][lane]        N = x, broadcast stride = row of K, step = 1
 //     values  O^T[x][lane] = sum_j V[j][x] P^T[j][lane]        N = j, broadcast stride = 1, step = row of V
+//
+// In low precision one 32-bit element holds 2 bfloat16 or 4 int8 that follow one another along N, in both operands; the
+// layout is the same otherwise, and pointers to such elements are float pointers too.
 #pragma once
 
 #include "simd.h"
@@ -12,19 +15,34 @@
 namespace qexport {
 namespace QEXPORT_ISA {
 
-// c[b][lanes] = (c[b][lanes] * rescale if kAccumulate) + sum_{i < n} a[b * stride + i * step] * rhs[i][lanes]
-// for kRows values of b and kVecs vectors of lanes. `ld` is the distance in floats between rows of rhs, and of c.
-template <int kVecs, int kRows, bool kAccumulate>
-static QEXPORT_INLINE void product_block(const float* a, int64_t stride, int64_t step, const float* rhs, float* c,
-                                         int64_t ld, int64_t n, const float* rescale) {
-  vf acc[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int b = 0; b < kRows; ++b) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      acc[b][v] = kAccumulate ? load<vf>(c + b * ld + v * kLanes) * load<vf>(rescale + v * kLanes) : vf{};
-    }
+// What one broadcast element adds to an accumulator.
+struct Fp32Math {
+  typedef vf Accumulator;
+  static QEXPORT_INLINE vf add(vf sum, vf rhs, float x) { return sum + rhs * x; }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define QEXPORT_LOW_PRECISION 1
+
+struct Bf16Math {
+  typedef vf Accumulator;
+  static QEXPORT_INLINE vf add(vf sum, vf rhs, float x) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rhs, (__m512bh)_mm512_set1_ps(x));
   }
+};
+
+struct Int8Math {  // rhs: unsigned bytes, x: signed bytes
+  typedef vi Accumulator;
+  static QEXPORT_INLINE vi add(vi sum, vf rhs, float x) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)rhs, (__m512i)_mm512_set1_ps(x));
+  }
+};
+#endif
+
+// sum[b][v] += sum_{i < n} a[b * stride + i * step] * rhs[i][v * kLanes ...], rows of rhs `ld` floats apart.
+template <class Math, int kVecs, int kRows>
+static QEXPORT_INLINE void accumulate(typename Math::Accumulator (&sum)[kRows][kVecs], const float* a, int64_t stride,
+                                      int64_t step, const float* rhs, int64_t ld, int64_t n) {
   for (int64_t i = 0; i < n; ++i, a += step, rhs += ld) {
     vf r[kVecs];
 #pragma GCC unroll 4
@@ -33,33 +51,57 @@ static QEXPORT_INLINE void product_block(const float* a, int64_t stride, int64_t
     for (int b = 0; b < kRows; ++b) {
       const float x = a[b * stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[b][v] += r[v] * x;
+      for (int v = 0; v < kVecs; ++v) sum[b][v] = Math::add(sum[b][v], r[v], x);
     }
-  }
-#pragma GCC unroll 16
-  for (int b = 0; b < kRows; ++b) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + b * ld + v * kLanes, acc[b][v]);
   }
 }
 
-// All `rows` values of b, in blocks of kBlock, then 4, 2, 1.
+template <int kVecs, int kRows>
+static QEXPORT_INLINE void load_sums(vf (&sum)[kRows][kVecs], const float* c, int64_t ld, const float* rescale) {
+#pragma GCC unroll 16
+  for (int b = 0; b < kRows; ++b) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      sum[b][v] = load<vf>(c + b * ld + v * kLanes);
+      if (rescale) sum[b][v] *= load<vf>(rescale + v * kLanes);
+    }
+  }
+}
+
+template <int kVecs, int kRows>
+static QEXPORT_INLINE void store_sums(const vf (&sum)[kRows][kVecs], float* c, int64_t ld) {
+#pragma GCC unroll 16
+  for (int b = 0; b < kRows; ++b) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(c + b * ld + v * kLanes, sum[b][v]);
+  }
+}
+
+// body(b, integral constant kRows) for all `rows` values of b, in blocks of kBlock, then 4, 2, 1.
+template <int kRows>
+struct RowCount {
+  static constexpr int value = kRows;
+};
+template <class Body>
+static QEXPORT_INLINE void for_row_blocks(int64_t rows, const Body& body) {
+  int64_t b = 0;
+  for (; b + kBlock <= rows; b += kBlock) body(b, RowCount<kBlock>{});
+  for (; b + 4 <= rows; b += 4) body(b, RowCount<4>{});
+  for (; b + 2 <= rows; b += 2) body(b, RowCount<2>{});
+  for (; b < rows; ++b) body(b, RowCount<1>{});
+}
+
+// c[b][lanes] = (c[b][lanes] * rescale if kAccumulate) + sum_{i < n} a[b * stride + i * step] * rhs[i][lanes]
+// for `rows` values of b and kVecs vectors of lanes. `ld` is the distance in floats between rows of rhs, and of c.
 template <int kVecs, bool kAccumulate>
 static QEXPORT_INLINE void product_rows(const float* a, int64_t stride, int64_t step, const float* rhs, float* c, int64_t ld,
                                         int64_t n, int64_t rows, const float* rescale) {
-  int64_t b = 0;
-  for (; b + kBlock <= rows; b += kBlock) {
-    product_block<kVecs, kBlock, kAccumulate>(a + b * stride, stride, step, rhs, c + b * ld, ld, n, rescale);
-  }
-  for (; b + 4 <= rows; b += 4) {
-    product_block<kVecs, 4, kAccumulate>(a + b * stride, stride, step, rhs, c + b * ld, ld, n, rescale);
-  }
-  for (; b + 2 <= rows; b += 2) {
-    product_block<kVecs, 2, kAccumulate>(a + b * stride, stride, step, rhs, c + b * ld, ld, n, rescale);
-  }
-  for (; b < rows; ++b) {
-    product_block<kVecs, 1, kAccumulate>(a + b * stride, stride, step, rhs, c + b * ld, ld, n, rescale);
-  }
+  for_row_blocks(rows, [&](int64_t b, auto count) QEXPORT_INLINE_LAMBDA {
+    vf sum[decltype(count)::value][kVecs] = {};
+    if (kAccumulate) load_sums(sum, c + b * ld, ld, rescale);
+    accumulate<Fp32Math>(sum, a + b * stride, stride, step, rhs, ld, n);
+    store_sums(sum, c + b * ld, ld);
+  });
 }
 
 // s[j][lanes] for `keys` rows of k; q_t is (head_size, ld).

@@ -11,7 +11,29 @@
 namespace qexport {
 namespace {
 
+// More than this is not packed at once but tile by tile, or head by head: the arena of a session never gives memory back.
+constexpr size_t kMaxPackedBytes = size_t{64} << 20;
+
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Blocks in low precision where they are allowed, known and pay: packing them costs what about kBlockedRows rows of fp32
+// attention lose.
+constexpr int64_t kBlockedRows = 24;
+
+KvBlocks choose_blocks(const AttentionJob& job) {
+  const QuantumAttentionParams& p = job.params;
+  const bool pays = p.q_len * job.group >= kBlockedRows && job.total_len > 0;
+  if (p.strategy != Strategy::exact || p.precision == Precision::fp32 || !kernels().low_precision || !pays) return {};
+  const Precision precision = p.precision == Precision::automatic ? Precision::bf16 : p.precision;
+  return block_layout(precision, job.total_len, p.head_size, p.v_head_size);
+}
+
+// Heads whose blocks are in memory at once.
+int64_t heads_at_once(const AttentionJob& job) {
+  const int64_t heads = job.params.batch * job.params.kv_heads;
+  if (job.blocks.count == 0) return heads;
+  return std::clamp<int64_t>(static_cast<int64_t>(kMaxPackedBytes / job.blocks.bytes_per_head()), 1, heads);
+}
 
 AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors) {
   AttentionJob job{};
@@ -23,11 +45,9 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
   if (job.params.strategy == Strategy::tree) job.params.strategy = Strategy::exact;
   if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
+  job.blocks = choose_blocks(job);
   return job;
 }
-
-// More than this is not packed at once but tile by tile: the arena of a session never gives memory back.
-constexpr size_t kMaxPackedBytes = size_t{64} << 20;
 
 // Packing pays where rows must be converted or brought together, and more than one block reads them.
 bool needs_packing(const AttentionJob& job) {
@@ -36,11 +56,12 @@ bool needs_packing(const AttentionJob& job) {
   const bool as_is = p.type == DType::f32 && t.k.row_stride == p.head_size && t.v.row_stride == p.v_head_size;
   const size_t bytes = static_cast<size_t>(p.batch * p.kv_heads * job.total_len) * sizeof(float) *
                        static_cast<size_t>(packed_row(p.head_size) + packed_row(p.v_head_size));
-  return !as_is && job.group * p.q_len > kernels().exact_rows && bytes <= kMaxPackedBytes;
+  return job.blocks.count == 0 && !as_is && job.group * p.q_len > kernels().exact_rows && bytes <= kMaxPackedBytes;
 }
 
 struct Layout {
-  size_t packed_key, packed_value, mean, norm, entropy, allowed, budget, workers, per_worker, total;
+  size_t packed_key, packed_value, block_keys, block_values, key_mean, mean, norm, entropy, allowed, budget, workers,
+      per_worker, total;
 };
 
 Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
@@ -59,6 +80,11 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   const size_t keys = kv * static_cast<size_t>(job.total_len) * sizeof(float);
   layout.packed_key = take(packed, keys * static_cast<size_t>(packed_row(p.head_size)));
   layout.packed_value = take(packed, keys * static_cast<size_t>(packed_row(p.v_head_size)));
+  const KvBlocks& blocks = job.blocks;
+  const size_t at_once = static_cast<size_t>(heads_at_once(job)) * sizeof(float);
+  layout.block_keys = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.key_block));
+  layout.block_values = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.value_block));
+  layout.key_mean = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.mean_row));
   layout.mean = take(p.control_variate, kv * static_cast<size_t>(p.v_head_size) * sizeof(float));
   layout.norm = take(p.control_variate, kv * static_cast<size_t>(job.total_len) * sizeof(float));
   layout.entropy = take(adaptive, rows * sizeof(float));
@@ -79,20 +105,25 @@ class BlockRunner {
 
   template <class Body>
   void blocks(int64_t max_rows, const Body& body) {
+    blocks(max_rows, 0, job_.params.batch * job_.params.kv_heads, body);
+  }
+
+  // The same for `heads` (batch, kv head) from first_head on.
+  template <class Body>
+  void blocks(int64_t max_rows, int64_t first_head, int64_t heads, const Body& body) {
     const QuantumAttentionParams& p = job_.params;
     // The query heads of a kv head are stacked where one head alone would leave lanes empty, as in decoding.
     const int64_t span = p.q_len * 2 >= max_rows ? p.q_len : p.q_len * job_.group;
     const int64_t spans = p.q_len * job_.group / std::max<int64_t>(span, 1);
     const int64_t per_span = (span + max_rows - 1) / max_rows;
-    const int64_t total = p.batch * p.kv_heads * spans * per_span;
+    const int64_t total = heads * spans * per_span;
     each(total, [&, spans, per_span, span](int64_t i, char* scratch) {
       // Blocks of one head follow each other, so that its keys stay in the cache; later rows come first, since under a
       // causal mask they take longest and a long block at the end would be waited for.
       const int64_t part = per_span - 1 - i % per_span;
       const int64_t place = i / per_span;
-      const int64_t first = place % spans * span + part * max_rows;
-      body(RowBlock{place / spans / p.kv_heads, place / spans % p.kv_heads, first,
-                    std::min(max_rows, place % spans * span + span - first)},
+      const int64_t first = place % spans * span + part * max_rows, head = first_head + place / spans;
+      body(RowBlock{head / p.kv_heads, head % p.kv_heads, first, std::min(max_rows, place % spans * span + span - first)},
            scratch);
     });
   }
@@ -156,6 +187,26 @@ void join(const AttentionJob& job, bool values, int64_t b, int64_t h) {
   if (p.kv_len > 0) copy(fresh, p.kv_len);
 }
 
+// Exact attention in low precision. K and V are packed once per call; a block of rows then reads nothing else.
+void run_blocked(AttentionJob& job, BlockRunner& runner) {
+  const Kernels& k = kernels();
+  const int64_t kv_heads = job.params.kv_heads, heads = job.params.batch * kv_heads, at_once = heads_at_once(job);
+  constexpr int64_t kPiece = 16;  // blocks that a thread packs at a time
+  const int64_t pieces = (job.blocks.count + kPiece - 1) / kPiece;
+  for (int64_t first = 0; first < heads; first += at_once) {
+    const int64_t n = std::min(at_once, heads - first);
+    job.blocks.first_head = first;
+    if (job.blocks.mean_row > 0) {
+      runner.each(n, [&](int64_t i, char*) { k.key_mean(job, (first + i) / kv_heads, (first + i) % kv_heads); });
+    }
+    runner.each(n * pieces, [&](int64_t i, char*) {
+      const int64_t head = first + i / pieces, block = i % pieces * kPiece;
+      k.pack_blocks(job, head / kv_heads, head % kv_heads, block, std::min(block + kPiece, job.blocks.count));
+    });
+    runner.blocks(k.exact_rows, first, n, [&](RowBlock block, char* s) { k.blocked(job, block, s); });
+  }
+}
+
 // The budget of batch item b: S_r = min(n_r, max(1, c g_r)), g_r = S_h sqrt(exp H_r), with c such that sum S_r = sum
 // min(S_h, n_r).
 void share_budget(const AttentionJob& job, int64_t b) {
@@ -199,6 +250,11 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     job.packed_key = reinterpret_cast<float*>(base + layout.packed_key);
     job.packed_value = reinterpret_cast<float*>(base + layout.packed_value);
   }
+  if (job.blocks.count > 0) {
+    job.blocks.keys = reinterpret_cast<float*>(base + layout.block_keys);
+    job.blocks.values = reinterpret_cast<float*>(base + layout.block_values);
+    job.blocks.key_mean = reinterpret_cast<float*>(base + layout.key_mean);
+  }
   if (p.control_variate) {
     job.value_mean = reinterpret_cast<float*>(base + layout.mean);
     job.value_norm = reinterpret_cast<float*>(base + layout.norm);
@@ -232,7 +288,9 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     runner.each(p.batch, [&](int64_t b, char*) { share_budget(job, b); });
   }
   if (job.tensors.error_estimate) std::fill_n(job.tensors.error_estimate, p.batch * p.q_heads, 0.0f);
-  if (p.strategy == Strategy::exact) {
+  if (job.blocks.count > 0) {
+    run_blocked(job, runner);
+  } else if (p.strategy == Strategy::exact) {
     runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
   } else {
     runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.sampled(job, block, s); });

@@ -117,7 +117,7 @@ static void entropy_block(const AttentionJob& job, RowBlock block, char* memory)
   Rows rows;
   set_rows(job, block, rows);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, scratch.q_t, ld);
+  pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
   row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
   for (int v = 0; v < rows.vecs; ++v) {
     const ColumnSums sums = exponentiate<true>(scratch.p + v * kLanes, ld, rows.end - rows.begin);
@@ -139,7 +139,7 @@ static void qk_matmul_output_block(const AttentionJob& job, RowBlock block, char
   Rows rows;
   set_rows(job, block, rows);
   const int64_t ld = rows.vecs * kLanes, n = job.total_len;
-  pack_queries(job, block, rows, scratch.q_t, ld);
+  pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
   const Stage stage = p.qk_matmul_output_mode == 0   ? Stage::raw
                       : p.qk_matmul_output_mode == 1 ? Stage::capped
                                                      : Stage::masked;

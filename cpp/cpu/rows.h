@@ -218,7 +218,8 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
 }
 
 // q_t[x][lane] = scale * Q[lane][x], zero in lanes without a row.
-static void pack_queries(const AttentionJob& job, const RowBlock& block, const Rows& rows, float* q_t, int64_t ld) {
+static void pack_queries(const AttentionJob& job, const RowBlock& block, const Rows& rows, float scale, float* q_t,
+                         int64_t ld) {
   const QuantumAttentionParams& p = job.params;
   const int64_t bytes = element_size(p.type);
   const char* src[kMaxRows];
@@ -231,7 +232,7 @@ static void pack_queries(const AttentionJob& job, const RowBlock& block, const R
       const int64_t n = lesser<int64_t>(kLanes, p.head_size - x);
       vf m[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        m[lane] = r0 + lane < rows.count ? load_part(p.type, src[r0 + lane] + x * bytes, n) * p.scale : vf{};
+        m[lane] = r0 + lane < rows.count ? load_part(p.type, src[r0 + lane] + x * bytes, n) * scale : vf{};
       }
       transpose(m);
       for (int64_t i = 0; i < n; ++i) store(q_t + (x + i) * ld + r0, m[i]);

@@ -121,7 +121,7 @@ static void sampled_block(const AttentionJob& job, RowBlock block, char* memory)
   Arena arena{memory, 0};
   const RowScratch scratch = row_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, scratch.q_t, ld);
+  pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
   row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
   for (int v = 0; v < rows.vecs; ++v) sample_column(job, block, rows, scratch, v);
 }

@@ -90,8 +90,10 @@ static void apply_softcap(float* s, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; i += kLanes) store(s + i, tanh(load<vf>(s + i) * inverse) * softcap);
 }
 
-// Adds the bias and puts -inf where a row does not attend; selects, so that a NaN under the mask does not leak.
-static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float* bias, float* s, int64_t ld) {
+// Adds the bias, in units of `unit`, and puts -inf where a row does not attend; selects, so that a NaN under the mask does
+// not leak.
+static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float* bias, float* s, int64_t ld,
+                       float unit = 1.0f) {
   const bool ranged = j0 < rows.common_begin || j0 + count > rows.common_end;
   if (!ranged && !bias) return;
   for (int v = 0; v < rows.vecs; ++v) {
@@ -103,7 +105,7 @@ static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float*
       if (b) {
         const vf add = load<vf>(b + j * ld);
         allowed &= add != -kInf;
-        x += add;
+        x += add * unit;
       }
       if (ranged) {
         const vi key = splat(static_cast<int32_t>(j0 + j));

@@ -109,10 +109,11 @@ static QEXPORT_INLINE void store_compressed(int32_t* dst, uint32_t bits, vi x) {
 #endif
 }
 
-// e^x = 2^(x log2 e) for x <= 0, to about 1 ulp near 0; 0 for -inf and where float32 runs out; NaN stays NaN.
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^y for y <= 0, to about 1 ulp near 0; 0 for -inf and where float32 runs out; NaN stays NaN.
 // 2^r is its degree-5 polynomial of least relative error (7.5e-8) on the interval of r.
-static QEXPORT_INLINE vf exp_nonpositive(vf x) {
-  const vf y = x * 1.44269504088896341f;
+static QEXPORT_INLINE vf exp2_nonpositive(vf y) {
 #if defined(__AVX512F__)
   // y = floor(y) + r, r in [0, 1); scalef multiplies by 2^floor(y) and turns -inf into 0.
   const vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -138,6 +139,8 @@ static QEXPORT_INLINE vf exp_nonpositive(vf x) {
   return y < -125.0f ? vf{} : poly * power;
 #endif
 }
+
+static QEXPORT_INLINE vf exp_nonpositive(vf x) { return exp2_nonpositive(x * kLog2E); }
 
 // tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|).
 static QEXPORT_INLINE vf tanh(vf x) {

@@ -1,0 +1,81 @@
+// Exact attention of a block of rows over K and V in blocks of 16 keys: bfloat16 and int8.
+#pragma once
+
+#include "blocked_softmax.h"
+#include "exact_block.h"
+
+namespace qexport {
+namespace QEXPORT_ISA {
+
+constexpr int64_t kBlockedTile = 128;  // keys
+
+struct BlockedScratch {
+  float *q_t, *q_scale, *q_mean, *s, *p, *bias, *o_t;
+};
+
+static BlockedScratch blocked_scratch(const AttentionJob& job, Arena& arena) {
+  const KvBlocks& blocks = job.blocks;
+  BlockedScratch s;
+  s.q_t = arena.take<float>(blocks.head_size * kMaxRows);
+  s.q_scale = arena.take<float>(kMaxRows);
+  s.q_mean = arena.take<float>(kMaxRows);
+  s.s = arena.take<float>(kBlockedTile * kMaxRows);
+  s.p = blocks.precision == Precision::fp32 ? s.s : arena.take<float>(kBlockedTile / 2 * kMaxRows);
+  s.bias = arena.take<float>(job.tensors.mask.data ? kBlockedTile * kMaxRows : 0);
+  s.o_t = arena.take<float>(blocks.v_head_size * kMaxRows);
+  return s;
+}
+
+// Adds q . key_mean, which int8 scores lack. Softmax does not see it, softcap does.
+static void add_mean_scores(const float* q_mean, float* s, int64_t ld, int64_t count) {
+  for (int64_t j = 0; j < count; ++j, s += ld) {
+    for (int64_t r = 0; r < ld; r += kLanes) store(s + r, load<vf>(s + r) + load<vf>(q_mean + r));
+  }
+}
+
+static void blocked_exact_block(const AttentionJob& job, RowBlock block, char* memory) {
+  const QuantumAttentionParams& params = job.params;
+  const AttentionMask& mask = job.tensors.mask;
+  const KvBlocks& blocks = job.blocks;
+  const int64_t head = block.batch * params.kv_heads + block.kv_head;
+  const float *keys = blocks.head_keys(head), *values = blocks.head_values(head);
+  const float softcap = params.softcap * kLog2E;
+  Rows rows;
+  set_rows(job, block, rows);
+  Arena arena{memory, 0};
+  const BlockedScratch scratch = blocked_scratch(job, arena);
+  const int64_t ld = rows.vecs * kLanes;
+  pack_queries(job, block, rows, params.scale * kLog2E, scratch.q_t, ld);
+  const bool add_mean = blocks.precision == Precision::int8 && softcap > 0.0f;
+  if (add_mean) {
+    score_product(blocks.head_mean(head), 0, scratch.q_t, scratch.q_mean, ld, blocks.head_size, 1, rows.vecs);
+  }
+  pack_block_queries(blocks, scratch.q_t, ld, rows.vecs, scratch.q_scale);
+
+  alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows];
+  for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
+  for (int64_t i = 0; i < blocks.v_head_size * ld; i += kLanes) store(scratch.o_t + i, vf{});
+
+  for (int64_t j = rows.begin / kBlockKeys * kBlockKeys, count; j < rows.end; j += count) {
+    int32_t list[kBlockedTile / kBlockKeys];
+    int64_t listed = 0;
+    for (count = 0; count < kBlockedTile && j + count < rows.end; count += kBlockKeys) {
+      list[listed++] = static_cast<int32_t>((j + count) / kBlockKeys);
+    }
+    const MaskEffect effect = mask.data ? mask_bias(mask, rows, j, count, scratch.bias, ld) : MaskEffect::none;
+    if (effect == MaskEffect::all_masked) continue;
+    score_blocks(blocks, keys, list, listed, scratch.q_t, scratch.q_scale, scratch.s, ld, rows.vecs);
+    if (add_mean) add_mean_scores(scratch.q_mean, scratch.s, ld, count);
+    if (softcap > 0.0f) apply_softcap(scratch.s, count * ld, softcap);
+    apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld, kLog2E);
+    const bool moved = exp2_scores(blocks.precision, scratch.s, ld, count, rows.vecs, m, l, alpha, scratch.p);
+    value_blocks(blocks, values, list, listed, scratch.p, scratch.o_t, ld, rows.vecs, moved ? alpha : nullptr);
+  }
+
+  // A row without an allowed key is 0; its m is -inf, and so is that of a row whose scores are all NaN, which stays NaN.
+  for (int64_t r = 0; r < ld; ++r) l[r] = m[r] == -kInf && l[r] == l[r] ? 0.0f : 1.0f / l[r];
+  write_outputs(job, block, rows, scratch.o_t, ld, l);
+}
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport

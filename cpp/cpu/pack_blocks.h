@@ -1,0 +1,146 @@
+// Writes K and V into the blocks of kv_blocks.h.
+#pragma once
+
+#include "microkernel.h"
+#include "rows.h"
+
+namespace qexport {
+namespace QEXPORT_ISA {
+
+// Where the keys of one (batch, kv head) lie.
+struct KeySource {
+  const AttentionJob& job;
+  int64_t batch, kv_head;
+  int64_t valid;  // keys from here on are padding, whatever is stored there
+
+  KeySource(const AttentionJob& job_, int64_t b, int64_t h) : job(job_), batch(b), kv_head(h), valid(job_.total_len) {
+    if (const int64_t* nonpad = job.tensors.nonpad_kv_seqlen) valid = lesser(greater<int64_t>(nonpad[b], 0), valid);
+  }
+
+  // Row of the key, or null where there is none.
+  const char* row(bool values, int64_t key) const {
+    if (key < 0 || key >= valid) return nullptr;
+    const int64_t past = job.params.past_len;
+    const QuantumAttentionTensors& t = job.tensors;
+    if (key < past) return row_of(values ? t.past_value : t.past_key, job.params.type, batch, kv_head, key);
+    return row_of(values ? t.v : t.k, job.params.type, batch, kv_head, key - past);
+  }
+};
+
+// Elements x .. x + kLanes of a row of `size` elements, zero where there are none.
+static QEXPORT_INLINE vf row_part(DType type, const char* row, int64_t size, int64_t x) {
+  if (!row || x >= size) return vf{};
+  return load_part(type, row + x * element_size(type), lesser<int64_t>(kLanes, size - x));
+}
+
+static void pack_fp32_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
+  for (int64_t x = 0; x < stride; x += kLanes) store(dst + x, row_part(type, row, size, x));
+}
+
+// mean[x] over at most kMeanKeys keys of the head, evenly spaced. Any vector would do: it only has to take out what all keys
+// have in common, and must be finite.
+constexpr int64_t kMeanKeys = 256;
+static void key_mean(const AttentionJob& job, int64_t b, int64_t kv_head) {
+  const KvBlocks& blocks = job.blocks;
+  const KeySource source(job, b, kv_head);
+  float* mean = blocks.head_mean(b * job.params.kv_heads + kv_head);
+  const int64_t step = (source.valid + kMeanKeys - 1) / kMeanKeys;
+  const float share = source.valid > 0 ? 1.0f / static_cast<float>((source.valid + step - 1) / step) : 0.0f;
+  for (int64_t x = 0; x < blocks.head_size; x += kLanes) {
+    vf sum{};
+    for (int64_t j = 0; j < source.valid; j += step) {
+      const vf k = row_part(job.params.type, source.row(false, j), blocks.head_size, x) * share;
+      sum += k - k == 0.0f ? k : vf{};
+    }
+    store(mean + x, sum - sum == 0.0f ? sum : vf{});
+  }
+}
+
+#if defined(QEXPORT_LOW_PRECISION)
+static QEXPORT_INLINE vu bf16_bits(vf x) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+
+// (lo[lane], hi[lane]) side by side.
+static QEXPORT_INLINE vf bf16_pairs(vf lo, vf hi) { return float_of(bf16_bits(lo) | (bf16_bits(hi) << 16)); }
+
+static void pack_bf16_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    const vf lo = row_part(type, row, size, 2 * i), hi = row_part(type, row, size, 2 * i + kLanes);
+    store(dst + i, (vf)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo));
+  }
+}
+
+static void pack_bf16_pair(DType type, const char* even, const char* odd, int64_t size, int64_t stride, float* dst) {
+  for (int64_t x = 0; x < stride; x += kLanes) {
+    store(dst + x, bf16_pairs(row_part(type, even, size, x), row_part(type, odd, size, x)));
+  }
+}
+
+// One int8 key; its scale is NaN where an element of it is not finite.
+static void pack_int8_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride, float* dst,
+                          float* scale, int32_t* offset) {
+  const auto centred = [&](int64_t x) QEXPORT_INLINE_LAMBDA {
+    if (!row || x >= size) return vf{};
+    const vf k = row_part(type, row, size, x) - load<vf>(mean + x);
+    return x + kLanes <= size ? k : (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)k);
+  };
+  vf most{}, check{};
+  for (int64_t x = 0; x < size; x += kLanes) {
+    const vf k = centred(x);
+    most = max(k, most), most = max(-k, most);
+    check += k - k;
+  }
+  const float highest = _mm512_reduce_max_ps((__m512)most);
+  const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+  __m512i sum = _mm512_setzero_si512();
+  char* bytes = reinterpret_cast<char*>(dst);
+  for (int64_t x = 0; x < 4 * stride; x += kLanes) {
+    const __m512i k = _mm512_cvtps_epi32((__m512)(centred(x) * inverse));
+    sum = _mm512_add_epi32(sum, k);
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes + x), _mm512_cvtsepi32_epi8(k));
+  }
+  *scale = highest / 127.0f + _mm512_reduce_add_ps((__m512)check);
+  *offset = *scale == *scale ? -128 * _mm512_reduce_add_epi32(sum) : 0;
+}
+#endif
+
+static void pack_blocks(const AttentionJob& job, int64_t b, int64_t kv_head, int64_t first, int64_t end) {
+  const KvBlocks& blocks = job.blocks;
+  const DType type = job.params.type;
+  const KeySource source(job, b, kv_head);
+  const int64_t head = b * job.params.kv_heads + kv_head;
+  const int32_t* order = blocks.head_order(head);
+  for (int64_t i = first; i < end; ++i) {
+    float* k = blocks.head_keys(head) + i * blocks.key_block;
+    float* v = blocks.head_values(head) + i * blocks.value_block;
+    const char *key[kBlockKeys], *value[kBlockKeys];
+    for (int64_t j = 0; j < kBlockKeys; ++j) {
+      const int64_t place = i * kBlockKeys + j, index = order ? order[place] : place;
+      key[j] = source.row(false, index), value[j] = source.row(true, index);
+    }
+    if (blocks.precision == Precision::fp32) {
+      for (int64_t j = 0; j < kBlockKeys; ++j) {
+        pack_fp32_row(type, key[j], blocks.head_size, blocks.key_row, k + j * blocks.key_row);
+        pack_fp32_row(type, value[j], blocks.v_head_size, blocks.value_row, v + j * blocks.value_row);
+      }
+      continue;
+    }
+#if defined(QEXPORT_LOW_PRECISION)
+    for (int64_t j = 0; j < kBlockKeys; ++j) {
+      float* row = k + j * blocks.key_row;
+      if (blocks.precision == Precision::bf16) {
+        pack_bf16_row(type, key[j], blocks.head_size, blocks.key_row, row);
+      } else {
+        float* scale = k + kBlockKeys * blocks.key_row;
+        pack_int8_row(type, key[j], blocks.head_mean(head), blocks.head_size, blocks.key_row, row, scale + j,
+                      reinterpret_cast<int32_t*>(scale + kBlockKeys) + j);
+      }
+    }
+    for (int64_t j = 0; j < kBlockKeys; j += 2) {
+      pack_bf16_pair(type, value[j], value[j + 1], blocks.v_head_size, blocks.value_row, v + j / 2 * blocks.value_row);
+    }
+#endif
+  }
+}
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport
