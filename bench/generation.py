@@ -61,7 +61,7 @@ def seeded(feeds: dict, seed: int | None) -> dict:
 def speech_table(folder: Path, opened, seeds: int) -> list[dict]:
     bundles = {part: folder / part for part in ("encoder", "decoder")}
     for part, bundle in bundles.items():
-        qexport.convert(f"bench.models:whisper_{part}", bundle)
+        qexport.convert(f"bench.models:whisper_{part}", bundle, strategy="stratified")
     features = {"input_features": speech_features()}
     exact = opened(bundles["encoder"] / "classical.onnx").run(None, features)[0]
     transcript = transcribe(opened(bundles["decoder"] / "classical.onnx"), exact)
@@ -85,7 +85,7 @@ def speech_table(folder: Path, opened, seeds: int) -> list[dict]:
 
 def story_table(folder: Path, opened, seeds: int) -> list[dict]:
     bundle = folder / "stories"
-    qexport.convert("bench.models:stories15m", bundle)
+    qexport.convert("bench.models:stories15m", bundle, strategy="stratified")
     classical = opened(bundle / "classical.onnx")
     ids = greedy_story(classical, STORY_TOKENS)
     rows = [{"samples": None, "nats_per_token": nats_per_token(classical, ids), "ci95": None}]

@@ -54,6 +54,9 @@ def convert(
     strategy: str | None = None,
     num_samples=None,
     control_variate=None,
+    precision: str | None = None,
+    error_tolerance: float | None = None,
+    residual: str | None = None,
     seed: int | None = None,
     opset: int = 23,
     dtype: str | None = None,
@@ -67,7 +70,7 @@ def convert(
         model: a Hugging Face folder, `package.module:callable`, a .pt2 or an .onnx file.
         output: folder of the bundle; an existing bundle there is replaced once the new one is complete.
         recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file.
-        strategy, num_samples, control_variate, seed: override the recipe's top-level keys.
+        strategy, num_samples, control_variate, precision, error_tolerance, residual, seed: override the recipe's own.
         opset: of the written models; below 23 the fallback is spelled out in MatMul and Softmax, for older runtimes.
         dtype: float32, float16 or bfloat16: export torch models in that type.
         task: of a Hugging Face model; feature-extraction when None.
@@ -89,6 +92,9 @@ def convert(
         strategy=strategy,
         num_samples=num_samples,
         control_variate=control_variate,
+        precision=precision,
+        error_tolerance=error_tolerance,
+        residual=residual,
         seed=seed,
     )
     if not dry_run:

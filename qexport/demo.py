@@ -7,7 +7,6 @@ from pathlib import Path
 from qexport.errors import QexportError
 
 SENTENCES = Path(__file__).with_name("demo_sentences.txt")
-NUM_SAMPLES = 64
 SEQ = 128  # length that is profiled; the sentences have their own
 
 
@@ -54,6 +53,6 @@ def demo(output="qexport_demo", *, progress=None) -> DemoReport:
     from qexport.profiling import profile
     from qexport.validation import validate
 
-    conversion = convert(minilm_folder(), output, strategy="stratified", num_samples=NUM_SAMPLES, progress=progress)
+    conversion = convert(minilm_folder(), output, progress=progress)
     validation = validate(output, SENTENCES, progress=progress)
     return DemoReport(conversion, validation, profile(output, seq=(SEQ,), progress=progress))

@@ -1,12 +1,15 @@
-"""Recipes: how every attention site of a model is sampled, with overrides per layer, in YAML or keyword arguments.
+"""Recipes: how every attention site of a model is computed, with overrides per layer, in YAML or keyword arguments.
 
-strategy: stratified
-num_samples: 32
+strategy: tree
+error_tolerance: 0.01
 layers:
   - match: "encoder.layer.0.*"     # glob on the torch module name or the node name; the last match wins
     strategy: exact
+
+`defaults` below says what keys that are left out mean.
 """
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +18,36 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.quantum_attention import BLOCKWISE, PRECISIONS, RESIDUALS, STRATEGIES
 
-SAMPLING = ("strategy", "num_samples", "control_variate")
+SAMPLING = ("strategy", "num_samples", "control_variate", "precision", "error_tolerance", "residual")
+DEFAULT_STRATEGY = "tree"
+# What a model converted without a word promises: at most so much relative error at each attention.
+DEFAULT_TOLERANCE = 0.01
+# Keys per query that `tree` begins with; the op itself reads more where the tolerance asks for it.
+STARTING_BUDGET = 64
 
 
-def _strategy(value: Any) -> str:
-    if value not in STRATEGIES:
-        raise ValueError(f"must be one of {', '.join(STRATEGIES)}, got {value!r}")
-    return value
+def defaults(named: dict) -> dict:
+    """The values of the keys that are not in `named`.
+
+    Nobody named anything: `tree` with a tolerance, at the precision that pays on the processor. A named budget for `tree` is
+    taken at its word: no tolerance raises it. The other strategies have what the op table says.
+    """
+    values = {key: QUANTUM_ATTENTION.attribute(key).default for key in SAMPLING} | {"strategy": DEFAULT_STRATEGY}
+    if named.get("strategy", DEFAULT_STRATEGY) == "tree":
+        tolerance = 0.0 if "num_samples" in named else DEFAULT_TOLERANCE
+        values |= {"num_samples": (STARTING_BUDGET,), "precision": "auto", "error_tolerance": tolerance}
+    return {key: value for key, value in values.items() if key not in named}
+
+
+def _one_of(choices: tuple[str, ...]) -> BeforeValidator:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _num_samples(value: Any) -> tuple[int, ...]:
@@ -42,46 +66,62 @@ def _control_variate(value: Any) -> int:
     return int(value)
 
 
+def _error_tolerance(value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or math.isnan(value):
+        raise ValueError(f"must be a number from 0 (off) to 1, such as 0.01 for 1 %, got {value!r}")
+    return float(value)
+
+
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise ValueError(f"must be a whole number of 64 bits, got {value!r}")
     return value
 
 
-Strategy = Annotated[str, BeforeValidator(_strategy)]
+Strategy = Annotated[str, _one_of(STRATEGIES)]
 NumSamples = Annotated[tuple[int, ...], BeforeValidator(_num_samples)]
 ControlVariate = Annotated[int, BeforeValidator(_control_variate)]
+Precision = Annotated[str, _one_of(PRECISIONS)]
+ErrorTolerance = Annotated[float, BeforeValidator(_error_tolerance)]
+Residual = Annotated[str, _one_of(RESIDUALS)]
 Seed = Annotated[int, BeforeValidator(_seed)]
 
 
-def _default(name: str):
-    return QUANTUM_ATTENTION.attribute(name).default
-
-
-class LayerRecipe(BaseModel):
-    """An override for the sites whose module or node name the glob `match` fits."""
+class _Entry(BaseModel):
+    """The keys of SAMPLING that somebody named; the others are None."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    match: str = Field(min_length=1)
     strategy: Strategy | None = None
     num_samples: NumSamples | None = None
     control_variate: ControlVariate | None = None
+    precision: Precision | None = None
+    error_tolerance: ErrorTolerance | None = None
+    residual: Residual | None = None
+
+    def named(self) -> dict:
+        """The keys with a value."""
+        return {key: getattr(self, key) for key in SAMPLING if getattr(self, key) is not None}
 
 
-class Recipe(BaseModel):
-    """Sampling of a whole model; the defaults are the op table's. `seed` is the default of the model's seed input."""
+class LayerRecipe(_Entry):
+    """An override for the sites whose module or node name the glob `match` fits."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    match: str = Field(min_length=1)
 
-    strategy: Strategy = _default("strategy")
-    num_samples: NumSamples = tuple(_default("num_samples"))
-    control_variate: ControlVariate = _default("control_variate")
+
+class Recipe(_Entry):
+    """How a whole model is computed. `seed` is the default of the model's seed input."""
+
     seed: Seed = 0
     layers: tuple[LayerRecipe, ...] = ()
 
     def resolve(self, module: str, name: str, q_heads: int | None = None) -> dict:
-        """The sampling attributes of one site: strategy, num_samples, control_variate.
+        """The attributes SAMPLING of one site.
+
+        A layer that names another strategy inherits what that strategy takes: a tolerance or a low precision from above
+        ends at a layer that draws.
 
         Args:
             module: torch module name of the site, may be empty.
@@ -89,12 +129,17 @@ class Recipe(BaseModel):
             q_heads: number of query heads when known; `num_samples` must then hold one number or as many.
 
         Raises:
-            UsageError: `num_samples` has another length than the site has heads.
+            UsageError: the values do not fit each other, or `num_samples` has another length than the site has heads.
         """
-        values = {key: getattr(self, key) for key in SAMPLING}
+        values = self.named()
         for layer in self.layers:
             if _fits(layer.match, module, name):
-                values |= {key: getattr(layer, key) for key in SAMPLING if getattr(layer, key) is not None}
+                named = layer.named()
+                strategy = named.get("strategy")
+                inherited = {k: v for k, v in values.items() if not strategy or _takes(strategy, k, v)}
+                values = inherited | named
+        values |= defaults(values)
+        _check_together(values, module or name)
         count = len(values["num_samples"])
         if count > 1 and q_heads is not None and count != q_heads:
             raise UsageError(
@@ -110,8 +155,23 @@ class Recipe(BaseModel):
                 raise UsageError(f"layers[{index}].match: {layer.match!r} fits no attention site; sites are {known}, ...")
 
     def to_dict(self) -> dict:
-        """Plain data for the manifest; overrides that were not given are left out."""
+        """Plain data for the manifest: what was named."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def _takes(strategy: str, key: str, value) -> bool:
+    """Whether a strategy takes an inherited value."""
+    if key == "precision":
+        return strategy in BLOCKWISE or value in ("fp32", "auto")
+    return key != "error_tolerance" or strategy == "tree" or value == 0
+
+
+def _check_together(values: dict, where: str) -> None:
+    """Check values of SAMPLING against each other, by the op table; `where` names the layer."""
+    try:
+        QUANTUM_ATTENTION.resolve(values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {str(error).removeprefix(f'[{QUANTUM_ATTENTION.name}] ')}") from None
 
 
 def _fits(pattern: str, module: str, name: str) -> bool:
@@ -135,8 +195,9 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
     else:
         data = dict(recipe or {})
     given = {key: value for key, value in overrides.items() if value is not None}
-    _checked({**given}, "convert")
-    return _checked({**data, **given}, where)
+    strategy = _checked(given, "convert").strategy
+    kept = {key: value for key, value in data.items() if not strategy or _takes(strategy, key, value)}
+    return _checked({**kept, **given}, where)
 
 
 def load_recipe(path) -> Recipe:
@@ -161,15 +222,21 @@ def load_recipe(path) -> Recipe:
     if data is None:
         return Recipe()
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys such as 'strategy: stratified', got {type(data).__name__}")
+        raise UsageError(f"{path}: a recipe is a mapping of keys such as 'strategy: exact', got {type(data).__name__}")
     return _checked(data, str(path))
 
 
 def _checked(data: dict, where: str) -> Recipe:
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise UsageError(f"{where}: {_first_problem(error)}") from None
+    # what an entry says by itself is checked before a model is read
+    _check_together(recipe.named() | defaults(recipe.named()), where)
+    for index, layer in enumerate(recipe.layers):
+        if layer.strategy:
+            _check_together(layer.named() | defaults(layer.named()), f"{where}: layers[{index}] ({layer.match})")
+    return recipe
 
 
 def _first_problem(error: ValidationError) -> str:

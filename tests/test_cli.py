@@ -73,10 +73,10 @@ def test_help_is_quick():
 
 def test_convert_validate_profile_inspect(qexport, classical, tmp_path):
     target = tmp_path / "bundle"
-    code, out, err = qexport("convert", classical, "-o", target, "--num-samples", "4", "--json")
+    code, out, err = qexport("convert", classical, "-o", target, "--error-tolerance", "0.02", "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert [site["strategy"] for site in report["sites"]] == ["stratified"] * 2
+    assert [(site["strategy"], site["error_tolerance"]) for site in report["sites"]] == [("tree", 0.02)] * 2
     code, out, err = qexport("validate", target, "--max-error", "2", "--json")
     assert code == 0, err
     assert json.loads(out)["passed"] is True
@@ -126,6 +126,12 @@ def test_dry_run_writes_nothing(qexport, classical, tmp_path):
         (["convert", "model.onnx", "-o", "x", "--num-samples", "-3"], ["must be >= 1, got -3"]),
         (["convert", "model.onnx", "-o", "x", "--num-samples", "some"], ["'some' is not a whole number"]),
         (["convert", "model.onnx", "-o", "x", "--strategy", "best"], ["'best'", "stratified"]),
+        (["convert", "model.onnx", "-o", "x", "--precision", "fp8"], ["'fp8'", "bf16"]),
+        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "5"], ["error_tolerance", "5", "0.01 for 1 %"]),
+        (
+            ["convert", "m.onnx", "-o", "x", "--strategy", "naive", "--error-tolerance", "0.1"],
+            ["naive", "needs strategy tree"],
+        ),
         (["convert", "model.onnx", "-o", "x", "--opset", "11"], ["11", "17"]),
         (["profile", "x", "--runs", "0"], ["0", "1"]),
         (["validate", "x", "--seeds", "many"], ["many"]),

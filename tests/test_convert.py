@@ -38,7 +38,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle") / "encoder"
-    report = convert(source, folder, num_samples=POSITIONS)
+    report = convert(source, folder, strategy="stratified", num_samples=POSITIONS)
     assert report.path == folder
     return Bundle.open(folder, verify=True)
 
@@ -51,7 +51,7 @@ def test_equals_the_source_with_and_without_the_library(source, bundle, library)
 
 
 def test_few_samples_differ_with_the_library_only(source, tmp_path):
-    convert(source, tmp_path / "b", num_samples=2)
+    convert(source, tmp_path / "b", strategy="stratified", num_samples=2)
     expected = run(source, feeds(), False)
     assert_equal(expected, run(tmp_path / "b" / "model.onnx", feeds(), False))
     sampled = run(tmp_path / "b" / "model.onnx", feeds(), True)
@@ -140,14 +140,14 @@ def test_the_seed_input_gets_another_name_when_it_is_taken(tmp_path):
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 23])
 def test_source_opsets(tmp_path, opset):
     path = save(tmp_path, opset=opset)
-    report = convert(path, tmp_path / "b", num_samples=POSITIONS)
+    report = convert(path, tmp_path / "b", strategy="stratified", num_samples=POSITIONS)
     assert len(report.sites) == 2
     assert_equal(run(path, feeds(), False), run(tmp_path / "b" / "model.onnx", feeds(), True))
 
 
 @pytest.mark.parametrize(("opset", "least"), [(17, "1.20"), (21, "1.20"), (22, "1.21"), (24, "1.24")])
 def test_target_opsets(source, tmp_path, opset, least):
-    report = convert(source, tmp_path / "b", num_samples=POSITIONS, opset=opset)
+    report = convert(source, tmp_path / "b", strategy="stratified", num_samples=POSITIONS, opset=opset)
     assert report.manifest["opset"] == opset
     assert report.manifest["min_onnxruntime"] == least
     ops = [n.op_type for n in onnx.load(tmp_path / "b" / "classical.onnx").graph.node]
@@ -176,7 +176,7 @@ def test_sites_that_stay_are_listed(tmp_path):
 
 def test_an_old_bundle_is_replaced_and_survives_a_failure(source, tmp_path):
     target = tmp_path / "b"
-    convert(source, target, num_samples=4)
+    convert(source, target, strategy="stratified", num_samples=4)
     before = (target / "manifest.json").read_bytes()
 
     def stop(step):
@@ -184,10 +184,10 @@ def test_an_old_bundle_is_replaced_and_survives_a_failure(source, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, target, num_samples=8, progress=stop)
+        convert(source, target, strategy="stratified", num_samples=8, progress=stop)
     assert (target / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
-    convert(source, target, num_samples=8)
+    convert(source, target, strategy="stratified", num_samples=8)
     assert Bundle.open(target, verify=True).manifest["sites"][0]["num_samples"] == [8]
 
 
@@ -224,7 +224,7 @@ assert len(qexport.convert({str(source)!r}, {str(tmp_path / "b")!r}).sites) == 2
 
 def test_external_weights_are_written_once_and_shared(source, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "EXTERNAL_ABOVE", 1000)
-    convert(source, tmp_path / "b", num_samples=POSITIONS)
+    convert(source, tmp_path / "b", strategy="stratified", num_samples=POSITIONS)
     names = set(Bundle.open(tmp_path / "b", verify=True).manifest["files"])
     assert [n for n in names if n.endswith(".data")] == ["model.onnx.data"]
     (tmp_path / "b").rename(tmp_path / "moved")
@@ -238,7 +238,7 @@ def test_a_source_with_external_weights(tmp_path):
     folder.mkdir()
     onnx.save(encoder(), folder / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=64)
     assert (folder / "weights.bin").is_file()
-    convert(folder / "m.onnx", tmp_path / "b", num_samples=POSITIONS)
+    convert(folder / "m.onnx", tmp_path / "b", strategy="stratified", num_samples=POSITIONS)
     expected = run(folder / "m.onnx", feeds(), False)
     (folder / "weights.bin").unlink()
     assert_equal(expected, run(tmp_path / "b" / "model.onnx", feeds(), False))
@@ -286,7 +286,7 @@ def test_a_file_of_onnxruntimes_optimizer(tmp_path):
     inputs = {k: v.astype(np.int32) % 30 for k, v in feeds().items()}
     expected = run(path, inputs, False)
     for opset in (17, 23):
-        report = convert(path, tmp_path / str(opset), num_samples=64, opset=opset)
+        report = convert(path, tmp_path / str(opset), strategy="stratified", num_samples=64, opset=opset)
         assert [(s["q_heads"], s["head_size"]) for s in report.sites] == [(2, 8)]
         assert report.manifest["limits"] == {"sequence": 20}
         assert report.manifest["inputs"][0]["high"] == 30
@@ -334,7 +334,7 @@ def test_attention_inside_a_function_of_the_file(tmp_path):
     }"""
     path = tmp_path / "functions.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
-    report = convert(path, tmp_path / "b", num_samples=64)
+    report = convert(path, tmp_path / "b", strategy="stratified", num_samples=64)
     assert len({s["name"] for s in report.sites}) == 2
     rng = np.random.default_rng(0)
     inputs = {n: rng.standard_normal((3, 2, 5, 8)).astype(np.float32) for n in "qkv"}

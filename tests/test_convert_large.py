@@ -44,7 +44,7 @@ def source(tmp_path):
 
 def test_a_model_above_2_gb(source):
     target = source.parent.parent / "bundle"
-    report = convert(source, target, num_samples=64)
+    report = convert(source, target, strategy="stratified", num_samples=64)
     assert len(report.sites) == 1
     sizes = {name: entry["bytes"] for name, entry in Bundle.open(target).manifest["files"].items()}
     assert sizes["model.onnx.data"] >= ROWS * COLUMNS * 4 > 2**31

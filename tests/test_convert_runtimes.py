@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
 
     def make(opset):
         if opset not in made:
-            report = convert(source, root / str(opset), opset=opset, num_samples=POSITIONS)
+            report = convert(source, root / str(opset), opset=opset, strategy="stratified", num_samples=POSITIONS)
             assert report.manifest["min_onnxruntime"] == min_onnxruntime(opset)
             from qexport.runtime import session
 

@@ -45,7 +45,7 @@ def larger(inputs):
     "name", ["encoder", "causal", "masked", "eager", "one_item", "named_axes", "multi_head", "reversed_inputs"]
 )
 def test_callables(name, tmp_path):
-    report = convert(f"torch_zoo:{name}", tmp_path / "b", num_samples=64)
+    report = convert(f"torch_zoo:{name}", tmp_path / "b", strategy="stratified", num_samples=64)
     module, inputs = getattr(torch_zoo, name)()[:2]
     assert report.left_alone == []
     assert report.notes == []
@@ -58,7 +58,7 @@ def test_callables(name, tmp_path):
 
 
 def test_an_input_that_the_module_ignores_stays_an_input(tmp_path):
-    report = convert("torch_zoo:unused_input", tmp_path / "b", num_samples=64)
+    report = convert("torch_zoo:unused_input", tmp_path / "b", strategy="stratified", num_samples=64)
     assert [i["name"] for i in report.manifest["inputs"]] == ["x", "extra"]
     module, inputs = torch_zoo.unused_input()
     assert_same_model(tmp_path / "b", module, inputs)
@@ -94,7 +94,7 @@ def test_weights_that_are_returned_are_left_alone(tmp_path):
 
 
 def test_transformer_encoder_layer(tmp_path):
-    report = convert("torch_zoo:transformer_layer", tmp_path / "b", num_samples=64)
+    report = convert("torch_zoo:transformer_layer", tmp_path / "b", strategy="stratified", num_samples=64)
     assert [s["module"] for s in report.sites] == ["self_attn"]
     module, inputs = torch_zoo.transformer_layer()
     assert_same_model(tmp_path / "b", module, inputs)
@@ -102,7 +102,7 @@ def test_transformer_encoder_layer(tmp_path):
 
 @pytest.mark.parametrize(("name", "heads"), [("joined_heads", (4, 4, 8)), ("one_key_head", (4, 1, 8))])
 def test_attention_that_the_exporter_refuses(tmp_path, name, heads):
-    report = convert(f"torch_zoo:{name}", tmp_path / "b", num_samples=64)
+    report = convert(f"torch_zoo:{name}", tmp_path / "b", strategy="stratified", num_samples=64)
     assert [(s["q_heads"], s["kv_heads"], s["head_size"]) for s in report.sites] == [heads]
     module, inputs = getattr(torch_zoo, name)()[:2]
     assert_same_model(tmp_path / "b", module, inputs)
@@ -117,7 +117,7 @@ def test_an_axis_that_the_model_fixes_is_told(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 5e-3), ("bfloat16", None)])
 def test_half_types(tmp_path, dtype, atol):
-    report = convert("torch_zoo:masked", tmp_path / "b", dtype=dtype, num_samples=64)
+    report = convert("torch_zoo:masked", tmp_path / "b", dtype=dtype, strategy="stratified", num_samples=64)
     model = onnx.load(tmp_path / "b" / "model.onnx")
     wanted = getattr(onnx.TensorProto, dtype.upper())
     assert {i.data_type for i in model.graph.initializer if len(i.dims) == 2} == {wanted}
@@ -133,7 +133,7 @@ def test_half_types(tmp_path, dtype, atol):
 
 @pytest.mark.parametrize("opset", [17, 18, 22])
 def test_low_opsets(tmp_path, opset):
-    report = convert("torch_zoo:causal", tmp_path / "b", opset=opset, num_samples=64)
+    report = convert("torch_zoo:causal", tmp_path / "b", opset=opset, strategy="stratified", num_samples=64)
     assert report.manifest["opset"] == opset
     assert [s["module"] for s in report.sites] == ["layers.0", "layers.1"]
     module, inputs = torch_zoo.causal()
@@ -142,7 +142,7 @@ def test_low_opsets(tmp_path, opset):
 
 
 def test_ops_that_changed_in_opset_18_are_lowered(tmp_path):
-    convert("torch_zoo:split_and_pad", tmp_path / "b", opset=17, num_samples=64)
+    convert("torch_zoo:split_and_pad", tmp_path / "b", opset=17, strategy="stratified", num_samples=64)
     ops = {n.op_type for n in onnx.load(tmp_path / "b" / "model.onnx").graph.node}
     assert {"Pad", "ReduceMean"} <= ops
     module, inputs = torch_zoo.split_and_pad()
@@ -154,7 +154,7 @@ def test_archives(tmp_path, dynamic):
     module, inputs = torch_zoo.encoder()
     axes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=40)},) if dynamic else None
     torch.export.save(torch.export.export(module.eval(), inputs, dynamic_shapes=axes), tmp_path / "encoder.pt2")
-    report = convert(tmp_path / "encoder.pt2", tmp_path / "b", num_samples=64)
+    report = convert(tmp_path / "encoder.pt2", tmp_path / "b", strategy="stratified", num_samples=64)
     assert report.manifest["source"] == {"kind": "pt2", "name": "encoder.pt2"}
     assert [s["module"] for s in report.sites] == ["layers.0", "layers.1"]
     assert_same_model(tmp_path / "b", module, inputs)
@@ -170,7 +170,7 @@ def test_a_file_that_torch_exported(tmp_path, opset):
     module, inputs = torch_zoo.masked()
     path = tmp_path / "exported.onnx"
     torch.onnx.export(module.eval(), kwargs=inputs, dynamo=True, opset_version=opset, verbose=False).save(path)
-    report = convert(path, tmp_path / "b", num_samples=64)
+    report = convert(path, tmp_path / "b", strategy="stratified", num_samples=64)
     assert [s["module"] for s in report.sites] == ["layers.0", "layers.1"]
     assert bool(report.notes) == (opset == 23)
     assert b"site-packages" not in (tmp_path / "b" / "model.onnx").read_bytes()

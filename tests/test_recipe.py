@@ -1,10 +1,11 @@
-"""Recipes: defaults from the op table, overrides by glob, and one-line errors that name file, key, value and limit."""
+"""Recipes: defaults by strategy, overrides by glob, and one-line errors that name file, key, value and limit."""
 
 import pytest
 
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.recipe import SAMPLING, Recipe, load_recipe, make_recipe
+from qexport.ops.quantum_attention import STRATEGIES
+from qexport.recipe import Recipe, load_recipe, make_recipe
 
 YAML = """
 strategy: adaptive
@@ -29,17 +30,83 @@ def write(tmp_path):
     return make
 
 
-def test_defaults_are_the_op_tables():
-    for name in SAMPLING:
+def resolved(**recipe):
+    return make_recipe(recipe).resolve("encoder.0", "n")
+
+
+def test_nothing_named_is_the_tree_with_a_tolerance():
+    values = resolved()
+    assert (values["strategy"], values["precision"], values["error_tolerance"]) == ("tree", "auto", 0.01)
+    assert values == resolved(strategy="tree")
+    assert Recipe().to_dict() == {"seed": 0, "layers": []}
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "tree"])
+def test_other_strategies_have_the_op_tables_defaults(strategy):
+    for name, value in resolved(strategy=strategy).items():
         default = QUANTUM_ATTENTION.attribute(name).default
-        assert Recipe().resolve("", "n")[name] == default
+        assert value == (strategy if name == "strategy" else default)
+
+
+def test_a_named_budget_is_taken_at_its_word():
+    assert resolved(num_samples=48)["error_tolerance"] == 0
+    assert resolved(num_samples=48)["strategy"] == "tree"
+    both = resolved(num_samples=48, error_tolerance=0.05)
+    assert (both["num_samples"], both["error_tolerance"]) == ((48,), 0.05)
+    assert resolved(error_tolerance=0)["error_tolerance"] == 0
+
+
+def test_a_layer_inherits_what_its_strategy_takes():
+    layers = [
+        {"match": "draws", "strategy": "stratified"},
+        {"match": "dense", "strategy": "exact"},
+        {"match": "tight", "error_tolerance": 0.001},
+    ]
+    recipe = make_recipe({"precision": "int8", "error_tolerance": 0.1, "num_samples": 16, "layers": layers})
+    keys = ("strategy", "num_samples", "precision", "error_tolerance")
+    found = {name: tuple(recipe.resolve(name, "")[key] for key in keys) for name in ("draws", "dense", "tight", "other")}
+    assert found == {
+        "draws": ("stratified", (16,), "fp32", 0.0),
+        "dense": ("exact", (16,), "int8", 0.0),
+        "tight": ("tree", (16,), "int8", 0.001),
+        "other": ("tree", (16,), "int8", 0.1),
+    }
+
+
+def test_an_argument_that_names_a_strategy_drops_what_it_does_not_take(write):
+    recipe = make_recipe(write("precision: bf16\nerror_tolerance: 0.1"), strategy="naive")
+    assert recipe.resolve("", "n")["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"strategy": "stratified", "error_tolerance": 0.1}, ["recipe: error_tolerance", "tree", "stratified"]),
+        ({"strategy": "exact", "error_tolerance": 0.1}, ["recipe: error_tolerance", "tree", "exact"]),
+        ({"strategy": "naive", "precision": "bf16"}, ["recipe: precision", "naive", "bf16"]),
+        ({"layers": [{"match": "a*", "strategy": "hybrid", "precision": "int8"}]}, ["layers[0] (a*): precision", "hybrid"]),
+    ],
+)
+def test_values_of_one_entry_that_do_not_fit_each_other(recipe, words):
+    with pytest.raises(UsageError) as caught:
+        make_recipe(recipe)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_values_that_meet_at_a_layer_and_do_not_fit_name_it():
+    recipe = make_recipe({"strategy": "hybrid", "layers": [{"match": "enc*", "error_tolerance": 0.01}]})
+    with pytest.raises(UsageError, match=r"^enc\.0: error_tolerance needs strategy tree, got hybrid"):
+        recipe.resolve("enc.0", "n")
+    assert recipe.resolve("dec.0", "n")["strategy"] == "hybrid"
 
 
 def test_yaml_with_overrides(write):
     recipe = load_recipe(write(YAML))
     assert recipe.seed == 7
     plain = recipe.resolve("encoder.layer.1.self", "x")
-    assert plain == {"strategy": "adaptive", "num_samples": (48,), "control_variate": 0}
+    assert (plain["strategy"], plain["num_samples"], plain["control_variate"]) == ("adaptive", (48,), 0)
     assert recipe.resolve("encoder.layer.0.self", "x")["strategy"] == "exact"
     assert recipe.resolve("", "block/attention_1", 2)["num_samples"] == (8, 16)
 
@@ -77,6 +144,12 @@ def test_an_empty_file_is_the_default_recipe(write):
         ("num_samples: many", ["num_samples", "many", "whole number"]),
         ("num_samples: 1.5", ["num_samples", "1.5"]),
         ("num_samples: []", ["num_samples", "[]"]),
+        ("precision: fp8", ["precision", "fp8", "fp32, bf16, int8, auto"]),
+        ("residual: some", ["residual", "some", "none, verify_only, unbiased, james_stein"]),
+        ("error_tolerance: 5", ["error_tolerance", "5", "0 (off) to 1"]),
+        ("error_tolerance: .nan", ["error_tolerance", "nan", "0 (off) to 1"]),
+        ("error_tolerance: true", ["error_tolerance", "True", "number"]),
+        ("error_tolerance: 1 %", ["error_tolerance", "'1 %'", "0.01 for 1 %"]),
         ("control_variate: 2", ["control_variate", "2", "true or false"]),
         ("seed: x", ["seed", "x"]),
         ("seed: 9223372036854775808", ["seed", "9223372036854775808"]),

@@ -8,16 +8,26 @@ from qexport.cli.text import progress_line
 from qexport.ops import QUANTUM_ATTENTION
 
 
+def choices(attribute: str) -> click.Choice:
+    """The values that the op table allows for an attribute."""
+    return click.Choice(QUANTUM_ATTENTION.attribute(attribute).choices)
+
+
 @click.command("convert")
 @click.argument("model")
 @click.option("-o", "--output", metavar="DIR", help="Folder of the bundle; an older bundle there is replaced.")
+@click.option("--strategy", type=choices("strategy"), help="How attention is computed, see docs/math.md [tree].")
 @click.option(
-    "--strategy",
-    type=click.Choice(QUANTUM_ATTENTION.attribute("strategy").choices),
-    help="How keys are sampled [stratified].",
+    "--error-tolerance", type=float, metavar="E", help="tree: relative error allowed per attention; 0 is off [0.01]."
 )
-@click.option("--num-samples", type=Numbers(), help="Keys per query, one number or one per head [32].")
-@click.option("--control-variate/--no-control-variate", default=None, help="Sample around the mean of V [on].")
+@click.option("--precision", type=choices("precision"), help="Lowest precision of products; exact and tree [tree: auto].")
+@click.option(
+    "--num-samples",
+    type=Numbers(),
+    help="Keys read per query, one number or one per head [32]; alone it means tree with just that many keys.",
+)
+@click.option("--residual", type=choices("residual"), help="tree: what becomes of the keys left unread [verify_only].")
+@click.option("--control-variate/--no-control-variate", default=None, help="Draw around the mean of V [on].")
 @click.option("--seed", type=int, help="Default of the model's seed input [0].")
 @click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23].")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the weights [as they are].")
@@ -27,6 +37,9 @@ from qexport.ops import QUANTUM_ATTENTION
 @common_options
 def command(model, output, config, dry_run, as_json, quiet, verbose, opset, **options):
     """Turn MODEL into a bundle with sampled attention.
+
+    Without options, attention is computed to 1 % or better, as fast as that allows; `qexport validate DIR` measures it and
+    `qexport tune DIR` finds the fastest recipe for another error.
 
     MODEL is a Hugging Face folder, a package.module:callable that returns a torch module and its example inputs, a .pt2
     file of torch.export, or an .onnx file (opset 11 or newer).

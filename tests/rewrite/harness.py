@@ -62,7 +62,7 @@ class Rewritten:
         before = ir.to_proto(model)
         self.left_alone = to_classical(model, opset)
         self.classical = ir.to_proto(model) if opset >= 23 else before
-        self.sites, more = sample_attention(model, recipe or Recipe())
+        self.sites, more = sample_attention(model, recipe or Recipe(strategy="stratified"))
         self.left_alone += more
         attach_fallback(model, self.sites)
         model.ir_version = 10
