@@ -8,8 +8,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qexport.bundle import MODEL, SAMPLES, write_bundle
-from qexport.ops import DOMAIN
+from qexport.ops import DOMAIN, QUANTUM_ATTENTION
 from qexport.ops.proto import function_proto, make_node
+from qexport.recipe import SAMPLING
 
 VOCAB, HEADS, HEAD_SIZE, LIMIT = 50, 2, 8, 64
 WIDTH = HEADS * HEAD_SIZE
@@ -97,13 +98,15 @@ def build_model(*, quantum: bool, layers: int = 2, attention: dict | None = None
 _INPUTS = ("input_ids", "attention_mask")
 
 
-def manifest(layers: int = 2, strategy: str = "stratified", num_samples=(4,)) -> dict:
-    """The manifest of the encoder's bundle, without its files."""
+def manifest(layers: int = 2, **attention) -> dict:
+    """The manifest of the encoder's bundle, without its files; `attention` as for `build_model`."""
+    named = {"strategy": "stratified", "num_samples": [4]} | {k: v for k, v in attention.items() if k in SAMPLING}
+    sampling = {key: QUANTUM_ATTENTION.attribute(key).default for key in SAMPLING} | named
     return {
         "schema_version": 1,
         "qexport_version": "0",
         "source": {"kind": "onnx", "name": "tests"},
-        "recipe": {"strategy": strategy, "num_samples": list(num_samples), "control_variate": 1},
+        "recipe": named,
         "opset": 23,
         "ir_version": 10,
         "min_onnxruntime": "1.23",
@@ -114,9 +117,7 @@ def manifest(layers: int = 2, strategy: str = "stratified", num_samples=(4,)) ->
                 "name": f"layer{i}.attention",
                 "layer": i,
                 "module": f"encoder.{i}.attention",
-                "strategy": strategy,
-                "num_samples": list(num_samples),
-                "control_variate": 1,
+                **sampling,
                 "q_heads": HEADS,
                 "kv_heads": HEADS,
                 "head_size": HEAD_SIZE,
@@ -152,7 +153,7 @@ def make_bundle(folder, *, layers: int = 2, plant=None, **model_options):
         onnx.save(classical, writer.path / "classical.onnx")
         onnx.save(model, writer.path / MODEL)
         _write_samples(writer.path)
-        writer.manifest = manifest(layers, attention.get("strategy", "stratified"), attention.get("num_samples", [4]))
+        writer.manifest = manifest(layers, **attention)
     return folder
 
 

@@ -11,8 +11,9 @@ from onnx import numpy_helper
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
-from qexport.validation import DEFAULT_MAX_ERROR, ROUNDING, validate
+from qexport.validation import validate
 from qexport.validation.comparison import _groups
+from qexport.validation.limits import DEFAULT_MAX_ERROR, ROUNDING
 from qexport.validation.probes import LOCAL, beside, ordered_sites
 from qexport.validation.sensitivity import sensitivity
 from qexport.validation.statistics import SAMPLING, SYSTEMATIC, TOO_FEW
@@ -209,7 +210,7 @@ def test_a_site_is_fed_with_the_classical_values(tmp_path):
     make_bundle(tmp_path / "b")
     bundle = Bundle.open(tmp_path / "b")
     model = onnx.load(bundle.model_path)
-    hybrid, local = beside(bundle.classical_path, model, bundle.manifest["sites"], "seed")
+    hybrid, local, _ = beside(bundle.classical_path, model, bundle.manifest["sites"], "seed")
     assert local == {f"layer{i}.attention": site_output(i) + LOCAL for i in range(2)}
     added = [n for n in hybrid.graph.node if n.op_type == "QuantumAttention"]
     classical = [n for n in hybrid.graph.node if n.op_type == "Attention"]
@@ -244,7 +245,7 @@ def test_values_of_the_converted_model_alone_are_brought_along(tmp_path):
     classical = onnx.load(bundle.classical_path)
     next(n for n in classical.graph.node if n.name == "layer1.attention").domain = "com.example"  # not ai.onnx Attention
     onnx.save(classical, tmp_path / "c.onnx")
-    hybrid, local = beside(tmp_path / "c.onnx", onnx.load(bundle.model_path), bundle.manifest["sites"], "seed")
+    hybrid, local, _ = beside(tmp_path / "c.onnx", onnx.load(bundle.model_path), bundle.manifest["sites"], "seed")
     assert set(local) == {"layer0.attention", "layer1.attention"}
     assert [n.op_type for n in hybrid.graph.node if "turned" in str(n.output)] == ["Transpose", "Transpose"]
     report = validate(tmp_path / "b")

@@ -102,6 +102,7 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
         "deviation": lambda s: s["local"]["bias"]["verdict"] if s["local"] else "",
         "own error": lambda s: _error_text(s["local"]),
         "worst head": lambda s: _head_text((s["local"] or {}).get("worst_head")),
+        "estimated (worst head)": _estimate_text,
         "error in the model": lambda s: _error_text(s["propagated"]),
     }
     title = (
@@ -110,11 +111,20 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
         else f"The {len(shown)} of {len(sites)} attentions that err most"
     )
     text = {name: [cell(site) for site in shown] for name, cell in columns.items()}
+    if not any(text["estimated (worst head)"]):
+        del text["estimated (worst head)"]
+    numbers = len(text) - 3
     for name in ("deviation", "recipe"):  # what all sites share goes into the title, so that the table stays narrow
         if len(set(text[name])) == 1:
             (common,) = set(text.pop(name))
             title += f"; {name} {common}" if common else ""
-    table(title, tuple(text), list(zip(*text.values(), strict=True)), text_columns=len(text) - 3)
+    table(title, tuple(text), list(zip(*text.values(), strict=True)), text_columns=len(text) - numbers)
+
+
+def _estimate_text(site: dict) -> str:
+    """The op's own estimate of the error, and the one of the head that errs most."""
+    found = site["certificate"]
+    return f"{percent(found['relative_error'])} ({percent(found['worst_head']['relative_error'])})" if found else ""
 
 
 def _head_text(worst: dict | None) -> str:

@@ -10,22 +10,15 @@ from dataclasses import dataclass, field
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import UsageError
+from qexport.ops.quantum_attention import BLOCKWISE
 from qexport.runtime import onnxruntime
+from qexport.validation.certificate import IMPLAUSIBLE
 from qexport.validation.comparison import compare
-from qexport.validation.statistics import BIAS_LEVEL, EXACT, SAMPLING, SYSTEMATIC
+from qexport.validation.limits import limits_of, low_precision, rounding_of
+from qexport.validation.statistics import BIAS_LEVEL, ESTIMATED, EXACT, SAMPLING, SYSTEMATIC
 
 SCHEMA = "qexport.validate"
 SCHEMA_VERSION = 1
-# Relative Frobenius error end to end that a sampled model may have, unless the caller says otherwise. An unbiased error e
-# leaves a cosine of about 1 - e^2 / 2 to the classical output: 0.999 here.
-DEFAULT_MAX_ERROR = 0.05
-# Relative error that rounding alone may cause, by the element type of the value. Two orders of the same float32 sums differ
-# by about 1e-6 after a dozen layers; a half-precision model rounds at every layer.
-ROUNDING = {"float32": 1e-5, "float64": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
-# The same for models that quantise their activations as they run: one step that flips, or so many times what two ulps in the
-# attentions were seen to do to an output.
-QUANTISED = 5e-3
-SENSITIVITY_FACTOR = 3
 
 
 @dataclass
@@ -73,8 +66,9 @@ def validate(
     Args:
         bundle: a folder, or a `Bundle`.
         data: .npz or .txt file, a dict of arrays or a list of texts; the bundle's stored samples when None.
-        max_error: largest relative Frobenius error of any output, mean over the seeds; when None 0.05, or the rounding
-            tolerance for a recipe that does not sample; more for a model that quantises its activations as it runs.
+        max_error: largest relative Frobenius error of any output, mean over the seeds; when None what the recipe allows: the
+            error tolerance of `tree`, the rounding of its precision for `exact`, else 0.05, and the largest of the sites';
+            more for a model that quantises its activations as it runs.
         seeds: number of seeds, 0 .. seeds - 1, that the library runs with.
         batch, seq: items per run and sequence length; see `qexport.data.load_inputs`.
         library: True, a path of an op library, or False to compare the fallback alone.
@@ -95,12 +89,16 @@ def validate(
     found = compare(opened, inputs, chosen, library=library, providers=providers, progress=progress)
 
     level = BIAS_LEVEL / max(len(found.site_order), 1)
+    low = max((low_precision(site) for site in opened.manifest["sites"]), default=0)
     outputs = {
-        mode: {name: errors.metrics(_rounding(found.dtypes[name])) for name, errors in by_name.items()}
+        mode: {
+            name: errors.metrics(max(rounding_of(found.dtypes[name]), low if mode == "library" else 0))
+            for name, errors in by_name.items()
+        }
         for mode, by_name in found.outputs.items()
     }
     sites = [_site_entry(site, found, level) for site in found.site_order]
-    limits = _limits(found, opened, max_error, bool(library))
+    limits = limits_of(opened, found.dtypes.values(), found.sensitivity, max_error, bool(library))
     divergent = first_divergent(sites, limits)
     reasons = _failures(outputs, limits, found.baseline)
     if found.sensitivity is not None and divergent:
@@ -133,31 +131,25 @@ def _version() -> str:
     return __version__
 
 
-def _rounding(dtype: str) -> float:
-    return ROUNDING.get(dtype, ROUNDING["float32"])
-
-
 def _site_entry(site: dict, found, level: float) -> dict:
     """One site of the report: where it is, and its errors in each mode (None where a mode was not run)."""
-    rounding = _rounding(found.dtypes.get(site["output"], "float32"))
+    by_type = rounding_of(found.dtypes.get(site["output"], "float32"))
+    rounding = max(by_type, low_precision(site))
     modes = {
-        "fallback": found.sites.get("fallback", {}).get(site["name"]),
-        "propagated": found.sites.get("library", {}).get(site["name"]),
-        "local": found.local.get(site["name"]),
+        "fallback": (found.sites.get("fallback", {}).get(site["name"]), by_type),
+        "propagated": (found.sites.get("library", {}).get(site["name"]), rounding),
+        "local": (found.local.get(site["name"]), rounding),
     }
-    entry = {key: site.get(key) for key in ("name", "layer", "module", "strategy", "num_samples", "output")}
-    return entry | {mode: errors.metrics(rounding, level) if errors else None for mode, errors in modes.items()}
-
-
-def _limits(found, bundle: Bundle, max_error: float | None, library: bool) -> dict:
-    """The limits of the report's `max_error`: for outputs with the library and without it, and for a site's own bias."""
-    rounding = max((_rounding(dtype) for dtype in found.dtypes.values()), default=ROUNDING["float32"])
-    sampled = any(site["strategy"] != "exact" for site in bundle.manifest["sites"])
-    own = max_error if max_error is not None else (DEFAULT_MAX_ERROR if sampled else rounding)
-    if found.sensitivity is not None:
-        rounding = max(rounding, QUANTISED, SENSITIVITY_FACTOR * max(found.sensitivity.values(), default=0))
-    outputs = max_error if max_error is not None else max(rounding, own)
-    return {"library": outputs if library else None, "fallback": rounding, "local": own if library else None}
+    keys = ("name", "layer", "module", "strategy", "num_samples", "precision", "error_tolerance", "output")
+    entry = {key: site.get(key) for key in keys}
+    entry |= {mode: errors.metrics(limit, level) if errors else None for mode, (errors, limit) in modes.items()}
+    certificate = found.certificates.get(site["name"])
+    entry["certificate"] = certificate.to_dict(found.local[site["name"]], rounding) if certificate else None
+    if certificate and entry["local"]["bias"]["verdict"] == SYSTEMATIC:
+        plausible = IMPLAUSIBLE * entry["certificate"]["relative_error"] + rounding
+        if entry["local"]["relative_error"] <= plausible:
+            entry["local"]["bias"]["verdict"] = ESTIMATED
+    return entry
 
 
 def _failures(outputs: dict, limits: dict, baseline: float | None) -> list[str]:
@@ -228,14 +220,20 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
             f"the model quantises as it runs: rounding alone moves output {name!r} by {change:.2g}, so outputs say little "
             "and the sites' own errors count too"
         )
-    local = [site["local"] for site in report.sites if site["local"]]
-    sampled = [site for site in report.sites if site["strategy"] != "exact"]
-    if local and sampled and all(errors["bias"]["verdict"] == EXACT for errors in local):
+    alone = [site for site in report.sites if site["local"]]
+    verdicts = {site["local"]["bias"]["verdict"] for site in alone}
+    drawn = [site for site in alone if site["strategy"] not in BLOCKWISE]
+    certified = [site["certificate"]["relative_error"] for site in alone if site["certificate"]]
+    if drawn and all(site["local"]["bias"]["verdict"] == EXACT for site in drawn):
         notes.append(
             "no site had to sample: every query had at most num_samples keys; longer inputs show the sampling error"
         )
-    if report.first_divergent is None and report.reasons and any(e["bias"]["verdict"] == SAMPLING for e in local):
+    if certified and not any(certified):
+        notes.append("tree read every key: the tolerance needs it here, or it is cheaper at this length")
+    if report.first_divergent is None and report.reasons and SAMPLING in verdicts:
         notes.append("no site deviates systematically: the error is sampling noise, a larger num_samples lowers it")
+    if report.first_divergent is None and report.reasons and ESTIMATED in verdicts:
+        notes.append("tree errs as it estimates: a larger num_samples or a lower error_tolerance lowers the error")
     for name, metrics in report.outputs.get("library", {}).items():
         interval = metrics["relative_error_ci95"]
         if interval and interval[0] <= report.max_error["library"] <= interval[1]:

@@ -13,6 +13,7 @@ from qexport.bundle import Bundle
 from qexport.data import Inputs
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
+from qexport.validation.certificate import CertificateAccumulator, head_weights
 from qexport.validation.probes import beside, open_probe, ordered_sites, watch
 from qexport.validation.sensitivity import quantizes, sensitivity
 from qexport.validation.statistics import ErrorAccumulator
@@ -25,7 +26,8 @@ SITE_MEMORY = 512 * 2**20
 @dataclass
 class Comparison:
     """Accumulated errors. `outputs[mode][name]` and `sites[mode][site name]` hold accumulators for the modes "fallback" and
-    "library" (errors as they run through the model); `local[site name]` for a site fed with the classical values.
+    "library" (errors as they run through the model); `local[site name]` for a site fed with the classical values, and
+    `certificates[site name]` the op's own estimate of that error, where it offers one.
     `dtypes` are the element types of the values; `baseline` is the stored outputs' relative deviation from the classical
     model's, None when there are none; `sensitivity` is how far rounding alone moves each graph output, None for models that
     do not quantise as they run.
@@ -34,6 +36,7 @@ class Comparison:
     outputs: dict[str, dict[str, ErrorAccumulator]] = field(default_factory=dict)
     sites: dict[str, dict[str, ErrorAccumulator]] = field(default_factory=dict)
     local: dict[str, ErrorAccumulator] = field(default_factory=dict)
+    certificates: dict[str, CertificateAccumulator] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     site_order: list[dict] = field(default_factory=list)
     baseline: float | None = None
@@ -122,7 +125,7 @@ def _compare_sites(bundle, inputs, seeds, library, providers, say, result: Compa
         say(f"comparing the sites, {len(seeds)} seeds")
         result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, providers, result.dtypes)
         say(f"comparing each site alone, {len(seeds)} seeds")
-        result.local = _local_sites(bundle, inputs, sites, structure, seeds, library, providers, result.dtypes)
+        _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result)
 
 
 def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes) -> dict[str, ErrorAccumulator]:
@@ -137,20 +140,27 @@ def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes) -> 
     return accumulators
 
 
-def _local_sites(bundle, inputs, sites, structure, seeds, library, providers, dtypes) -> dict[str, ErrorAccumulator]:
+def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result: Comparison) -> None:
     """The sites' errors when each is fed with the classical model's values; sites that cannot be are left out."""
-    hybrid, local = beside(bundle.classical_path, structure, sites, bundle.seed_input)
+    hybrid, local, estimates = beside(bundle.classical_path, structure, sites, bundle.seed_input)
     sites = [site for site in sites if site["name"] in local]
     if not sites:
-        return {}
-    accumulators = {site["name"]: ErrorAccumulator(len(seeds), site["q_heads"]) for site in sites}
+        return
+    result.local = {site["name"]: ErrorAccumulator(len(seeds), site["q_heads"]) for site in sites}
+    result.certificates = {
+        site["name"]: CertificateAccumulator(site["q_heads"]) for site in sites if site["name"] in estimates
+    }
     with open_probe(hybrid, bundle.classical_path, library=library, providers=providers) as model:
-        _run_sites(bundle, inputs, model, model, sites, local, seeds, accumulators, dtypes)
-    return accumulators
+        certify = (estimates, result.certificates)
+        _run_sites(bundle, inputs, model, model, sites, local, seeds, result.local, result.dtypes, certify)
 
 
-def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators, dtypes) -> None:
-    """Compare the sites' values of `base` with the values `value_of[site name]` of `model`, by feed and seed."""
+def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators, dtypes, certify=({}, {})) -> None:
+    """Compare the sites' values of `base` with the values `value_of[site name]` of `model`, by feed and seed.
+
+    `certify` holds the names of the error estimates by site name, and where they are added up.
+    """
+    estimate_of, certificates = certify
     symbols = {o.name: o.shape for o in base.get_outputs()}
     takes_seed = bundle.seed_input in {v.name for v in base.get_overridable_initializers()}
     for feed in inputs.feeds:
@@ -160,13 +170,19 @@ def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators
         values = runtime.run(base, names, seeded[0] if takes_seed else feed)
         for group in _groups(values, len(seeds)):
             chosen = [sites[i] for i in group]
-            runs = [runtime.run(model, [value_of[site["name"]] for site in chosen], one) for one in seeded]
+            certified = [site["name"] for site in chosen if site["name"] in estimate_of]
+            wanted = [value_of[site["name"]] for site in chosen] + [estimate_of[name] for name in certified]
+            runs = [runtime.run(model, wanted, one) for one in seeded]
             for position, (site, i) in enumerate(zip(chosen, group, strict=True)):
                 value = values[i]
                 dtypes[site["output"]] = str(value.dtype)
                 padded = padded_axis(value.shape, symbols[site["output"]], masks)
                 of_seeds = [_same_shape(site["output"], value, one[position]) for one in runs]
                 _add_site(accumulators[site["name"]], site["q_heads"], padded, value, of_seeds)
+                if site["name"] in certified:
+                    at = len(chosen) + certified.index(site["name"])
+                    weights = head_weights(value, site["q_heads"], padded)
+                    certificates[site["name"]].add(weights, [one[at] for one in runs])
 
 
 def _add_site(accumulator: ErrorAccumulator, heads: int, padded, value, runs) -> None:

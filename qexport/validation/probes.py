@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from qexport.external_data import check_external_data, external_files, load_structure
-from qexport.ops import DOMAIN
+from qexport.ops import DOMAIN, QUANTUM_ATTENTION
 from qexport.runtime import (
     check_providers,
     create_session,
@@ -25,6 +25,8 @@ from qexport.runtime import (
 )
 
 LOCAL = "__qexport_local"
+ESTIMATE = "__qexport_error_estimate"
+_ESTIMATE_INDEX = [param.name for param in QUANTUM_ATTENTION.outputs].index("error_estimate")
 # The first onnxruntime that reads external data of a model in memory relative to a given folder.
 FOLDER_OPTION_SINCE = (1, 23)
 
@@ -45,21 +47,21 @@ def watch(path, sites: list[dict]) -> onnx.ModelProto:
 
 def beside(
     classical_path, model: onnx.ModelProto, sites: list[dict], seed_input: str
-) -> tuple[onnx.ModelProto, dict[str, str]]:
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
     """The classical model with each site's QuantumAttention beside its classical attention, fed with the same values.
 
     Args:
         model: the converted model.
 
     Returns:
-        The new model, and the name of the sampled value by site name. A site is left out when a value that its node reads
-        can only be had from another sampled site.
+        The new model, the name of the sampled value by site name, and the name of the op's error estimate for the sites that
+        offer one (`tree`). A site is left out when a value that its node reads can only be had from another sampled site.
     """
     classical = load_structure(classical_path)
     makers = {name: node for node in classical.graph.node for name in node.output}
     graft = _Graft(classical, model, seed_input)
     quantum = {name: node for node in model.graph.node if node.domain == DOMAIN for name in node.output}
-    local = {}
+    local, estimates = {}, {}
     for site in sites:
         source = quantum.get(site["output"])
         if source is None or site["output"] not in makers:
@@ -73,13 +75,15 @@ def beside(
         del node.input[:], node.output[:]
         node.input.extend(inputs)
         node.output.append(site["output"] + LOCAL)
-        classical.graph.node.append(node)
         local[site["name"]] = node.output[0]
+        if site["strategy"] == "tree":
+            node.output.extend([*[""] * (_ESTIMATE_INDEX - 1), site["output"] + ESTIMATE])
+            estimates[site["name"]] = node.output[_ESTIMATE_INDEX]
+        classical.graph.node.append(node)
     _add_seed(classical, model, seed_input)
-    _add_outputs(
-        classical, [name for site in sites if site["name"] in local for name in (site["output"], local[site["name"]])]
-    )
-    return classical, local
+    watched = [name for site in sites if site["name"] in local for name in (site["output"], local[site["name"]])]
+    _add_outputs(classical, [*watched, *estimates.values()])
+    return classical, local, estimates
 
 
 def _classical_inputs(source, maker) -> list[str]:

@@ -39,6 +39,7 @@ EXACT = "exact"
 SAMPLING = "within sampling error"
 SYSTEMATIC = "systematic"
 TOO_FEW = "too few seeds"
+ESTIMATED = "as estimated"
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
@@ -207,10 +208,17 @@ class ErrorAccumulator:
             "bias": self.bias(rounding, level),
         }
         if self.heads:
-            per_head = _ratio(np.sqrt(self.head_error / self.runs), np.sqrt(self.head_base))
-            worst = int(np.argmax(np.nan_to_num(per_head, nan=np.inf)))
-            result["worst_head"] = {"head": worst, "relative_error": float(per_head[worst])}
+            worst = self.worst_head()
+            result["worst_head"] = {"head": worst, "relative_error": float(self.head_errors()[worst])}
         return result
+
+    def head_errors(self) -> np.ndarray:
+        """Relative error of each head, root mean square over the runs."""
+        return _ratio(np.sqrt(self.head_error / self.runs), np.sqrt(self.head_base))
+
+    def worst_head(self) -> int:
+        """The head with the largest error; one that is not finite is worse than any."""
+        return int(np.argmax(np.nan_to_num(self.head_errors(), nan=np.inf)))
 
     def bias(self, rounding: float, level: float = BIAS_LEVEL) -> dict:
         """Bias against variance, both relative to |c|, with the test's figures and its verdict."""
