@@ -140,6 +140,22 @@ void check_error_estimate(Strategy strategy) {
   fail(std::string("error_estimate needs strategy exact or tree, got ") + kStrategies[static_cast<int>(strategy)]);
 }
 
+void check_outputs(const QuantumAttentionCall& call) {
+  const QuantumAttentionParams& p = call.params;
+  const QuantumAttentionTensors& t = call.tensors;
+  const int64_t element = p.type == DType::f32 ? 4 : 2, heads = p.batch * p.kv_heads;
+  const auto check = [&](const char* name, const HeadRows& past, const void* present, int64_t size) {
+    const auto from = reinterpret_cast<uintptr_t>(past.data), to = reinterpret_cast<uintptr_t>(present);
+    const auto bytes = [&](int64_t len) { return static_cast<uintptr_t>(heads * len * size * element); };
+    if (!from || !to || from + bytes(p.past_len) <= to || to + bytes(p.past_len + p.kv_len) <= from) return;
+    if (from == to && heads == 1) return;
+    fail(std::string("present_") + name + " shares the memory of past_" + name +
+         ", which needs batch = kv_heads = 1 and the same start; use a static buffer with nonpad_kv_seqlen instead");
+  };
+  check("key", t.past_key, t.present_key, p.head_size);
+  check("value", t.past_value, t.present_value, p.v_head_size);
+}
+
 QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const QuantumAttentionInputs& in) {
   const HeadView q = head_view("Q", in.q, a.q_num_heads, "q_num_heads");
   const HeadView k = head_view("K", in.k, a.kv_num_heads, "kv_num_heads");

@@ -60,6 +60,7 @@ struct Kernel {
     call.tensors.qk_matmul_output = ort_output(context, 3, call.qk_matmul_output);
     call.tensors.error_estimate = static_cast<float*>(ort_output(context, 4, call.error_estimate));
     if (call.tensors.error_estimate) check_error_estimate(call.params.strategy);
+    check_outputs(call);
     const ParallelFor parallel = ort_parallel(context);
     const OrtScratch scratch(context, quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
     quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);

@@ -27,10 +27,13 @@ constexpr bool kLowPrecision = false;
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          kMaxRows,
+                         kFewRows,
                          kSampledRows,
                          kLowPrecision,
                          scratch_bytes,
+                         part_bytes,
                          exact_block,
+                         exact_part,
                          blocked_exact_block,
                          sampled_block,
                          entropy_block,

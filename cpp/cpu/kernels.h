@@ -20,23 +20,35 @@ struct AttentionJob {
   float* entropy;       // (batch, q_heads, q_len), adaptive only
   int32_t* allowed;     // (batch, q_heads, q_len): allowed keys, adaptive only
   double* budget;       // (batch, q_heads, q_len): samples of each row, adaptive only
+  int64_t parts;        // parts that the keys of each kv head are cut into, each worked on by itself; 1 is whole
+  char* part_state;     // (batch, kv_heads, parts) softmax states of part_bytes each, or null
+  int32_t* parts_left;  // (batch, kv_heads): parts that are not done yet, or null
 };
+
+// Keys of a part: long enough that joining the parts costs nothing, short enough that one head can keep many cores busy.
+constexpr int64_t kPartKeys = 1024;
 
 // Floats from one row of packed_key or packed_value to the next: whole vectors of every instruction set.
 inline int64_t packed_row(int64_t size) { return (size + 15) / 16 * 16; }
 
-// `count` query rows of one kv head, from row `first`. Row r is query r % q_len of query head kv_head * group + r / q_len.
+// `count` query rows of one kv head, from row `first`, and the keys [key_begin, key_end) that they look at. Row r is query
+// r % q_len of query head kv_head * group + r / q_len.
 struct RowBlock {
   int64_t batch, kv_head, first, count;
+  int64_t key_begin, key_end;
 };
 
 struct Kernels {
   const char* name;
   int64_t exact_rows;                                // rows of a block of `exact` and `blocked`
+  int64_t few_rows;                                  // rows of a block of `exact_part`
   int64_t sampled_rows;                              // rows of a block of the other kernels
   bool low_precision;                                // bf16 and int8 blocks are supported
   size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread
+  size_t (*part_bytes)(const AttentionJob& job);     // of one element of part_state
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
+  // All rows of a kv head against one part of its keys. The last part to be done joins all of them.
+  void (*exact_part)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);  // exact, from job.blocks
   void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);

@@ -46,6 +46,9 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   if (job.params.strategy == Strategy::tree) job.params.strategy = Strategy::exact;
   if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
   job.blocks = choose_blocks(job);
+  const bool few =
+      job.params.strategy == Strategy::exact && job.blocks.count == 0 && job.group * params.q_len <= kernels().few_rows;
+  job.parts = few ? std::max<int64_t>(1, (job.total_len + kPartKeys - 1) / kPartKeys) : 1;
   return job;
 }
 
@@ -60,8 +63,8 @@ bool needs_packing(const AttentionJob& job) {
 }
 
 struct Layout {
-  size_t packed_key, packed_value, block_keys, block_values, key_mean, mean, norm, entropy, allowed, budget, workers,
-      per_worker, total;
+  size_t packed_key, packed_value, block_keys, block_values, key_mean, mean, norm, entropy, allowed, budget, part_state,
+      parts_left, workers, per_worker, total;
 };
 
 Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
@@ -90,6 +93,9 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.entropy = take(adaptive, rows * sizeof(float));
   layout.allowed = take(adaptive, rows * sizeof(int32_t));
   layout.budget = take(adaptive, rows * sizeof(double));
+  const size_t parts = kv * static_cast<size_t>(job.parts);
+  layout.part_state = take(job.parts > 1, job.parts > 1 ? parts * kernels().part_bytes(job) : 0);
+  layout.parts_left = take(job.parts > 1, kv * sizeof(int32_t));
   layout.per_worker = padded(kernels().scratch_bytes(job)) + 64;
   layout.workers = used;
   layout.total = used + layout.per_worker * static_cast<size_t>(parallel.max_threads);
@@ -123,7 +129,8 @@ class BlockRunner {
       const int64_t part = per_span - 1 - i % per_span;
       const int64_t place = i / per_span;
       const int64_t first = place % spans * span + part * max_rows, head = first_head + place / spans;
-      body(RowBlock{head / p.kv_heads, head % p.kv_heads, first, std::min(max_rows, place % spans * span + span - first)},
+      body(RowBlock{head / p.kv_heads, head % p.kv_heads, first, std::min(max_rows, place % spans * span + span - first), 0,
+                    job_.total_len},
            scratch);
     });
   }
@@ -174,7 +181,8 @@ void join(const AttentionJob& job, bool values, int64_t b, int64_t h) {
   char* out = static_cast<char*>(values ? t.present_value : t.present_key) + (b * p.kv_heads + h) * job.total_len * row;
   const auto copy = [&](const HeadRows& rows, int64_t count) {
     const char* src = static_cast<const char*>(rows.data) + (b * rows.batch_stride + h * rows.head_stride) * bytes;
-    if (rows.row_stride * bytes == row) {
+    if (src == out) {  // the caller gave past and present the same memory
+    } else if (rows.row_stride * bytes == row) {
       std::memcpy(out, src, static_cast<size_t>(count * row));
     } else {
       for (int64_t i = 0; i < count; ++i) {
@@ -264,6 +272,11 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     job.allowed = reinterpret_cast<int32_t*>(base + layout.allowed);
     job.budget = reinterpret_cast<double*>(base + layout.budget);
   }
+  if (job.parts > 1) {
+    job.part_state = base + layout.part_state;
+    job.parts_left = reinterpret_cast<int32_t*>(base + layout.parts_left);
+    std::fill_n(job.parts_left, p.batch * p.kv_heads, static_cast<int32_t>(job.parts));
+  }
   const Kernels& k = kernels();
   BlockRunner runner(job, base + layout.workers, layout.per_worker, parallel);
   const int64_t kv = p.batch * p.kv_heads;
@@ -290,6 +303,11 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
   if (job.tensors.error_estimate) std::fill_n(job.tensors.error_estimate, p.batch * p.q_heads, 0.0f);
   if (job.blocks.count > 0) {
     run_blocked(job, runner);
+  } else if (job.parts > 1) {
+    runner.each(kv * job.parts, [&](int64_t i, char* s) {
+      const int64_t head = i / job.parts, first = i % job.parts * kPartKeys;
+      k.exact_part(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, first, first + kPartKeys}, s);
+    });
   } else if (p.strategy == Strategy::exact) {
     runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
   } else {

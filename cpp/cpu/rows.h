@@ -9,7 +9,8 @@ namespace QEXPORT_ISA {
 
 constexpr int kMaxRows = 64;  // rows of a block: enough to hide the loads of K and V behind the arithmetic
 
-static QEXPORT_INLINE int64_t element_size(DType type) { return type == DType::f32 ? 4 : type == DType::boolean ? 1 : 2; }
+constexpr int64_t bytes_of(DType type) { return type == DType::f32 ? 4 : type == DType::boolean ? 1 : 2; }
+static QEXPORT_INLINE int64_t element_size(DType type) { return bytes_of(type); }
 
 // Elements src[0 .. n) as float32, n <= kLanes; the other lanes are 0.
 static QEXPORT_INLINE vf load_part(DType type, const char* src, int64_t n) {
@@ -78,30 +79,64 @@ static void gather_rows(DType type, const char* src, int64_t step, int64_t size,
   }
 }
 
-// Keys before past_len come from the past, the others from the new rows; a run never crosses the border. float32 rows that
-// follow one another are used where they lie. Others are brought together, in packed_key and packed_value once for all
-// blocks, or else in `buffer` (count x packed_row(size) floats): half types, and rows a head apart, whose power-of-two
-// distance would put them all into the same few cache sets.
-static KeyRows key_rows(const AttentionJob& job, bool values, int64_t b, int64_t kv_head, int64_t j, int64_t count,
-                        float* buffer) {
+// Up to `count` rows of K or V from key `j` on, where they lie: `step` bytes apart. Keys before past_len come from the past,
+// the others from the new rows; a run never crosses the border. Where packed_key and packed_value are filled, they are
+// taken.
+struct KeyRun {
+  const char* data;
+  int64_t step;
+  int64_t count;
+  DType type;
+};
+
+static KeyRun key_run(const AttentionJob& job, bool values, int64_t b, int64_t kv_head, int64_t j, int64_t count) {
   const QuantumAttentionParams& p = job.params;
   const QuantumAttentionTensors& t = job.tensors;
-  const int64_t size = values ? p.v_head_size : p.head_size;
-  const float* packed = values ? job.packed_value : job.packed_key;
-  if (packed) {
-    const int64_t stride = packed_row(size);
-    return {packed + ((b * p.kv_heads + kv_head) * job.total_len + j) * stride, stride, lesser(count, job.total_len - j)};
+  if (const float* packed = values ? job.packed_value : job.packed_key) {
+    const int64_t stride = packed_row(values ? p.v_head_size : p.head_size);
+    return {reinterpret_cast<const char*>(packed + ((b * p.kv_heads + kv_head) * job.total_len + j) * stride), stride * 4,
+            lesser(count, job.total_len - j), DType::f32};
   }
   const bool past = j < p.past_len;
   const HeadRows& rows = past ? (values ? t.past_value : t.past_key) : (values ? t.v : t.k);
-  const int64_t first = past ? j : j - p.past_len;
-  count = lesser(count, past ? p.past_len - j : job.total_len - j);
-  const char* src = row_of(rows, p.type, b, kv_head, first);
-  if (p.type == DType::f32 && (rows.row_stride == size || count == 1)) {
-    return {reinterpret_cast<const float*>(src), rows.row_stride, count};
+  return {row_of(rows, p.type, b, kv_head, past ? j : j - p.past_len), rows.row_stride * element_size(p.type),
+          lesser(count, past ? p.past_len - j : job.total_len - j), p.type};
+}
+
+// Asks for what comes kAhead bytes behind rows [first, first + n) of a run. Rows that follow one another are left to the
+// hardware prefetcher, which stops at the end of a page: measured, two lines of each page ahead bring it to the speed of the
+// memory, more of them slow it down. Rows far apart are beyond its reach. Inlined by force: GCC takes a function that only
+// prefetches for one without effect.
+static QEXPORT_INLINE void prefetch_run(const KeyRun& run, int64_t first, int64_t n, int64_t size) {
+  constexpr int64_t kPage = 4096, kAhead = 8 * kPage;
+  const char* row = run.data + first * run.step;
+  if (run.step < 2 * size * element_size(run.type)) {
+    const char* end = row + n * run.step + kAhead;
+    for (row += kAhead + (-reinterpret_cast<intptr_t>(row) & (kPage - 1)); row < end; row += kPage) {
+      __builtin_prefetch(row);
+      __builtin_prefetch(row + 64);
+    }
+    return;
   }
-  gather_rows(p.type, src, rows.row_stride * element_size(p.type), size, count, buffer);
-  return {buffer, packed_row(size), count};
+  for (int64_t i = 0; i < n; ++i) {
+    const char* ahead = row + (i + kLanes) * run.step;
+    for (int64_t line = 0; line < size * element_size(run.type); line += 64) __builtin_prefetch(ahead + line);
+  }
+}
+
+// The same rows as float32. Those that are and follow one another are used where they lie. Others are brought together in
+// `buffer` (count x packed_row(size) floats): half types, and rows a head apart, whose power-of-two distance would put them
+// all into the same few cache sets.
+static KeyRows key_rows(const AttentionJob& job, bool values, int64_t b, int64_t kv_head, int64_t j, int64_t count,
+                        float* buffer) {
+  const int64_t size = values ? job.params.v_head_size : job.params.head_size;
+  const KeyRun run = key_run(job, values, b, kv_head, j, count);
+  const bool packed = values ? job.packed_value : job.packed_key;
+  if (packed || (run.type == DType::f32 && (run.step == size * 4 || run.count == 1))) {
+    return {reinterpret_cast<const float*>(run.data), run.step / 4, run.count};
+  }
+  gather_rows(run.type, run.data, run.step, size, run.count, buffer);
+  return {buffer, packed_row(size), run.count};
 }
 
 // Asks for `count` keys from key j on, ahead of their use: the register blocks read eight rows at a time, which the hardware
@@ -204,6 +239,7 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
           (block.batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride) * element_size(mask.type);
       rows.shared_mask = rows.shared_mask && rows.mask[r] == rows.mask[0];
     }
+    lo = greater(lo, block.key_begin), hi = lesser(hi, block.key_end);
     if (hi <= lo) lo = hi = 0;
     rows.lo[r] = static_cast<int32_t>(lo), rows.hi[r] = static_cast<int32_t>(hi);
     rows.common_begin = greater(rows.common_begin, lo), rows.common_end = lesser(rows.common_end, hi);

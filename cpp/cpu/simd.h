@@ -178,13 +178,19 @@ static QEXPORT_INLINE void transpose(vf (&m)[kLanes]) {
 
 static QEXPORT_INLINE vf from_bf16(vh x) { return float_of(__builtin_convertvector(x, vu) << 16); }
 
-// Half to float: the exponent is moved by a multiplication with 2^112, which also normalises the subnormals.
 static QEXPORT_INLINE vf from_f16(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  // The exponent is moved by a multiplication with 2^112, which also normalises the subnormals.
   const vu h = __builtin_convertvector(x, vu);
   const vu magnitude = (h & 0x7FFFu) << 13;
   const vf value = float_of(magnitude) * 5.192296858534828e33f;
   const vu special = (vu)(magnitude >= (0x7C00u << 13)) & 0x7F800000u;
   return float_of(bits_of(value) | special | ((h & 0x8000u) << 16));
+#endif
 }
 
 // Float to bfloat16, round to nearest even; NaN stays NaN.

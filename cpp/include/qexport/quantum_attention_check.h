@@ -53,6 +53,9 @@ struct QuantumAttentionCall {
 void check_attributes(const QuantumAttentionAttributes& attributes);
 // The strategy must estimate its own error where the output error_estimate is asked for.
 void check_error_estimate(Strategy strategy);
+// The outputs, once they are set, must not lie in memory that is still to be read: present_key may share that of past_key where
+// their rows lie alike, which they do for one kv head of one batch item; so for the values.
+void check_outputs(const QuantumAttentionCall& call);
 QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& attributes, const QuantumAttentionInputs& inputs);
 
 }  // namespace qexport
