@@ -17,6 +17,7 @@ _LAZY = {
     "inspect": "qexport.inspection",
     "profile": "qexport.profiling",
     "session": "qexport.runtime",
+    "tune": "qexport.tuning",
     "validate": "qexport.validation",
     "QexportError": "qexport.errors",
     "UsageError": "qexport.errors",

@@ -98,7 +98,7 @@ def test_the_models_peak_grows_with_what_it_does(folder):
 def test_models_run_in_turn_and_the_order_changes(monkeypatch):
     calls = []
     monkeypatch.setattr(profiling.runtime, "run", lambda session, outputs, feed: calls.append(session))
-    times = profiling._interleaved({CLASSICAL: "a", CONVERTED: "b"}, {}, runs=4, warmup=1)
+    times = profiling.interleaved({CLASSICAL: "a", CONVERTED: "b"}, {}, runs=4, warmup=1)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
     assert [len(t) for t in times.values()] == [4, 4]
 
@@ -218,10 +218,10 @@ def test_a_failing_child_is_one_line(folder):
 def test_one_thread_is_one_thread(folder):
     """With one intra-op thread the runtime starts no worker threads; with two it starts one."""
     code = (
-        "import os, sys; from qexport.profiling import _options; from qexport.runtime import session; "
+        "import os, sys; from qexport.profiling import session_options; from qexport.runtime import session; "
         "count = lambda: len(os.listdir('/proc/self/task')); "
-        f"s = session({str(folder)!r}, library=False, options=_options(1)); one = count(); "
-        f"t = session({str(folder)!r}, library=False, options=_options(2)); print(count() - one)"
+        f"s = session({str(folder)!r}, library=False, options=session_options(1)); one = count(); "
+        f"t = session({str(folder)!r}, library=False, options=session_options(2)); print(count() - one)"
     )
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("needs /proc to count threads")

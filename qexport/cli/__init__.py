@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "Turn a transformer into a bundle with sampled attention.",
     "validate": "Compare a bundle with its classical model: per layer, end to end, over seeds.",
     "profile": "Time a bundle and its classical model side by side.",
+    "tune": "Find the fastest recipe that holds a tolerance on your inputs.",
     "inspect": "Show what a bundle or an .onnx file contains.",
     "ops": "List the ops of the domain com.qexport.",
     "doctor": "Check this installation and say how to mend it.",

@@ -17,6 +17,19 @@ def progress_line(silent: bool):
     return show
 
 
+def progress_bar(silent: bool):
+    """A function that shows a step and a bar of the share done on one line of stderr, or None when nobody watches it."""
+    show = progress_line(silent)
+    if show is None:
+        return None
+
+    def bar(step: str, done: float) -> None:
+        filled = round(20 * min(max(done, 0.0), 1.0))
+        show(f"{'█' * filled}{'░' * (20 - filled)} {100 * done:3.0f} % {step}")
+
+    return bar
+
+
 def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: int = 1) -> None:
     """A table on stdout, without a head where `header` is blank.
 

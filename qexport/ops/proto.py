@@ -51,6 +51,19 @@ def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name:
     return helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **values)
 
 
+def set_attributes(node: onnx.NodeProto, **attributes) -> None:
+    """Give a node of the domain com.qexport these attributes in place of what it has under their names.
+
+    Raises:
+        UsageError: as `make_node`.
+    """
+    kept = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name not in attributes}
+    kept = {name: value.decode() if isinstance(value, bytes) else value for name, value in kept.items()}
+    values = spec_of(node.op_type).resolve(kept | attributes)
+    del node.attribute[:]
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in values.items() if value is not None)
+
+
 def function_proto(op_name: str, opset: int = 23, num_outputs: int = 1) -> onnx.FunctionProto:
     """The classical fallback of an op as a model-local function of the same domain and name.
 

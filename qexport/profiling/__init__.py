@@ -88,17 +88,17 @@ def profile(
     models = {CLASSICAL: (opened.classical_path, None), CONVERTED: (opened.model_path, library_path)}
 
     sessions = {
-        which: runtime.session(path, library=lib, providers=providers, options=_options(threads))
+        which: runtime.session(path, library=lib, providers=providers, options=session_options(threads))
         for which, (path, lib) in models.items()
     }
     times = []
     for (b, s, _), feed in zip(sizes, feeds, strict=True):
         say(f"timing batch {b}, length {s}")
-        times.append(_interleaved(sessions, feed, runs, warmup))
+        times.append(interleaved(sessions, feed, runs, warmup))
     del sessions
     entries = []
     for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
-        entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": _ratio(times[i])}
+        entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": ratio(times[i])}
         for which, (path, lib) in models.items():
             say(f"tracing the {which} model, batch {b}, length {s}")
             entry["models"][which] = {
@@ -135,14 +135,15 @@ def _distinct_sizes(bundle: Bundle, batches, lengths) -> list[tuple[int, int | N
     return sizes
 
 
-def _options(threads: int | None):
+def session_options(threads: int | None):
+    """Quiet session options with that many intra-op threads; the runtime's choice when None."""
     options = runtime.quiet_options()
     if threads:
         options.intra_op_num_threads = threads
     return options
 
 
-def _interleaved(sessions: dict, feed: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
+def interleaved(sessions: dict, feed: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
     """Seconds of each run of each model; the models run in turn, and the order changes from one round to the next."""
     order = list(sessions)
     for _ in range(warmup):
@@ -180,7 +181,7 @@ def _tokens(bundle: Bundle, feed: dict) -> int | None:
     return sum(counts) or None
 
 
-def _ratio(seconds: dict[str, np.ndarray]) -> dict:
+def ratio(seconds: dict[str, np.ndarray]) -> dict:
     """Time of the converted model over the classical one: ratio of the medians, and the ratios of the rounds with their
     quartiles and the 95 % confidence interval of their median."""
     rounds = np.sort(seconds[CONVERTED] / seconds[CLASSICAL])
@@ -210,7 +211,7 @@ def _traced(path, library, providers, threads, feed, runs: int) -> dict:
     Memory patterns are off: with them the runtime takes one block for all nodes, and no node shows its own.
     """
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        options = _options(threads)
+        options = session_options(threads)
         options.enable_profiling = True
         options.enable_mem_pattern = False
         options.profile_file_prefix = str(Path(folder) / "trace")

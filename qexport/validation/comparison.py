@@ -68,7 +68,8 @@ def _mode_words(mode: str, seeds: list[int]) -> str:
     return "without the library" if mode == "fallback" else f"with the library, {len(seeds)} seeds"
 
 
-def _seeded(feed: dict, seed_input: str, seed: int) -> dict:
+def seeded_feed(feed: dict, seed_input: str, seed: int) -> dict:
+    """A feed with its seed."""
     return {**feed, seed_input: np.array(seed, np.int64)}
 
 
@@ -76,23 +77,35 @@ def _compare_outputs(bundle, inputs, seeds, library, providers, result: Comparis
     """The graph outputs of both model files as they are. Also the stored outputs against the classical model's."""
     classical = runtime.session(bundle.classical_path, library=False, providers=providers)
     model = runtime.session(bundle.model_path, library=library, providers=providers)
+    stored = ErrorAccumulator(1)
+    accumulators = output_errors(bundle, inputs, seeds, classical, model, result.dtypes, stored)
+    if inputs.expected:
+        result.baseline = float(stored.relative_errors()[0])
+    return accumulators
+
+
+def output_errors(bundle, inputs, seeds, classical, model, dtypes=None, stored=None) -> dict[str, ErrorAccumulator]:
+    """Errors of the graph outputs of the session `model` against those of the session `classical`, by output name.
+
+    Args:
+        dtypes: a dict that takes the element types of the outputs, by name.
+        stored: takes the deviation of the inputs' stored outputs, where they have some.
+    """
     names = [o.name for o in classical.get_outputs()]
     symbols = {o.name: o.shape for o in classical.get_outputs()}
     accumulators = {name: ErrorAccumulator(len(seeds)) for name in names}
-    stored = ErrorAccumulator(1)
     for i, feed in enumerate(inputs.feeds):
         masks = keep_masks(bundle.manifest, feed)
         base = dict(zip(names, runtime.run(classical, names, feed), strict=True))
-        runs = [runtime.run(model, names, _seeded(feed, bundle.seed_input, seed)) for seed in seeds]
+        runs = [runtime.run(model, names, seeded_feed(feed, bundle.seed_input, seed)) for seed in seeds]
         for k, name in enumerate(names):
-            result.dtypes[name] = str(base[name].dtype)
+            if dtypes is not None:
+                dtypes[name] = str(base[name].dtype)
             padded = padded_axis(base[name].shape, symbols[name], masks)
             values = [_same_shape(name, base[name], one[k]) for one in runs]
             accumulators[name].add(*as_floats(rows(base[name], padded), [rows(value, padded) for value in values]))
-        if inputs.expected:
+        if stored is not None and inputs.expected:
             _add_stored(stored, base, inputs.expected[i])
-    if inputs.expected:
-        result.baseline = float(stored.relative_errors()[0])
     return accumulators
 
 
@@ -165,7 +178,7 @@ def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators
     takes_seed = bundle.seed_input in {v.name for v in base.get_overridable_initializers()}
     for feed in inputs.feeds:
         masks = keep_masks(bundle.manifest, feed)
-        seeded = [_seeded(feed, bundle.seed_input, seed) for seed in seeds]
+        seeded = [seeded_feed(feed, bundle.seed_input, seed) for seed in seeds]
         names = [site["output"] for site in sites]
         values = runtime.run(base, names, seeded[0] if takes_seed else feed)
         for group in _groups(values, len(seeds)):

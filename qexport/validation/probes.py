@@ -137,14 +137,17 @@ def _add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
 
 
 @contextmanager
-def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=None):
+def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=None, options=None):
     """A session of a model in memory; `path` is the file that it came from, beside which its external data lies.
+
+    Args:
+        options: session options to add to; quiet ones when None.
 
     Raises:
         QexportError: onnxruntime cannot load it.
     """
     ort = onnxruntime()
-    options = quiet_options()
+    options = options or quiet_options()
     if library:
         register_library(options, get_library_path() if library is True else str(library))
     folder, scratch, source = Path(path).resolve().parent, None, model.SerializeToString()

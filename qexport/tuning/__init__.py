@@ -1,0 +1,214 @@
+"""tune: the fastest recipe that holds a tolerance, on this machine and on the user's own inputs.
+
+1. One probe measures what every setting errs and takes at every site (`measurement`).
+2. A few runs with one site at a time tell how far its error carries to the outputs (its gain).
+3. Squared errors and times add up, so a knapsack gives each site its setting (`allocation`): the whole front at once.
+4. The best few are tried in the model itself; what they really err scales the allocation, and the last are timed together.
+"""
+
+import math
+import time as clock
+from dataclasses import dataclass, field
+
+from qexport import runtime
+from qexport.bundle import Bundle, check_output
+from qexport.data import Inputs, load_inputs
+from qexport.errors import QexportError, UsageError
+from qexport.external_data import load_structure
+from qexport.tuning.measurement import SiteTable, key_counts, measure
+from qexport.tuning.output import SUFFIXES, recipe_of, write
+from qexport.tuning.search import Search
+from qexport.tuning.settings import Setting, grid
+from qexport.tuning.trials import Bench, Candidate
+from qexport.validation import finite
+from qexport.validation.probes import beside, ordered_sites
+
+SCHEMA = "qexport.tune"
+SCHEMA_VERSION = 1
+# More batches than this tell little more about a recipe, and every trial runs them all.
+MOST_FEEDS = 8
+
+
+@dataclass
+class TuningReport:
+    """What `tune` found. `passed`: some recipe holds the tolerance; `recipe` is then the fastest one, else the most
+    accurate. `candidates` are all recipes that were tried, `to_dict()` is the documented JSON.
+    """
+
+    bundle: str
+    passed: bool
+    reasons: list[str]
+    notes: list[str]
+    data: dict
+    max_error: float
+    recipe: dict
+    best: dict
+    candidates: list[dict]
+    sites: list[dict]
+    trials: int
+    seconds: float
+    output: str | None = None
+    versions: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """The report as plain data; figures that are not finite are None."""
+        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+
+
+def tune(
+    bundle,
+    data=None,
+    *,
+    max_error: float,
+    output=None,
+    batch: int | None = None,
+    seq: int | None = None,
+    trials: int = 20,
+    time: float | None = None,
+    seeds: int = 3,
+    threads: int | None = None,
+    progress=None,
+) -> TuningReport:
+    """Find the recipe with the least latency whose outputs differ from the classical model's by `max_error` at most.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        data, batch, seq: inputs, as for `qexport.validate`; the longest batch is the one that is timed.
+        max_error: largest relative Frobenius error of any output, mean over the seeds.
+        output: a folder that a bundle with the recipe is written to, or a .yaml file for the recipe; nothing is written when
+            None, or when no recipe holds `max_error`.
+        trials: recipes that may be tried in the whole model.
+        time: seconds after which no further trial begins; None for no limit.
+        seeds: runs of each recipe that draws.
+        threads: intra-op threads; the runtime's choice when None.
+        progress: called with the step in words and the share that is done, 0 to 1.
+
+    Raises:
+        UsageError: a wrong argument.
+        QexportError: the bundle, the data, the op library or the runtime is at fault.
+    """
+    _check(max_error, trials, time, seeds, threads, output)
+    started = clock.monotonic()
+    say = progress or (lambda step, done: None)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    runtime.get_library_path()
+    inputs, notes = _inputs(opened, data, batch, seq)
+    timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
+    sites = _sites(opened)
+
+    say("counting keys", 0.0)
+    keys = key_counts(opened, sites, timed)
+    settings = [grid(count, max_error) for count in keys]
+    words = f"measuring {sum(map(len, settings))} settings of {len(sites)} attentions"
+    say(words, 0.02)
+    tables = measure(opened, inputs, timed, sites, settings, threads, lambda done: say(words, 0.02 + 0.39 * done))
+    search = Search(Bench(opened, sites, inputs, timed, seeds, threads), tables, max_error, trials, say)
+    search.deadline = started + time if time is not None else math.inf
+    candidates = search.run()
+
+    within = [c for c in candidates if c.error <= max_error and c.ratio]
+    best = min(within, key=_speed) if within else min(candidates, key=lambda c: c.error)
+    recipe = recipe_of(opened, sites, best.settings)
+    reasons = [] if within else [_unreachable(max_error, best)]
+    seconds = clock.monotonic() - started
+    if output is not None and within:
+        say("writing", 0.99)
+        remark = f"qexport tune {opened.path} --max-error {max_error:g}: error {best.error:.2g}, {best.latency_ms:.3g} ms"
+        write(output, opened, sites, best.settings, recipe, remark)
+    return TuningReport(
+        bundle=str(opened.path),
+        passed=bool(within),
+        reasons=reasons,
+        notes=notes + search.notes,
+        data={"source": inputs.source, "samples": inputs.samples, "batches": len(inputs.feeds), "notes": inputs.notes},
+        max_error=max_error,
+        recipe=recipe,
+        best=_entry(best, max_error, candidates, recipe),
+        candidates=[_entry(c, max_error, candidates, recipe_of(opened, sites, c.settings)) for c in candidates],
+        sites=[_site_entry(t, count, s) for t, count, s in zip(tables, keys, best.settings, strict=True)],
+        trials=len(candidates),
+        seconds=seconds,
+        output=str(output) if output is not None and within else None,
+        versions={"qexport": _version(), "onnxruntime": runtime.onnxruntime().__version__},
+    )
+
+
+def _check(max_error, trials, time, seeds, threads, output) -> None:
+    if not 0 < max_error < 1:
+        raise UsageError(f"max_error must be between 0 and 1, such as 0.01 for 1 %, got {max_error}")
+    for name, value in (("trials", trials), ("seeds", seeds), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be >= 1, got {value}")
+    if time is not None and not time > 0:
+        raise UsageError(f"time must be > 0 seconds, got {time}")
+    if output is not None and not str(output).endswith(SUFFIXES):
+        check_output(output)
+
+
+def _inputs(bundle: Bundle, data, batch, seq) -> tuple[Inputs, list[str]]:
+    """The inputs, of which the first batches are enough, and what to say about them."""
+    inputs, notes = load_inputs(bundle, data, batch=batch, seq=seq), []
+    if len(inputs.feeds) > MOST_FEEDS:
+        total = inputs.samples
+        inputs = Inputs(inputs.feeds[:MOST_FEEDS], inputs.source, inputs.notes)
+        notes.append(f"tuned on the first {inputs.samples} of {total} items; 'qexport validate --data' checks them all")
+    if data is None:
+        notes.append(f"tuned on {inputs.source}: errors and times depend on the inputs, give --data with those that matter")
+    return inputs, notes
+
+
+def _sites(bundle: Bundle) -> list[dict]:
+    """The sites that can be watched, in the order of the graph."""
+    model = load_structure(bundle.model_path)
+    sites = ordered_sites(model, ordered_sites(load_structure(bundle.classical_path), bundle.manifest["sites"]))
+    _, local, _ = beside(bundle.classical_path, model, sites, bundle.seed_input)
+    sites = [site for site in sites if site["name"] in local and site["q_heads"]]
+    if not sites:
+        raise QexportError(f"{bundle.path}: no attention whose values are in both models, so none can be tuned")
+    return sites
+
+
+def _speed(candidate: Candidate) -> float:
+    return candidate.ratio["of_medians"]
+
+
+def _unreachable(max_error: float, best: Candidate) -> str:
+    return f"no recipe holds {max_error:g}: the best that was found errs by {best.error:.2g} at output {best.output!r}"
+
+
+def _entry(candidate: Candidate, max_error: float, candidates: list[Candidate], recipe: dict) -> dict:
+    beaten = candidate.ratio is None or any(
+        other.ratio and _speed(other) <= _speed(candidate) and other.error <= candidate.error and other is not candidate
+        for other in candidates
+    )
+    return {
+        "label": candidate.label,
+        "within": bool(candidate.error <= max_error),
+        "on_front": not beaten,
+        "error": candidate.error,
+        "error_ci95": list(candidate.error_ci95) if candidate.error_ci95 else None,
+        "output": candidate.output,
+        "predicted_error": candidate.predicted_error,
+        "latency_ms": candidate.latency_ms,
+        "ratio": candidate.ratio,
+        "recipe": recipe,
+    }
+
+
+def _site_entry(table: SiteTable, keys: int, setting: Setting) -> dict:
+    """A site: its keys, the setting it got, and all settings that it was measured with."""
+    return {
+        **{key: table.site[key] for key in ("name", "layer", "module")},
+        "keys": keys,
+        "setting": setting.named(),
+        "measured": [
+            {"setting": s.named(), "relative_error": float(error), "time_us": float(time) * 1e6}
+            for s, error, time in zip(table.settings, table.relative_errors(), table.times, strict=True)
+        ],
+    }
+
+
+def _version() -> str:
+    from qexport import __version__
+
+    return __version__
