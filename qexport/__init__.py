@@ -12,6 +12,7 @@ except PackageNotFoundError:  # a source tree on sys.path that was never install
     __version__ = "0+unknown"
 
 _LAZY = {
+    "Generator": "qexport.generation",
     "convert": "qexport.conversion",
     "get_library_path": "qexport.runtime",
     "inspect": "qexport.inspection",

@@ -58,9 +58,10 @@ def convert(
     error_tolerance: float | None = None,
     residual: str | None = None,
     seed: int | None = None,
-    opset: int = 23,
+    opset: int | None = None,
     dtype: str | None = None,
     task: str | None = None,
+    kv_cache: int | None = None,
     dry_run: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ConversionReport:
@@ -71,9 +72,12 @@ def convert(
         output: folder of the bundle; an existing bundle there is replaced once the new one is complete.
         recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file.
         strategy, num_samples, control_variate, precision, error_tolerance, residual, seed: override the recipe's own.
-        opset: of the written models; below 23 the fallback is spelled out in MatMul and Softmax, for older runtimes.
+        opset: of the written models, 23 when None (24 with kv_cache); below 23 the fallback is spelled out in MatMul and
+            Softmax, for older runtimes.
         dtype: float32, float16 or bfloat16: export torch models in that type.
-        task: of a Hugging Face model; feature-extraction when None.
+        task: of a Hugging Face model; feature-extraction when None (causal-lm with kv_cache).
+        kv_cache: give a causal language model a cache of so many tokens that it appends to in place: see
+            `qexport.generation`.
         dry_run: do everything but write.
         progress: is called with the name of each step.
 
@@ -81,11 +85,16 @@ def convert(
         UsageError: a wrong argument or recipe.
         QexportError: the model cannot be read, exported or converted, has no attention, or the bundle cannot be written.
     """
+    from qexport.kv_cache import OPSET as CACHE_OPSET
     from qexport.recipe import make_recipe
 
     say = progress or (lambda step: None)
-    if not OPSETS[0] <= opset <= OPSETS[1]:
-        raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
+    if kv_cache is not None and kv_cache < 2:
+        raise UsageError(f"kv_cache must be at least 2 tokens, got {kv_cache}")
+    least = OPSETS[0] if kv_cache is None else CACHE_OPSET
+    opset = opset or max(least, 23)
+    if not least <= opset <= OPSETS[1]:
+        raise UsageError(f"opset must be between {least} and {OPSETS[1]}, got {opset}" + (" with kv_cache" if kv_cache else ""))
     resolved = make_recipe(
         recipe,
         where=str(recipe) if isinstance(recipe, (str, Path)) else "recipe",
@@ -102,47 +111,48 @@ def convert(
 
         check_output(Path(output))
 
-    from qexport.rewrite.classical import to_classical
     from qexport.rewrite.sample_attention import sample_attention
     from qexport.sources import open_source
 
     say("reading the model")
-    source = open_source(model, opset=opset, dtype=dtype, task=task)
+    source = open_source(model, opset=opset, dtype=dtype, task=task, positions=kv_cache is not None)
     if dry_run:
         say("finding attention")
-        left_alone = _rewrite(source, to_classical, opset)
+        left_alone = _to_classical(source, opset, kv_cache)
         sites, more = _rewrite(source, sample_attention, resolved)
         _require_sites(source, sites, [*left_alone, *more])
         return _report(None, source, resolved, sites, [*left_alone, *more], None)
     from qexport.bundle import write_bundle
 
     with write_bundle(output) as writer:
-        report = _write(writer.path, source, resolved, opset, say)
+        report = _write(writer.path, source, resolved, opset, kv_cache, say)
         report.path = Path(output)
         writer.manifest = report.manifest
         say("writing the bundle")
     return report
 
 
-def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
+def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) -> ConversionReport:
     """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
-    from qexport.conversion_checks import check_fallback, check_library, run_classical
-    from qexport.rewrite.classical import to_classical
+    from qexport.conversion_checks import Runner, check_fallback, check_library, run_classical
+    from qexport.kv_cache import fill_examples
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
 
     external = _external_name(source.model)
     left_alone = []
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
         say("finding attention")
-        left_alone = _rewrite(source, to_classical, opset)
+        left_alone = _to_classical(source, opset, kv_cache)
     say("writing the classical model")
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
     say("running the classical model")
+    if source.cache is not None:
+        fill_examples(source, Runner(classical))
     outputs, difference = run_classical(source, classical)
     say("converting attention")
     if opset < 23:
-        left_alone = _rewrite(source, to_classical, opset)
+        left_alone = _to_classical(source, opset, None)
     sites, more = _rewrite(source, sample_attention, recipe)
     left_alone = [*left_alone, *more]
     _require_sites(source, sites, left_alone)
@@ -159,6 +169,17 @@ def _write(folder: Path, source, recipe, opset: int, say) -> ConversionReport:
         (folder / "tokenizer").mkdir()
         (folder / "tokenizer" / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
     return _report(folder, source, recipe, sites, left_alone, difference)
+
+
+def _to_classical(source, opset: int, kv_cache: int | None) -> list:
+    """Bring the source to the classical form, with a KV cache when asked for; the attentions that stay."""
+    from qexport.kv_cache import add_cache
+    from qexport.rewrite.classical import to_classical
+
+    left_alone = _rewrite(source, to_classical, opset)
+    if kv_cache is not None:
+        add_cache(source, kv_cache, left_alone)
+    return left_alone
 
 
 def _rewrite(source, rule: Callable, argument):
@@ -234,12 +255,13 @@ def _report(path, source, recipe, sites, left_alone, difference) -> ConversionRe
         "recipe": recipe.to_dict(),
         "opset": source.model.opset_imports[""],
         "ir_version": IR_VERSION,
-        "min_onnxruntime": min_onnxruntime(source.model.opset_imports[""]),
+        "min_onnxruntime": min_onnxruntime(source.model.opset_imports[""], source.cache is not None),
         "seed_input": source.model.graph.inputs[-1].name,
         "sites": [site.to_dict() for site in sites],
         "left_alone": [entry.to_dict() for entry in left_alone],
         "inputs": [spec.to_dict() for spec in source.inputs],
         "limits": source.limits,
+        "kv_cache": source.cache.to_dict() if source.cache is not None else None,
         "versions": {
             "python": platform.python_version(),
             **{
@@ -253,14 +275,15 @@ def _report(path, source, recipe, sites, left_alone, difference) -> ConversionRe
     return ConversionReport(path, manifest["sites"], manifest["left_alone"], manifest, source.notes, difference)
 
 
-def min_onnxruntime(opset: int) -> str:
+def min_onnxruntime(opset: int, kv_cache: bool = False) -> str:
     """The oldest onnxruntime that runs a bundle's model of this opset, as tests/test_convert_runtimes.py measures it: what
-    reads the file, and no older than what the op library loads on."""
+    reads the file, and no older than what the op library loads on, or than what a KV cache runs on."""
     from qexport.inspection import oldest_runtime
+    from qexport.kv_cache import MIN_ONNXRUNTIME as CACHE_RUNTIME
     from qexport.runtime import OLDEST, version_tuple
 
     reader = oldest_runtime(opset, IR_VERSION)
-    return ".".join(map(str, max(version_tuple(reader), OLDEST)))
+    return ".".join(map(str, max(version_tuple(reader), CACHE_RUNTIME if kv_cache else OLDEST)))
 
 
 def _version(package: str) -> str | None:

@@ -118,7 +118,7 @@ def read_text(bundle: Bundle, path, *, batch: int = DEFAULT_BATCH, seq: int | No
 
 def tokenize(bundle: Bundle, numbered, source: str, *, batch: int = DEFAULT_BATCH, seq: int | None = None) -> Inputs:
     """Texts as feeds; `numbered` are (line number, text) pairs. See `read_text`."""
-    tokenizer, pad_id = _tokenizer(bundle)
+    tokenizer, pad_id = open_tokenizer(bundle)
     limit = _sequence_limit(bundle.manifest)
     encodings = tokenizer.encode_batch([text for _, text in numbered])
     if seq is not None and limit is not None and seq > limit:
@@ -141,7 +141,7 @@ def tokenize(bundle: Bundle, numbered, source: str, *, batch: int = DEFAULT_BATC
     return Inputs(feeds, f"{count} {source}" if source == GIVEN else f"{count} texts of {source}", notes)
 
 
-def _tokenizer(bundle: Bundle):
+def open_tokenizer(bundle: Bundle):
     """The bundle's tokenizer without truncation and padding, and the id it pads with."""
     if not bundle.tokenizer_path.is_file():
         raise QexportError(f"{bundle.path}: has no tokenizer/tokenizer.json, so it takes no text; give an .npz file")
@@ -187,7 +187,8 @@ def _text_arrays(bundle: Bundle, encodings, pad_id: int) -> dict[str, np.ndarray
 def generate(
     bundle: Bundle, *, batch: int = 1, seq: int | None = None, ragged: bool = False, seed: int = 0, dims: dict | None = None
 ) -> Inputs:
-    """Inputs of given sizes: token ids uniform in [0, high), standard normal for continuous inputs, masks of ones.
+    """Inputs of given sizes: token ids uniform in [0, high), standard normal for continuous inputs, masks of ones. With a KV
+    cache the tokens are the last that fit into it.
 
     Args:
         batch, seq: sizes of the symbolic dimensions; `seq` is 128, or the model's limit when that is less, when None.
@@ -206,6 +207,8 @@ def generate(
     for spec in manifest["inputs"]:
         shape = tuple(dim_size(dim, sizes) for dim in spec["shape"])
         feed[spec["name"]] = _generated(spec, shape, rng, ragged, lengths, bundle)
+    if (cache := manifest.get("kv_cache")) is not None:
+        feed[cache["past_length"]][...] = cache["length"] - feed[cache["token_ids"]].shape[1]
     words = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return Inputs([feed], f"generated ({words})" if words else "generated")
 
@@ -226,7 +229,7 @@ def _generated(spec, shape, rng, ragged, lengths, bundle):
         return np.zeros(shape, dtype)
     if kind == "boolean" or dtype == "bool":
         return rng.integers(0, 2, shape).astype(dtype)
-    if kind in ("token_ids", "integer"):
+    if kind in ("token_ids", "integer", "past_length"):
         if not high:
             raise QexportError(f"{bundle.path}: the manifest has no upper bound for input {spec['name']!r}; give --data")
         return rng.integers(0, high, shape).astype(dtype)

@@ -7,7 +7,13 @@ from qexport.errors import QexportError
 
 DTYPES = {"float32", "float16", "float64", "bool", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"}
 # What inputs that were not given are filled with, by kind.
-FILLERS = {"mask": "ones", "token_types": "zeros", "position_ids": "0, 1, 2, …"}
+FILLERS = {
+    "mask": "ones",
+    "token_types": "zeros",
+    "position_ids": "0, 1, 2, …",
+    "past_length": "zeros",
+    "cache": "zeros",
+}
 
 
 def dim_size(dim, sizes: dict[str, int]) -> int:
@@ -44,7 +50,21 @@ def check_feed(bundle: Bundle, arrays: dict[str, np.ndarray], source: str) -> tu
         if name not in feed:
             feed[name] = _filled(spec, sizes, source, list(specs))
             notes.append(f"input {name!r} was not given and is filled with {FILLERS[spec['kind']]}")
+    _check_room(bundle, feed, source)
     return {name: feed[name] for name in specs}, notes
+
+
+def _check_room(bundle: Bundle, feed: dict[str, np.ndarray], source: str) -> None:
+    """Whether the tokens fit behind the past in the KV cache of a model that has one."""
+    cache = bundle.manifest.get("kv_cache")
+    if cache is None:
+        return
+    past, new = int(feed[cache["past_length"]].max()), feed[cache["token_ids"]].shape[1]
+    if past + new > cache["length"]:
+        raise QexportError(
+            f"{source}: {new} tokens behind a past of {past} do not fit into the cache of {cache['length']} tokens; "
+            f"lower {cache['past_length']!r} or convert with a longer --kv-cache"
+        )
 
 
 def _filled(spec, sizes, source, names) -> np.ndarray:
@@ -57,7 +77,7 @@ def _filled(spec, sizes, source, names) -> np.ndarray:
         raise QexportError(f"{source}: input {spec['name']!r} is missing; the model takes {', '.join(names)}")
     if spec["kind"] == "mask":
         return np.ones(shape, spec["dtype"])
-    if spec["kind"] == "token_types":
+    if spec["kind"] in ("token_types", "past_length", "cache"):
         return np.zeros(shape, spec["dtype"])
     return np.broadcast_to(np.arange(shape[-1]), shape).astype(spec["dtype"])
 

@@ -212,11 +212,28 @@ def run(opened, outputs, feed: dict) -> list:
     try:
         return opened.run(outputs, feed)
     except Exception as error:  # as in session()
-        message = _bare(str(error))
-        if match := re.search(r"while running (\S+) node\. Name:'(.*?)' Status Message: (.*)", message, flags=re.S):
-            name = f"node {match[2]!r} ({match[1]})" if match[2] else f"a node {match[1]} of a fallback"
-            raise QexportError(f"{name} failed: {one_line(_bare(match[3]))}") from error
-        raise QexportError(f"the model does not run: {one_line(message)}") from error
+        raise _explain_run_error(error) from error
+
+
+def run_bound(opened, binding) -> None:
+    """`session.run_with_iobinding`, with failures as one line.
+
+    Raises:
+        QexportError: names the node that failed and why.
+    """
+    try:
+        opened.run_with_iobinding(binding)
+    except Exception as error:  # as in session()
+        raise _explain_run_error(error) from error
+
+
+def _explain_run_error(error: Exception) -> QexportError:
+    """A failure of a running model as one line."""
+    message = _bare(str(error))
+    if match := re.search(r"while running (\S+) node\. Name:'(.*?)' Status Message: (.*)", message, flags=re.S):
+        name = f"node {match[2]!r} ({match[1]})" if match[2] else f"a node {match[1]} of a fallback"
+        return QexportError(f"{name} failed: {one_line(_bare(match[3]))}")
+    return QexportError(f"the model does not run: {one_line(message)}")
 
 
 def quiet_options():

@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": "Compare a bundle with its classical model: per layer, end to end, over seeds.",
     "profile": "Time a bundle and its classical model side by side.",
     "tune": "Find the fastest recipe that holds a tolerance on your inputs.",
+    "generate": "Continue a text with a bundle that has a KV cache.",
     "inspect": "Show what a bundle or an .onnx file contains.",
     "ops": "List the ops of the domain com.qexport.",
     "doctor": "Check this installation and say how to mend it.",

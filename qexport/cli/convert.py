@@ -29,13 +29,14 @@ def choices(attribute: str) -> click.Choice:
 @click.option("--residual", type=choices("residual"), help="tree: what becomes of the keys left unread [verify_only].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Draw around the mean of V [on].")
 @click.option("--seed", type=int, help="Default of the model's seed input [0].")
-@click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23].")
+@click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23; 24 with --kv-cache].")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the weights [as they are].")
 @click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
+@click.option("--kv-cache", type=click.IntRange(2), metavar="N", help="Cache of N tokens for a causal language model.")
 @click.option("--config", metavar="FILE", help="Recipe in YAML; options given here win over it.")
 @click.option("--dry-run", is_flag=True, help="Find and list the attentions, write nothing.")
 @common_options
-def command(model, output, config, dry_run, as_json, quiet, verbose, opset, **options):
+def command(model, output, config, dry_run, as_json, quiet, verbose, **options):
     """Turn MODEL into a bundle with sampled attention.
 
     Without options, attention is computed to 1 % or better, as fast as that allows; `qexport validate DIR` measures it and
@@ -49,7 +50,7 @@ def command(model, output, config, dry_run, as_json, quiet, verbose, opset, **op
     if output is None and not dry_run:
         raise click.UsageError("give the folder of the bundle with -o DIR, or look first with --dry-run")
     report = convert(
-        model, output, recipe=config, dry_run=dry_run, opset=opset or 23, progress=progress_line(quiet or as_json), **options
+        model, output, recipe=config, dry_run=dry_run, progress=progress_line(quiet or as_json), **options
     )
     if as_json:
         print_json(report.to_dict())

@@ -29,7 +29,7 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
     """
     origin = _origins(keys.left.value) | _origins(keys.right.value)
     for value, _, _ in scores.biases:
-        if _depends(value, origin):
+        if depends(value, origin):
             raise DeclinedError(
                 "the bias added to its scores is computed from the queries or keys (disentangled attention); as attn_mask "
                 "it would be a dense batch x heads x queries x keys tensor of every run"
@@ -141,7 +141,7 @@ def _origins(value: ir.Value, depth: int = 8) -> set[int]:
     return found
 
 
-def _depends(value: ir.Value, origin: set[int], limit: int = 3000) -> bool:
+def depends(value: ir.Value, origin: set[int], limit: int = 3000) -> bool:
     """Whether a value is computed from one of `origin`, not counting what only asks for shapes."""
     seen, todo = set(), [value]
     while todo and len(seen) < limit:

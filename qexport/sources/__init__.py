@@ -17,7 +17,8 @@ class InputSpec:
     """One graph input as the manifest describes it.
 
     `shape` holds sizes and names of dynamic axes; `kind` is one of token_ids, mask, token_types, position_ids,
-    continuous, boolean, integer; `high` is the exclusive upper bound of integers, None when unknown.
+    continuous, boolean, integer, and of a KV cache past_length and cache; `high` is the exclusive upper bound of integers,
+    None when unknown.
     """
 
     name: str
@@ -37,7 +38,8 @@ class Source:
 
     `model` is the graph, not yet classical; `examples` maps input names to arrays and `expected` output names to what
     the source itself computes for them (None: it could not be run). `limits` gives the largest size of dynamic axes,
-    `tokenizer` the text of a tokenizer.json. `notes` are remarks for the report.
+    `tokenizer` the text of a tokenizer.json, `stop_tokens` the ids that end a text. `cache` is a
+    `qexport.kv_cache.KVCache` once the model has one. `notes` are remarks for the report.
     """
 
     kind: str
@@ -48,10 +50,14 @@ class Source:
     expected: dict[str, np.ndarray] | None = None
     limits: dict[str, int] = field(default_factory=dict)
     tokenizer: str | None = None
+    stop_tokens: list[int] = field(default_factory=list)
+    cache: object = None
     notes: list[str] = field(default_factory=list)
 
 
-def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str | None = None) -> Source:
+def open_source(
+    model, *, opset: int = 23, dtype: str | None = None, task: str | None = None, positions: bool = False
+) -> Source:
     """Read `model`: a Hugging Face folder, `package.module:callable`, a .pt2 or an .onnx file.
 
     Args:
@@ -59,6 +65,8 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
         opset: opset that torch front ends export at.
         dtype: float32, float16 or bfloat16: the type a torch front end exports in; None keeps it.
         task: task of a Hugging Face model.
+        positions: give a Hugging Face language model position ids as an input in place of the attention mask, as a KV
+            cache needs it.
 
     Raises:
         UsageError: the name is none of the four, or an option does not fit the kind.
@@ -75,7 +83,7 @@ def open_source(model, *, opset: int = 23, dtype: str | None = None, task: str |
     if is_folder:
         from qexport.sources.huggingface import open_folder
 
-        return open_folder(path, opset=opset, dtype=dtype, task=task)
+        return open_folder(path, opset=opset, dtype=dtype, task=task, positions=positions)
     if suffix in (".onnx", ".pt2"):
         if not is_file:
             raise QexportError(f"{text}: no such file")

@@ -57,8 +57,8 @@ OFFSET_POSITIONS = {
 }
 
 
-def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None) -> Source:
-    """Load and export the model of a Hugging Face folder.
+def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None, positions: bool = False) -> Source:
+    """Load and export the model of a Hugging Face folder; `positions` makes position ids an input, for a KV cache.
 
     Raises:
         UsageError: no config.json, or an unknown task.
@@ -66,9 +66,11 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
     """
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no config.json; give a Hugging Face folder, an .onnx or a .pt2 file")
-    task = ALIASES.get(task, task) or "feature-extraction"
+    task = ALIASES.get(task, task) or ("causal-lm" if positions else "feature-extraction")
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")
+    if positions and task != "causal-lm":
+        raise UsageError(f"a KV cache needs task causal-lm, got {task!r}")
     torch = import_torch()
     model = _load(folder, task, torch)
     for part in model.modules():  # encoders and decoders hold configurations of their own
@@ -77,7 +79,7 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
             config.use_cache = False
     model.config.return_dict = True
     tokenizer = _tokenizer(folder)
-    kwargs, specs, axes, limits = _example_inputs(torch, model, tokenizer)
+    kwargs, specs, axes, limits = _example_inputs(torch, model, tokenizer, positions)
     if dtype is not None:
         target = getattr(torch, dtype)
         model = model.to(target)
@@ -95,6 +97,7 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
     )
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     source.tokenizer = _tokenizer_text(folder, tokenizer)
+    source.stop_tokens = _stop_tokens(model)
     return source
 
 
@@ -196,7 +199,14 @@ def _tokenizer_text(folder: Path, tokenizer) -> str | None:
     return backend.to_str() if backend is not None else None
 
 
-def _example_inputs(torch, model, tokenizer):
+def _stop_tokens(model) -> list[int]:
+    """The token ids that end a text, by the model's own configuration for generating."""
+    config = getattr(model, "generation_config", None) or model.config
+    stop = getattr(config, "eos_token_id", None)
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+
+
+def _example_inputs(torch, model, tokenizer, positions):
     """Example tensors, what is known of each input, dynamic axes, and limits of the axes."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     accepted = inspect.signature(model.forward).parameters
@@ -213,7 +223,12 @@ def _example_inputs(torch, model, tokenizer):
     if main == "input_ids" or {"pixel_values", "input_ids"} <= set(accepted):
         ids, mask = _text(torch, tokenizer, vocab, _longest(config), generator)
         add("input_ids", ids, "token_ids", vocab, "batch", "sequence")
-        if "attention_mask" in accepted:
+        if positions:
+            if "position_ids" not in accepted:
+                raise QexportError(f"{type(model).__name__} takes no position ids, which a KV cache needs")
+            places = torch.arange(ids.shape[1]).expand(ids.shape[0], -1).contiguous()
+            add("position_ids", places, "position_ids", _longest(config), "batch", "sequence")
+        elif "attention_mask" in accepted:
             add("attention_mask", mask, "mask", 2, "batch", "sequence")
         if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0):
             add("token_type_ids", torch.zeros_like(ids), "token_types", config.type_vocab_size, "batch", "sequence")

@@ -1,0 +1,30 @@
+"""qexport generate"""
+
+import click
+
+from qexport.cli import common_options, print_json
+
+
+@click.command("generate")
+@click.argument("bundle")
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True, help="Tokens at most.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=click.IntRange(1), help="Draw among so many likeliest tokens only.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws and the sampled attention.")
+@click.option("--no-library", is_flag=True, help="Without the op library: classical attention.")
+@common_options
+def command(bundle, as_json, quiet, verbose, no_library, **options):
+    """Continue a text with BUNDLE, which was converted with --kv-cache, token by token."""
+    from qexport.generation import generate_text
+
+    show = None if as_json else lambda text: click.echo(text, nl=False)
+    if show:
+        show(options["prompt"])
+    report = generate_text(bundle, library=not no_library, on_text=show, **options)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    click.echo()
+    if not quiet and report.tokens_per_s is not None:
+        click.echo(f"{len(report.tokens)} tokens, {report.tokens_per_s:.0f} a second after the prompt", err=True)

@@ -1,0 +1,287 @@
+"""Text token by token, with a bundle that was converted with a KV cache. Needs numpy and onnxruntime alone.
+
+    generator = qexport.Generator("bundle")
+    tokens = generator.generate([[1, 9038, 2501, 263]], max_new_tokens=100)[0]
+
+The caches are bound to the session once, one buffer as past and present: the graph writes the keys and values of new tokens
+into it, and a step copies nothing of the past, however long that is.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from qexport import runtime
+from qexport.bundle import Bundle
+from qexport.data import open_tokenizer
+from qexport.errors import QexportError, UsageError
+
+# A long prompt runs in pieces of so many tokens: the logits of a piece are (batch, piece, vocabulary).
+PIECE = 128
+LARGEST_SEED = 2**62
+
+
+class Generator:
+    """An open bundle and its caches, on the CPU provider.
+
+    Attributes: `length`, the tokens that fit into a cache; `past`, an int64 array (batch,) of the tokens that each row has.
+    """
+
+    def __init__(self, bundle, *, library=True, options=None):
+        """Open the converted model of a bundle.
+
+        Args:
+            bundle: a folder, or a `Bundle`.
+            library, options: as in `qexport.session`.
+
+        Raises:
+            QexportError: no bundle, one without a KV cache, or this onnxruntime is too old or cannot load it.
+        """
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        cache = self.bundle.manifest.get("kv_cache")
+        if cache is None:
+            raise QexportError(f"{self.bundle.path}: has no KV cache; convert the model with --kv-cache N")
+        self._ort = runtime.onnxruntime()
+        needed = self.bundle.manifest["min_onnxruntime"]
+        if runtime.version_tuple(self._ort.__version__) < runtime.version_tuple(needed):
+            raise QexportError(
+                f"{self.bundle.path}: the KV cache needs onnxruntime {needed} or newer, {self._ort.__version__} is installed: "
+                "pip install -U onnxruntime"
+            )
+        self.length, self._names = cache["length"], cache
+        self._specs = {spec["name"]: spec for spec in self.bundle.manifest["inputs"]}
+        self._session = runtime.session(self.bundle.model_path, library=library, options=options)
+        self._binding = self._session.io_binding()
+        self._binding.bind_output(self._names["logits"])  # the first, so that get_outputs() has it there
+        self.reset(1)
+
+    def reset(self, batch: int | None = None) -> None:
+        """Forget the past; `batch` is the number of rows from here on, the same as before when None."""
+        rows = len(self.past) if batch is None else batch
+        if batch is not None and (not hasattr(self, "past") or rows != len(self.past)):
+            self._bind_caches(rows)
+        self.past = np.zeros(rows, np.int64)
+        self._runs = 0
+
+    def _bind_caches(self, batch: int) -> None:
+        """New caches, each bound as the input of the past and the output of the present."""
+        self.caches = {}
+        for past, present in self._names["caches"]:
+            shape = (batch, *self._specs[past]["shape"][1:])
+            # zeros, not whatever the memory holds: a masked NaN is still a NaN
+            value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._specs[past]["dtype"]))
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+            self.caches[past] = value
+
+    def append(self, tokens: Sequence[Sequence[int]], *, seed: int = 0) -> np.ndarray:
+        """Put tokens behind the past.
+
+        Args:
+            tokens: ids for each row, at least one; rows may differ in length.
+            seed: of the sampled attention; each run of the model adds 1 to it, so that steps draw apart.
+
+        Returns:
+            (batch, vocabulary): the logits after the last token of each row.
+
+        Raises:
+            UsageError: another number of rows, an empty row or an id that the model does not have.
+            QexportError: the cache is full.
+        """
+        rows = self._checked(tokens)
+        lengths = np.array([len(row) for row in rows])
+        self._check_room(lengths)
+        last: list = [None] * len(rows)
+        for start in range(0, lengths.max(), PIECE):
+            width = min(PIECE, lengths.max() - start)
+            # A row that has ended is filled up: its queries see what is right, nobody reads their logits, and later
+            # tokens overwrite its keys.
+            ids = np.zeros((len(rows), width), self._specs[self._names["token_ids"]]["dtype"])
+            counts = np.clip(lengths - start, 0, width)
+            for row, count in enumerate(counts):
+                ids[row, :count] = rows[row][start : start + count]
+            logits = self._run(ids, seed)
+            for row, count in enumerate(counts):
+                if count and start + count == lengths[row]:
+                    last[row] = logits[row, count - 1]
+            self.past = self.past + counts
+        return np.stack(last)
+
+    def _checked(self, tokens) -> list[np.ndarray]:
+        rows = [np.asarray(row, np.int64) for row in tokens]
+        high = self._specs[self._names["token_ids"]]["high"]
+        if len(rows) != len(self.past):
+            raise UsageError(f"tokens must be one list for each of the {len(self.past)} rows, got {len(rows)}")
+        for number, row in enumerate(rows):
+            if row.ndim != 1 or not row.size:
+                raise UsageError(f"row {number} of the tokens must be a list of at least one id, got shape {row.shape}")
+            if row.min() < 0 or (high and row.max() >= high):
+                bad = row.min() if row.min() < 0 else row.max()
+                raise UsageError(f"row {number} of the tokens must lie in [0, {high}), got {bad}")
+        return rows
+
+    def _check_room(self, lengths: np.ndarray) -> None:
+        """Also for the rows that are filled up to the longest."""
+        widest = -(-lengths.max() // PIECE) * PIECE if lengths.max() > PIECE else lengths.max()
+        need = int((self.past + np.minimum(lengths.max(), widest)).max())
+        if need > self.length:
+            raise QexportError(
+                f"the cache of {self.length} tokens is full: {int(self.past.max())} are in it and {int(lengths.max())} more "
+                "were given; call reset(), or convert with a longer --kv-cache"
+            )
+
+    def _run(self, ids: np.ndarray, seed: int) -> np.ndarray:
+        """One run of the model: logits (batch, tokens, vocabulary)."""
+        feed = {
+            self._names["token_ids"]: ids,
+            self._names["past_length"]: self.past,
+            self.bundle.seed_input: np.array(seed + self._runs, np.int64),
+        }
+        # Not bind_cpu_input, which does not find inputs that have a default, such as the seed. The values stay in a variable,
+        # since the binding keeps only pointers.
+        values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output(self._names["logits"])
+        runtime.run_bound(self._session, self._binding)
+        self._runs += 1
+        return self._binding.get_outputs()[0].numpy()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue token lists; the past is forgotten first.
+
+        Args:
+            prompts: token ids, one list per text; they may differ in length.
+            max_new_tokens: how many tokens a text gets at most.
+            temperature: 0 takes the most likely token; above, tokens are drawn from softmax(logits / temperature).
+            top_k: draw among the `top_k` most likely tokens only.
+            seed: of the draws, and of the sampled attention.
+            stop: ids that end a text and are not returned; the model's own when None.
+            on_token: called with (row, token) as soon as a token is known.
+
+        Returns:
+            The new tokens of each text, without its prompt.
+
+        Raises:
+            UsageError: an argument outside its limits, or no prompt.
+            QexportError: prompt and new tokens do not fit into the cache.
+        """
+        for name, value, good, words in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
+            ("temperature", temperature, 0 <= temperature < np.inf, "a number >= 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, ">= 1"),
+            ("seed", seed, 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]"),
+            ("prompts", prompts, len(prompts) > 0, "a list of token lists that is not empty"),
+        ):
+            if not good:
+                raise UsageError(f"{name} must be {words}, got {value}")
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + max_new_tokens - 1 > self.length:
+            raise QexportError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the cache of {self.length} tokens; "
+                "lower max_new_tokens or convert with a longer --kv-cache"
+            )
+        stop = set(self._names["stop_tokens"] if stop is None else stop)
+        draws = [np.random.default_rng([seed, row]) for row in range(len(prompts))]
+        texts: list[list[int]] = [[] for _ in prompts]
+        running = [True] * len(prompts)
+        self.reset(len(prompts))
+        logits = self.append(prompts, seed=seed)
+        for step in range(max_new_tokens):
+            chosen = [choose(row, temperature, top_k, draw) for row, draw in zip(logits, draws, strict=True)]
+            for row, token in enumerate(chosen):
+                running[row] = running[row] and token not in stop
+                if running[row]:
+                    texts[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+            if not any(running) or step + 1 == max_new_tokens:
+                break
+            logits = self.append([[token] for token in chosen], seed=seed)
+        return texts
+
+
+def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: np.random.Generator) -> int:
+    """The next token from logits (vocabulary,): the most likely one at temperature 0, else drawn."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    tokens = np.arange(scaled.size)
+    if top_k is not None and top_k < scaled.size:
+        tokens = np.argsort(-scaled, kind="stable")[:top_k]
+        scaled = scaled[tokens]
+    total = np.exp(scaled - scaled.max()).cumsum()
+    return int(tokens[min(np.searchsorted(total, draw.random() * total[-1], side="right"), tokens.size - 1)])
+
+
+@dataclass
+class GeneratedText:
+    """`text` that follows `prompt`, its `tokens`, and the time it took in seconds, the prompt apart from the steps."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    tokens: list[int]
+    prompt_s: float
+    steps_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second of the steps, of which each makes one token; None without a step."""
+        return (len(self.tokens) - 1) / self.steps_s if len(self.tokens) > 1 else None
+
+    def to_dict(self) -> dict:
+        """Plain data for --json."""
+        return {**asdict(self), "tokens_per_s": self.tokens_per_s}
+
+
+def generate_text(bundle, prompt: str, *, library=True, on_text: Callable[[str], None] | None = None, **options) -> GeneratedText:
+    """Continue a text with a bundle that has a KV cache and a tokenizer.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        library: as in `qexport.session`.
+        on_text: called with each piece of text as soon as it is known.
+        options: those of `Generator.generate`; max_new_tokens is cut to what the cache holds.
+
+    Raises:
+        UsageError, QexportError: as `Generator`; no tokenizer in the bundle, or an empty prompt.
+    """
+    generator = Generator(bundle, library=library)
+    tokenizer, _ = open_tokenizer(generator.bundle)
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise UsageError("the prompt holds no token; give a text")
+    room = generator.length - len(ids) + 1
+    if room >= 1:
+        options["max_new_tokens"] = min(options.get("max_new_tokens", 100), room)
+    tokens: list[int] = []
+    shown, times = tokenizer.decode(ids), []
+
+    def show(_, token: int) -> None:
+        nonlocal shown
+        times.append(time.perf_counter())
+        tokens.append(token)
+        text = tokenizer.decode(ids + tokens)
+        # a character of several tokens ends in a replacement character until it is complete
+        if on_text is not None and text.startswith(shown) and not text.endswith("\ufffd"):
+            on_text(text[len(shown) :])
+            shown = text
+
+    began = time.perf_counter()
+    generator.generate([ids], on_token=show, **options)
+    start, whole = tokenizer.decode(ids), tokenizer.decode(ids + tokens)
+    first, last = (times[0], times[-1]) if times else (time.perf_counter(),) * 2
+    return GeneratedText(prompt, whole.removeprefix(start), len(ids), tokens, first - began, last - first)
