@@ -230,7 +230,7 @@ def _example_inputs(torch, model, tokenizer, positions):
             add("position_ids", places, "position_ids", _longest(config), "batch", "sequence")
         elif "attention_mask" in accepted:
             add("attention_mask", mask, "mask", 2, "batch", "sequence")
-        if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0):
+        if "token_type_ids" in accepted and not positions and getattr(config, "type_vocab_size", 0):
             add("token_type_ids", torch.zeros_like(ids), "token_types", config.type_vocab_size, "batch", "sequence")
         if longest := _longest(config):
             limits["sequence"] = longest
