@@ -92,9 +92,11 @@ def convert(
     if kv_cache is not None and kv_cache < 2:
         raise UsageError(f"kv_cache must be at least 2 tokens, got {kv_cache}")
     least = OPSETS[0] if kv_cache is None else CACHE_OPSET
-    opset = opset or max(least, 23)
+    opset = max(least, 23) if opset is None else opset
     if not least <= opset <= OPSETS[1]:
-        raise UsageError(f"opset must be between {least} and {OPSETS[1]}, got {opset}" + (" with kv_cache" if kv_cache else ""))
+        raise UsageError(
+            f"opset must be between {least} and {OPSETS[1]}, got {opset}" + (" with kv_cache" if kv_cache else "")
+        )
     resolved = make_recipe(
         recipe,
         where=str(recipe) if isinstance(recipe, (str, Path)) else "recipe",
@@ -134,8 +136,7 @@ def convert(
 
 def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) -> ConversionReport:
     """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
-    from qexport.conversion_checks import Runner, check_fallback, check_library, run_classical
-    from qexport.kv_cache import fill_examples
+    from qexport.conversion_checks import check_fallback, check_library, run_classical
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
 
     external = _external_name(source.model)
@@ -147,8 +148,6 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
     say("running the classical model")
-    if source.cache is not None:
-        fill_examples(source, Runner(classical))
     outputs, difference = run_classical(source, classical)
     say("converting attention")
     if opset < 23:

@@ -15,7 +15,10 @@ def run_classical(source: Source, path: Path):
         QexportError: it does not run, or differs from the source by more than rounding.
     """
     try:
-        outputs = Runner(path)(source.examples)
+        runner = Runner(path)
+        if source.cache is not None:
+            source.cache.fill(source.examples, runner)
+        outputs = runner(source.examples)
     except QexportError as error:
         if "bfloat16" not in _types(source):
             raise

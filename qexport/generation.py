@@ -47,8 +47,8 @@ class Generator:
         needed = self.bundle.manifest["min_onnxruntime"]
         if runtime.version_tuple(self._ort.__version__) < runtime.version_tuple(needed):
             raise QexportError(
-                f"{self.bundle.path}: the KV cache needs onnxruntime {needed} or newer, {self._ort.__version__} is installed: "
-                "pip install -U onnxruntime"
+                f"{self.bundle.path}: its KV cache needs onnxruntime {needed} or newer, "
+                f"{self._ort.__version__} is installed; upgrade it"
             )
         self.length, self._names = cache["length"], cache
         self._specs = {spec["name"]: spec for spec in self.bundle.manifest["inputs"]}
@@ -123,13 +123,13 @@ class Generator:
         return rows
 
     def _check_room(self, lengths: np.ndarray) -> None:
-        """Also for the rows that are filled up to the longest."""
-        widest = -(-lengths.max() // PIECE) * PIECE if lengths.max() > PIECE else lengths.max()
-        need = int((self.past + np.minimum(lengths.max(), widest)).max())
-        if need > self.length:
+        """Also for what the rows are filled up with."""
+        longest = int(lengths.max())
+        ends = (np.minimum(lengths, start) + min(PIECE, longest - start) for start in range(0, longest, PIECE))
+        if any((self.past + end).max() > self.length for end in ends):
             raise QexportError(
-                f"the cache of {self.length} tokens is full: {int(self.past.max())} are in it and {int(lengths.max())} more "
-                "were given; call reset(), or convert with a longer --kv-cache"
+                f"the cache of {self.length} tokens is full: {int(self.past.max())} are in it and {longest} more were "
+                "given; call reset(), or convert with a longer --kv-cache"
             )
 
     def _run(self, ids: np.ndarray, seed: int) -> np.ndarray:
@@ -139,8 +139,8 @@ class Generator:
             self._names["past_length"]: self.past,
             self.bundle.seed_input: np.array(seed + self._runs, np.int64),
         }
-        # Not bind_cpu_input, which does not find inputs that have a default, such as the seed. The values stay in a variable,
-        # since the binding keeps only pointers.
+        # Not bind_cpu_input, which does not find inputs that have a default, such as the seed. The values stay in a
+        # variable, since the binding keeps only pointers.
         values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
@@ -190,7 +190,7 @@ class Generator:
         longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens - 1 > self.length:
             raise QexportError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the cache of {self.length} tokens; "
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the cache of {self.length}; "
                 "lower max_new_tokens or convert with a longer --kv-cache"
             )
         stop = set(self._names["stop_tokens"] if stop is None else stop)
@@ -247,7 +247,9 @@ class GeneratedText:
         return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
 
-def generate_text(bundle, prompt: str, *, library=True, on_text: Callable[[str], None] | None = None, **options) -> GeneratedText:
+def generate_text(
+    bundle, prompt: str, *, library=True, on_text: Callable[[str], None] | None = None, **options
+) -> GeneratedText:
     """Continue a text with a bundle that has a KV cache and a tokenizer.
 
     Args:

@@ -8,7 +8,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.sources import InputSpec, Source
 
 OPSET = 24  # TensorScatter, and nonpad_kv_seqlen of Attention
-# 1.24 has no TensorScatter; up to 1.27 Attention counts causal positions from 0 where nonpad_kv_seqlen says how long the past is.
+# 1.24 has no TensorScatter, and up to 1.27 a query of Attention that has nonpad_kv_seqlen sees as if there were no past.
 MIN_ONNXRUNTIME = (1, 28)
 
 
@@ -32,6 +32,16 @@ class KVCache:
         """The manifest's `kv_cache`."""
         keys = ("length", "token_ids", "past_length", "logits", "stop_tokens")
         return {key: getattr(self, key) for key in keys} | {"caches": [list(pair) for pair in self.caches]}
+
+    def fill(self, examples: dict[str, np.ndarray], runner) -> None:
+        """Put the caches that the first piece of the example text leaves behind into the examples.
+
+        Args:
+            runner: the classical model, a `qexport.conversion_checks.Runner`.
+        """
+        if self.prefill is not None:
+            outputs = runner(self.prefill)
+            examples |= {past: outputs[present] for past, present in self.caches}
 
 
 def add_cache(source: Source, length: int, left_alone: list) -> None:
@@ -109,15 +119,3 @@ def _empty(spec: InputSpec, batch: int) -> np.ndarray:
     import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
 
     return np.zeros([batch, *spec.shape[1:]], spec.dtype)
-
-
-def fill_examples(source: Source, runner) -> None:
-    """Put the caches that the first piece of the example text leaves behind into the examples.
-
-    Args:
-        runner: the classical model, a `qexport.conversion_checks.Runner`.
-    """
-    if source.cache.prefill is None:
-        return
-    outputs = runner(source.cache.prefill)
-    source.examples |= {past: outputs[present] for past, present in source.cache.caches}

@@ -245,3 +245,40 @@ def returns_text():
 
 
 NOT_CALLABLE = 3
+
+
+class Decoder(nn.Module):
+    """Causal blocks over token ids and learned positions, as a language model; `counts` ignores the positions given."""
+
+    def __init__(self, counts=False, causal=True):
+        super().__init__()
+        self.words, self.places = nn.Embedding(VOCAB, WIDTH), nn.Embedding(64, WIDTH)
+        self.layers = nn.ModuleList(Block(causal=causal) for _ in range(2))
+        self.head, self.counts = nn.Linear(WIDTH, VOCAB), counts
+
+    def forward(self, input_ids, position_ids):
+        places = torch.arange(input_ids.shape[1])[None] + 0 * position_ids if self.counts else position_ids
+        x = self.words(input_ids) + self.places(places)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def _decoder(**options):
+    torch.manual_seed(0)
+    ids = torch.randint(VOCAB, (2, 24))
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=64)}
+    places = torch.arange(24).expand(2, -1).contiguous()
+    return Decoder(**options), {"input_ids": ids, "position_ids": places}, {"input_ids": axes, "position_ids": axes}
+
+
+def decoder():
+    return _decoder()
+
+
+def decoder_that_counts():
+    return _decoder(counts=True)
+
+
+def decoder_that_looks_ahead():
+    return _decoder(causal=False)

@@ -29,10 +29,10 @@ def choices(attribute: str) -> click.Choice:
 @click.option("--residual", type=choices("residual"), help="tree: what becomes of the keys left unread [verify_only].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Draw around the mean of V [on].")
 @click.option("--seed", type=int, help="Default of the model's seed input [0].")
-@click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23; 24 with --kv-cache].")
+@click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23].")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the weights [as they are].")
 @click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
-@click.option("--kv-cache", type=click.IntRange(2), metavar="N", help="Cache of N tokens for a causal language model.")
+@click.option("--kv-cache", type=click.IntRange(2), metavar="N", help="Give a causal language model a cache of N tokens.")
 @click.option("--config", metavar="FILE", help="Recipe in YAML; options given here win over it.")
 @click.option("--dry-run", is_flag=True, help="Find and list the attentions, write nothing.")
 @common_options
@@ -49,9 +49,7 @@ def command(model, output, config, dry_run, as_json, quiet, verbose, **options):
 
     if output is None and not dry_run:
         raise click.UsageError("give the folder of the bundle with -o DIR, or look first with --dry-run")
-    report = convert(
-        model, output, recipe=config, dry_run=dry_run, progress=progress_line(quiet or as_json), **options
-    )
+    report = convert(model, output, recipe=config, dry_run=dry_run, progress=progress_line(quiet or as_json), **options)
     if as_json:
         print_json(report.to_dict())
     else:

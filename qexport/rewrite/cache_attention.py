@@ -4,9 +4,9 @@
                                          present_value = TensorScatter(past_value, V, past_len)
                                          Attention(Q, present_key, present_value, nonpad_kv_seqlen; is_causal)
 
-past_len (batch,) is how many tokens a row has in its cache; nonpad_kv_seqlen = past_len + q_len, and query i of a row sees the
-keys 0 .. past_len + i. The caches hold (batch, kv_heads, length, head_size) whatever they are filled with, so a runtime may
-bind one buffer as past and present: then nothing of the past is copied. One graph serves a prompt (q_len > 1) and a step.
+past_len (batch,) is how many tokens a row has in its cache; nonpad_kv_seqlen = past_len + q_len, and query i of a row sees
+the keys 0 .. past_len + i. The caches are (batch, kv_heads, length, head_size) however full they are, so a runtime may bind
+one buffer as past and present: then nothing of the past is copied. One graph serves a prompt (q_len > 1) and a step.
 
 That a mask is causal is seen by computing it, not by its spelling. A window over the last keys stays a mask, since Attention
 has none before opset 25.
@@ -41,7 +41,7 @@ class Site:
 
 
 def cache_attention(model: ir.Model, length: int, ids: str, positions: str) -> tuple[list[tuple[str, str]], list[LeftAlone]]:
-    """Give every Attention of `model` a cache of `length` keys, in place; nothing is changed when one of them cannot have it.
+    """Give every Attention of `model` a cache of `length` keys, in place; nothing is changed when one cannot have it.
 
     Args:
         model: in the classical form, at opset 24, of token ids (batch, sequence) and their positions.
@@ -188,7 +188,9 @@ class _Shared:
         whole = {"dtype": ir.DataType.INT64}
         q_len = builder.axes(ids, 1, 2)
         self.valid = builder.node("Add", self.past, q_len, **whole, shape=[self.batch])
-        steps = builder.node("Range", _number(builder, 0), builder.node("Squeeze", q_len, [0], **whole), _number(builder, 1), **whole)
+        count = builder.node("Squeeze", q_len, [0], **whole, shape=[])
+        zero, one = (builder.const(np.int64(number)) for number in (0, 1))
+        steps = builder.node("Range", zero, count, one, **whole, shape=[size(ids, 1)])
         starts = builder.node("Unsqueeze", self.past, [1], **whole, shape=[self.batch, 1])
         self.places = builder.node("Add", starts, steps, **whole, shape=[self.batch, size(ids, 1)])
         told = builder.node("Cast", self.places, to=positions.dtype.value, dtype=positions.dtype, shape=self.places.shape)
@@ -241,7 +243,3 @@ def _input(model: ir.Model, name: str, dtype: ir.DataType, shape: list) -> ir.Va
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     model.graph.inputs.append(value)
     return value
-
-
-def _number(builder: Builder, value: int) -> ir.Value:
-    return builder.const(np.int64(value))
