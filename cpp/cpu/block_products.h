@@ -78,8 +78,9 @@ static QEXPORT_INLINE void finish_scores(const vi (&sum)[kRows][kVecs], const fl
 }
 
 template <class Math, int kVecs>
-static QEXPORT_INLINE void score_list(const KvBlocks& blocks, const float* keys, const int32_t* list, int64_t count,
-                                      const float* q_t, const float* q_scale, float* s, int64_t ld) {
+static __attribute__((noinline)) void score_list(const KvBlocks& blocks, const float* keys, const int32_t* list,
+                                                 int64_t count, const float* q_t, const float* q_scale, float* s,
+                                                 int64_t ld) {
   const int64_t steps = query_elements(blocks);
   for (int64_t i = 0; i < count; ++i, s += kBlockKeys * ld) {
     const float* k = keys + list[i] * blocks.key_block;
@@ -95,8 +96,9 @@ static QEXPORT_INLINE void score_list(const KvBlocks& blocks, const float* keys,
 }
 
 template <class Math, int kVecs>
-static QEXPORT_INLINE void value_list(const KvBlocks& blocks, const float* values, const int32_t* list, int64_t count,
-                                      const float* p, float* o_t, int64_t ld, const float* rescale) {
+static __attribute__((noinline)) void value_list(const KvBlocks& blocks, const float* values, const int32_t* list,
+                                                 int64_t count, const float* p, float* o_t, int64_t ld,
+                                                 const float* rescale) {
   const int64_t steps = blocks.value_block / blocks.value_row;
   for_row_blocks(blocks.v_head_size, [&](int64_t x, auto rows) QEXPORT_INLINE_LAMBDA {
     vf sum[decltype(rows)::value][kVecs];

@@ -56,13 +56,21 @@ static QEXPORT_INLINE void accumulate(typename Math::Accumulator (&sum)[kRows][k
   }
 }
 
+// c + ld, computed here and now: the multiples of ld, kept for reuse, would crowd out the registers of the inner loops.
+template <class T>
+static QEXPORT_INLINE T* next_row(T* c, int64_t ld) {
+  c += ld;
+  asm("" : "+r"(c));
+  return c;
+}
+
 template <int kVecs, int kRows>
 static QEXPORT_INLINE void load_sums(vf (&sum)[kRows][kVecs], const float* c, int64_t ld, const float* rescale) {
 #pragma GCC unroll 16
-  for (int b = 0; b < kRows; ++b) {
+  for (int b = 0; b < kRows; ++b, c = next_row(c, ld)) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      sum[b][v] = load<vf>(c + b * ld + v * kLanes);
+      sum[b][v] = load<vf>(c + v * kLanes);
       if (rescale) sum[b][v] *= load<vf>(rescale + v * kLanes);
     }
   }
@@ -71,9 +79,9 @@ static QEXPORT_INLINE void load_sums(vf (&sum)[kRows][kVecs], const float* c, in
 template <int kVecs, int kRows>
 static QEXPORT_INLINE void store_sums(const vf (&sum)[kRows][kVecs], float* c, int64_t ld) {
 #pragma GCC unroll 16
-  for (int b = 0; b < kRows; ++b) {
+  for (int b = 0; b < kRows; ++b, c = next_row(c, ld)) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + b * ld + v * kLanes, sum[b][v]);
+    for (int v = 0; v < kVecs; ++v) store(c + v * kLanes, sum[b][v]);
   }
 }
 
@@ -85,6 +93,7 @@ struct RowCount {
 template <class Body>
 static QEXPORT_INLINE void for_row_blocks(int64_t rows, const Body& body) {
   int64_t b = 0;
+#pragma GCC unroll 2
   for (; b + kBlock <= rows; b += kBlock) body(b, RowCount<kBlock>{});
   for (; b + 4 <= rows; b += 4) body(b, RowCount<4>{});
   for (; b + 2 <= rows; b += 2) body(b, RowCount<2>{});
