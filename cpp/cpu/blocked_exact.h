@@ -56,6 +56,7 @@ static void blocked_exact_block(const AttentionJob& job, RowBlock block, char* m
   for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
   for (int64_t i = 0; i < blocks.v_head_size * ld; i += kLanes) store(scratch.o_t + i, vf{});
 
+  prefetch_outputs(job, block, rows);
   for (int64_t j = rows.begin / kBlockKeys * kBlockKeys, count; j < rows.end; j += count) {
     int32_t list[kBlockedTile / kBlockKeys];
     int64_t listed = 0;

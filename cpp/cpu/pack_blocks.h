@@ -27,6 +27,10 @@ struct KeySource {
   }
 };
 
+static QEXPORT_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; row && at < bytes; at += 64) __builtin_prefetch(row + at);
+}
+
 // Elements x .. x + kLanes of a row of `size` elements, zero where there are none.
 static QEXPORT_INLINE vf row_part(DType type, const char* row, int64_t size, int64_t x) {
   if (!row || x >= size) return vf{};
@@ -116,6 +120,11 @@ static void pack_blocks(const AttentionJob& job, int64_t b, int64_t kv_head, int
     for (int64_t j = 0; j < kBlockKeys; ++j) {
       const int64_t place = i * kBlockKeys + j, index = order ? order[place] : place;
       key[j] = source.row(false, index), value[j] = source.row(true, index);
+      // The rows of the next block: heads side by side, or an order, are beyond the hardware prefetcher.
+      if (i + 1 == end) continue;
+      const int64_t next = order ? order[place + kBlockKeys] : place + kBlockKeys;
+      prefetch_row(source.row(false, next), blocks.head_size * element_size(type));
+      prefetch_row(source.row(true, next), blocks.v_head_size * element_size(type));
     }
     if (blocks.precision == Precision::fp32) {
       for (int64_t j = 0; j < kBlockKeys; ++j) {

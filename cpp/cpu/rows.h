@@ -282,6 +282,15 @@ static QEXPORT_INLINE char* output_row(const AttentionJob& job, int64_t b, int64
          (b * t.y_batch_stride + head * t.y_head_stride + query * t.y_row_stride) * element_size(job.params.type);
 }
 
+// Asks for the lines that write_outputs will write, which otherwise waits for every one of them.
+static QEXPORT_INLINE void prefetch_outputs(const AttentionJob& job, const RowBlock& block, const Rows& rows) {
+  const int64_t bytes = job.params.v_head_size * element_size(job.params.type);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const char* row = output_row(job, block.batch, rows.head[r], rows.query[r]);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 1);
+  }
+}
+
 // Y[lane][x] = o_t[x][lane] * factor[lane], or 0 where factor is 0.
 static void write_outputs(const AttentionJob& job, const RowBlock& block, const Rows& rows, const float* o_t, int64_t ld,
                           const float* factor) {
