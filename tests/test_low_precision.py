@@ -133,6 +133,24 @@ def test_one_key_with_all_the_mass(precision):
     np.testing.assert_allclose(run(q, k, v, None, False, precision=precision)[0], 69.0)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("highest", [5, 12, 40, 300])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scores_that_rise_from_tile_to_tile(precision, highest, causal):
+    # The running maximum moves a little, by more than the slack, and by more than the kernel lets pass in a tile.
+    rng = np.random.default_rng(highest)
+    rows, keys = (700, 700) if causal else (70, 700)
+    q = np.ones((1, rows, 16), np.float32) + 0.1 * rng.standard_normal((1, rows, 16), dtype=np.float32)
+    k = (np.linspace(-1, 1, keys, dtype=np.float32) * highest / 8)[None, :, None] * np.ones(16, np.float32)
+    k += rng.standard_normal(k.shape, dtype=np.float32)
+    v = rng.standard_normal((1, keys, 20), dtype=np.float32)
+    expected = reference(q, k, v, None, causal)
+    y = run(q, k, v, None, causal, precision=precision)[0]
+    # A score s is off by its share of rounding, about 2^-9 s in bfloat16 and 2^-7 s in int8, and so is the weight.
+    limit = {"bf16": 2**-8, "int8": 2**-6}[precision] * max(highest, 4)
+    assert relative(y, expected) <= min(limit, 0.5)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_queries_and_no_keys(precision):
     empty = np.zeros((1, 0, 4), np.float32)

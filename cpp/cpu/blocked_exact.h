@@ -8,6 +8,7 @@ namespace qexport {
 namespace QEXPORT_ISA {
 
 constexpr int64_t kBlockedTile = 128;  // keys
+constexpr int64_t kFirstTile = 32;     // of the first tile, which finds the maximum that the others start from
 
 struct BlockedScratch {
   float *q_t, *q_scale, *q_mean, *s, *p, *bias, *o_t;
@@ -52,29 +53,39 @@ static void blocked_exact_block(const AttentionJob& job, RowBlock block, char* m
   }
   pack_block_queries(blocks, scratch.q_t, ld, rows.vecs, scratch.q_scale);
 
-  alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows];
-  for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
+  alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows], next_alpha[kMaxRows];
+  for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f, alpha[r] = 1.0f;
+  bool moved = false;
   for (int64_t i = 0; i < blocks.v_head_size * ld; i += kLanes) store(scratch.o_t + i, vf{});
 
   prefetch_outputs(job, block, rows);
-  for (int64_t j = rows.begin / kBlockKeys * kBlockKeys, count; j < rows.end; j += count) {
+  const int64_t begin = rows.begin / kBlockKeys * kBlockKeys;
+  for (int64_t j = begin, count; j < rows.end; j += count) {
+    const int64_t most = j == begin ? kFirstTile : kBlockedTile;
     int32_t list[kBlockedTile / kBlockKeys];
     int64_t listed = 0;
-    for (count = 0; count < kBlockedTile && j + count < rows.end; count += kBlockKeys) {
+    for (count = 0; count < most && j + count < rows.end; count += kBlockKeys) {
       list[listed++] = static_cast<int32_t>((j + count) / kBlockKeys);
     }
     const MaskEffect effect = mask.data ? mask_bias(mask, rows, j, count, scratch.bias, ld) : MaskEffect::none;
     if (effect == MaskEffect::all_masked) continue;
-    score_blocks(blocks, keys, list, listed, scratch.q_t, scratch.q_scale, scratch.s, ld, rows.vecs);
-    if (add_mean) add_mean_scores(scratch.q_mean, scratch.s, ld, count);
-    if (softcap > 0.0f) apply_softcap(scratch.s, count * ld, softcap);
-    apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld, kLog2E);
-    const bool moved = exp2_scores(blocks.precision, scratch.s, ld, count, rows.vecs, m, l, alpha, scratch.p);
+    bool later = false;  // m has moved, but not for this tile
+    const bool plain = softcap == 0.0f && effect == MaskEffect::none && !ranged(rows, j, count);
+    if (!plain || !exp2_score_blocks(blocks, keys, list, listed, scratch.q_t, scratch.q_scale, ld, rows.vecs, m, l,
+                                     next_alpha, scratch.p, later)) {
+      score_blocks(blocks, keys, list, listed, scratch.q_t, scratch.q_scale, scratch.s, ld, rows.vecs);
+      if (add_mean) add_mean_scores(scratch.q_mean, scratch.s, ld, count);
+      if (softcap > 0.0f) apply_softcap(scratch.s, count * ld, softcap);
+      apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld, kLog2E);
+      moved = exp2_scores(blocks.precision, scratch.s, ld, count, rows.vecs, m, l, alpha, scratch.p);
+    }
     value_blocks(blocks, values, list, listed, scratch.p, scratch.o_t, ld, rows.vecs, moved ? alpha : nullptr);
+    moved = later;
+    for (int64_t r = 0; r < ld; r += kLanes) store(alpha + r, later ? load<vf>(next_alpha + r) : vf{} + 1.0f);
   }
 
   // A row without an allowed key is 0; its m is -inf, and so is that of a row whose scores are all NaN, which stays NaN.
-  for (int64_t r = 0; r < ld; ++r) l[r] = m[r] == -kInf && l[r] == l[r] ? 0.0f : 1.0f / l[r];
+  for (int64_t r = 0; r < ld; ++r) l[r] = m[r] == -kInf && l[r] == l[r] ? 0.0f : alpha[r] / l[r];
   write_outputs(job, block, rows, scratch.o_t, ld, l);
 }
 

@@ -19,21 +19,124 @@ static QEXPORT_INLINE vf tile_maximum(const float* s, int64_t ld, int64_t count)
 }
 
 #if defined(QEXPORT_LOW_PRECISION)
-// 2^(y + 1/2) for y <= 8, plus half a unit of the last place of bfloat16: its upper half is the rounded number.
-// 2^-126 in place of what is smaller, -inf included. NaN stays NaN.
-static QEXPORT_INLINE vu exp2_to_bf16(vf y) {
+// y = n + r with |r| <= 1/2; y is at least -126, NaN stays NaN.
+static QEXPORT_INLINE vf split_exponent(vf y, vf& n) {
   const vf clamped = max(splat(-126.0f), y);
-  const vf n = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const vf r = clamped - n;
-  // The degree-3 polynomial of least relative error (7.5e-5) on [-1/2, 1/2], which lies in [1, 2], where half a unit is
-  // 2^-8.
+  n = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return clamped - n;
+}
+
+// 2^(r + 1/2) for |r| <= 1/2, plus half a unit of the last place of bfloat16: the upper half is the rounded number. It is
+// the degree-3 polynomial of least relative error (7.5e-5), which lies in [1, 2], where half a unit is 2^-8.
+static QEXPORT_INLINE vu exp2_fraction(vf r) {
   vf poly = splat(0.07802417f);
   poly = poly * r + 0.34310401f;
   poly = poly * r + 0.98041919f;
   poly = poly * r + (1.41411184f + 0.00390625f);
-  return bits_of(poly) + ((vu)_mm512_cvtps_epi32((__m512)n) << 23);
+  return bits_of(poly);
 }
+
+// 2^(lo + 1/2) and 2^(hi + 1/2) in bfloat16, side by side, for lo, hi <= 120; adds both to `total`: the sum of the rounded
+// numbers, so that rounding them changes which mean of V is taken, not its weight.
+static QEXPORT_INLINE vf exp2_pair(vf lo, vf hi, vf& total) {
+  vf n_lo, n_hi;
+  const vu fraction_lo = exp2_fraction(split_exponent(lo, n_lo)), fraction_hi = exp2_fraction(split_exponent(hi, n_hi));
+  const vu fractions = (fraction_lo >> 16) | (fraction_hi & 0xFFFF0000u);
+  const vu exponents = (vu)_mm512_cvtps_epi32((__m512)(n_hi * 65536.0f + n_lo)) << 7;  // exact: 23 bits
+  const vf pair = float_of(fractions + exponents);
+  const vf ones = float_of(vu{} + 0x3F803F80u);
+  total = (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)pair, (__m512bh)ones);
+  return pair;
+}
+
+// A score less `shift`.
+static QEXPORT_INLINE vf shifted_score(vf sum, const float*, vf, vf shift) { return sum - shift; }
+static QEXPORT_INLINE vf shifted_score(vi sum, const float* scale, vf q_scale, vf shift) {
+  return to_float(sum) * *scale * q_scale - shift;
+}
+
+// score_blocks and exp2_scores in one, with the m of earlier tiles: scores never leave the registers.
+// highest[lanes] = max(s - m), total[lanes] = sum of p.
+template <class Math, int kVecs>
+static __attribute__((noinline)) void exp2_score_list(const KvBlocks& blocks, const float* keys, const int32_t* list,
+                                                      int64_t count, const float* q_t, const float* q_scale, const float* m,
+                                                      int64_t ld, float* p, float* highest, float* total) {
+  const int64_t steps = query_elements(blocks);
+  vf shift[kVecs], scale[kVecs], most[kVecs], sum_p[kVecs] = {};
+  for (int v = 0; v < kVecs; ++v) {
+    shift[v] = load<vf>(m + v * kLanes) + 0.5f;
+    scale[v] = load<vf>(q_scale + v * kLanes);
+    most[v] = splat(-kInf);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float* k = keys + list[i] * blocks.key_block;
+    const float* extra = k + kBlockKeys * blocks.key_row;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, k += kBlock * blocks.key_row, extra += kBlock) {
+      typename Math::Accumulator sum[kBlock][kVecs] = {};
+      start_scores(sum, extra);
+      accumulate<Math>(sum, k, blocks.key_row, 1, q_t, ld, steps);
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlock; b += 2, p = next_row(p, ld)) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) {
+          const vf lo = shifted_score(sum[b][v], extra + b, scale[v], shift[v]);
+          const vf hi = shifted_score(sum[b + 1][v], extra + b + 1, scale[v], shift[v]);
+          most[v] = max(lo, most[v]);
+          most[v] = max(hi, most[v]);
+          store(p + v * kLanes, exp2_pair(lo, hi, sum_p[v]));
+        }
+      }
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) {
+    store(highest + v * kLanes, most[v] + 0.5f);
+    store(total + v * kLanes, sum_p[v]);
+  }
+}
+
 #endif
+
+// The probabilities of blocks that every row attends to, in bf16 or int8, from the m of earlier tiles. Returns false, with
+// nothing but p changed, where that m is too small for 2^(s - m), or still -inf: then score_blocks and exp2_scores must do
+// it. Where it succeeds, m is raised where it is passed by more than kSlack, l belongs to the new m, and alpha is as in
+// exp2_scores but for the next tile: p still belongs to the old m.
+static bool exp2_score_blocks([[maybe_unused]] const KvBlocks& blocks, const float* keys, const int32_t* list, int64_t count,
+                              const float* q_t, const float* q_scale, int64_t ld, int vecs, float* m, float* l, float* alpha,
+                              float* p, bool& moved) {
+  if (blocks.precision == Precision::fp32) return false;
+#if defined(QEXPORT_LOW_PRECISION)
+  alignas(64) float highest[kMaxRows], total[kMaxRows];
+  for (int at = 0; at < vecs * kLanes; at += kLanes) {
+    if (lane_bits(load<vf>(m + at) == -kInf)) return false;
+  }
+  for_lanes(vecs, [&](int at, auto n) QEXPORT_INLINE_LAMBDA {
+    constexpr int kVecs = decltype(n)::value;
+    if (blocks.precision == Precision::bf16) {
+      exp2_score_list<Bf16Math, kVecs>(blocks, keys, list, count, q_t + at, q_scale + at, m + at, ld, p + at, highest + at,
+                                       total + at);
+    } else {
+      exp2_score_list<Int8Math, kVecs>(blocks, keys, list, count, q_t + at, q_scale + at, m + at, ld, p + at, highest + at,
+                                       total + at);
+    }
+  });
+  for (int at = 0; at < vecs * kLanes; at += kLanes) {
+    if (lane_bits(load<vf>(highest + at) > 2 * kSlack)) return false;
+  }
+  moved = false;
+  for (int at = 0; at < vecs * kLanes; at += kLanes) {
+    const vf rise = load<vf>(highest + at);
+    const vf step = rise > kSlack ? rise : vf{}, factor = exp2_nonpositive(-step);
+    store(m + at, load<vf>(m + at) + step);
+    store(l + at, (load<vf>(l + at) + load<vf>(total + at)) * factor);
+    store(alpha + at, factor);
+    moved |= lane_bits(step != 0.0f) != 0;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
 
 // Turns s[count][ld], count a multiple of kBlockKeys, into p = 2^(s - m), and updates the running maximum m and sum l of
 // each lane. alpha = 2^(m_old - m); returns whether it differs from 1 in any lane.
@@ -54,22 +157,19 @@ static __attribute__((noinline)) bool exp2_scores(Precision precision, float* s,
       }
     } else {
 #if defined(QEXPORT_LOW_PRECISION)
-      const vf shift = origin + 0.5f, ones = float_of(vu{} + 0x3F803F80u);
+      const vf shift = origin + 0.5f;
       for (int64_t j = 0; j < count; j += 2) {
-        const vu lo = exp2_to_bf16(load<vf>(s + j * ld + at) - shift);
-        const vu hi = exp2_to_bf16(load<vf>(s + (j + 1) * ld + at) - shift);
-        const vf pair = float_of((lo >> 16) | (hi & 0xFFFF0000u));
-        // The sum is that of the rounded numbers, so that rounding them changes the mean of V, not its weight.
-        total = (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)pair, (__m512bh)ones);
-        store(p + j / 2 * ld + at, pair);
+        const vf lo = load<vf>(s + j * ld + at) - shift, hi = load<vf>(s + (j + 1) * ld + at) - shift;
+        store(p + j / 2 * ld + at, exp2_pair(lo, hi, total));
       }
 #endif
     }
     const vf factor = exp2_nonpositive(m_old - origin);
-    moved |= lane_bits(m_new != m_old) != 0;
+    const vf rescale = load<vf>(alpha + at) * factor;
+    moved |= lane_bits(rescale != 1.0f) != 0;
     store(m + at, m_new);
     store(l + at, load<vf>(l + at) * factor + total);
-    store(alpha + at, factor);
+    store(alpha + at, rescale);
   }
   return moved;
 }

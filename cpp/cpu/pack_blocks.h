@@ -31,14 +31,18 @@ static QEXPORT_INLINE void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t at = 0; row && at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-// Elements x .. x + kLanes of a row of `size` elements, zero where there are none.
+// Elements x .. x + kLanes of a row of `size` elements, zero where there are none. kPlain: the row is float32, there, and
+// a multiple of 16 long.
+template <bool kPlain = false>
 static QEXPORT_INLINE vf row_part(DType type, const char* row, int64_t size, int64_t x) {
+  if (kPlain) return load<vf>(row + x * 4);
   if (!row || x >= size) return vf{};
   return load_part(type, row + x * element_size(type), lesser<int64_t>(kLanes, size - x));
 }
 
-static void pack_fp32_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
-  for (int64_t x = 0; x < stride; x += kLanes) store(dst + x, row_part(type, row, size, x));
+template <bool kPlain>
+static QEXPORT_INLINE void pack_fp32_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
+  for (int64_t x = 0; x < stride; x += kLanes) store(dst + x, row_part<kPlain>(type, row, size, x));
 }
 
 // mean[x] over at most kMeanKeys keys of the head, evenly spaced. Any vector would do: it only has to take out what all keys
@@ -66,26 +70,32 @@ static QEXPORT_INLINE vu bf16_bits(vf x) { return (vu)_mm512_cvtepu16_epi32((__m
 // (lo[lane], hi[lane]) side by side.
 static QEXPORT_INLINE vf bf16_pairs(vf lo, vf hi) { return float_of(bf16_bits(lo) | (bf16_bits(hi) << 16)); }
 
-static void pack_bf16_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
+template <bool kPlain>
+static QEXPORT_INLINE void pack_bf16_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
   for (int64_t i = 0; i < stride; i += kLanes) {
-    const vf lo = row_part(type, row, size, 2 * i), hi = row_part(type, row, size, 2 * i + kLanes);
+    const vf lo = row_part<kPlain>(type, row, size, 2 * i);
+    const vf hi = 2 * i + kLanes < size ? row_part<kPlain>(type, row, size, 2 * i + kLanes) : vf{};
     store(dst + i, (vf)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo));
   }
 }
 
-static void pack_bf16_pair(DType type, const char* even, const char* odd, int64_t size, int64_t stride, float* dst) {
+template <bool kPlain>
+static QEXPORT_INLINE void pack_bf16_pair(DType type, const char* even, const char* odd, int64_t size, int64_t stride,
+                                          float* dst) {
   for (int64_t x = 0; x < stride; x += kLanes) {
-    store(dst + x, bf16_pairs(row_part(type, even, size, x), row_part(type, odd, size, x)));
+    store(dst + x, bf16_pairs(row_part<kPlain>(type, even, size, x), row_part<kPlain>(type, odd, size, x)));
   }
 }
 
 // One int8 key; its scale is NaN where an element of it is not finite.
-static void pack_int8_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride, float* dst,
-                          float* scale, int32_t* offset) {
+template <bool kPlain>
+static QEXPORT_INLINE void pack_int8_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride,
+                                         float* dst, float* scale, int32_t* offset) {
   const auto centred = [&](int64_t x) QEXPORT_INLINE_LAMBDA {
     if (!row || x >= size) return vf{};
-    const vf k = row_part(type, row, size, x) - load<vf>(mean + x);
-    return x + kLanes <= size ? k : (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)k);
+    const vf k = row_part<kPlain>(type, row, size, x) - load<vf>(mean + x);
+    if (kPlain || x + kLanes <= size) return k;
+    return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)k);
   };
   vf most{}, check{};
   for (int64_t x = 0; x < size; x += kLanes) {
@@ -107,6 +117,33 @@ static void pack_int8_row(DType type, const char* row, const float* mean, int64_
 }
 #endif
 
+template <bool kPlain>
+static void pack_block(const KvBlocks& blocks, DType type, const char* const* key, const char* const* value,
+                       [[maybe_unused]] const float* mean, float* k, float* v) {
+  const int64_t size = blocks.head_size, v_size = blocks.v_head_size, stride = blocks.key_row, v_stride = blocks.value_row;
+  if (blocks.precision == Precision::fp32) {
+    for (int64_t j = 0; j < kBlockKeys; ++j, k += stride, v += v_stride) {
+      pack_fp32_row<kPlain>(type, key[j], size, stride, k);
+      pack_fp32_row<kPlain>(type, value[j], v_size, v_stride, v);
+    }
+    return;
+  }
+#if defined(QEXPORT_LOW_PRECISION)
+  float* extra = k + kBlockKeys * stride;
+  for (int64_t j = 0; j < kBlockKeys; ++j, k += stride) {
+    if (blocks.precision == Precision::bf16) {
+      pack_bf16_row<kPlain>(type, key[j], size, stride, k);
+    } else {
+      pack_int8_row<kPlain>(type, key[j], mean, size, stride, k, extra + j,
+                            reinterpret_cast<int32_t*>(extra + kBlockKeys) + j);
+    }
+  }
+  for (int64_t j = 0; j < kBlockKeys; j += 2, v += v_stride) {
+    pack_bf16_pair<kPlain>(type, value[j], value[j + 1], v_size, v_stride, v);
+  }
+#endif
+}
+
 static void pack_blocks(const AttentionJob& job, int64_t b, int64_t kv_head, int64_t first, int64_t end) {
   const KvBlocks& blocks = job.blocks;
   const DType type = job.params.type;
@@ -114,40 +151,23 @@ static void pack_blocks(const AttentionJob& job, int64_t b, int64_t kv_head, int
   const int64_t head = b * job.params.kv_heads + kv_head;
   const int32_t* order = blocks.head_order(head);
   for (int64_t i = first; i < end; ++i) {
-    float* k = blocks.head_keys(head) + i * blocks.key_block;
-    float* v = blocks.head_values(head) + i * blocks.value_block;
     const char *key[kBlockKeys], *value[kBlockKeys];
+    bool all_there = true;
     for (int64_t j = 0; j < kBlockKeys; ++j) {
       const int64_t place = i * kBlockKeys + j, index = order ? order[place] : place;
       key[j] = source.row(false, index), value[j] = source.row(true, index);
+      all_there = all_there && key[j];
       // The rows of the next block: heads side by side, or an order, are beyond the hardware prefetcher.
       if (i + 1 == end) continue;
       const int64_t next = order ? order[place + kBlockKeys] : place + kBlockKeys;
       prefetch_row(source.row(false, next), blocks.head_size * element_size(type));
       prefetch_row(source.row(true, next), blocks.v_head_size * element_size(type));
     }
-    if (blocks.precision == Precision::fp32) {
-      for (int64_t j = 0; j < kBlockKeys; ++j) {
-        pack_fp32_row(type, key[j], blocks.head_size, blocks.key_row, k + j * blocks.key_row);
-        pack_fp32_row(type, value[j], blocks.v_head_size, blocks.value_row, v + j * blocks.value_row);
-      }
-      continue;
-    }
-#if defined(QEXPORT_LOW_PRECISION)
-    for (int64_t j = 0; j < kBlockKeys; ++j) {
-      float* row = k + j * blocks.key_row;
-      if (blocks.precision == Precision::bf16) {
-        pack_bf16_row(type, key[j], blocks.head_size, blocks.key_row, row);
-      } else {
-        float* scale = k + kBlockKeys * blocks.key_row;
-        pack_int8_row(type, key[j], blocks.head_mean(head), blocks.head_size, blocks.key_row, row, scale + j,
-                      reinterpret_cast<int32_t*>(scale + kBlockKeys) + j);
-      }
-    }
-    for (int64_t j = 0; j < kBlockKeys; j += 2) {
-      pack_bf16_pair(type, value[j], value[j + 1], blocks.v_head_size, blocks.value_row, v + j / 2 * blocks.value_row);
-    }
-#endif
+    const float* mean = blocks.precision == Precision::int8 ? blocks.head_mean(head) : nullptr;
+    const bool plain = all_there && type == DType::f32 && blocks.head_size % 16 == 0 && blocks.v_head_size % 16 == 0;
+    float* k = blocks.head_keys(head) + i * blocks.key_block;
+    float* v = blocks.head_values(head) + i * blocks.value_block;
+    plain ? pack_block<true>(blocks, type, key, value, mean, k, v) : pack_block<false>(blocks, type, key, value, mean, k, v);
   }
 }
 

@@ -90,12 +90,17 @@ static void apply_softcap(float* s, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; i += kLanes) store(s + i, tanh(load<vf>(s + i) * inverse) * softcap);
 }
 
+// Whether some row does not attend to some of the keys j0 .. j0 + count by its range alone.
+static bool ranged(const Rows& rows, int64_t j0, int64_t count) {
+  return j0 < rows.common_begin || j0 + count > rows.common_end;
+}
+
 // Adds the bias, in units of `unit`, and puts -inf where a row does not attend; selects, so that a NaN under the mask does
 // not leak.
 static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float* bias, float* s, int64_t ld,
                        float unit = 1.0f) {
-  const bool ranged = j0 < rows.common_begin || j0 + count > rows.common_end;
-  if (!ranged && !bias) return;
+  const bool by_range = ranged(rows, j0, count);
+  if (!by_range && !bias) return;
   for (int v = 0; v < rows.vecs; ++v) {
     const vi lo = load<vi>(rows.lo + v * kLanes), hi = load<vi>(rows.hi + v * kLanes);
     const float* b = bias ? bias + v * kLanes : nullptr;
@@ -107,7 +112,7 @@ static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float*
         allowed &= add != -kInf;
         x += add * unit;
       }
-      if (ranged) {
+      if (by_range) {
         const vi key = splat(static_cast<int32_t>(j0 + j));
         allowed &= (key >= lo) & (key < hi);
       }
