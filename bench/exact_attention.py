@@ -1,6 +1,6 @@
 """Exact attention on the CPU: QuantumAttention (strategy exact) against onnxruntime's own operators, side by side.
 
-    python -m bench.exact_attention [--precision bf16] [--threads 1 2] [--lengths 32 128 512] [--head-sizes 64 32] [--json FILE]
+    python -m bench.exact_attention [--precision bf16] [--threads 1 2] [--lengths 32 512] [--head-sizes 64 32] [--json FILE]
 
 Everything runs as a one-node model in the same process. Each output is first compared with a float64 computation; nothing
 is timed that fails. The rounds are interleaved (one call of each contender in turn), the tables show medians, and a ratio is
