@@ -70,7 +70,7 @@ def grid(keys: int, max_error: float) -> list[Setting]:
     found += [replace(tree, num_samples=(n,), residual=r) for r in ("unbiased", "james_stein") for n in budgets[1:3]]
     tolerances = [factor * max_error for factor in TOLERANCES if factor * max_error <= LARGEST_TOLERANCE]
     found += [replace(tree, num_samples=(_blocks(keys / 16),), error_tolerance=_rounded(t)) for t in tolerances]
-    drawn = [n for n in (32, *budgets[2:4]) if n < keys]
+    drawn = [n for n in (32, *budgets[2:3]) if n < keys]
     found += [Setting(strategy, (n,)) for strategy in ("stratified", "adaptive") for n in dict.fromkeys(drawn)]
     return found
 
