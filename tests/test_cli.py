@@ -73,7 +73,7 @@ def test_help_is_quick():
 
 def test_convert_validate_profile_inspect(qexport, classical, tmp_path):
     target = tmp_path / "bundle"
-    code, out, err = qexport("convert", classical, "-o", target, "--error-tolerance", "0.02", "--json")
+    code, out, err = qexport("convert", classical, "-o", target, "--error-tolerance", "2%", "--json")
     assert code == 0, err
     report = json.loads(out)
     assert [(site["strategy"], site["error_tolerance"]) for site in report["sites"]] == [("tree", 0.02)] * 2
@@ -132,6 +132,10 @@ def test_dry_run_writes_nothing(qexport, classical, tmp_path):
             ["convert", "m.onnx", "-o", "x", "--strategy", "naive", "--error-tolerance", "0.1"],
             ["naive", "needs strategy tree"],
         ),
+        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "some"], ["'some'", "0.01 or 1%"]),
+        (["tune", "x"], ["--max-error"]),
+        (["tune", "x", "--max-error", "nan"], ["max_error", "nan", "0.01 for 1 %"]),
+        (["tune", "x", "--max-error", "1%", "--time", "0"], ["time", "0.0"]),
         (["convert", "model.onnx", "-o", "x", "--opset", "11"], ["11", "17"]),
         (["profile", "x", "--runs", "0"], ["0", "1"]),
         (["validate", "x", "--seeds", "many"], ["many"]),
@@ -219,9 +223,9 @@ def test_data_of_an_unknown_kind(qexport, bundle, tmp_path):
     assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.csv"), ".npz", expected=2)
 
 
-@pytest.mark.parametrize("command", ["validate", "profile", "inspect"])
+@pytest.mark.parametrize("command", ["validate", "profile", "inspect", "tune --max-error 1%"])
 def test_no_bundle_there(qexport, command, tmp_path):
-    assert_one_line(*qexport(command, tmp_path / "nothing"), "no such")
+    assert_one_line(*qexport(*command.split(), tmp_path / "nothing"), "no such")
 
 
 def test_sequence_longer_than_the_model(qexport, bundle):

@@ -194,6 +194,8 @@ def test_output_is_checked_before_anything_is_measured(bundle, tmp_path):
     (tmp_path / "mine.txt").write_text("years of work")
     with pytest.raises(UsageError, match="holds no bundle"):
         tune(bundle, max_error=0.1, output=tmp_path)
+    with pytest.raises(UsageError, match="there is no folder"):
+        tune(bundle, max_error=0.1, output=tmp_path / "nowhere" / "recipe.yaml")
     with pytest.raises(QexportError, match="no such data file"):
         tune(bundle, "nothing.txt", max_error=0.1)
 

@@ -78,6 +78,21 @@ class Numbers(click.ParamType):
         return numbers
 
 
+class Share(click.ParamType):
+    """A relative error: 0.01, or 1%."""
+
+    name = "E"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r} is not a relative error such as 0.01 or 1%", param, ctx)
+
+
 def common_options(function):
     """--json, -q and -v of every command that reports something."""
     for option in (

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import Numbers, common_options, print_json
+from qexport.cli import Numbers, Share, common_options, print_json
 from qexport.cli.render import show_conversion
 from qexport.cli.text import progress_line
 from qexport.ops import QUANTUM_ATTENTION
@@ -17,14 +17,12 @@ def choices(attribute: str) -> click.Choice:
 @click.argument("model")
 @click.option("-o", "--output", metavar="DIR", help="Folder of the bundle; an older bundle there is replaced.")
 @click.option("--strategy", type=choices("strategy"), help="How attention is computed, see docs/math.md [tree].")
-@click.option(
-    "--error-tolerance", type=float, metavar="E", help="tree: relative error allowed per attention; 0 is off [0.01]."
-)
+@click.option("--error-tolerance", type=Share(), help="tree: relative error allowed at each attention; 0 is off [1%].")
 @click.option("--precision", type=choices("precision"), help="Lowest precision of products; exact and tree [tree: auto].")
 @click.option(
     "--num-samples",
     type=Numbers(),
-    help="Keys read per query, one number or one per head [32]; alone it means tree with just that many keys.",
+    help="Keys read per query, one number or one per head [32]; without a tolerance, tree reads just so many.",
 )
 @click.option("--residual", type=choices("residual"), help="tree: what becomes of the keys left unread [verify_only].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Draw around the mean of V [on].")
@@ -39,8 +37,8 @@ def choices(attribute: str) -> click.Choice:
 def command(model, output, config, dry_run, as_json, quiet, verbose, **options):
     """Turn MODEL into a bundle with sampled attention.
 
-    Without options, attention is computed to 1 % or better, as fast as that allows; `qexport validate DIR` measures it and
-    `qexport tune DIR` finds the fastest recipe for another error.
+    Without options each attention is computed to 1 % or better, as fast as that allows. `qexport validate DIR` measures
+    what it comes to, and `qexport tune DIR` finds the fastest recipe for an error of your choice.
 
     MODEL is a Hugging Face folder, a package.module:callable that returns a torch module and its example inputs, a .pt2
     file of torch.export, or an .onnx file (opset 11 or newer).

@@ -2,16 +2,14 @@
 
 import click
 
-from qexport.cli import common_options, print_json
+from qexport.cli import Share, common_options, print_json
 
 OUT_OF_TOLERANCE = 3
 
 
 @click.command("tune")
 @click.argument("bundle", metavar="DIR")
-@click.option(
-    "--max-error", type=float, required=True, metavar="E", help="Largest relative error at the outputs: 0.01 is 1 %."
-)
+@click.option("--max-error", type=Share(), required=True, help="Relative error allowed at the model's outputs: 0.01 or 1%.")
 @click.option(
     "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )

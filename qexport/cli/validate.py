@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import common_options, print_json
+from qexport.cli import Share, common_options, print_json
 
 OUT_OF_TOLERANCE = 3
 
@@ -12,7 +12,7 @@ OUT_OF_TOLERANCE = 3
 @click.option(
     "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
-@click.option("--max-error", type=float, help="Largest relative error allowed at the model's outputs.")
+@click.option("--max-error", type=Share(), help="Relative error allowed at the model's outputs [what the recipe allows].")
 @click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")

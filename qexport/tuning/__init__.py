@@ -9,6 +9,7 @@
 import math
 import time as clock
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qexport import runtime
 from qexport.bundle import Bundle, check_output
@@ -143,6 +144,8 @@ def _check(max_error, trials, time, seeds, threads, output) -> None:
         raise UsageError(f"time must be > 0 seconds, got {time}")
     if output is not None and not str(output).endswith(SUFFIXES):
         check_output(output)
+    elif output is not None and not Path(output).absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {Path(output).parent}; make it or choose another file")
 
 
 def _inputs(bundle: Bundle, data, batch, seq) -> tuple[Inputs, list[str]]:
