@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "qexport/key_summary.h"
+
 namespace qexport {
 namespace {
 
@@ -152,6 +154,7 @@ void check_outputs(const QuantumAttentionCall& call) {
     fail(std::string("present_") + name + " shares the memory of past_" + name +
          ", which needs batch = kv_heads = 1 and the same start; use a static buffer with nonpad_kv_seqlen instead");
   };
+  if (t.present_key_summary && !t.key_summary) fail("present_key_summary needs the input key_summary, zeros at first");
   check("key", t.past_key, t.present_key, p.head_size);
   check("value", t.past_value, t.present_value, p.v_head_size);
 }
@@ -186,6 +189,14 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
     }
   }
   const int64_t total_len = past_len + k.len;
+  const Shape summary{4, {q.batch, k.heads, summary_chunks(total_len), summary_row(k.size, v.size)}};
+  if (in.key_summary.present) {
+    if (strategy_of(a) != Strategy::tree) fail("key_summary needs strategy tree, got " + a.strategy);
+    if (!in.nonpad_kv_seqlen) fail("key_summary needs nonpad_kv_seqlen: a static buffer, of which it is the state");
+    if (in.key_summary.type != DType::f32) fail("key_summary must be float32");
+    check_shape("key_summary", in.key_summary, {summary.dim, summary.dim + 4},
+                "batch, kv_heads, chunks of 512 keys behind the first 16, floats of a chunk");
+  }
   check_range("total_len", total_len, 0, int64_t{1} << 26);
   check_range("q_len", q.len, 0, INT32_MAX);
   const int64_t count = static_cast<int64_t>(a.num_samples.size());
@@ -236,6 +247,8 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
   call.present_value = {4, {q.batch, k.heads, total_len, v.size}};
   call.qk_matmul_output = {4, {q.batch, q.heads, q.len, total_len}};
   call.error_estimate = {2, {q.batch, q.heads}};
+  call.key_summary = summary;
+  t.key_summary = static_cast<const float*>(in.key_summary.data);
   return call;
 }
 

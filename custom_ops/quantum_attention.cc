@@ -8,8 +8,9 @@ namespace qexport {
 namespace {
 
 constexpr const char* kName = "QuantumAttention";
-constexpr const char* kInputs[] = {"Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen", "seed"};
-constexpr size_t kInputCount = 8, kOutputCount = 5, kRequiredInputs = 3, kRequiredOutputs = 1;
+constexpr const char* kInputs[] = {"Q",    "K",          "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen",
+                                   "seed", "key_summary"};
+constexpr size_t kInputCount = 9, kOutputCount = 6, kRequiredInputs = 3, kRequiredOutputs = 1;
 
 struct Kernel {
   QuantumAttentionAttributes attributes;
@@ -39,7 +40,7 @@ struct Kernel {
 
   void compute(OrtKernelContext* context) const {
     const auto input = [&](size_t i) { return ort_input(context, i, kName, kInputs[i]); };
-    QuantumAttentionInputs in{input(0), input(1), input(2), input(3), input(4), input(5), nullptr, {}, 0};
+    QuantumAttentionInputs in{input(0), input(1), input(2), input(3), input(4), input(5), nullptr, {}, 0, input(8)};
     if (in.attn_mask.present && in.attn_mask.type == DType::i64) {
       throw std::invalid_argument("[QuantumAttention] attn_mask must be float, float16, bfloat16 or bool, got int64");
     }
@@ -59,6 +60,7 @@ struct Kernel {
     call.tensors.present_value = ort_output(context, 2, call.present_value);
     call.tensors.qk_matmul_output = ort_output(context, 3, call.qk_matmul_output);
     call.tensors.error_estimate = static_cast<float*>(ort_output(context, 4, call.error_estimate));
+    call.tensors.present_key_summary = static_cast<float*>(ort_output(context, 5, call.key_summary));
     if (call.tensors.error_estimate) check_error_estimate(call.params.strategy);
     check_outputs(call);
     const ParallelFor parallel = ort_parallel(context);
@@ -81,10 +83,11 @@ Op make_op(ONNXTensorElementDataType type) {
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return kOutputCount; };
   op.GetInputType = [](const OrtCustomOp* self, size_t i) {
     if (i == 3) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // attn_mask: any type, checked in compute
+    if (i == 8) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     return i >= 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : static_cast<const Op*>(self)->type;
   };
   op.GetOutputType = [](const OrtCustomOp* self, size_t i) {
-    return i == 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : static_cast<const Op*>(self)->type;
+    return i >= 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : static_cast<const Op*>(self)->type;
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
     return i < kRequiredInputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;

@@ -90,24 +90,34 @@ Dim sized(int64_t n) { return n > 0 ? Dim{n, ""} : unknown_dim(); }
 
 // Some versions of onnxruntime leave absent inputs out of the list, others give them no type, so that the place of an input
 // behind V tells nothing.
-// What can be told: nonpad_kv_seqlen and seed are int64, and past_key and past_value come together, so of the other inputs
-// none, attn_mask, the past, or attn_mask and the past are there.
+// What can be told: nonpad_kv_seqlen and seed are int64 and key_summary, which needs the former, stands behind them.
+// past_key and past_value come together, so that in front of them none, attn_mask, the past, or attn_mask and the past are
+// there.
 struct PastInfo {
   bool present;
-  InputInfo key;
+  InputInfo key, summary;
 };
 
-PastInfo past_key_info(OrtShapeInferContext* context) {
+PastInfo past_info(OrtShapeInferContext* context) {
   size_t count = 0;
   ort_check(ort->ShapeInferContext_GetInputCount(context, &count));
   std::vector<InputInfo> others;
+  InputInfo summary{false, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+  bool behind = false;
   for (size_t i = 3; i < count; ++i) {
     InputInfo input = input_info(context, i);
     const bool absent = input.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    if (!absent && input.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64) others.push_back(std::move(input));
+    if (absent) continue;
+    if (input.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64) {
+      behind = true;
+    } else if (behind) {
+      summary = std::move(input);
+    } else {
+      others.push_back(std::move(input));
+    }
   }
-  if (others.size() < 2) return {false, {}};
-  return {true, others[others.size() - 2]};
+  if (others.size() < 2) return {false, {}, summary};
+  return {true, others[others.size() - 2], summary};
 }
 
 // past_len + kv_len, a size or a name.
@@ -143,12 +153,14 @@ void infer_attention_shapes(OrtShapeInferContext* context) {
   } else {
     return;
   }
-  const Dim total = total_len(kv_len, past_key_info(context));
+  const PastInfo past = past_info(context);
+  const Dim total = total_len(kv_len, past);
   present_key[2] = present_value[2] = total;
   set_output(context, 1, q.type, present_key);
   set_output(context, 2, q.type, present_value);
   set_output(context, 3, q.type, {q.dims[0], q_heads, q_len, total});
   set_output(context, 4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {q.dims[0], q_heads});
+  if (past.summary.known) set_output(context, 5, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, past.summary.dims);
 }
 
 }  // namespace qexport

@@ -91,7 +91,7 @@ def test_wrong_attributes(attributes, message):
 def test_wrong_calls():
     with pytest.raises(UsageError, match="no op named 'Attention'"):
         make_node("Attention", ["q", "k", "v"], ["y"])
-    with pytest.raises(UsageError, match="takes 3 to 8 inputs, got 2"):
+    with pytest.raises(UsageError, match="takes 3 to 9 inputs, got 2"):
         make_node("QuantumAttention", ["q", "k"], ["y"])
     with pytest.raises(UsageError, match="needs opset 17 or newer, got 16"):
         function_proto("QuantumAttention", 16)

@@ -1,18 +1,21 @@
 // Compiled once per instruction set, with QEXPORT_ISA naming the namespace; dispatch.cc picks one copy at run time.
 #include "blocked_exact.h"
 #include "sampled_block.h"
+#include "tree_decode.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
 
 static size_t scratch_bytes(const AttentionJob& job) {
-  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0}, blocked{nullptr, 0};
+  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0}, blocked{nullptr, 0}, decode{nullptr, 0};
   exact_scratch(job, exact);
   few_scratch(job, few);
   row_scratch(job, rowwise);
+  if (job.tree_decode) decode_scratch(job, decode);
   if (job.blocks.count > 0) blocked_scratch(job, blocked);
   const bool only_exact = job.params.strategy == Strategy::exact && !job.tensors.qk_matmul_output;
-  return greater(greater(exact.used, blocked.used), greater(few.used, only_exact ? size_t{0} : rowwise.used));
+  return greater(greater(exact.used, greater(blocked.used, decode.used)),
+                 greater(few.used, only_exact ? size_t{0} : rowwise.used));
 }
 
 #define QEXPORT_STRING_(x) #x
@@ -34,6 +37,9 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          part_bytes,
                          exact_block,
                          exact_part,
+                         tree_decode,
+                         summary_bytes,
+                         update_summary,
                          blocked_exact_block,
                          sampled_block,
                          entropy_block,

@@ -23,6 +23,7 @@ struct AttentionJob {
   int64_t parts;        // parts that the keys of each kv head are cut into, each worked on by itself; 1 is whole
   char* part_state;     // (batch, kv_heads, parts) softmax states of part_bytes each, or null
   int32_t* parts_left;  // (batch, kv_heads): parts that are not done yet, or null
+  bool tree_decode;     // few rows, strategy tree, from key_summary
 };
 
 // Keys of a part: long enough that joining the parts costs nothing, short enough that one head can keep many cores busy.
@@ -49,6 +50,10 @@ struct Kernels {
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
   // All rows of a kv head against one part of its keys. The last part to be done joins all of them.
   void (*exact_part)(const AttentionJob& job, RowBlock block, char* scratch);
+  // All rows of a kv head by its key_summary, which is brought up to date first where present_key_summary is asked for.
+  void (*tree_decode)(const AttentionJob& job, RowBlock block, char* scratch);
+  size_t (*summary_bytes)(const AttentionJob& job);  // scratch of update_summary
+  void (*update_summary)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
   void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);  // exact, from job.blocks
   void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);

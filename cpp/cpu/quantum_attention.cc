@@ -43,11 +43,13 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   job.group = params.q_heads / params.kv_heads;
   const int64_t least = *std::min_element(params.num_samples, params.num_samples + params.num_samples_count);
   if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
+  const bool few_rows = job.group * params.q_len <= kernels().few_rows;
+  job.tree_decode = job.params.strategy == Strategy::tree && few_rows && tensors.key_summary && !tensors.mask.data &&
+                    params.error_tolerance == 0.0f && !tensors.error_estimate;
   if (job.params.strategy == Strategy::tree) job.params.strategy = Strategy::exact;
   if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
   job.blocks = choose_blocks(job);
-  const bool few =
-      job.params.strategy == Strategy::exact && job.blocks.count == 0 && job.group * params.q_len <= kernels().few_rows;
+  const bool few = job.params.strategy == Strategy::exact && job.blocks.count == 0 && few_rows && !job.tree_decode;
   job.parts = few ? std::max<int64_t>(1, (job.total_len + kPartKeys - 1) / kPartKeys) : 1;
   return job;
 }
@@ -96,7 +98,8 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   const size_t parts = kv * static_cast<size_t>(job.parts);
   layout.part_state = take(job.parts > 1, job.parts > 1 ? parts * kernels().part_bytes(job) : 0);
   layout.parts_left = take(job.parts > 1, kv * sizeof(int32_t));
-  layout.per_worker = padded(kernels().scratch_bytes(job)) + 64;
+  const size_t summary = job.tensors.present_key_summary ? kernels().summary_bytes(job) : 0;
+  layout.per_worker = padded(std::max(summary, kernels().scratch_bytes(job))) + 64;
   layout.workers = used;
   layout.total = used + layout.per_worker * static_cast<size_t>(parallel.max_threads);
   return layout;
@@ -300,8 +303,15 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.entropy(job, block, s); });
     runner.each(p.batch, [&](int64_t b, char*) { share_budget(job, b); });
   }
+  if (job.tensors.present_key_summary && !job.tree_decode) {
+    runner.each(kv, [&](int64_t i, char* s) { k.update_summary(job, i / p.kv_heads, i % p.kv_heads, s); });
+  }
   if (job.tensors.error_estimate) std::fill_n(job.tensors.error_estimate, p.batch * p.q_heads, 0.0f);
-  if (job.blocks.count > 0) {
+  if (job.tree_decode) {
+    runner.each(kv, [&](int64_t head, char* s) {
+      k.tree_decode(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, 0, job.total_len}, s);
+    });
+  } else if (job.blocks.count > 0) {
     run_blocked(job, runner);
   } else if (job.parts > 1) {
     runner.each(kv * job.parts, [&](int64_t i, char* s) {

@@ -61,12 +61,12 @@ void run_on_threads(void* pool, void (*body)(void*, size_t), size_t total, void*
 
 py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object attn_mask, py::object past_key,
                             py::object past_value, std::optional<std::vector<int64_t>> nonpad_kv_seqlen, int64_t seed,
-                            const std::string& strategy, std::vector<int64_t> num_samples, int64_t control_variate,
-                            const std::string& precision, float error_tolerance, const std::string& residual, int64_t layer,
-                            int64_t is_causal, std::optional<float> scale, float softcap, int64_t q_num_heads,
-                            int64_t kv_num_heads, int64_t qk_matmul_output_mode, int64_t left_window_size,
-                            int64_t right_window_size, bool present, bool qk_matmul_output, bool error_estimate,
-                            int threads) {
+                            py::object key_summary, const std::string& strategy, std::vector<int64_t> num_samples,
+                            int64_t control_variate, const std::string& precision, float error_tolerance,
+                            const std::string& residual, int64_t layer, int64_t is_causal, std::optional<float> scale,
+                            float softcap, int64_t q_num_heads, int64_t kv_num_heads, int64_t qk_matmul_output_mode,
+                            int64_t left_window_size, int64_t right_window_size, bool present, bool qk_matmul_output,
+                            bool error_estimate, int threads) {
   if (const char* error = isa_error()) throw std::invalid_argument(error);
   if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
   const QuantumAttentionAttributes attributes{strategy,
@@ -94,7 +94,8 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
                             view(past_value, "past_value"),
                             nullptr,
                             {},
-                            seed};
+                            seed,
+                            view(key_summary, "key_summary")};
   const TensorView* same_type[] = {&in.q, &in.k, &in.v, &in.past_key, &in.past_value};
   for (const TensorView* tensor : same_type) {
     if (tensor->present && (tensor->type != in.q.type || tensor->type == DType::boolean)) {
@@ -124,13 +125,19 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
     errors = array;
     call.tensors.error_estimate = static_cast<float*>(array.mutable_data());
   }
+  py::object summary = py::none();
+  if (in.key_summary.present) {
+    py::array array = empty(call.key_summary, py::str("float32"));
+    summary = array;
+    call.tensors.present_key_summary = static_cast<float*>(array.mutable_data());
+  }
   const ParallelFor parallel{run_on_threads, &threads, threads};
   {
     const py::gil_scoped_release release;
     std::vector<char> scratch(quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
     quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);
   }
-  return py::make_tuple(y, keys, values, qk, errors);
+  return py::make_tuple(y, keys, values, qk, errors, summary);
 }
 
 // All four words, so that Python sees (word0, word1, word2, word3) as arrays of the broadcast shape of the arguments.
@@ -157,12 +164,14 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The CPU kernels on numpy arrays.";
   m.def("quantum_attention", &qexport::quantum_attention, "Q"_a, "K"_a, "V"_a, "attn_mask"_a = py::none(),
         "past_key"_a = py::none(), "past_value"_a = py::none(), "nonpad_kv_seqlen"_a = py::none(), "seed"_a = 0,
-        py::kw_only(), "strategy"_a, "num_samples"_a, "control_variate"_a, "precision"_a, "error_tolerance"_a, "residual"_a,
-        "layer"_a, "is_causal"_a, "scale"_a = py::none(), "softcap"_a, "q_num_heads"_a = 0, "kv_num_heads"_a = 0,
-        "qk_matmul_output_mode"_a, "left_window_size"_a, "right_window_size"_a, "present"_a = false,
-        "qk_matmul_output"_a = false, "error_estimate"_a = false, "threads"_a = 1,
-        "(Y, present_key, present_value, qk_matmul_output, error_estimate) of QuantumAttention; all but Y are None unless\n"
-        "asked for by `present`, `qk_matmul_output` and `error_estimate`. Arrays of float32, float16 or ml_dtypes.bfloat16. "
+        "key_summary"_a = py::none(), py::kw_only(), "strategy"_a, "num_samples"_a, "control_variate"_a, "precision"_a,
+        "error_tolerance"_a, "residual"_a, "layer"_a, "is_causal"_a, "scale"_a = py::none(), "softcap"_a,
+        "q_num_heads"_a = 0, "kv_num_heads"_a = 0, "qk_matmul_output_mode"_a, "left_window_size"_a, "right_window_size"_a,
+        "present"_a = false, "qk_matmul_output"_a = false, "error_estimate"_a = false, "threads"_a = 1,
+        "(Y, present_key, present_value, qk_matmul_output, error_estimate, present_key_summary) of QuantumAttention; all "
+        "but Y\n"
+        "are None unless asked for by `present`, `qk_matmul_output` and `error_estimate`, or `key_summary` is given. Arrays "
+        "of float32, float16 or ml_dtypes.bfloat16. "
         "`num_samples` is a list of one\n"
         "number or one per query head. Attributes as in qexport.ops.quantum_attention.SPEC. Raises ValueError.");
   m.def("philox", &qexport::philox, "key_lo"_a, "key_hi"_a, "c0"_a, "c1"_a, "c2"_a, "c3"_a,

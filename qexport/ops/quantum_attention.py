@@ -48,6 +48,13 @@ SPEC = OpSpec(
             optional=True,
         ),
         Param("seed", "I", "()", "Seed of the draws; 0 when absent.", optional=True),
+        Param(
+            "key_summary",
+            "E",
+            "(batch, kv_heads, chunks, floats), see docs/math.md",
+            "tree with nonpad_kv_seqlen: what decoding keeps of the cache, zeros at first.",
+            optional=True,
+        ),
     ),
     outputs=(
         Param("Y", "T", "as Q, with v_head_size", "The attention output."),
@@ -65,6 +72,13 @@ SPEC = OpSpec(
             "E",
             "(batch, q_heads)",
             "Estimated relative Frobenius error of the head's output; strategies exact (0) and tree.",
+            optional=True,
+        ),
+        Param(
+            "present_key_summary",
+            "E",
+            "as key_summary",
+            "key_summary after this step; may be the same memory.",
             optional=True,
         ),
     ),
@@ -122,7 +136,8 @@ def fallback_nodes(opset: int, num_outputs: int):
 
     From opset 23 on it is one `Attention` node. Below, Attention does not exist and the body is spelled out in MatMul and
     Softmax; it then needs 4-D Q, K, V, a float attn_mask (add zeros where there is none) and `scale` on the node, and
-    knows no past, softcap, causal flag or window: the rewrite gives such nodes only.
+    knows no past, softcap, causal flag or window: the rewrite gives such nodes only. The sixth output needs the input
+    key_summary on every node: it is that, unchanged.
     """
     if opset < 17:
         raise UsageError(f"[QuantumAttention] the fallback needs opset 17 or newer, got {opset}")
@@ -152,7 +167,10 @@ def _attention_body(opset: int, num_outputs: int):
     inputs = ["Q", "K", "V", "attn_mask", "past_key", "past_value"] + (["nonpad_kv_seqlen"] if opset >= 24 else [])
     node = helper.make_node("Attention", inputs, [param.name for param in SPEC.outputs[: min(num_outputs, 4)]])
     node.attribute.extend(AttributeProto(name=n, type=t, ref_attr_name=n) for n, t in names.items())
-    return [node, *_no_error(node)] if num_outputs > 4 else [node]
+    nodes = [node, *_no_error(node)] if num_outputs > 4 else [node]
+    if num_outputs > 5:
+        nodes.append(helper.make_node("Identity", ["key_summary"], ["present_key_summary"]))
+    return nodes
 
 
 def _no_error(attention):
@@ -273,3 +291,4 @@ def infer_shapes(ctx) -> None:
     give(2, [*heads, total_len, sizes[1]])
     give(3, [q[0], q_heads, q_len, total_len])
     give(4, [q[0], q_heads])
+    give(5, shape_of(8))

@@ -3,6 +3,7 @@
 import torch
 
 from qexport.errors import UsageError
+from qexport.ops import key_summary as key_summaries
 from qexport.ops.philox import philox4x32
 from qexport.ops.quantum_attention import BLOCKWISE, SPEC
 
@@ -19,6 +20,7 @@ def quantum_attention_ref(
     past_value=None,
     nonpad_kv_seqlen=None,
     seed=0,
+    key_summary=None,
     *,
     dtype=torch.float64,
     **attributes,
@@ -28,12 +30,13 @@ def quantum_attention_ref(
     Args:
         Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen: tensors of the shapes that the op table gives.
         seed: int of 64 bits.
+        key_summary: float32 tensor of `key_summary_shape`; with it, strategy tree decodes from the summary.
         dtype: what is computed in; the outputs are rounded to Q's type.
         attributes: those of the op table, with its defaults.
 
     Returns:
-        (Y, present_key, present_value, qk_matmul_output, error_estimate) in the shapes of the op table; the last is None for
-        the strategies that do not estimate their error.
+        (Y, present_key, present_value, qk_matmul_output, error_estimate, present_key_summary) in the shapes of the op table;
+        error_estimate is None for the strategies that have none, present_key_summary where there is no key_summary.
 
     Raises:
         UsageError: an attribute outside its limits, 3-D inputs without head counts.
@@ -65,11 +68,38 @@ def quantum_attention_ref(
     p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row with no allowed key has no probability anywhere
 
     Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a)
+    summary = None
+    if key_summary is not None:
+        summary = key_summaries.update(key_summary, *present, nonpad_kv_seqlen, Q.shape[2])
+        if attn_mask is None:
+            _decode(Y, scale * Q, K, V, allowed, summary, a)
     if three_d:
         Y = Y.transpose(1, 2).flatten(2)
     qk = (raw, capped, scores, p)[a["qk_matmul_output_mode"]]
     error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
-    return Y.to(out_dtype), *present, qk.to(out_dtype), error
+    return Y.to(out_dtype), *present, qk.to(out_dtype), error, summary
+
+
+def _decode(Y, Q, K, V, allowed, summary, a):
+    """Fills Y with what strategy tree makes of a key_summary that is up to date; chunks count where all rows see them."""
+    group = Q.shape[1] // summary.shape[1]
+    for b in range(Q.shape[0]):
+        rows = allowed[b, 0] if allowed.shape[0] > 1 else allowed[0, 0]
+        keys = [torch.nonzero(row).flatten() for row in rows]
+        if any(len(k) == 0 for k in keys):
+            continue
+        low, high = max(int(k[0]) for k in keys), min(int(k[-1]) + 1 for k in keys)
+        first = max(0, -((key_summaries.SINK_KEYS - low) // key_summaries.CHUNK_KEYS))
+        for h in range(Q.shape[1]):
+            S = a["num_samples"][h % len(a["num_samples"])]
+            end = min(summary.shape[2], key_summaries.chunks(high))
+            if end <= first or (end - first) * key_summaries.CHUNK_KEYS <= S:
+                continue
+            for i, k in enumerate(keys):
+                bounds = int(k[0]), int(k[-1]) + 1, first, end
+                Y[b, h, i] = key_summaries.decode(
+                    Q[b, h, i], K[b, h], V[b, h], *bounds, summary[b, h // group], S, a["softcap"]
+                )
 
 
 def _split_heads(t, heads):

@@ -54,13 +54,15 @@ struct QuantumAttentionTensors {
   HeadRows past_key, past_value;  // data null where there is no past
   AttentionMask mask;
   const int64_t* nonpad_kv_seqlen;  // (batch,) or null
+  const float* key_summary;         // (batch, kv_heads, summary_chunks, summary_row) of key_summary.h, or null
   // Outputs; all but y may be null
   void* y;
   int64_t y_batch_stride, y_head_stride, y_row_stride;
-  void* present_key;       // (batch, kv_heads, past_len + kv_len, head_size)
-  void* present_value;     // (batch, kv_heads, past_len + kv_len, v_head_size)
-  void* qk_matmul_output;  // (batch, q_heads, q_len, past_len + kv_len)
-  float* error_estimate;   // (batch, q_heads)
+  void* present_key;           // (batch, kv_heads, past_len + kv_len, head_size)
+  void* present_value;         // (batch, kv_heads, past_len + kv_len, v_head_size)
+  void* qk_matmul_output;      // (batch, q_heads, q_len, past_len + kv_len)
+  float* error_estimate;       // (batch, q_heads)
+  float* present_key_summary;  // as key_summary, which it may be
 };
 
 // Bytes of scratch that the call below needs.

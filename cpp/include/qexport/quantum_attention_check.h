@@ -41,20 +41,21 @@ struct QuantumAttentionInputs {
   const int64_t* nonpad_kv_seqlen;  // null: absent
   Shape nonpad_shape;
   int64_t seed;
+  TensorView key_summary;
 };
 
 struct QuantumAttentionCall {
   QuantumAttentionParams params;
   QuantumAttentionTensors tensors;  // the outputs are left null
-  Shape y, present_key, present_value, qk_matmul_output, error_estimate;
+  Shape y, present_key, present_value, qk_matmul_output, error_estimate, key_summary;
 };
 
 // Errors, all std::invalid_argument with one line: "[QuantumAttention] num_samples must be > 0, got 0".
 void check_attributes(const QuantumAttentionAttributes& attributes);
 // The strategy must estimate its own error where the output error_estimate is asked for.
 void check_error_estimate(Strategy strategy);
-// The outputs, once they are set, must not lie in memory that is still to be read: present_key may share that of past_key where
-// their rows lie alike, which they do for one kv head of one batch item; so for the values.
+// The outputs, once they are set, must not lie in memory that is still to be read: present_key may share that of past_key
+// where their rows lie alike, which they do for one kv head of one batch item; so for the values.
 void check_outputs(const QuantumAttentionCall& call);
 QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& attributes, const QuantumAttentionInputs& inputs);
 
