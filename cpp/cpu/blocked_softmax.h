@@ -12,9 +12,11 @@ constexpr float kSlack = 8.0f;
 
 static QEXPORT_INLINE vf tile_maximum(const float* s, int64_t ld, int64_t count) {
   vf most[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};  // four chains: one would wait for itself
-  for (int64_t j = 0; j < count; j += 4, s += 4 * ld) {
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4, s += 4 * ld) {
     for (int i = 0; i < 4; ++i) most[i] = max(load<vf>(s + i * ld), most[i]);
   }
+  for (; j < count; ++j, s += ld) most[0] = max(load<vf>(s), most[0]);
   return max(max(most[0], most[1]), max(most[2], most[3]));
 }
 
@@ -138,8 +140,8 @@ static bool exp2_score_blocks([[maybe_unused]] const KvBlocks& blocks, const flo
 #endif
 }
 
-// Turns s[count][ld], count a multiple of kBlockKeys, into p = 2^(s - m), and updates the running maximum m and sum l of
-// each lane. alpha = 2^(m_old - m); returns whether it differs from 1 in any lane.
+// Turns s[count][ld], count even where p is bf16, into p = 2^(s - m), and updates the running maximum m and sum l of
+// each lane. alpha is multiplied by 2^(m_old - m); returns whether that must be applied to what has been summed up so far.
 static __attribute__((noinline)) bool exp2_scores(Precision precision, float* s, int64_t ld, int64_t count, int vecs,
                                                   float* m, float* l, float* alpha, float* p) {
   bool moved = false;
@@ -166,7 +168,7 @@ static __attribute__((noinline)) bool exp2_scores(Precision precision, float* s,
     }
     const vf factor = exp2_nonpositive(m_old - origin);
     const vf rescale = load<vf>(alpha + at) * factor;
-    moved |= lane_bits(rescale != 1.0f) != 0;
+    moved |= lane_bits((rescale != 1.0f) & (m_old != -kInf)) != 0;
     store(m + at, m_new);
     store(l + at, load<vf>(l + at) * factor + total);
     store(alpha + at, rescale);

@@ -1,6 +1,7 @@
 // Exact attention of a block of rows: online softmax over tiles of keys, never more than kTile scores per row in memory.
 #pragma once
 
+#include "blocked_softmax.h"
 #include "few_rows.h"
 
 namespace qexport {
@@ -25,29 +26,6 @@ static ExactScratch exact_scratch(const AttentionJob& job, Arena& arena) {
   return s;
 }
 
-// Softmax of a tile with running maximum m and running sum l, both per lane: s becomes exp(s - m), alpha = exp(m_old - m).
-static __attribute__((noinline)) void online_softmax(float* s, int64_t ld, int64_t count, int vecs, float* m, float* l,
-                                                     float* alpha) {
-  for (int v = 0; v < vecs; ++v) {
-    float* column = s + v * kLanes;
-    const vf m_old = load<vf>(m + v * kLanes);
-    vf m_new = m_old;
-    for (int64_t j = 0; j < count; ++j) m_new = max(load<vf>(column + j * ld), m_new);
-    // Where no key has been allowed yet the maximum is -inf; 0 in its place keeps -inf - m from being NaN.
-    const vf origin = m_new == -kInf ? vf{} : m_new;
-    const vf a = exp_nonpositive(m_old - origin);
-    vf sum{};
-    for (int64_t j = 0; j < count; ++j) {
-      const vf e = exp_nonpositive(load<vf>(column + j * ld) - origin);
-      sum += e;
-      store(column + j * ld, e);
-    }
-    store(m + v * kLanes, m_new);
-    store(l + v * kLanes, load<vf>(l + v * kLanes) * a + sum);
-    store(alpha + v * kLanes, a);
-  }
-}
-
 static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
@@ -57,11 +35,11 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   Arena arena{memory, 0};
   const ExactScratch scratch = exact_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
+  pack_queries(job, block, rows, p.scale * kLog2E, scratch.q_t, ld);
 
   alignas(64) float m[kMaxRows], l[kMaxRows], alpha[kMaxRows];
-  for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f;
-  for (int64_t i = 0; i < p.v_head_size * ld; ++i) scratch.o_t[i] = 0.0f;
+  for (int64_t r = 0; r < ld; ++r) m[r] = -kInf, l[r] = 0.0f, alpha[r] = 1.0f;
+  for (int64_t i = 0; i < p.v_head_size * ld; i += kLanes) store(scratch.o_t + i, vf{});
 
   const bool memory_bound = rows.vecs == 1;  // too little arithmetic per key to hide the way to memory
   for (int64_t j = rows.begin, count; j < rows.end; j += count) {
@@ -71,12 +49,13 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
     if (effect == MaskEffect::all_masked) continue;
     if (memory_bound) prefetch_keys(job, true, block.batch, block.kv_head, j, count);
     score_product(k.data, k.stride, scratch.q_t, scratch.s, ld, p.head_size, count, rows.vecs);
-    if (p.softcap > 0.0f) apply_softcap(scratch.s, count * ld, p.softcap);
-    apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld);
-    online_softmax(scratch.s, ld, count, rows.vecs, m, l, alpha);
+    if (p.softcap > 0.0f) apply_softcap(scratch.s, count * ld, p.softcap * kLog2E);
+    apply_mask(rows, j, count, effect == MaskEffect::some ? scratch.bias : nullptr, scratch.s, ld, kLog2E);
+    const bool moved = exp2_scores(Precision::fp32, scratch.s, ld, count, rows.vecs, m, l, alpha, scratch.s);
     if (memory_bound && j + count < rows.end) prefetch_keys(job, false, block.batch, block.kv_head, j + count, kTile);
     const KeyRows v = key_rows(job, true, block.batch, block.kv_head, j, count, scratch.keys);
-    value_product(v.data, v.stride, scratch.s, scratch.o_t, ld, p.v_head_size, count, rows.vecs, alpha);
+    value_product(v.data, v.stride, scratch.s, scratch.o_t, ld, p.v_head_size, count, rows.vecs, moved ? alpha : nullptr);
+    for (int64_t r = 0; r < ld; r += kLanes) store(alpha + r, vf{} + 1.0f);
   }
 
   // A row without an allowed key has l = 0 and is 0.

@@ -124,17 +124,18 @@ static __attribute__((noinline)) void score_product(const float* k, int64_t k_st
 }
 
 // o_t[x][lanes] = o_t[x][lanes] * rescale[lanes] + sum over `keys` rows of v; p is (keys, ld), o_t is (v_head_size, ld).
+// rescale null: 1.
 static __attribute__((noinline)) void value_product(const float* v_rows, int64_t v_stride, const float* p, float* o_t,
                                                     int64_t ld, int64_t v_head_size, int64_t keys, int vecs,
                                                     const float* rescale) {
   int v = 0;
   for (; v + 2 <= vecs; v += 2) {
     product_rows<2, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size,
-                          rescale + v * kLanes);
+                          rescale ? rescale + v * kLanes : nullptr);
   }
   if (v < vecs) {
     product_rows<1, true>(v_rows, 1, v_stride, p + v * kLanes, o_t + v * kLanes, ld, keys, v_head_size,
-                          rescale + v * kLanes);
+                          rescale ? rescale + v * kLanes : nullptr);
   }
 }
 
