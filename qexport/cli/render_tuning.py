@@ -24,7 +24,7 @@ def show_tuning(report, verbose: bool) -> None:
     )
     for note in found["data"]["notes"] + found["notes"]:
         click.echo(f"note: {note}")
-    shown = [c for c in found["candidates"] if verbose or c["on_front"] or c["label"] in ("exact", "default recipe")]
+    shown = [c for c in found["candidates"] if verbose or c["on_front"] or not c["label"].startswith("tuned")]
     shown.sort(key=lambda c: (c["ratio"] or {}).get("of_medians") or float("inf"))
     rows = [_candidate_row(c, c["label"] == found["best"]["label"] and found["passed"]) for c in shown]
     header = ("recipe", "error", "time", "time ratio", "95 %", "")

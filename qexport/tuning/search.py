@@ -18,6 +18,12 @@ ROUNDING = 1e-5
 SAME = 1e-5
 # The gain is measured with an error near this: above the rounding, and small enough to carry linearly.
 GAIN_ERROR = 0.05
+# Recipes that are always tried, for comparison and in case the allocation finds nothing better.
+UNIFORM = {
+    "exact": EXACT,
+    "exact, bf16": Setting(precision="bf16"),
+    "default recipe": Setting("tree", (STARTING_BUDGET,), "auto", DEFAULT_TOLERANCE),
+}
 # How near to the wanted error a recipe has to come before the search ends.
 CLOSE = 0.8
 TIMING_SECONDS = 3.0
@@ -36,9 +42,8 @@ class Search:
     def run(self) -> list[Candidate]:
         """Try recipes until one is close to the wanted error; all that were tried, timed."""
         self.gains = [self._gains(i) for i in range(len(self.tables))]
-        self._try("exact", (EXACT,) * len(self.tables))
-        default = Setting("tree", (STARTING_BUDGET,), "auto", DEFAULT_TOLERANCE)
-        self._try("default recipe", (default,) * len(self.tables))
+        for label, setting in UNIFORM.items():
+            self._try(label, (setting,) * len(self.tables))
         options = [site_options(*self._kept(table, gains)) for table, gains in zip(self.tables, self.gains, strict=True)]
         states = front(options)
         scale = self._approach(states, options)
@@ -93,7 +98,7 @@ class Search:
 
     def _try_state(self, state) -> Candidate | None:
         settings = tuple(option.setting for option in state.options)
-        return self._try(f"tuned {len(self.candidates) - 1}", settings, math.sqrt(state.error))
+        return self._try(f"tuned {len(self.candidates) - len(UNIFORM) + 1}", settings, math.sqrt(state.error))
 
     def _approach(self, states, options) -> float:
         """Allocate for the wanted error, and again with what the last recipe really erred, until one comes close below it.
