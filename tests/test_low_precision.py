@@ -77,6 +77,18 @@ def test_borders_of_blocks(rows, keys, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("softcap", [0.0, 300.0])
+def test_what_all_keys_have_in_common_is_not_rounded(precision, softcap):
+    """Trained keys often share a mean much larger than their spread (vision transformers); softmax does not see it, and its
+    rounding alone would be several percent of the output here."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 100, 64), dtype=np.float32) for _ in range(3))
+    k += 8 * rng.standard_normal(64, dtype=np.float32)
+    exact, low = (run(q, k, v, None, False, softcap=softcap, precision=p)[0] for p in ("fp32", precision))
+    assert relative(low, exact) <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_threads_do_not_change_a_bit(precision):
     case = Case("threads", q_heads=6, kv_heads=3, q_len=200, kv_len=200, attributes={"is_causal": 1})
     attributes = case.all_attributes(strategy="exact", precision=precision)
@@ -84,11 +96,8 @@ def test_threads_do_not_change_a_bit(precision):
     np.testing.assert_array_equal(one, three)
 
 
-@pytest.mark.parametrize(
-    ("precision", "bad"),
-    # A large finite number moves the mean that int8 takes off the keys, and leaves nothing of the others.
-    [*itertools.product(PRECISIONS, [np.nan, np.inf, -np.inf]), ("bf16", 3e38)],
-)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_bad_keys_under_the_mask_do_not_leak(precision, bad):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, n, 8), dtype=np.float32) for n in (40, 100, 100))

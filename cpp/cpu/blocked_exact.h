@@ -27,7 +27,7 @@ static BlockedScratch blocked_scratch(const AttentionJob& job, Arena& arena) {
   return s;
 }
 
-// Adds q . key_mean, which int8 scores lack. Softmax does not see it, softcap does.
+// Adds q . key_mean, which scores in low precision lack. Softmax does not see it, softcap does.
 static void add_mean_scores(const float* q_mean, float* s, int64_t ld, int64_t count) {
   for (int64_t j = 0; j < count; ++j, s += ld) {
     for (int64_t r = 0; r < ld; r += kLanes) store(s + r, load<vf>(s + r) + load<vf>(q_mean + r));
@@ -47,7 +47,7 @@ static void blocked_exact_block(const AttentionJob& job, RowBlock block, char* m
   const BlockedScratch scratch = blocked_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;
   pack_queries(job, block, rows, params.scale * kLog2E, scratch.q_t, ld);
-  const bool add_mean = blocks.precision == Precision::int8 && softcap > 0.0f;
+  const bool add_mean = blocks.mean_row > 0 && softcap > 0.0f;
   if (add_mean) {
     score_product(blocks.head_mean(head), 0, scratch.q_t, scratch.q_mean, ld, blocks.head_size, 1, rows.vecs);
   }

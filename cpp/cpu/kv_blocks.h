@@ -9,8 +9,8 @@
 //     bf16      | (16, head_size / 2) pairs of neighbours along the head          | (8, v_head_size) pairs of keys 2 i, 2 i
 //     + 1 int8      | (16, head_size / 4) quadruples, 16 scales, 16 times -128 * sum  | as bf16
 //
-// int8 keys are round((k - mean) / scale) with scale = max|k - mean| / 127 of each key and one mean per head, which changes
-// all scores of a query alike.
+// In low precision keys are k - mean with one mean per head, which changes all scores of a query alike: what the keys have
+// in common would only be rounded. int8 keys are round((k - mean) / scale) with scale = max|k - mean| / 127 of each key.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,7 @@ struct KvBlocks {
   int64_t first_head;
   float* keys;           // (heads, count, key_block)
   float* values;         // (heads, count, value_block)
-  float* key_mean;       // (heads, mean_row) float32, int8 only
+  float* key_mean;       // (heads, mean_row) float32, in low precision only
   const int32_t* order;  // (heads, 16 count), or null
 
   float* head_keys(int64_t head) const { return keys + (head - first_head) * count * key_block; }
@@ -55,7 +55,7 @@ inline KvBlocks block_layout(Precision precision, int64_t keys, int64_t head_siz
   blocks.key_block = kBlockKeys * blocks.key_row + (precision == Precision::int8 ? 2 * kBlockKeys : 0);
   blocks.value_row = lines(v_head_size);
   blocks.value_block = (precision == Precision::fp32 ? kBlockKeys : kBlockKeys / 2) * blocks.value_row;
-  blocks.mean_row = precision == Precision::int8 ? lines(head_size) : 0;
+  blocks.mean_row = precision == Precision::fp32 ? 0 : lines(head_size);
   return blocks;
 }
 

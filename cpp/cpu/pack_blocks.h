@@ -45,8 +45,9 @@ static QEXPORT_INLINE void pack_fp32_row(DType type, const char* row, int64_t si
   for (int64_t x = 0; x < stride; x += kLanes) store(dst + x, row_part<kPlain>(type, row, size, x));
 }
 
-// mean[x] over at most kMeanKeys keys of the head, evenly spaced. Any vector would do: it only has to take out what all keys
-// have in common, and must be finite.
+// mean[x] over at most kMeanKeys keys of the head, evenly spaced; 0 unless it brings 7 of 8 of them nearer to zero. Any
+// vector would do: it only has to take out what the keys have in common, must be finite, and must not be made by a few huge
+// keys, which may well be masked, since little would be left of the others.
 constexpr int64_t kMeanKeys = 256;
 static void key_mean(const AttentionJob& job, int64_t b, int64_t kv_head) {
   const KvBlocks& blocks = job.blocks;
@@ -60,7 +61,12 @@ static void key_mean(const AttentionJob& job, int64_t b, int64_t kv_head) {
       const vf k = row_part(job.params.type, source.row(false, j), blocks.head_size, x) * share;
       sum += k - k == 0.0f ? k : vf{};
     }
-    store(mean + x, sum - sum == 0.0f ? sum : vf{});
+    vf nearer{};
+    for (int64_t j = 0; j < source.valid; j += step) {
+      const vf k = row_part(job.params.type, source.row(false, j), blocks.head_size, x), rest = k - sum;
+      nearer += max(rest, -rest) < max(k, -k) ? vf{} + share : vf{};
+    }
+    store(mean + x, nearer > 0.875f ? sum : vf{});
   }
 }
 
@@ -70,11 +76,21 @@ static QEXPORT_INLINE vu bf16_bits(vf x) { return (vu)_mm512_cvtepu16_epi32((__m
 // (lo[lane], hi[lane]) side by side.
 static QEXPORT_INLINE vf bf16_pairs(vf lo, vf hi) { return float_of(bf16_bits(lo) | (bf16_bits(hi) << 16)); }
 
+// Elements x .. x + kLanes of a key less the mean, zero where there are none.
 template <bool kPlain>
-static QEXPORT_INLINE void pack_bf16_row(DType type, const char* row, int64_t size, int64_t stride, float* dst) {
+static QEXPORT_INLINE vf centred_part(DType type, const char* row, const float* mean, int64_t size, int64_t x) {
+  if (!row || x >= size) return vf{};
+  const vf k = row_part<kPlain>(type, row, size, x) - load<vf>(mean + x);
+  if (kPlain || x + kLanes <= size) return k;
+  return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)k);
+}
+
+template <bool kPlain>
+static QEXPORT_INLINE void pack_bf16_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride,
+                                         float* dst) {
   for (int64_t i = 0; i < stride; i += kLanes) {
-    const vf lo = row_part<kPlain>(type, row, size, 2 * i);
-    const vf hi = 2 * i + kLanes < size ? row_part<kPlain>(type, row, size, 2 * i + kLanes) : vf{};
+    const vf lo = centred_part<kPlain>(type, row, mean, size, 2 * i);
+    const vf hi = centred_part<kPlain>(type, row, mean, size, 2 * i + kLanes);
     store(dst + i, (vf)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo));
   }
 }
@@ -91,12 +107,7 @@ static QEXPORT_INLINE void pack_bf16_pair(DType type, const char* even, const ch
 template <bool kPlain>
 static QEXPORT_INLINE void pack_int8_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride,
                                          float* dst, float* scale, int32_t* offset) {
-  const auto centred = [&](int64_t x) QEXPORT_INLINE_LAMBDA {
-    if (!row || x >= size) return vf{};
-    const vf k = row_part<kPlain>(type, row, size, x) - load<vf>(mean + x);
-    if (kPlain || x + kLanes <= size) return k;
-    return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)k);
-  };
+  const auto centred = [&](int64_t x) QEXPORT_INLINE_LAMBDA { return centred_part<kPlain>(type, row, mean, size, x); };
   vf most{}, check{};
   for (int64_t x = 0; x < size; x += kLanes) {
     const vf k = centred(x);
@@ -132,7 +143,7 @@ static void pack_block(const KvBlocks& blocks, DType type, const char* const* ke
   float* extra = k + kBlockKeys * stride;
   for (int64_t j = 0; j < kBlockKeys; ++j, k += stride) {
     if (blocks.precision == Precision::bf16) {
-      pack_bf16_row<kPlain>(type, key[j], size, stride, k);
+      pack_bf16_row<kPlain>(type, key[j], mean, size, stride, k);
     } else {
       pack_int8_row<kPlain>(type, key[j], mean, size, stride, k, extra + j,
                             reinterpret_cast<int32_t*>(extra + kBlockKeys) + j);
@@ -163,7 +174,7 @@ static void pack_blocks(const AttentionJob& job, int64_t b, int64_t kv_head, int
       prefetch_row(source.row(false, next), blocks.head_size * element_size(type));
       prefetch_row(source.row(true, next), blocks.v_head_size * element_size(type));
     }
-    const float* mean = blocks.precision == Precision::int8 ? blocks.head_mean(head) : nullptr;
+    const float* mean = blocks.mean_row > 0 ? blocks.head_mean(head) : nullptr;
     const bool plain = all_there && type == DType::f32 && blocks.head_size % 16 == 0 && blocks.v_head_size % 16 == 0;
     float* k = blocks.head_keys(head) + i * blocks.key_block;
     float* v = blocks.head_values(head) + i * blocks.value_block;
