@@ -76,18 +76,20 @@ static QEXPORT_INLINE vu bf16_bits(vf x) { return (vu)_mm512_cvtepu16_epi32((__m
 // (lo[lane], hi[lane]) side by side.
 static QEXPORT_INLINE vf bf16_pairs(vf lo, vf hi) { return float_of(bf16_bits(lo) | (bf16_bits(hi) << 16)); }
 
-// Elements x .. x + kLanes of a key less the mean, zero where there are none.
+// Elements x .. x + kLanes of a key less the mean, if there is one; zero where there are none.
 template <bool kPlain>
 static QEXPORT_INLINE vf centred_part(DType type, const char* row, const float* mean, int64_t size, int64_t x) {
   if (!row || x >= size) return vf{};
-  const vf k = row_part<kPlain>(type, row, size, x) - load<vf>(mean + x);
-  if (kPlain || x + kLanes <= size) return k;
-  return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)k);
+  const vf k = row_part<kPlain>(type, row, size, x);
+  if (!mean) return k;
+  const vf rest = k - load<vf>(mean + x);
+  if (kPlain || x + kLanes <= size) return rest;
+  return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>((1u << (size - x)) - 1), (__m512)rest);
 }
 
 template <bool kPlain>
-static QEXPORT_INLINE void pack_bf16_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride,
-                                         float* dst) {
+static QEXPORT_INLINE void pack_bf16_row(DType type, const char* row, int64_t size, int64_t stride, float* dst,
+                                         const float* mean = nullptr) {
   for (int64_t i = 0; i < stride; i += kLanes) {
     const vf lo = centred_part<kPlain>(type, row, mean, size, 2 * i);
     const vf hi = centred_part<kPlain>(type, row, mean, size, 2 * i + kLanes);
@@ -143,7 +145,7 @@ static void pack_block(const KvBlocks& blocks, DType type, const char* const* ke
   float* extra = k + kBlockKeys * stride;
   for (int64_t j = 0; j < kBlockKeys; ++j, k += stride) {
     if (blocks.precision == Precision::bf16) {
-      pack_bf16_row<kPlain>(type, key[j], mean, size, stride, k);
+      pack_bf16_row<kPlain>(type, key[j], size, stride, k, mean);
     } else {
       pack_int8_row<kPlain>(type, key[j], mean, size, stride, k, extra + j,
                             reinterpret_cast<int32_t*>(extra + kBlockKeys) + j);
