@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def draws(self) -> bool:
-        """Whether another seed gives another output."""
+        """Whether the error is noise without a bias; that of `exact` and of a `tree` of centroids is not."""
         return self.strategy not in BLOCKWISE or (self.strategy == "tree" and self.residual in ("unbiased", "james_stein"))
 
     @property

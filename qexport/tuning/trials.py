@@ -40,9 +40,9 @@ class Candidate:
     ratio: dict | None = field(default=None)
 
     @property
-    def draws(self) -> bool:
-        """Whether another seed gives another result."""
-        return any(setting.draws for setting in self.settings)
+    def seeded(self) -> bool:
+        """Whether another seed gives another result: a `tree` too tries its budgets on a sample."""
+        return any(setting.strategy != "exact" for setting in self.settings)
 
 
 def with_settings(bundle: Bundle, sites: list[dict], settings) -> onnx.ModelProto:
@@ -92,7 +92,7 @@ class Bench:
 
     def try_error(self, candidate: Candidate) -> None:
         """Fill in the candidate's error; one run is enough where no seed changes anything."""
-        seeds = list(range(self.seeds if candidate.draws else 1))
+        seeds = list(range(self.seeds if candidate.seeded else 1))
         with self.opened(candidate.settings) as session:
             errors = output_errors(self.bundle, self.inputs, seeds, self.remembered, session)
         means = {name: float(found.relative_errors().mean()) for name, found in errors.items()}
