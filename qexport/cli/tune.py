@@ -17,7 +17,7 @@ OUT_OF_TOLERANCE = 3
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="Recipes tried in the whole model.")
 @click.option("--time", type=float, metavar="S", help="Begin no further trial after so many seconds [no limit].")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each recipe that draws.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each recipe that samples.")
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
 @click.option(
     "-o", "--output", metavar="PATH", help="Folder of a new bundle with the recipe, or a .yaml file for the recipe."

@@ -80,7 +80,7 @@ def tune(
             None, or when no recipe holds `max_error`.
         trials: recipes that may be tried in the whole model.
         time: seconds after which no further trial begins; None for no limit.
-        seeds: runs of each recipe that draws.
+        seeds: runs of each recipe that another seed changes.
         threads: intra-op threads; the runtime's choice when None.
         progress: called with the step in words and the share that is done, 0 to 1.
 
