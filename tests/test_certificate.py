@@ -41,6 +41,18 @@ def test_the_limit_is_the_tolerance_of_the_recipe(tmp_path):
     assert validate(tmp_path / "b").max_error["library"] == DEFAULT_MAX_ERROR
 
 
+def test_a_site_above_its_tolerance_is_noted(tmp_path):
+    def plant(model):
+        node = next(n for n in model.graph.node if n.name == "layer0.attention")
+        node.attribute.append(onnx.helper.make_attribute("scale", 1.1 / np.sqrt(8)))
+
+    attention = {"strategy": "tree", "num_samples": [64], "precision": "fp32", "error_tolerance": 0.01}
+    make_bundle(tmp_path / "b", plant=plant, attention=attention)
+    notes = [note for note in validate(tmp_path / "b").notes if "above its tolerance" in note]
+    assert len(notes) == 1
+    assert "encoder.0.attention" in notes[0]
+
+
 def test_a_tree_shows_its_own_estimate_beside_the_measured_error(tmp_path):
     attention = {"strategy": "tree", "num_samples": [16], "precision": "fp32", "residual": "verify_only"}
     make_bundle(tmp_path / "b", attention=attention, sharp=1.0)

@@ -230,6 +230,12 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
         )
     if certified and not any(certified):
         notes.append("tree read every key: the tolerance needs it here, or it is cheaper at this length")
+    for site in alone:
+        tolerance, error = site["error_tolerance"], site["local"]["relative_error"]
+        if tolerance and not error <= max(tolerance, low_precision(site)):
+            notes.append(
+                f"attention {site['module'] or site['name']} errs by {error:.2g}, above its tolerance {tolerance:g}"
+            )
     if report.first_divergent is None and report.reasons and SAMPLING in verdicts:
         notes.append("no site deviates systematically: the error is sampling noise, a larger num_samples lowers it")
     if report.first_divergent is None and report.reasons and ESTIMATED in verdicts:
