@@ -120,7 +120,7 @@ def convert(
     source = open_source(model, opset=opset, dtype=dtype, task=task, positions=kv_cache is not None)
     if dry_run:
         say("finding attention")
-        left_alone = _to_classical(source, opset, kv_cache)
+        left_alone = _to_classical(source, opset, kv_cache, resolved)
         sites, more = _rewrite(source, sample_attention, resolved)
         _require_sites(source, sites, [*left_alone, *more])
         return _report(None, source, resolved, sites, [*left_alone, *more], None)
@@ -138,12 +138,13 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
     from qexport.conversion_checks import check_fallback, check_library, run_classical
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
+    from qexport.rewrite.summarize_cache import summarize_cache
 
     external = _external_name(source.model)
     left_alone = []
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
         say("finding attention")
-        left_alone = _to_classical(source, opset, kv_cache)
+        left_alone = _to_classical(source, opset, kv_cache, recipe)
     say("writing the classical model")
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
@@ -151,10 +152,12 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     outputs, difference = run_classical(source, classical)
     say("converting attention")
     if opset < 23:
-        left_alone = _to_classical(source, opset, None)
+        left_alone = _to_classical(source, opset, None, recipe)
     sites, more = _rewrite(source, sample_attention, recipe)
     left_alone = [*left_alone, *more]
     _require_sites(source, sites, left_alone)
+    if source.cache is not None and source.cache.summaries:
+        summarize_cache(source.model, sites, source.cache.summaries)
     attach_fallback(source.model, sites)
     _save(source.model, folder / "model.onnx", external)
     if outputs is not None:
@@ -170,14 +173,14 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     return _report(folder, source, recipe, sites, left_alone, difference)
 
 
-def _to_classical(source, opset: int, kv_cache: int | None) -> list:
+def _to_classical(source, opset: int, kv_cache: int | None, recipe) -> list:
     """Bring the source to the classical form, with a KV cache when asked for; the attentions that stay."""
     from qexport.kv_cache import add_cache
     from qexport.rewrite.classical import to_classical
 
     left_alone = _rewrite(source, to_classical, opset)
     if kv_cache is not None:
-        add_cache(source, kv_cache, left_alone)
+        add_cache(source, kv_cache, recipe, left_alone)
     return left_alone
 
 

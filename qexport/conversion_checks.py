@@ -66,7 +66,8 @@ def check_library(source: Source, path: Path, outputs: dict) -> None:
     library = find_library()
     if library is None:
         return
-    for name, array in Runner(path, library=str(library))(source.examples).items():
+    found = Runner(path, library=str(library))(source.examples)
+    for name, array in ((name, found[name]) for name in outputs):
         if array.shape != outputs[name].shape:
             raise QexportError(
                 f"{source.name}: output {name!r} has shape {array.shape} with the op library; please report it"

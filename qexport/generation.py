@@ -68,7 +68,7 @@ class Generator:
     def _bind_caches(self, batch: int) -> None:
         """New caches, each bound as the input of the past and the output of the present."""
         self.caches = {}
-        for past, present in self._names["caches"]:
+        for past, present in (*self._names["caches"], *self._names["summaries"]):
             shape = (batch, *self._specs[past]["shape"][1:])
             # zeros, not whatever the memory holds: a masked NaN is still a NaN
             value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._specs[past]["dtype"]))

@@ -17,7 +17,9 @@ class KVCache:
     """The cache of a converted model.
 
     `length` is how many tokens fit; the names are those of graph inputs and outputs, `caches` (past, present) pairs;
-    `stop_tokens` end a text. `prefill` is the feed of the first piece of the example text, None when nothing precedes.
+    `summaries` are the same for what strategy tree keeps of the caches, where the recipe has it (see
+    `qexport.rewrite.summarize_cache`). `stop_tokens` end a text. `prefill` is the feed of the first piece of the example
+    text, None when nothing precedes.
     """
 
     length: int
@@ -25,13 +27,15 @@ class KVCache:
     past_length: str
     logits: str
     caches: list[tuple[str, str]]
+    summaries: list[tuple[str, str]]
     stop_tokens: list[int]
     prefill: dict[str, np.ndarray] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict:
         """The manifest's `kv_cache`."""
         keys = ("length", "token_ids", "past_length", "logits", "stop_tokens")
-        return {key: getattr(self, key) for key in keys} | {"caches": [list(pair) for pair in self.caches]}
+        pairs = {key: [list(pair) for pair in getattr(self, key)] for key in ("caches", "summaries")}
+        return {key: getattr(self, key) for key in keys} | pairs
 
     def fill(self, examples: dict[str, np.ndarray], runner) -> None:
         """Put the caches that the first piece of the example text leaves behind into the examples.
@@ -44,11 +48,12 @@ class KVCache:
             examples |= {past: outputs[present] for past, present in self.caches}
 
 
-def add_cache(source: Source, length: int, left_alone: list) -> None:
+def add_cache(source: Source, length: int, recipe, left_alone: list) -> None:
     """Give every attention of `source`, which is in its classical form, a cache; its inputs and examples follow.
 
     Args:
         length: positions of the cache.
+        recipe: decides which attentions get a summary of their cache.
         left_alone: attentions that are not in the classical form, which have no cache.
 
     Raises:
@@ -56,6 +61,7 @@ def add_cache(source: Source, length: int, left_alone: list) -> None:
         QexportError: it is no model of token ids and positions to logits, or one of its attentions cannot have a cache.
     """
     from qexport.rewrite.cache_attention import PAST_LENGTH, cache_attention
+    from qexport.rewrite.summarize_cache import add_summaries
 
     by_kind = {spec.kind: spec for spec in source.inputs}
     if len(source.inputs) != 2 or set(by_kind) != {"token_ids", "position_ids"}:
@@ -82,14 +88,15 @@ def add_cache(source: Source, length: int, left_alone: list) -> None:
         raise QexportError(f"{source.name}: {site.module or site.name} cannot have a KV cache: {site.reason}")
     if not pairs:
         raise QexportError(f"{source.name}: no attention found that could have a KV cache")
-    pasts = {past for past, _ in pairs}
+    summaries, _ = add_summaries(source.model, recipe)
+    pasts = {past for past, _ in (*pairs, *summaries)}
     source.inputs = [ids, InputSpec(PAST_LENGTH, "int64", [ids.shape[0]], "past_length", length)]
     for value in source.model.graph.inputs:
         if value.name in pasts:
             shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
             source.inputs.append(InputSpec(value.name, value.dtype.numpy().name, shape, "cache"))
     source.limits[ids.shape[1]] = length
-    source.cache = KVCache(length, ids.name, PAST_LENGTH, logits, pairs, source.stop_tokens)
+    source.cache = KVCache(length, ids.name, PAST_LENGTH, logits, pairs, summaries, source.stop_tokens)
     _split_examples(source)
 
 

@@ -93,6 +93,11 @@ def tune(
     say = progress or (lambda step, done: None)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     runtime.get_library_path()
+    if (opened.manifest.get("kv_cache") or {}).get("summaries"):
+        raise QexportError(
+            f"{opened.path}: its steps read summaries of the cache, which tune cannot measure; convert with another recipe, "
+            "such as --strategy exact, and tune that"
+        )
     inputs, notes = _inputs(opened, data, batch, seq)
     timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
     sites = _sites(opened)
