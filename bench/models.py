@@ -151,6 +151,30 @@ def stories15m_vocabulary() -> list[bytes]:
     return [bytes([int(t[3:5], 16)]) if re.fullmatch(rb"<0x[0-9A-F]{2}>", t) else t for t in tokens]
 
 
+def stories15m_folder(folder) -> Path:
+    """stories15M as a Hugging Face folder with its tokenizer, for `qexport convert FOLDER --kv-cache N`.
+
+    The vocabulary is sentencepiece's: 256 single bytes after the three special tokens, then pieces in the order in which
+    they are merged. A piece is made of any two that are in the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = [token.decode() for token in stories15m_vocabulary()]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    first = len(vocabulary)
+    vocabulary |= {piece: first + i for i, piece in enumerate(pieces[first:])}
+    halves = ((piece[:cut], piece[cut:]) for piece in pieces[first:] for cut in range(1, len(piece)))
+    merges = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    stories15m_llama().save_pretrained(folder)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    return Path(folder)
+
+
 _WHISPER_RENAMES = (
     (r"^(encoder|decoder)\.blocks\.", r"model.\1.layers."),
     (r"^(encoder|decoder)\.", r"model.\1."),

@@ -13,6 +13,7 @@ SAYS = {
     "02": "hidden states (1, 4, 384)",
     "03": "without the library the model is the classical one",
     "04": "relative error of one draw",
+    "05": "40 tokens, the cache holds 45 of 128",
 }
 
 
