@@ -3,10 +3,11 @@
     python -m bench.kv_cache [--threads 1] [--new-tokens 200] [--json FILE]
 
 `story`: stories15M's greedy text behind a prompt of 5 tokens, in tokens per second. `steps`: one step of a Llama of the same
-sizes with random weights (speed does not depend on them) behind a past of so many tokens, in milliseconds. All models are
-the same weights and say the same text:
+sizes with random weights (speed does not depend on them) behind a past of so many tokens, in milliseconds. All have the same
+weights, and those of `story` must say the same text:
 
     in place       the bundle with the op library, strategy exact: caches that are appended in place
+    tree           the same with strategy tree and 512 keys per query, which reads summaries of the caches (`steps` alone)
     fallback       the same file without the op library: onnxruntime's Attention over the whole buffer
     joined         the classical form before: Attention of onnxruntime with past_key and past_value, which returns past and
                    new keys joined; inputs and outputs bound, so that this is the only copy
@@ -61,8 +62,9 @@ class Joined:
         self.start(0)
 
     def start(self, past: int) -> None:
-        empty = np.zeros((1, self.shape[1], past, self.shape[3]), np.float32)
-        self.past, self.caches = past, {name: _value(empty) for name, _ in self.names["caches"]}
+        rng, shape = np.random.default_rng(0), (1, self.shape[1], past, self.shape[3])
+        caches = {name: rng.standard_normal(shape, np.float32) for name, _ in self.names["caches"]}
+        self.past, self.caches = past, {name: _value(array) for name, array in caches.items()}
 
     def append(self, tokens) -> np.ndarray:
         """As `qexport.Generator.append`."""
@@ -139,7 +141,14 @@ def step_table(folder: Path, threads: int, rounds: int) -> list[dict]:
     sizes = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=LONG)).save_pretrained(folder / "long")
     qexport.convert(folder / "long", folder / "long_bundle", kv_cache=LONG, strategy="exact")
+    qexport.convert(folder / "long", folder / "tree_bundle", kv_cache=LONG, strategy="tree", num_samples=512)
     models = generators(folder / "long_bundle", threads)
+    models["tree"] = qexport.Generator(folder / "tree_bundle", options=common.session_options(threads))
+    rng = np.random.default_rng(0)
+    for generator in models.values():
+        for name, value in generator.caches.items():
+            if not name.endswith("summary"):
+                value.update_inplace(rng.standard_normal(value.shape(), np.float32))
     models["joined"] = Joined(
         folder / "long_bundle", joined(folder / "long_bundle" / "classical.onnx", folder / "long.onnx"), threads
     )
@@ -159,7 +168,7 @@ def step_table(folder: Path, threads: int, rounds: int) -> list[dict]:
 
 
 def _skip(model, past: int) -> None:
-    """As if `past` tokens were in the caches; what they hold does not change the time."""
+    """As if `past` tokens had been appended: the caches are full of noise."""
     if isinstance(model, Joined):
         model.start(past)
     else:
