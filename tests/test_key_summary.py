@@ -59,6 +59,7 @@ def test_what_a_summary_holds(sizes, dtype):
     k, v = cache(1, batch=2, size=sizes[0], v_size=sizes[1], dtype=dtype)
     summary = run(queries(1, k, 4), k, v, [2100, 1500], zeros(k, v))[1]
     parts = fields(summary, *sizes)
+    assert sum(x.size for x in parts.values()) == summary.size
     k, v = k.astype(np.float64), v.astype(np.float64)
     full = [chunks(2100), chunks(1500)]
     assert full == [4, 2]

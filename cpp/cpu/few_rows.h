@@ -37,6 +37,13 @@ static FewScratch few_scratch(const AttentionJob& job, Arena& arena) {
   return s;
 }
 
+// NaN is dropped.
+static QEXPORT_INLINE float largest_lane(vf x) {
+  float most = -kInf;
+  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 // Scores s[0 .. count) of row r against the keys from j0 on: softcap, mask, -inf where the row does not attend; returns the
 // largest.
 static float finish_scores(const AttentionJob& job, const Rows& rows, int64_t r, int64_t j0, int64_t count, float* s) {
@@ -61,9 +68,7 @@ static float finish_scores(const AttentionJob& job, const Rows& rows, int64_t r,
     store(s + j, x);
     highest = max(x, highest);
   }
-  float most = -kInf;
-  for (int i = 0; i < kLanes; ++i) most = highest[i] > most ? highest[i] : most;
-  return most;
+  return largest_lane(highest);
 }
 
 // s becomes exp(s - maximum), of which the running maximum m and sum l take account; returns what l and o are multiplied by.

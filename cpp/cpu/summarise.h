@@ -51,8 +51,9 @@ static float cluster_spread(Points points, const int32_t* order, const float* or
   return sum_lanes(sum)[0] * (1.0f / static_cast<float>(kClusterKeys));
 }
 
-// Row `out` of key_summary from the keys and values of chunk `chunk`.
-static void summarise_chunk(const AttentionJob& job, int64_t b, int64_t kv_head, int64_t chunk, float* out, char* memory) {
+// Fills chunk `chunk` of a head's summary.
+static void summarise_chunk(const AttentionJob& job, int64_t b, int64_t kv_head, int64_t chunk, const HeadSummary& summary,
+                            char* memory) {
   const QuantumAttentionParams& p = job.params;
   Arena arena{memory, 0};
   const SummaryScratch s = summary_scratch(job, arena);
@@ -67,9 +68,8 @@ static void summarise_chunk(const AttentionJob& job, int64_t b, int64_t kv_head,
   for (int32_t i = 0; i < kChunkKeys; ++i) s.order[i] = i;
   const Points keys{s.keys, stride}, values{s.values, v_stride};
   cluster(keys, s.order, kChunkKeys, s.cluster);
-  const ChunkSummary summary(out, p.head_size, p.v_head_size);
-  for (int64_t c = 0; c < kChunkClusters; ++c) {
-    const int32_t* order = s.order + c * kClusterKeys;
+  const int32_t* order = s.order;
+  for (int64_t c = chunk * kChunkClusters; c < (chunk + 1) * kChunkClusters; ++c, order += kClusterKeys) {
     summary.keys[c] = static_cast<float>(kClusterKeys);
     for (int64_t i = 0; i < kClusterKeys; ++i) {
       summary.members[c * kClusterKeys + i] = static_cast<float>(order[i]);
@@ -89,19 +89,20 @@ static void summarise_chunk(const AttentionJob& job, int64_t b, int64_t kv_head,
 // made; a chunk that is not full is marked as such, since the cache may have been cut back.
 static void update_summary(const AttentionJob& job, int64_t b, int64_t kv_head, char* memory) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t row = summary_row(p.head_size, p.v_head_size), chunks = summary_chunks(job.total_len);
+  const int64_t chunks = summary_chunks(job.total_len), floats = chunks * summary_row(p.head_size, p.v_head_size);
   const int64_t len = lesser(greater<int64_t>(job.tensors.nonpad_kv_seqlen[b], 0), job.total_len);
-  const size_t at = static_cast<size_t>((b * p.kv_heads + kv_head) * chunks * row);
+  const int64_t at = (b * p.kv_heads + kv_head) * floats;
   float* out = job.tensors.present_key_summary + at;
   const float* in = job.tensors.key_summary + at;
-  for (int64_t c = 0; c < chunks; ++c, in += row, out += row) {
-    const ChunkSummary summary(out, p.head_size, p.v_head_size);
+  if (in != out) __builtin_memcpy(out, in, static_cast<size_t>(floats) * sizeof(float));
+  const HeadSummary summary(out, chunks, p.head_size, p.v_head_size);
+  for (int64_t c = 0; c < chunks; ++c) {
     const int64_t end = kSinkKeys + (c + 1) * kChunkKeys;
-    if (in != out) __builtin_memcpy(out, in, static_cast<size_t>(row) * sizeof(float));
+    float& mark = summary.keys[c * kChunkClusters];
     if (end > len) {
-      summary.keys[0] = 0.0f;
-    } else if (end > len - p.q_len || summary.keys[0] != static_cast<float>(kClusterKeys)) {
-      summarise_chunk(job, b, kv_head, c, out, memory);
+      mark = 0.0f;
+    } else if (end > len - p.q_len || mark != static_cast<float>(kClusterKeys)) {
+      summarise_chunk(job, b, kv_head, c, summary, memory);
     }
   }
 }

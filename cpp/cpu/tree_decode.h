@@ -34,26 +34,25 @@ static DecodeScratch decode_scratch(const AttentionJob& job, Arena& arena) {
 
 // The chunks [first, end) of one kv head, all of whose keys every row attends to.
 struct Chunks {
-  float* rows;
-  int64_t row, first, end;
-  int64_t head_size, v_head_size;
+  HeadSummary summary;
+  int64_t first, end;
+  int64_t first_cluster() const { return first * kChunkClusters; }
   int64_t clusters() const { return (end - first) * kChunkClusters; }
   int64_t begin_key() const { return kSinkKeys + first * kChunkKeys; }
   int64_t end_key() const { return kSinkKeys + end * kChunkKeys; }
-  ChunkSummary operator[](int64_t c) const { return {rows + c * row, head_size, v_head_size}; }
 };
 
 static Chunks usable_chunks(const AttentionJob& job, const RowBlock& block, const Rows& rows) {
   const QuantumAttentionParams& p = job.params;
   const QuantumAttentionTensors& t = job.tensors;
-  const int64_t row = summary_row(p.head_size, p.v_head_size), known = summary_chunks(job.total_len);
-  const size_t at = static_cast<size_t>((block.batch * p.kv_heads + block.kv_head) * known * row);
+  const int64_t known = summary_chunks(job.total_len), floats = known * summary_row(p.head_size, p.v_head_size);
   // Without a place to write to, what is not summarised yet is read exactly.
   float* summary = t.present_key_summary ? t.present_key_summary : const_cast<float*>(t.key_summary);
-  Chunks chunks{summary + at, row, 0, lesser(known, summary_chunks(rows.common_end)), p.head_size, p.v_head_size};
+  summary += (block.batch * p.kv_heads + block.kv_head) * floats;
+  Chunks chunks{{summary, known, p.head_size, p.v_head_size}, 0, lesser(known, summary_chunks(rows.common_end))};
   while (chunks.begin_key() < rows.common_begin) ++chunks.first;
   for (int64_t c = chunks.first; c < chunks.end; ++c) {
-    if (chunks[c].keys[0] != static_cast<float>(kClusterKeys)) chunks.end = c;
+    if (chunks.summary.keys[c * kChunkClusters] != static_cast<float>(kClusterKeys)) chunks.end = c;
   }
   return chunks;
 }
@@ -63,44 +62,40 @@ static Chunks usable_chunks(const AttentionJob& job, const RowBlock& block, cons
 // lay around their mean alike in all directions.
 static void cluster_weights(const AttentionJob& job, const Chunks& chunks, const float* q, float* weight, float* gain) {
   const QuantumAttentionParams& p = job.params;
+  const float* key_spread = chunks.summary.key_spread + chunks.first_cluster();
+  const float* value_spread = chunks.summary.value_spread + chunks.first_cluster();
+  const float* value_norm = chunks.summary.value_norm + chunks.first_cluster();
   float square = 0.0f;
   for (int64_t x = 0; x < p.head_size; ++x) square += q[x] * q[x];
   square /= static_cast<float>(p.head_size);
   vf highest = splat(-kInf);
-  for (int64_t c = chunks.first; c < chunks.end; ++c) {
-    const ChunkSummary chunk = chunks[c];
-    float* w = weight + (c - chunks.first) * kChunkClusters;
-    for (int64_t i = 0; i < kChunkClusters; i += kLanes) {
-      vf x = load<vf>(w + i);
-      if (p.softcap > 0.0f) x = tanh(x * (1.0f / p.softcap)) * p.softcap;
-      x += load<vf>(chunk.key_spread + i) * (0.5f * square);
-      store(w + i, x);
-      highest = max(x, highest);
-    }
+  for (int64_t c = 0; c < chunks.clusters(); c += kLanes) {
+    vf x = load<vf>(weight + c);
+    if (p.softcap > 0.0f) x = tanh(x * (1.0f / p.softcap)) * p.softcap;
+    x += load<vf>(key_spread + c) * (0.5f * square);
+    store(weight + c, x);
+    highest = max(x, highest);
   }
-  float most = -kInf;
-  for (int i = 0; i < kLanes; ++i) most = greater(most, highest[i]);
-  for (int64_t c = chunks.first; c < chunks.end; ++c) {
-    const ChunkSummary chunk = chunks[c];
-    const int64_t at = (c - chunks.first) * kChunkClusters;
-    for (int64_t i = 0; i < kChunkClusters; i += kLanes) {
-      const vf w = exp_nonpositive(load<vf>(weight + at + i) - most);
-      // exp(spread) - 1, with a limit that keeps it within float32
-      const vf e = exp_nonpositive(-min(load<vf>(chunk.key_spread + i) * square, splat(20.0f)));
-      store(gain + at + i, w * w * (load<vf>(chunk.value_spread + i) + load<vf>(chunk.value_norm + i) * (1.0f - e) / e));
-    }
+  const float most = largest_lane(highest);
+  for (int64_t c = 0; c < chunks.clusters(); c += kLanes) {
+    const vf w = exp_nonpositive(load<vf>(weight + c) - most);
+    // exp(spread) - 1, with a limit that keeps it within float32
+    const vf e = exp_nonpositive(-min(load<vf>(key_spread + c) * square, splat(20.0f)));
+    store(gain + c, w * w * (load<vf>(value_spread + c) + load<vf>(value_norm + c) * (1.0f - e) / e));
   }
 }
 
 // The clusters that were not chosen enter the softmax with all of their keys; returns what l and o are multiplied by.
 static float tail_softmax(float* weight, const uint8_t* chosen, int64_t clusters, float& m, float& l) {
   constexpr float kLogKeys = 2.772588722f;  // ln kClusterKeys
-  float highest = -kInf;
-  for (int64_t c = 0; c < clusters; ++c) {
-    weight[c] = chosen[c] ? -kInf : weight[c] + kLogKeys;
-    highest = greater(highest, weight[c]);
+  vf highest = splat(-kInf);
+  for (int64_t c = 0; c < clusters; c += kLanes) {
+    const vf open = load_bias(DType::boolean, reinterpret_cast<const char*>(chosen + c), kLanes);  // -inf: not chosen
+    const vf x = open == -kInf ? load<vf>(weight + c) + kLogKeys : splat(-kInf);
+    store(weight + c, x);
+    highest = max(x, highest);
   }
-  return few_softmax(weight, clusters, highest, m, l);
+  return few_softmax(weight, clusters, largest_lane(highest), m, l);
 }
 
 // Exact softmax of row r over `count` keys of a list.
@@ -134,9 +129,7 @@ static void gathered_keys(const AttentionJob& job, const RowBlock& block, const 
     store(s.few.s + j, x);
     highest = max(x, highest);
   }
-  float most = -kInf;
-  for (int i = 0; i < kLanes; ++i) most = greater(most, highest[i]);
-  float alpha = few_softmax(s.few.s, count, most, state.m[r], state.l[r]);
+  float alpha = few_softmax(s.few.s, count, largest_lane(highest), state.m[r], state.l[r]);
   float* o = state.o + r * packed_row(p.v_head_size);
   for (int64_t j = 0; j < count; j += kClusterKeys, alpha = 1.0f) {
     products.values(s.few.s + j, 0, {{v.data, v.step, kClusterKeys, v.type}, s.keys + j}, p.v_head_size, &alpha, o, 0);
@@ -150,7 +143,7 @@ static void chosen_clusters(const AttentionJob& job, const RowBlock& block, cons
   for (int64_t c = 0; c < chunks.clusters(); ++c) {
     if (!chosen[c]) continue;
     const int64_t chunk = chunks.first + c / kChunkClusters;
-    const float* members = chunks[chunk].members + c % kChunkClusters * kClusterKeys;
+    const float* members = chunks.summary.members + (chunks.first_cluster() + c) * kClusterKeys;
     for (int64_t i = 0; i < kClusterKeys; ++i) {
       // The state comes from outside: whatever it holds, no key beyond the chunk is read.
       const int32_t place = static_cast<int32_t>(members[i]) & static_cast<int32_t>(kChunkKeys - 1);
@@ -185,11 +178,10 @@ static void tree_decode(const AttentionJob& job, RowBlock block, char* memory) {
   }
   few_keys(job, block, rows, s.few, rows.begin, chunks.begin_key());
   few_keys(job, block, rows, s.few, chunks.end_key(), rows.end);
-  for (int64_t c = chunks.first; c < chunks.end; ++c) {
-    const KeyRun means{reinterpret_cast<const char*>(chunks[c].mean_key), p.head_size * 4, kChunkClusters, DType::f32};
-    few_scores(means, s.few.q, rows.count, p.head_size, s.few.keys, s.weight + (c - chunks.first) * kChunkClusters,
-               clusters);
-  }
+  const auto means = [&](const float* rows, int64_t size) {
+    return KeyRun{reinterpret_cast<const char*>(rows + chunks.first_cluster() * size), size * 4, clusters, DType::f32};
+  };
+  few_scores(means(chunks.summary.mean_key, p.head_size), s.few.q, rows.count, p.head_size, s.few.keys, s.weight, clusters);
   float alpha[kFewRows];
   for (int64_t r = 0; r < rows.count; ++r) {
     float* weight = s.weight + r * clusters;
@@ -197,10 +189,7 @@ static void tree_decode(const AttentionJob& job, RowBlock block, char* memory) {
     choose_largest(s.gain, clusters, budget(r), s.chosen + r * clusters);
     alpha[r] = tail_softmax(weight, s.chosen + r * clusters, clusters, state.m[r], state.l[r]);
   }
-  for (int64_t c = chunks.first; c < chunks.end; ++c) {
-    const KeyRun means{reinterpret_cast<const char*>(chunks[c].mean_value), p.v_head_size * 4, kChunkClusters, DType::f32};
-    few_values(means, s.weight + (c - chunks.first) * kChunkClusters, clusters, rows.count, p.v_head_size, alpha, state.o);
-  }
+  few_values(means(chunks.summary.mean_value, p.v_head_size), s.weight, clusters, rows.count, p.v_head_size, alpha, state.o);
   for (int64_t r = 0; r < rows.count; ++r) chosen_clusters(job, block, chunks, s, r);
   few_outputs(job, block, rows, state);
 }

@@ -1,9 +1,10 @@
 """The state `key_summary` of decoding with strategy tree: its shape, and its reference in torch (docs/math.md).
 
 A static cache of keys is summarised in chunks of 512 keys behind the first 16, each as soon as all of its keys are there. A
-chunk is cut into 32 clusters of 16 keys. The row of a chunk holds, one after the other: the mean keys (32, head_size), the
-mean values (32, v_head_size), four numbers per cluster (4, 32) - its keys, 16 or 0 where the chunk is not summarised, mean
-|k - mean k|^2, mean |v - mean v|^2, mean |v|^2 -, and the places of the keys in the chunk (32, 16).
+chunk is cut into 32 clusters of 16 keys. The floats of a head, (chunks, floats) taken as one row, hold one kind after the
+other, each for the clusters of all chunks: the mean keys; the mean values; the number of keys, 16, or 0 in the first cluster
+of a chunk that is not summarised; mean |k - mean k|^2; mean |v - mean v|^2; mean |v|^2; the places of the keys in the chunk.
+`fields` tells them apart.
 """
 
 SINK_KEYS = 16  # the first keys, which many heads look at all the time, are always read
@@ -22,22 +23,25 @@ def key_summary_shape(batch: int, kv_heads: int, length: int, head_size: int, v_
     return batch, kv_heads, chunks(length), CHUNK_CLUSTERS * (head_size + v_head_size + 4 + CLUSTER_KEYS)
 
 
-def fields(row, head_size: int, v_head_size: int) -> dict:
-    """The parts of the last axis of key_summary, a numpy array or a tensor, by name."""
+def fields(summary, head_size: int, v_head_size: int) -> dict:
+    """Views of the parts of key_summary (..., chunks, floats), a contiguous numpy array or tensor, by name: each
+    (..., chunks, 32) or (..., chunks, 32, size)."""
     sizes = {
-        "mean_key": (CHUNK_CLUSTERS, head_size),
-        "mean_value": (CHUNK_CLUSTERS, v_head_size),
-        "keys": (CHUNK_CLUSTERS,),
-        "key_spread": (CHUNK_CLUSTERS,),
-        "value_spread": (CHUNK_CLUSTERS,),
-        "value_norm": (CHUNK_CLUSTERS,),
-        "members": (CHUNK_CLUSTERS, CLUSTER_KEYS),
+        "mean_key": (head_size,),
+        "mean_value": (v_head_size,),
+        "keys": (),
+        "key_spread": (),
+        "value_spread": (),
+        "value_norm": (),
+        "members": (CLUSTER_KEYS,),
     }
+    *front, count, floats = summary.shape
+    heads = summary.reshape(*front, count * floats)
     parts, at = {}, 0
-    for name, shape in sizes.items():
-        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        parts[name] = row[..., at : at + count].reshape(*row.shape[:-1], *shape)
-        at += count
+    for name, size in sizes.items():
+        width = count * CHUNK_CLUSTERS * (size[0] if size else 1)
+        parts[name] = heads[..., at : at + width].reshape(*front, count, CHUNK_CLUSTERS, *size)
+        at += width
     return parts
 
 
@@ -45,39 +49,37 @@ def update(key_summary, K, V, nonpad, q_len: int):
     """present_key_summary: chunks that the last q_len tokens filled, or that were never summarised, are made anew; one that
     is not full is marked as such."""
     present = key_summary.clone()
-    head_size, v_head_size = K.shape[-1], V.shape[-1]
     for b in range(K.shape[0]):
         length = min(max(int(nonpad[b]), 0), K.shape[2])
         for h in range(K.shape[1]):
+            parts = fields(present[b, h], K.shape[-1], V.shape[-1])
             for c in range(present.shape[2]):
-                keys = fields(present[b, h, c], head_size, v_head_size)["keys"]
                 end = SINK_KEYS + (c + 1) * CHUNK_KEYS
                 if end > length:
-                    keys[0] = 0
-                elif end > length - q_len or keys[0] != CLUSTER_KEYS:
-                    part = slice(end - CHUNK_KEYS, end)
-                    present[b, h, c] = _summarised(K[b, h, part].double(), V[b, h, part].double()).to(present.dtype)
+                    parts["keys"][c, 0] = 0
+                elif end > length - q_len or parts["keys"][c, 0] != CLUSTER_KEYS:
+                    chunk = slice(end - CHUNK_KEYS, end)
+                    for name, value in _summarised(K[b, h, chunk].double(), V[b, h, chunk].double()).items():
+                        parts[name][c] = value.to(present.dtype)
     return present
 
 
-def _summarised(K, V):
-    """The row of one chunk."""
+def _summarised(K, V) -> dict:
+    """The parts of one chunk."""
     import torch
 
     members = _clusters(K, torch.arange(CHUNK_KEYS)).reshape(CHUNK_CLUSTERS, CLUSTER_KEYS)
     k, v = K[members], V[members]
     mean_k, mean_v = k.mean(1), v.mean(1)
-    return torch.cat(
-        [
-            mean_k.flatten(),
-            mean_v.flatten(),
-            torch.full((CHUNK_CLUSTERS,), float(CLUSTER_KEYS), dtype=K.dtype),
-            (k - mean_k[:, None]).square().sum(2).mean(1),
-            (v - mean_v[:, None]).square().sum(2).mean(1),
-            v.square().sum(2).mean(1),
-            members.flatten().to(K.dtype),
-        ]
-    )
+    return {
+        "mean_key": mean_k,
+        "mean_value": mean_v,
+        "keys": torch.full((CHUNK_CLUSTERS,), float(CLUSTER_KEYS)),
+        "key_spread": (k - mean_k[:, None]).square().sum(2).mean(1),
+        "value_spread": (v - mean_v[:, None]).square().sum(2).mean(1),
+        "value_norm": v.square().sum(2).mean(1),
+        "members": members,
+    }
 
 
 def _clusters(K, members):

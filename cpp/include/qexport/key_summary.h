@@ -14,29 +14,31 @@ constexpr int64_t kChunkClusters = kChunkKeys / kClusterKeys;
 // Whole chunks among `len` keys: chunk c holds the keys from kSinkKeys + c * kChunkKeys on.
 inline int64_t summary_chunks(int64_t len) { return len < kSinkKeys ? 0 : (len - kSinkKeys) / kChunkKeys; }
 
-// Floats of a chunk: those of ChunkSummary.
+// Floats of a chunk.
 inline int64_t summary_row(int64_t head_size, int64_t v_head_size) {
   return kChunkClusters * (head_size + v_head_size + 4 + kClusterKeys);
 }
 
-// The parts of one chunk's row.
-struct ChunkSummary {
-  float* mean_key;      // (kChunkClusters, head_size)
-  float* mean_value;    // (kChunkClusters, v_head_size)
-  float* keys;          // (kChunkClusters): kClusterKeys, or 0 where the chunk has not been summarised
-  float* key_spread;    // (kChunkClusters): mean |k - mean_key|^2
-  float* value_spread;  // (kChunkClusters): mean |v - mean_value|^2
-  float* value_norm;    // (kChunkClusters): mean |v|^2
-  float* members;       // (kChunkClusters, kClusterKeys): places in the chunk, 0 to kChunkKeys - 1
+// The summary of one kv head: summary_chunks * summary_row floats, each kind for all clusters in a row, so that a step reads
+// long runs. Cluster i belongs to chunk i / kChunkClusters.
+struct HeadSummary {
+  float* mean_key;      // (clusters, head_size)
+  float* mean_value;    // (clusters, v_head_size)
+  float* keys;          // (clusters): kClusterKeys, or 0 where the chunk has not been summarised
+  float* key_spread;    // (clusters): mean |k - mean_key|^2
+  float* value_spread;  // (clusters): mean |v - mean_value|^2
+  float* value_norm;    // (clusters): mean |v|^2
+  float* members;       // (clusters, kClusterKeys): places in the chunk, 0 to kChunkKeys - 1
 
-  ChunkSummary(float* row, int64_t head_size, int64_t v_head_size) {
-    mean_key = row;
-    mean_value = mean_key + kChunkClusters * head_size;
-    keys = mean_value + kChunkClusters * v_head_size;
-    key_spread = keys + kChunkClusters;
-    value_spread = key_spread + kChunkClusters;
-    value_norm = value_spread + kChunkClusters;
-    members = value_norm + kChunkClusters;
+  HeadSummary(float* head, int64_t chunks, int64_t head_size, int64_t v_head_size) {
+    const int64_t clusters = chunks * kChunkClusters;
+    mean_key = head;
+    mean_value = mean_key + clusters * head_size;
+    keys = mean_value + clusters * v_head_size;
+    key_spread = keys + clusters;
+    value_spread = key_spread + clusters;
+    value_norm = value_spread + clusters;
+    members = value_norm + clusters;
   }
 };
 
