@@ -102,7 +102,9 @@ def test_what_is_written_is_what_was_found(bundle, tmp_path):
     report = tune(bundle, max_error=0.2, batch=2, seq=60, trials=6, output=tmp_path / "tuned", threads=1)
     assert report.passed
     assert report.best["error"] <= 0.2
-    assert report.best == min((c for c in report.candidates if c["within"]), key=lambda c: c["ratio"]["of_medians"])
+    within = {c["ratio"]["of_medians"]: c for c in report.candidates if c["within"]}
+    assert report.best["ratio"]["of_medians"] <= 1.01 * min(within)
+    assert report.best["error"] <= within[min(within)]["error"]
     assert {c["label"] for c in report.candidates} >= {"exact", "default recipe"}
     assert len(report.candidates) <= 6
     tuned = Bundle.open(tmp_path / "tuned", verify=True)
