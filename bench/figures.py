@@ -18,7 +18,7 @@ def load(name: str) -> dict:
 
 def markdown() -> str:
     """All figures, as Markdown."""
-    sections = (sts_b(), seed_table(), minilm_error(), generation(), exact_attention())
+    sections = (sts_b(), seed_table(), minilm_error(), generation(), exact_attention(), kv_cache())
     return "\n".join(section for section in sections)
 
 
@@ -163,6 +163,23 @@ def exact_attention() -> str:
     how many times as long onnxruntime's operators take on the same inputs, calls interleaved
     {source("exact_attention", results)}.
     """) + table(("n", "", "threads", "time", "MultiHeadAttention", "Attention"), rows)
+
+
+def kv_cache() -> str:
+    results = load("kv_cache")
+    story = {row["past"]: f"{row['tokens_per_s']:.0f}" for row in results["story"]}
+    rows = [
+        (row["past"], *(f"{row[f'{name}_ms']:.1f} ms" for name in ("in place", "tree", "fallback", "joined")))
+        for row in results["steps"]
+    ]
+    header = ("past", "exact", "tree, 512 keys", "no library", "past joined")
+    return paragraph(f"""
+    **Token by token.** stories15M's own greedy text of {results["parameters"]["new_tokens"]} tokens, per second:
+    {story["in place"]} with a cache that is appended in place and exact attention, {story["joined"]} when onnxruntime's
+    Attention joins past and new keys, {story["without"]} without a cache. One step of a Llama of the same sizes behind a
+    longer past: caches in place with the library (exact, and the tree with summaries, whose error docs/math.md tells) and
+    without it, and joined {source("kv_cache", results)}.
+    """) + table(header, rows)
 
 
 def percent(fraction: float) -> str:
