@@ -48,25 +48,34 @@ static QEXPORT_INLINE void pack_fp32_row(DType type, const char* row, int64_t si
 // mean[x] over at most kMeanKeys keys of the head, evenly spaced; 0 unless it brings 7 of 8 of them nearer to zero. Any
 // vector would do: it only has to take out what the keys have in common, must be finite, and must not be made by a few huge
 // keys, which may well be masked, since little would be left of the others.
-constexpr int64_t kMeanKeys = 256;
+constexpr int64_t kMeanKeys = 64;
 static void key_mean(const AttentionJob& job, int64_t b, int64_t kv_head) {
+  constexpr int kVecs = 64 / kLanes;  // columns at a time: rows may lie far apart, and are read in pieces of some length
   const KvBlocks& blocks = job.blocks;
   const KeySource source(job, b, kv_head);
   float* mean = blocks.head_mean(b * job.params.kv_heads + kv_head);
   const int64_t step = (source.valid + kMeanKeys - 1) / kMeanKeys;
   const float share = source.valid > 0 ? 1.0f / static_cast<float>((source.valid + step - 1) / step) : 0.0f;
-  for (int64_t x = 0; x < blocks.head_size; x += kLanes) {
-    vf sum{};
+  for (int64_t x = 0; x < blocks.head_size; x += kVecs * kLanes) {
+    vf sum[kVecs] = {}, nearer[kVecs] = {};
+    const auto part = [&](int64_t j, int v) QEXPORT_INLINE_LAMBDA {
+      return row_part(job.params.type, source.row(false, j), blocks.head_size, x + v * kLanes);
+    };
     for (int64_t j = 0; j < source.valid; j += step) {
-      const vf k = row_part(job.params.type, source.row(false, j), blocks.head_size, x) * share;
-      sum += k - k == 0.0f ? k : vf{};
+      for (int v = 0; v < kVecs; ++v) {
+        const vf k = part(j, v) * share;
+        sum[v] += k - k == 0.0f ? k : vf{};
+      }
     }
-    vf nearer{};
     for (int64_t j = 0; j < source.valid; j += step) {
-      const vf k = row_part(job.params.type, source.row(false, j), blocks.head_size, x), rest = k - sum;
-      nearer += max(rest, -rest) < max(k, -k) ? vf{} + share : vf{};
+      for (int v = 0; v < kVecs; ++v) {
+        const vf k = part(j, v), rest = k - sum[v];
+        nearer[v] += max(rest, -rest) < max(k, -k) ? vf{} + share : vf{};
+      }
     }
-    store(mean + x, nearer > 0.875f ? sum : vf{});
+    for (int v = 0; v < kVecs && x + v * kLanes < blocks.mean_row; ++v) {
+      store(mean + x + v * kLanes, nearer[v] > 0.875f ? sum[v] : vf{});
+    }
   }
 }
 
@@ -110,11 +119,12 @@ template <bool kPlain>
 static QEXPORT_INLINE void pack_int8_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride,
                                          float* dst, float* scale, int32_t* offset) {
   const auto centred = [&](int64_t x) QEXPORT_INLINE_LAMBDA { return centred_part<kPlain>(type, row, mean, size, x); };
-  vf most{}, check{};
+  vf most{};
+  __mmask16 special = 0;
   for (int64_t x = 0; x < size; x += kLanes) {
     const vf k = centred(x);
-    most = max(k, most), most = max(-k, most);
-    check += k - k;
+    most = max(float_of(bits_of(k) & 0x7FFFFFFFu), most);
+    special |= _mm512_fpclass_ps_mask((__m512)k, 0x99);  // NaN or infinite
   }
   const float highest = _mm512_reduce_max_ps((__m512)most);
   const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
@@ -125,8 +135,8 @@ static QEXPORT_INLINE void pack_int8_row(DType type, const char* row, const floa
     sum = _mm512_add_epi32(sum, k);
     _mm_store_si128(reinterpret_cast<__m128i*>(bytes + x), _mm512_cvtsepi32_epi8(k));
   }
-  *scale = highest / 127.0f + _mm512_reduce_add_ps((__m512)check);
-  *offset = *scale == *scale ? -128 * _mm512_reduce_add_epi32(sum) : 0;
+  *scale = special ? __builtin_nanf("") : highest * (1.0f / 127.0f);
+  *offset = special ? 0 : -128 * _mm512_reduce_add_epi32(sum);
 }
 #endif
 
