@@ -13,8 +13,8 @@ from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.proto import make_node
 
-# Lengths around the parts of 1024 keys that are worked on one by one, and around tiles of 64.
-LENGTHS = (1023, 1024, 1025, 2100, 3072)
+# Lengths around the parts of 2048 keys that are worked on one by one, and around steps of 64.
+LENGTHS = (1023, 2047, 2048, 2049, 4100)
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Half a unit in the last place of the output's type; the inputs are exact, all sums are float32.
 TOLERANCE = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
@@ -67,7 +67,7 @@ def test_every_group_and_head_size(keys, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_valid_keys_per_batch_item_and_windows(dtype):
     rng = np.random.default_rng(5)
-    n, nonpad = 2600, [2600, 1030, 3]
+    n, nonpad = 2600, [2600, 2050, 3]
     q, k, v = inputs(rng, 3, 6, 2, 2, n, 32, 32, dtype)
     # What lies behind the valid keys of a static buffer is not looked at.
     for b, valid in enumerate(nonpad):
@@ -131,7 +131,7 @@ def test_threads_do_not_change_bits():
 
 def test_nan_in_a_query_stays_in_its_row_over_parts():
     rng = np.random.default_rng(10)
-    q, k, v = inputs(rng, 1, 4, 2, 1, 2000, 16, 16)
+    q, k, v = inputs(rng, 1, 4, 2, 1, 4500, 16, 16)
     q[0, 1, 0, 3] = np.nan
     y = run(q, k, v)[0, :, 0]
     assert np.isnan(y[1]).all()

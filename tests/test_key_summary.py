@@ -162,6 +162,19 @@ def test_few_keys_are_exact():
         np.testing.assert_allclose(run(q, k, v, [nonpad], zeros(k, v))[0], run(q, k, v, [nonpad])[0], atol=2e-6)
 
 
+def test_where_an_error_is_promised_a_step_is_exact():
+    k, v = cache(15)
+    q = queries(15, k, 4)
+    exact = run(q, k, v, [2100])[0]
+    assert relative(run(q, k, v, [2100], zeros(k, v))[0], exact) > 1e-3
+    np.testing.assert_array_equal(run(q, k, v, [2100], zeros(k, v), error_tolerance=0.2)[0], exact)
+    attributes = QUANTUM_ATTENTION.resolve({"strategy": "tree", "num_samples": [128], "is_causal": 1})
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    outputs = _core.quantum_attention(q, k, v, None, None, None, [2100], 0, zeros(k, v), error_estimate=True, **attributes)
+    np.testing.assert_array_equal(outputs[0], exact)
+    np.testing.assert_array_equal(outputs[4], 0)
+
+
 def test_threads_do_not_change_bits():
     k, v = cache(9, batch=3)
     q = queries(9, k, 4)

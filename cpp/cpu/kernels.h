@@ -27,7 +27,7 @@ struct AttentionJob {
 };
 
 // Keys of a part: long enough that joining the parts costs nothing, short enough that one head can keep many cores busy.
-constexpr int64_t kPartKeys = 1024;
+constexpr int64_t kPartKeys = 2048;
 
 // Floats from one row of packed_key or packed_value to the next: whole vectors of every instruction set.
 inline int64_t packed_row(int64_t size) { return (size + 15) / 16 * 16; }

@@ -108,7 +108,7 @@ static KeyRun key_run(const AttentionJob& job, bool values, int64_t b, int64_t k
 // memory, more of them slow it down. Rows far apart are beyond its reach. Inlined by force: GCC takes a function that only
 // prefetches for one without effect.
 static QEXPORT_INLINE void prefetch_run(const KeyRun& run, int64_t first, int64_t n, int64_t size) {
-  constexpr int64_t kPage = 4096, kAhead = 8 * kPage;
+  constexpr int64_t kPage = 4096, kAhead = 16 * kPage;
   const char* row = run.data + first * run.step;
   if (run.step < 2 * size * element_size(run.type)) {
     const char* end = row + n * run.step + kAhead;
