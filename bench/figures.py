@@ -18,7 +18,7 @@ def load(name: str) -> dict:
 
 def markdown() -> str:
     """All figures, as Markdown."""
-    sections = (sts_b(), seed_table(), minilm_error(), generation(), exact_attention(), kv_cache())
+    sections = (sts_b(), seed_table(), minilm_error(), generation(), attention(), kv_cache())
     return "\n".join(section for section in sections)
 
 
@@ -43,7 +43,7 @@ def sts_b() -> str:
     kept = [
         row
         for row in results["spearman"]
-        if row["strategy"] in ("classical", "stratified", "naive") and row["control_variate"] != 0
+        if row["strategy"] in ("classical", "default", "stratified", "naive") and row["control_variate"] != 0
     ]
     rows = [
         (
@@ -142,27 +142,112 @@ def generation() -> str:
     """) + table(header, rows)
 
 
-def exact_attention() -> str:
-    results = load("exact_attention")
+def attention() -> str:
+    results = load("attention")
+    parts = (_exact(results), _tree(results), _decode(results), _goals(results))
+    return "\n".join(parts)
+
+
+def _exact(results: dict) -> str:
+    by_place = {}
+    for row in results["prefill"]:
+        by_place.setdefault((row["causal"], row["threads"], row["n"]), {})[row["contender"]] = row
     rows = [
         (
-            row["n"],
-            words,
-            row["threads"],
-            f"{row['ms_3d']:.3f} ms",
-            f"{row['mha_ratio']:.2f} ×",
-            f"{row['attention_ratio']:.2f} ×",
+            n,
+            "causal" if causal else "",
+            threads,
+            f"{found['exact fp32']['ms']:.3g} ms",
+            times(found["exact fp32"]["x_mha"]),
+            times(found["exact fp32, 4-D"]["x_attention"]),
+            times(found["exact fp32, 4-D"]["x_sdpa"]),
+            times(found["exact bf16"]["x_mha"]),
+            times(found["exact int8"]["x_mha"]),
         )
-        for name, words in (("full", ""), ("causal", "causal"))
-        for row in results[name]
-        if row["head_size"] == 64 and row["n"] >= 128
+        for (causal, threads, n), found in by_place.items()
+        if n in (128, 512, 2048, 4096, 16384)
     ]
-    parameters = results["parameters"]
+    header = ("n", "", "threads", "fp32", "MultiHeadAttention", "Attention", "torch SDPA", "bf16", "int8")
     return paragraph(f"""
-    **Without sampling.** Strategy `exact`, {parameters["heads"]} heads of 64, float32, {parameters["isa"]}: median time, and
-    how many times as long onnxruntime's operators take on the same inputs, calls interleaved
-    {source("exact_attention", results)}.
-    """) + table(("n", "", "threads", "time", "MultiHeadAttention", "Attention"), rows)
+    **Without sampling.** Strategy `exact` on heads of 64 ({results["parameters"]["isa"]}): median time in float32, and how
+    many times as long onnxruntime's MultiHeadAttention and Attention and torch's scaled_dot_product_attention take on the
+    same inputs, calls interleaved; under bf16 and int8 how many times as long MultiHeadAttention takes as that precision
+    {source("attention", results)}.
+    """) + table(header, rows)
+
+
+def _tree(results: dict) -> str:
+    shown = (
+        "default",
+        "exact bf16",
+        "tree 1/16",
+        "tree 1/8",
+        "tree 1/4",
+        "tree, tolerance 0.1",
+        "stratified 64",
+        "top 64 and mean V",
+    )
+    shown += ("uniform 1/2", "Performer", "Linformer 256")
+    rows = [
+        (
+            row["data"],
+            row["contender"],
+            f"{100 * row['error_mean']:.2g} %",
+            f"{100 * row['error_worst']:.2g} %",
+            f"{row['ms']:.3g} ms",
+            times(row["x_mha"]),
+        )
+        for row in results["activations"]
+        if row["data"] in ("minilm-2048", "minilm-4096", "whisper-1500") and row["contender"] in shown
+    ]
+    return paragraph("""
+    **Speed and error on trained activations**: all heads of a model in one call, relative error of a head's output, mean and
+    worst head, and how many times as long MultiHeadAttention takes (clustering counted). `tree 1/8` reads an eighth of the
+    keys exactly. Performer and Linformer come from their packages with random features and projections, since these heads
+    were trained without them; top-k and uniform sampling are torch programs.
+    """) + table(("activations", "attention", "mean", "worst head", "time", "MultiHeadAttention"), rows)
+
+
+def _decode(results: dict) -> str:
+    most = max(row["threads"] for row in results["decode"])
+    rows = [
+        (
+            f"{row['past'] // 1024}k",
+            row["contender"],
+            f"{row['ms']:.3g} ms",
+            times(row["x_mha"]),
+            times(row["x_gqa"]),
+            f"{row['percent_of_bandwidth']:.0f} %" if row["percent_of_bandwidth"] else "",
+        )
+        for row in results["decode"]
+        if row["threads"] == most and row["past"] in (1024, 16384, 65536) and row["data"] == "gaussian"
+    ]
+    header = ("past", "attention", "time", "MultiHeadAttention", "GroupQueryAttention", "of the bandwidth")
+    return paragraph(f"""
+    **Decoding**: one new token over a past, 8 heads of 64, {most} threads; how many times as long MultiHeadAttention with
+    past and GroupQueryAttention with a shared buffer take, and what reading the cache once at the measured speed of the
+    memory would be of the time.
+    """) + table(header, rows)
+
+
+def _goals(results: dict) -> str:
+    rows = [
+        (
+            row["goal"],
+            row["limit"],
+            f"{row['measured']:.3g}" if row["measured"] is not None else "",
+            row["verdict"],
+            row["decided_by"],
+        )
+        for row in results["goals"]
+    ]
+    return paragraph("""
+    **Goals** (`bench/goals.toml`), each with what decides it.
+    """) + table(("goal", "limit", "measured", "", "where"), rows)
+
+
+def times(ratio: float | None) -> str:
+    return f"{ratio:.2f} ×" if ratio else ""
 
 
 def kv_cache() -> str:

@@ -6,7 +6,8 @@ Speech: Whisper tiny.en on ten seconds of speech, all 4 encoder attentions (1500
 `encoder_error` is the relative Frobenius error of the encoder's states, `same_tokens` the share of the classical transcript
 that is most likely given the right tokens before, `same_transcript` the share of seeds whose greedy transcript is the
 classical one, token for token. Story: stories15M, the classical model's own greedy text of 255 tokens;
-`nats_per_token` is how well the sampled model predicts it, mean over seeds, with the 95 % interval's half width.
+`nats_per_token` is how well the sampled model predicts it, mean over seeds, with the 95 % interval's half width, and
+`perplexity_loss_percent` the perplexity that is lost by it. The row `default` is what `convert` makes without a word.
 """
 
 import tempfile
@@ -88,11 +89,19 @@ def story_table(folder: Path, opened, seeds: int) -> list[dict]:
     qexport.convert("bench.models:stories15m", bundle, strategy="stratified")
     classical = opened(bundle / "classical.onnx")
     ids = greedy_story(classical, STORY_TOKENS)
-    rows = [{"samples": None, "nats_per_token": nats_per_token(classical, ids), "ci95": None}]
+    least = nats_per_token(classical, ids)
+
+    def row(samples, nats, ci95):
+        loss = 100 * (np.exp(nats - least) - 1)
+        return {"samples": samples, "nats_per_token": nats, "ci95": ci95, "perplexity_loss_percent": float(loss)}
+
+    qexport.convert("bench.models:stories15m", folder / "default")
+    default = nats_per_token(opened(folder / "default" / "model.onnx"), ids)
+    rows = [row(None, least, None), row("default", default, None)]
     for samples in (64, 32, 16, 8):
         session = opened(common.with_attributes(bundle / "model.onnx", bundle / "sampled.onnx", num_samples=[samples]))
         mean, half = common.mean_interval([nats_per_token(session, ids, seed) for seed in range(seeds)])
-        rows.append({"samples": samples, "nats_per_token": mean, "ci95": half})
+        rows.append(row(samples, mean, half))
     return rows
 
 

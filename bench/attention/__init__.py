@@ -1,0 +1,1 @@
+"""Attention on the CPU, measured: speed, error, and both together, against whatever else computes attention here."""

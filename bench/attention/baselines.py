@@ -1,0 +1,88 @@
+"""Other approximations of attention, in torch: Performer and Linformer from their packages, top-k, and uniform sampling.
+
+Each takes torch tensors q, k, v (batch, heads, n, d) and gives (batch, heads, n, d). They are what a user of torch would
+write, with the whole score matrix in blocks of queries where they need it: their errors compare, their times are those of
+such programs and not the least possible.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable
+
+BLOCK = 256  # queries whose scores are held at a time
+
+
+def performer(features: int | None, head_size: int, causal: bool) -> Callable:
+    """FAVOR+ of `performer-pytorch` with random orthogonal features, d log d of them when None."""
+    import torch
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that its causal form has no CUDA
+        from performer_pytorch import FastAttention
+
+        torch.manual_seed(0)
+        module = FastAttention(head_size, nb_features=features, causal=causal)
+    return module.eval()
+
+
+def linformer(length: int, n: int, heads: int, head_size: int) -> Callable:
+    """Self-attention of `linformer` over `length` mixtures of the n keys and values, without its linear layers; not causal.
+
+    The mixtures (n -> length) are meant to be learned together with the model. Trained heads come without them, so they
+    are what the package starts from, uniform random: what Linformer is worth on a model that was not trained with it.
+    """
+    import torch
+    from linformer import LinformerSelfAttention
+
+    class Part(torch.nn.Module):
+        def __init__(self, place):
+            super().__init__()
+            self.place = place
+
+        def forward(self, context):
+            return context.chunk(2, -1)[self.place]
+
+    torch.manual_seed(0)
+    module = LinformerSelfAttention(heads * head_size, n, k=length, heads=heads).eval()
+    module.to_q = module.to_out = torch.nn.Identity()
+    module.to_k, module.to_v = Part(0), Part(1)
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        return module(q, context=torch.cat([k, v], -1)).unflatten(2, (heads, head_size)).transpose(1, 2)
+
+    return attend
+
+
+def top_k(count: int, tail: bool, causal: bool = False) -> Callable:
+    """The `count` most probable keys of each query: renormalised, or with mean V for what is left of the probability."""
+    import torch
+
+    def block(q, k, v, means, first):
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if causal:
+            scores += torch.full(scores.shape[-2:], -torch.inf).triu(first + 1)
+        best, places = scores.topk(min(count, k.shape[2]), sorted=False)
+        p = (best - torch.logsumexp(scores if tail else best, -1, keepdim=True)).exp()
+        y = torch.zeros_like(scores).scatter_(-1, places, p) @ v
+        return y + (1 - p.sum(-1, keepdim=True)) * means if tail else y
+
+    def attend(q, k, v):
+        means = v.mean(2, keepdim=True).expand(v.shape)
+        if causal:
+            means = v.cumsum(2) / torch.arange(1, v.shape[2] + 1)[:, None]
+        starts = range(0, q.shape[2], BLOCK)
+        return torch.cat([block(q[:, :, i : i + BLOCK], k, v, means[:, :, i : i + BLOCK], i) for i in starts], 2)
+
+    return attend
+
+
+def uniform(count: int) -> Callable:
+    """Softmax over `count` keys drawn without replacement, the same ones for all queries; not causal."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def attend(q, k, v):
+        drawn = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(0))[:count].sort().values
+        return scaled_dot_product_attention(q, k[:, :, drawn], v[:, :, drawn])
+
+    return attend

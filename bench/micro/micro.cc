@@ -1,0 +1,112 @@
+// Peaks of this machine, and the parts of the attention kernels by themselves, on one core and on data that lies in its
+// cache.
+#include <cstdlib>
+#include <memory>
+#include <thread>
+
+#include "blocked_exact.h"
+#include "harness.h"
+#include "peaks.h"
+
+namespace qexport {
+namespace QEXPORT_ISA {
+namespace {
+
+using Floats = std::unique_ptr<float[], decltype(&std::free)>;
+
+// n floats in [-1, 1), aligned to a vector; the same every time.
+Floats floats(int64_t n) {
+  Floats data(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(n * 4 + 63) / 64 * 64)), std::free);
+  uint32_t state = 1;
+  for (int64_t i = 0; i < n; ++i) {
+    state = state * 1664525u + 1013904223u;
+    data[i] = static_cast<float>(static_cast<int32_t>(state)) * 4.65661287e-10f;
+  }
+  return data;
+}
+
+constexpr int kVecs = kMaxRows / kLanes;
+constexpr double kPairs = static_cast<double>(kTile * kMaxRows);  // (query, key) of a tile of keys and a block of queries
+
+void title(char (&name)[64], const char* what, const char* precision, int64_t d) {
+  std::snprintf(name, sizeof name, "%s, %s, d = %d", what, precision, static_cast<int>(d));
+}
+
+// The products of exact_block.h, on keys and values as they lie.
+void dense_products(int64_t d) {
+  const Floats k = floats(kTile * d), q = floats(d * kMaxRows), s = floats(kTile * kMaxRows), o = floats(d * kMaxRows);
+  const Floats p = floats(kTile * kMaxRows), rescale = floats(kMaxRows);
+  char name[64];
+  title(name, "scores q k", "rows of fp32", d);
+  micro::measure(name, "pair", kPairs, [&] {
+    score_product(k.get(), d, q.get(), s.get(), kMaxRows, d, kTile, kVecs);
+    micro::keep(s.get());
+  });
+  title(name, "values p v", "rows of fp32", d);
+  micro::measure(name, "pair", kPairs, [&] {
+    value_product(k.get(), d, p.get(), o.get(), kMaxRows, d, kTile, kVecs, rescale.get());
+    micro::keep(o.get());
+  });
+}
+
+// Packing, products and softmax over blocks of 16 keys.
+void blocks(Precision precision, const char* word, int64_t d) {
+  const Floats k = floats(kTile * d), q = floats(d * kMaxRows), s = floats(kTile * kMaxRows), p = floats(kTile * kMaxRows);
+  const Floats o = floats(d * kMaxRows), scale = floats(kMaxRows), raw = floats(kTile * kMaxRows);
+  AttentionJob job{};
+  job.params.type = DType::f32;
+  job.params.kv_heads = 1;
+  job.total_len = kTile;
+  job.tensors.k = job.tensors.v = {k.get(), 0, 0, d};
+  job.blocks = block_layout(precision, kTile, d, d);
+  const Floats memory = floats(static_cast<int64_t>(job.blocks.bytes_per_head() / sizeof(float)));
+  job.blocks.keys = memory.get();
+  job.blocks.values = memory.get() + job.blocks.count * job.blocks.key_block;
+  job.blocks.key_mean = job.blocks.values + job.blocks.count * job.blocks.value_block;
+  if (precision == Precision::int8) key_mean(job, 0, 0);
+  int32_t list[kTile / kBlockKeys];
+  for (int32_t i = 0; i < kTile / kBlockKeys; ++i) list[i] = i;
+  alignas(64) float m[kMaxRows] = {}, l[kMaxRows] = {}, alpha[kMaxRows];
+
+  char name[64];
+  title(name, "packing", word, d);
+  micro::measure(name, "key", kTile, [&] {
+    pack_blocks(job, 0, 0, 0, job.blocks.count);
+    micro::keep(memory.get());
+  });
+  title(name, "scores q k", word, d);
+  pack_block_queries(job.blocks, q.get(), kMaxRows, kVecs, scale.get());
+  micro::measure(name, "pair", kPairs, [&] {
+    score_blocks(job.blocks, job.blocks.keys, list, job.blocks.count, q.get(), scale.get(), s.get(), kMaxRows, kVecs);
+    micro::keep(s.get());
+  });
+  title(name, "softmax", word, d);
+  micro::measure(name, "pair", kPairs, [&] {
+    exp2_scores(precision, raw.get(), kMaxRows, kTile, kVecs, m, l, alpha, p.get());
+    micro::keep(p.get());
+  });
+  title(name, "values p v", word, d);
+  micro::measure(name, "pair", kPairs, [&] {
+    value_blocks(job.blocks, job.blocks.values, list, job.blocks.count, p.get(), o.get(), kMaxRows, kVecs, nullptr);
+    micro::keep(o.get());
+  });
+}
+
+}  // namespace
+
+void run() {
+  peaks();
+  for (const int64_t d : {64, 32}) {
+    dense_products(d);
+    blocks(Precision::fp32, "fp32", d);
+#if defined(QEXPORT_LOW_PRECISION)
+    blocks(Precision::bf16, "bf16", d);
+    blocks(Precision::int8, "int8", d);
+#endif
+  }
+}
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport
+
+int main() { qexport::QEXPORT_ISA::run(); }

@@ -1,0 +1,170 @@
+"""bench.attention: what it times is right, its baselines are what they say, and goals are judged by the right row."""
+
+import json
+import time
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+
+from bench import common
+from bench.attention import baselines, decode, goals, prefill, quality, reference
+
+GAUSSIAN = np.random.default_rng(0).standard_normal((3, 2, 3, 40, 8))
+TIMING = {"seconds": 0.0, "least": 2, "clock": time.perf_counter}
+
+
+def exact(causal: bool) -> np.ndarray:
+    return reference.attention(*GAUSSIAN, np.arange(40), causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_is_softmax_attention_of_some_rows(causal):
+    q, k, v = map(torch.from_numpy, GAUSSIAN)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    rows = reference.rows_of(40, 7)
+    assert len(rows) == 7
+    assert rows[-1] == 39
+    np.testing.assert_allclose(reference.attention(*GAUSSIAN, rows, causal), expected[:, :, rows], rtol=1e-10)
+
+
+def test_head_errors_is_one_number_per_head():
+    expected = np.stack([np.ones((5, 4)), np.full((5, 4), 2.0)])
+    assert reference.head_errors(expected + 0.1, expected) == pytest.approx([0.1, 0.05])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_all_keys_on_top_are_exact_attention(causal, tail, monkeypatch):
+    monkeypatch.setattr(baselines, "BLOCK", 16)
+    found = baselines.top_k(40, tail, causal)(*map(torch.from_numpy, GAUSSIAN))
+    np.testing.assert_allclose(found, exact(causal), rtol=1e-9, atol=1e-12)
+
+
+def test_top_k_by_its_definition(monkeypatch):
+    """Row 9 of a causal head, with 4 of its 10 keys: renormalised, and with the mean of the 10 values for the rest."""
+    monkeypatch.setattr(baselines, "BLOCK", 16)
+    q, k, v = (x[1, 2] for x in GAUSSIAN)
+    p = np.exp(k[:10] @ q[9] / 8**0.5)
+    p /= p.sum()
+    top = np.argsort(p)[-4:]
+    renormalised = p[top] @ v[top] / p[top].sum()
+    with_mean = p[top] @ v[top] + (1 - p[top].sum()) * v[:10].mean(0)
+    for tail, expected in ((False, renormalised), (True, with_mean)):
+        found = baselines.top_k(4, tail, causal=True)(*map(torch.from_numpy, GAUSSIAN))
+        np.testing.assert_allclose(found[1, 2, 9], expected, rtol=1e-9)
+
+
+def test_all_keys_drawn_are_exact_attention():
+    np.testing.assert_allclose(baselines.uniform(40)(*map(torch.from_numpy, GAUSSIAN)), exact(False), rtol=1e-9)
+
+
+def test_rounds_take_turns():
+    order = []
+    times = common.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, least=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 3, "b": 3}
+
+
+def test_ratio_is_the_median_of_ratios():
+    found = common.ratio("x", np.array([2.0, 4.0, 30.0]), np.array([1.0, 1.0, 10.0]))
+    assert found == {"x": 3.0, "x_p25": 2.5, "x_p75": 3.5}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prefill_measures_everyone(causal):
+    rows = [row for row in prefill.table([40], [1], peaks={"fp32_gflops": 100.0}, **TIMING) if row["causal"] == causal]
+    names = {row["contender"] for row in rows}
+    assert {"exact fp32", "exact bf16", "exact int8", "tree 1/8", *prefill.RIVALS.values()} - names == (
+        set() if causal else {"GroupQueryAttention"}
+    )
+    row = next(row for row in rows if row["contender"] == "exact fp32")
+    pairs = 40 * 41 // 2 if causal else 1600
+    assert row["error"] <= prefill.LIMITS["fp32"]
+    assert row["ns_per_pair"] == pytest.approx(1e6 * row["ms"] / pairs)
+    assert row["percent_of_fp32_peak"] == pytest.approx(100 * 4 * 64 / row["ns_per_pair"] / 100)
+    assert row["ms_p25"] <= row["ms"] <= row["ms_p75"]
+    assert row["x_mha"] > 0
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(reference, "attention", lambda *_: np.ones((1, 1, 40, 64)))
+    with pytest.raises(SystemExit, match=r"exact fp32: relative error .* is above 2e-05; nothing was timed"):
+        prefill.table([40], [1], peaks={}, **TIMING)
+
+
+def test_decode_measures_everyone():
+    """All of them agree with float64 on the last query, with a past of 70 keys, however the cache is held."""
+    rows = decode.table([70], [1], peaks={"read_gb_per_s 1": 10.0}, **TIMING)
+    assert set(decode.RIVALS.values()) <= {row["contender"] for row in rows}
+    for row in rows:
+        limit = 0.01 if "16 cache" in row["contender"] else 1e-5
+        if not row["contender"].startswith("tree"):
+            assert row["error_worst"] <= limit, row["contender"]
+    row = next(row for row in rows if row["contender"] == "exact, bf16 cache")
+    assert row["percent_of_bandwidth"] == pytest.approx(100 * (2 * 8 * 71 * 64 * 2) / (1e6 * row["ms"] * 10))
+
+
+def test_gaussian_errors_shrink_with_the_budget():
+    rows = [row for row in quality.gaussian([256], 1) if row["estimator"] == "top k and mean V"]
+    errors = [row["error_mean"] for row in rows]
+    assert [row["samples"] for row in rows] == [8, 32, 128]
+    assert errors == sorted(errors, reverse=True)
+
+
+GOAL = {"text": "fast", "table": "t", "where": {"n": {"min": 8}, "name": "a*"}, "value": "x", "at_least": 2}
+ROWS = [{"n": n, "name": name, "x": x} for n, name, x in ((4, "a", 0.5), (8, "a1", 1.5), (16, "ab", 3.0), (16, "b", 9.0))]
+
+
+@pytest.mark.parametrize(
+    ("change", "measured", "verdict"),
+    [
+        ({}, 1.5, "missed"),
+        ({"pick": "best"}, 3.0, "met"),
+        ({"at_least": 1.5}, 1.5, "met"),
+        ({"where": {"n": 16}}, 3.0, "met"),
+        ({"where": {"n": [4, 8]}}, 0.5, "missed"),
+        ({"where": {"n": 32}}, None, "not measured"),
+        ({"where": {"m": 1}}, None, "not measured"),
+        ({"isa": "other"}, None, "needs other"),
+        ({"isa": "here"}, 1.5, "missed"),
+    ],
+)
+def test_goals_are_decided_by_the_right_row(change, measured, verdict, monkeypatch, tmp_path):
+    _goals(monkeypatch, tmp_path, GOAL | change)
+    (found,) = goals.judged({"t": ROWS}, "here")
+    assert (found["measured"], found["verdict"]) == (measured, verdict)
+
+
+@pytest.mark.parametrize(("pick", "measured"), [("worst", 9.0), ("best", 0.5)])
+def test_goals_of_at_most_look_the_other_way(pick, measured, monkeypatch, tmp_path):
+    _goals(monkeypatch, tmp_path, {"text": "small", "table": "t", "where": {}, "value": "x", "at_most": 2, "pick": pick})
+    assert goals.judged({"t": ROWS}, "here")[0]["measured"] == measured
+
+
+def _goals(monkeypatch, folder, goal):
+    file = folder / "goals.toml"
+    file.write_text("[[goal]]\n" + "\n".join(f"{key} = {_toml(value)}" for key, value in goal.items()))
+    monkeypatch.setattr(goals, "GOALS", file)
+
+
+def _toml(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
+    return json.dumps(value)
+
+
+def test_every_goal_can_be_judged():
+    """Each goal names a benchmark and a table of its results, and those of bench.attention a column and rows too."""
+    attention = json.loads((goals.RESULTS / "attention.json").read_text())
+    for goal in tomllib.loads(goals.GOALS.read_text())["goal"]:
+        assert ("at_least" in goal) != ("at_most" in goal), goal["text"]
+        if "file" in goal:
+            assert (goals.GOALS.parent / f"{goal['file']}.py").is_file()
+            assert goal["table"] in json.loads((goals.RESULTS / f"{goal['file']}.json").read_text()), goal["text"]
+        elif goal["table"] != "cuda":
+            rows = attention[goal["table"]]
+            assert all(goal["value"] in row for row in rows), goal["text"]
+            found = any(goals.matches(row, goal["where"]) for row in rows)
+            assert found or goal.get("pick") == "best" or attention["parameters"]["quick"], goal["text"]
