@@ -88,11 +88,13 @@ NAMES = {
     "minilm-1024": lambda: minilm(1024),
     "minilm-2048": lambda: minilm(2048),
     "minilm-4096": lambda: minilm(4096),
+    "minilm-16384": lambda: minilm(16384),
     "minilm-2048-held-out": lambda: minilm(2048, skip=200),
     "whisper-1500": whisper,
     "vit-1370": vit,
     "stories-256": lambda: stories15m(256),
     "stories-2048": lambda: stories15m(2048),
+    "stories-16384": lambda: stories15m(16384),
 }
 CAUSAL = frozenset(name for name in NAMES if name.startswith("stories"))
 

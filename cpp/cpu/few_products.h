@@ -90,7 +90,12 @@ static void all_value_rows(const float* p, int64_t p_stride, const ListedRows& v
   for (; x + kVecs * kLanes <= size; x += kVecs * kLanes) {
     value_rows<kType, kRows, kVecs>(p, p_stride, v, x, kLanes, rescale, o, o_stride);
   }
-  for (; x + kLanes <= size; x += kLanes) value_rows<kType, kRows, 1>(p, p_stride, v, x, kLanes, rescale, o, o_stride);
+  // What is left in one go: a pass per vector would read a little of every row again and again.
+  const int64_t left = (size - x) / kLanes;
+  if (left == 3) value_rows<kType, kRows, 3>(p, p_stride, v, x, kLanes, rescale, o, o_stride);
+  if (left == 2) value_rows<kType, kRows, 2>(p, p_stride, v, x, kLanes, rescale, o, o_stride);
+  if (left == 1) value_rows<kType, kRows, 1>(p, p_stride, v, x, kLanes, rescale, o, o_stride);
+  x += left * kLanes;
   if (x < size) value_rows<kType, kRows, 1>(p, p_stride, v, x, size - x, rescale, o, o_stride);
 }
 
