@@ -59,7 +59,9 @@ def error(got, expected):
 @pytest.mark.parametrize("keys", LENGTHS)
 def test_every_group_and_head_size(keys, dtype):
     rng = np.random.default_rng(keys)
-    for group, (size, v_size) in itertools.product((1, 2, 3, 5, 6, 7, 12, 13), ((64, 64), (24, 80), (48, 112), (33, 96), (7, 5))):
+    for group, (size, v_size) in itertools.product(
+        (1, 2, 3, 5, 6, 7, 12, 13), ((64, 64), (24, 80), (48, 112), (33, 96), (7, 5))
+    ):
         q, k, v = inputs(rng, 1, 2 * group, 2, 1, keys, size, v_size, dtype)
         assert error(run(q, k, v), reference(q, k, v)) <= TOLERANCE[dtype]
 
