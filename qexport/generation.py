@@ -285,5 +285,7 @@ def generate_text(
     began = time.perf_counter()
     generator.generate([ids], on_token=show, **options)
     start, whole = tokenizer.decode(ids), tokenizer.decode(ids + tokens)
+    if on_text is not None and whole != shown and whole.startswith(shown):
+        on_text(whole[len(shown) :])
     first, last = (times[0], times[-1]) if times else (time.perf_counter(),) * 2
     return GeneratedText(prompt, whole.removeprefix(start), len(ids), tokens, first - began, last - first)

@@ -218,6 +218,28 @@ def test_text_in_and_text_out(bundle, generator):
     assert report.prompt_s > 0 < report.tokens_per_s
 
 
+class Pairs:
+    """A tokenizer whose characters are two tokens each; half a character is a replacement character."""
+
+    def encode(self, text):
+        return type("Encoding", (), {"ids": [token for char in text for token in (40, ord(char) - 32)]})
+
+    def decode(self, tokens):
+        whole = "".join(chr(32 + token) for token in tokens[1::2])
+        return whole + "\ufffd" * (len(tokens) % 2)
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_half_a_character_waits_for_its_other_half(bundle, monkeypatch, count):
+    monkeypatch.setattr("qexport.generation.open_tokenizer", lambda bundle: (Pairs(), 0))
+    pieces = []
+    report = generate_text(bundle, "Hi", max_new_tokens=count, stop=[], on_text=pieces.append)
+    assert len(report.text) == (count + 1) // 2
+    assert "".join(pieces) == report.text
+    assert [len(piece) for piece in pieces] == [1] * len(pieces)
+    assert ("\ufffd" in report.text) == count % 2
+
+
 def test_a_text_is_cut_where_the_cache_ends(bundle):
     assert len(generate_text(bundle, "Hello", max_new_tokens=1000, stop=[]).tokens) == LENGTH - 5 + 1
     one_line(QexportError, "prompt of 60 tokens", generate_text, bundle, "x" * 60)
