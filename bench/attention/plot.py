@@ -123,4 +123,4 @@ def _front(axis, rows: list[dict]) -> None:
         one.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25, which="both", lw=0.5)
     if rows:
-        axis.legend(frameon=False, fontsize=7.5, loc="lower left")
+        axis.legend(frameon=False, fontsize=7.5, loc="lower right")
