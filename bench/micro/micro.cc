@@ -3,10 +3,12 @@
 #include <cstdlib>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "blocked_exact.h"
 #include "harness.h"
 #include "peaks.h"
+#include "tree_cluster.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
@@ -92,11 +94,31 @@ void blocks(Precision precision, const char* word, int64_t d) {
   });
 }
 
+// The tree over the keys of one head.
+void clustering(int64_t keys, int64_t d) {
+  const int64_t stride = packed_row(d);
+  const Floats points = floats(keys * stride);
+  Arena size{nullptr, 0};
+  cluster_scratch(size, keys, stride);
+  const Floats memory = floats(static_cast<int64_t>(size.used / sizeof(float)) + 16);
+  Arena arena{reinterpret_cast<char*>(memory.get()), 0};
+  const ClusterScratch scratch = cluster_scratch(arena, keys, stride);
+  std::vector<int32_t> list(static_cast<size_t>(keys));
+  char name[64];
+  std::snprintf(name, sizeof name, "clustering, %d keys, d = %d", static_cast<int>(keys), static_cast<int>(d));
+  micro::measure(name, "key", static_cast<double>(keys), [&] {
+    for (int64_t i = 0; i < keys; ++i) list[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+    cluster({points.get(), stride}, list.data(), keys, scratch);
+    micro::keep(list.data());
+  });
+}
+
 }  // namespace
 
 void run() {
   peaks();
   for (const int64_t d : {64, 32}) {
+    for (const int64_t keys : {512, 4096}) clustering(keys, d);
     dense_products(d);
     blocks(Precision::fp32, "fp32", d);
 #if defined(QEXPORT_LOW_PRECISION)
