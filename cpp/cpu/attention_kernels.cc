@@ -1,21 +1,27 @@
 // Compiled once per instruction set, with QEXPORT_ISA naming the namespace; dispatch.cc picks one copy at run time.
-#include "blocked_exact.h"
 #include "sampled_block.h"
+#include "tree_block.h"
 #include "tree_decode.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
 
 static size_t scratch_bytes(const AttentionJob& job) {
-  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0}, blocked{nullptr, 0}, decode{nullptr, 0};
+  Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0}, blocked{nullptr, 0}, decode{nullptr, 0}, tree{nullptr, 0},
+      build{nullptr, 0};
   exact_scratch(job, exact);
   few_scratch(job, few);
   row_scratch(job, rowwise);
   if (job.tree_decode) decode_scratch(job, decode);
   if (job.blocks.count > 0) blocked_scratch(job, blocked);
-  const bool only_exact = job.params.strategy == Strategy::exact && !job.tensors.qk_matmul_output;
-  return greater(greater(exact.used, greater(blocked.used, decode.used)),
-                 greater(few.used, only_exact ? size_t{0} : rowwise.used));
+  if (job.params.strategy == Strategy::tree) {
+    tree_scratch(job, tree);
+    build_scratch(job, build);
+  }
+  const bool only_exact =
+      (job.params.strategy == Strategy::exact || job.params.strategy == Strategy::tree) && !job.tensors.qk_matmul_output;
+  const size_t blocks = greater(greater(blocked.used, decode.used), greater(tree.used, build.used));
+  return greater(greater(exact.used, blocks), greater(few.used, only_exact ? size_t{0} : rowwise.used));
 }
 
 #define QEXPORT_STRING_(x) #x
@@ -47,6 +53,12 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          pack,
                          key_mean,
                          pack_blocks,
+                         mask_drops_keys,
+                         build_tree,
+                         tree_block,
+                         tree_probe,
+                         tree_trial,
+                         tree_audit,
                          value_stats};
 
 }  // namespace QEXPORT_ISA

@@ -1,8 +1,8 @@
 // The part of the CPU kernel that is compiled once per instruction set, as a table of functions.
 #pragma once
 
-#include "kv_blocks.h"
 #include "qexport/quantum_attention.h"
+#include "tree.h"
 
 namespace qexport {
 
@@ -15,6 +15,7 @@ struct AttentionJob {
   float* packed_key;    // (batch, kv_heads, total_len, packed_row(head_size)) float32, or null: K is read where it lies
   float* packed_value;  // (batch, kv_heads, total_len, packed_row(v_head_size)), or null
   KvBlocks blocks;      // K and V in blocks of 16 keys; keys null where they are not packed so
+  TreeState tree;       // strategy tree only
   float* value_mean;    // (batch, kv_heads, v_head_size), or null
   float* value_norm;    // (batch, kv_heads, total_len): |v_j - mean|, or null
   float* entropy;       // (batch, q_heads, q_len), adaptive only
@@ -62,6 +63,18 @@ struct Kernels {
   void (*key_mean)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills blocks.key_mean
   // Fills blocks [first, end) of one head.
   void (*pack_blocks)(const AttentionJob& job, int64_t batch, int64_t kv_head, int64_t first, int64_t end);
+  bool (*mask_drops_keys)(const AttentionJob& job);  // a float mask lets keys pass unchanged, or shuts them out
+  // Fills the order and the summaries of one head.
+  void (*build_tree)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+  // Rows of one query head from `block.first` on; `tile` is their number among the tiles of the head.
+  void (*tree)(const AttentionJob& job, RowBlock block, int64_t tile, char* scratch);
+  // tree.probe_score and tree.probe_norm of probe number `probe`.
+  void (*tree_probe)(const AttentionJob& job, RowBlock block, int64_t probe, int64_t tile, char* scratch);
+  // Squared errors of a tile at the budget doubled 0 .. doublings - 1 times; returns the squared norm of its exact output.
+  double (*tree_trial)(const AttentionJob& job, RowBlock block, int64_t tile, int64_t doublings, double* error,
+                       char* scratch);
+  // Adds squared error and squared norm of the rows `queries` of the head of `block` to sums[0] and sums[1].
+  void (*tree_audit)(const AttentionJob& job, RowBlock block, const int64_t* queries, double* sums, char* scratch);
   void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
 };
 

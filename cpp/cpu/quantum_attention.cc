@@ -2,11 +2,11 @@
 #include "qexport/quantum_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
-#include "kernels.h"
+#include "block_runner.h"
+#include "tree_run.h"
 
 namespace qexport {
 namespace {
@@ -23,16 +23,18 @@ constexpr int64_t kBlockedRows = 24;
 KvBlocks choose_blocks(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
   const bool pays = p.q_len * job.group >= kBlockedRows && job.total_len > 0;
-  if (p.strategy != Strategy::exact || p.precision == Precision::fp32 || !kernels().low_precision || !pays) return {};
-  const Precision precision = p.precision == Precision::automatic ? Precision::bf16 : p.precision;
+  const bool low = p.precision != Precision::fp32 && kernels().low_precision && pays;
+  if (p.strategy != Strategy::tree && (p.strategy != Strategy::exact || !low)) return {};
+  const Precision precision = !low ? Precision::fp32 : p.precision == Precision::automatic ? Precision::bf16 : p.precision;
   return block_layout(precision, job.total_len, p.head_size, p.v_head_size);
 }
 
-// Heads whose blocks are in memory at once.
+// (batch, kv head) pairs whose blocks are in memory at once; whole batch items for `tree`, whose heads share their budget.
 int64_t heads_at_once(const AttentionJob& job) {
-  const int64_t heads = job.params.batch * job.params.kv_heads;
+  const int64_t kv_heads = job.params.kv_heads, heads = job.params.batch * kv_heads;
   if (job.blocks.count == 0) return heads;
-  return std::clamp<int64_t>(static_cast<int64_t>(kMaxPackedBytes / job.blocks.bytes_per_head()), 1, heads);
+  const int64_t fit = std::clamp<int64_t>(static_cast<int64_t>(kMaxPackedBytes / job.blocks.bytes_per_head()), 1, heads);
+  return job.params.strategy == Strategy::tree ? std::max(fit / kv_heads, int64_t{1}) * kv_heads : fit;
 }
 
 AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors) {
@@ -46,11 +48,12 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   const bool few_rows = job.group * params.q_len <= kernels().few_rows;
   job.tree_decode = job.params.strategy == Strategy::tree && few_rows && tensors.key_summary && !tensors.mask.data &&
                     params.error_tolerance == 0.0f && !tensors.error_estimate;
-  if (job.params.strategy == Strategy::tree) job.params.strategy = Strategy::exact;
+  if (job.params.strategy == Strategy::tree && !tree_applies(job)) job.params.strategy = Strategy::exact;
   if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
   job.blocks = choose_blocks(job);
   const bool few = job.params.strategy == Strategy::exact && job.blocks.count == 0 && few_rows && !job.tree_decode;
   job.parts = few ? std::max<int64_t>(1, (job.total_len + kPartKeys - 1) / kPartKeys) : 1;
+  if (job.params.strategy == Strategy::tree) layout_tree(job);
   return job;
 }
 
@@ -65,8 +68,8 @@ bool needs_packing(const AttentionJob& job) {
 }
 
 struct Layout {
-  size_t packed_key, packed_value, block_keys, block_values, key_mean, mean, norm, entropy, allowed, budget, part_state,
-      parts_left, workers, per_worker, total;
+  size_t packed_key, packed_value, block_keys, block_values, key_mean, tree, mean, norm, entropy, allowed, budget,
+      part_state, parts_left, workers, per_worker, total;
 };
 
 Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
@@ -90,6 +93,7 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.block_keys = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.key_block));
   layout.block_values = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.value_block));
   layout.key_mean = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.mean_row));
+  layout.tree = take(true, tree_bytes(job, heads_at_once(job)));
   layout.mean = take(p.control_variate, kv * static_cast<size_t>(p.v_head_size) * sizeof(float));
   layout.norm = take(p.control_variate, kv * static_cast<size_t>(job.total_len) * sizeof(float));
   layout.entropy = take(adaptive, rows * sizeof(float));
@@ -104,74 +108,6 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.total = used + layout.per_worker * static_cast<size_t>(parallel.max_threads);
   return layout;
 }
-
-// Runs body(block, scratch) over every block of at most `max_rows` query rows. A thread takes the next block when it is done
-// with the last one; what a block computes does not depend on who takes it.
-class BlockRunner {
- public:
-  BlockRunner(const AttentionJob& job, char* scratch, size_t per_worker, const ParallelFor& parallel)
-      : job_(job), scratch_(scratch), per_worker_(per_worker), parallel_(parallel) {}
-
-  template <class Body>
-  void blocks(int64_t max_rows, const Body& body) {
-    blocks(max_rows, 0, job_.params.batch * job_.params.kv_heads, body);
-  }
-
-  // The same for `heads` (batch, kv head) from first_head on.
-  template <class Body>
-  void blocks(int64_t max_rows, int64_t first_head, int64_t heads, const Body& body) {
-    const QuantumAttentionParams& p = job_.params;
-    // The query heads of a kv head are stacked where one head alone would leave lanes empty, as in decoding.
-    const int64_t span = p.q_len * 2 >= max_rows ? p.q_len : p.q_len * job_.group;
-    const int64_t spans = p.q_len * job_.group / std::max<int64_t>(span, 1);
-    const int64_t per_span = (span + max_rows - 1) / max_rows;
-    const int64_t total = heads * spans * per_span;
-    each(total, [&, spans, per_span, span](int64_t i, char* scratch) {
-      // Blocks of one head follow each other, so that its keys stay in the cache; later rows come first, since under a
-      // causal mask they take longest and a long block at the end would be waited for.
-      const int64_t part = per_span - 1 - i % per_span;
-      const int64_t place = i / per_span;
-      const int64_t first = place % spans * span + part * max_rows, head = first_head + place / spans;
-      body(RowBlock{head / p.kv_heads, head % p.kv_heads, first, std::min(max_rows, place % spans * span + span - first), 0,
-                    job_.total_len},
-           scratch);
-    });
-  }
-
-  // body(i, scratch) for i in [0, total).
-  template <class Body>
-  void each(int64_t total, const Body& body) {
-    struct Shared {
-      const Body* body;
-      std::atomic<int64_t> next;
-      int64_t total;
-      char* scratch;
-      size_t per_worker;
-    } shared{&body, {0}, total, scratch_, per_worker_};
-    const auto work = [](void* data, size_t worker) {
-      Shared& s = *static_cast<Shared*>(data);
-      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.total;) {
-        (*s.body)(i, s.scratch + worker * s.per_worker);
-      }
-    };
-    const size_t workers = static_cast<size_t>(std::min<int64_t>(total, serial_ ? 1 : parallel_.max_threads));
-    if (workers <= 1) {
-      if (total > 0) work(&shared, 0);
-    } else {
-      parallel_.run(parallel_.pool, work, workers, &shared);
-    }
-  }
-
-  // Waking a thread pool costs tens of microseconds: small calls stay on the calling thread.
-  void set_serial(bool serial) { serial_ = serial; }
-
- private:
-  const AttentionJob& job_;
-  char* scratch_;
-  size_t per_worker_;
-  const ParallelFor& parallel_;
-  bool serial_ = false;
-};
 
 // present = past joined with new along the key axis, for one (batch, kv head).
 void join(const AttentionJob& job, bool values, int64_t b, int64_t h) {
@@ -266,6 +202,7 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     job.blocks.values = reinterpret_cast<float*>(base + layout.block_values);
     job.blocks.key_mean = reinterpret_cast<float*>(base + layout.key_mean);
   }
+  if (p.strategy == Strategy::tree) place_tree(job, heads_at_once(job), base + layout.tree);
   if (p.control_variate) {
     job.value_mean = reinterpret_cast<float*>(base + layout.mean);
     job.value_norm = reinterpret_cast<float*>(base + layout.norm);
@@ -307,7 +244,9 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     runner.each(kv, [&](int64_t i, char* s) { k.update_summary(job, i / p.kv_heads, i % p.kv_heads, s); });
   }
   if (job.tensors.error_estimate) std::fill_n(job.tensors.error_estimate, p.batch * p.q_heads, 0.0f);
-  if (job.tree_decode) {
+  if (p.strategy == Strategy::tree) {
+    run_tree(job, heads_at_once(job), runner);
+  } else if (job.tree_decode) {
     runner.each(kv, [&](int64_t head, char* s) {
       k.tree_decode(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, 0, job.total_len}, s);
     });

@@ -211,7 +211,8 @@ static bool mask_allows(DType type, const char* row, int64_t j) {
   return half != (type == DType::f16 ? 0xFC00 : 0xFF80);
 }
 
-static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows) {
+// `queries`, if given, are the rows of the block, all of the query head of its first row.
+static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows, const int64_t* queries = nullptr) {
   const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
   const int64_t* nonpad = job.tensors.nonpad_kv_seqlen;
@@ -226,6 +227,7 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
     rows.lo[r] = rows.hi[r] = 0;
     rows.mask[r] = nullptr;
     if (r >= block.count) continue;
+    if (queries) query = queries[r];
     rows.head[r] = head, rows.query[r] = query;
     const int64_t position = query + offset;
     int64_t lo = 0, hi = valid;
@@ -244,7 +246,7 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows)
     rows.lo[r] = static_cast<int32_t>(lo), rows.hi[r] = static_cast<int32_t>(hi);
     rows.common_begin = greater(rows.common_begin, lo), rows.common_end = lesser(rows.common_end, hi);
     if (hi > lo) rows.begin = lesser(rows.begin, lo), rows.end = greater(rows.end, hi);
-    if (++query == p.q_len) ++head, query = 0;
+    if (++query == p.q_len && !queries) ++head, query = 0;
   }
   if (mask.data && rows.shared_mask) {  // padding, as a rule
     while (rows.end > rows.begin && !mask_allows(mask.type, rows.mask[0], rows.end - 1)) --rows.end;

@@ -96,7 +96,7 @@ SPEC = OpSpec(
         Attr(
             "error_tolerance",
             "float",
-            "tree: a tile reads more keys until its estimated relative error holds this; 0 is off.",
+            "tree: a head reads more keys until its relative error, as measured, holds this; 0 is off.",
             0.0,
             minimum=0,
             maximum=1,

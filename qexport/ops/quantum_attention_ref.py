@@ -6,6 +6,7 @@ from qexport.errors import UsageError
 from qexport.ops import key_summary as key_summaries
 from qexport.ops.philox import philox4x32
 from qexport.ops.quantum_attention import BLOCKWISE, SPEC
+from qexport.ops.quantum_attention_tree_ref import kept_keys, tree_attention_ref
 
 T = 1 << 24  # one stratum of the fixed-point inclusion probabilities
 CDF_ONE = 1 << 30  # the whole distribution in the fixed-point CDF of `naive`
@@ -50,7 +51,9 @@ def quantum_attention_ref(
     present = K, V
     scale = Q.shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
     group = Q.shape[1] // K.shape[1]
-    Q, K, V = Q.to(dtype), K.to(dtype).repeat_interleave(group, 1), V.to(dtype).repeat_interleave(group, 1)
+    Q, K, V = Q.to(dtype), K.to(dtype), V.to(dtype)
+    heads = K, V
+    K, V = K.repeat_interleave(group, 1), V.repeat_interleave(group, 1)
 
     raw = scale * (Q @ K.transpose(-1, -2))
     capped = a["softcap"] * torch.tanh(raw / a["softcap"]) if a["softcap"] else raw
@@ -67,16 +70,25 @@ def quantum_attention_ref(
     scores = torch.where(allowed, capped + bias, -torch.inf)
     p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row with no allowed key has no probability anywhere
 
-    Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a)
+    error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
+    kept = None
+    if a["strategy"] == "tree":
+        kept = kept_keys(attn_mask, a, Q.shape[0], Q.shape[2], raw.shape[-1])
+    if kept is None:
+        Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a)
+    else:
+        offset = torch.full((Q.shape[0],), past_len) if nonpad_kv_seqlen is None else nonpad_kv_seqlen - Q.shape[2]
+        if nonpad_kv_seqlen is not None:
+            kept = kept & (torch.arange(raw.shape[-1]) < nonpad_kv_seqlen[:, None])
+        Y, error = tree_attention_ref(scale * Q, *heads, kept, offset, a, seed)
     summary = None
     if key_summary is not None:
         summary = key_summaries.update(key_summary, *present, nonpad_kv_seqlen, Q.shape[2])
-        if attn_mask is None:
+        if attn_mask is None and kept is None:
             _decode(Y, scale * Q, K, V, allowed, summary, a)
     if three_d:
         Y = Y.transpose(1, 2).flatten(2)
     qk = (raw, capped, scores, p)[a["qk_matmul_output_mode"]]
-    error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
     return Y.to(out_dtype), *present, qk.to(out_dtype), error, summary
 
 

@@ -1,0 +1,79 @@
+// Blocks of query rows for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+
+namespace qexport {
+
+// Runs body(block, scratch) over every block of at most `max_rows` query rows. A thread takes the next block when it is done
+// with the last one; what a block computes does not depend on who takes it.
+class BlockRunner {
+ public:
+  BlockRunner(const AttentionJob& job, char* scratch, size_t per_worker, const ParallelFor& parallel)
+      : job_(job), scratch_(scratch), per_worker_(per_worker), parallel_(parallel) {}
+
+  template <class Body>
+  void blocks(int64_t max_rows, const Body& body) {
+    blocks(max_rows, 0, job_.params.batch * job_.params.kv_heads, body);
+  }
+
+  // The same for `heads` (batch, kv head) from first_head on.
+  template <class Body>
+  void blocks(int64_t max_rows, int64_t first_head, int64_t heads, const Body& body) {
+    const QuantumAttentionParams& p = job_.params;
+    // The query heads of a kv head are stacked where one head alone would leave lanes empty, as in decoding.
+    const int64_t span = p.q_len * 2 >= max_rows ? p.q_len : p.q_len * job_.group;
+    const int64_t spans = p.q_len * job_.group / std::max<int64_t>(span, 1);
+    const int64_t per_span = (span + max_rows - 1) / max_rows;
+    const int64_t total = heads * spans * per_span;
+    each(total, [&, spans, per_span, span](int64_t i, char* scratch) {
+      // Blocks of one head follow each other, so that its keys stay in the cache; later rows come first, since under a
+      // causal mask they take longest and a long block at the end would be waited for.
+      const int64_t part = per_span - 1 - i % per_span;
+      const int64_t place = i / per_span;
+      const int64_t first = place % spans * span + part * max_rows, head = first_head + place / spans;
+      body(RowBlock{head / p.kv_heads, head % p.kv_heads, first, std::min(max_rows, place % spans * span + span - first), 0,
+                    job_.total_len},
+           scratch);
+    });
+  }
+
+  // body(i, scratch) for i in [0, total).
+  template <class Body>
+  void each(int64_t total, const Body& body) {
+    struct Shared {
+      const Body* body;
+      std::atomic<int64_t> next;
+      int64_t total;
+      char* scratch;
+      size_t per_worker;
+    } shared{&body, {0}, total, scratch_, per_worker_};
+    const auto work = [](void* data, size_t worker) {
+      Shared& s = *static_cast<Shared*>(data);
+      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.total;) {
+        (*s.body)(i, s.scratch + worker * s.per_worker);
+      }
+    };
+    const size_t workers = static_cast<size_t>(std::min<int64_t>(total, serial_ ? 1 : parallel_.max_threads));
+    if (workers <= 1) {
+      if (total > 0) work(&shared, 0);
+    } else {
+      parallel_.run(parallel_.pool, work, workers, &shared);
+    }
+  }
+
+  // Waking a thread pool costs tens of microseconds: small calls stay on the calling thread.
+  void set_serial(bool serial) { serial_ = serial; }
+
+ private:
+  const AttentionJob& job_;
+  char* scratch_;
+  size_t per_worker_;
+  const ParallelFor& parallel_;
+  bool serial_ = false;
+};
+
+}  // namespace qexport

@@ -1,0 +1,170 @@
+"""Strategy `tree`: the kernel against the float64 reference, and what must hold whatever the inputs."""
+
+import numpy as np
+import pytest
+from attention_backends import BACKENDS, run_binding, run_ref
+from tree_cases import CASES, EXACT_CASES, TreeCase
+
+TILE = 32
+
+
+def ids(cases):
+    return [case.name for case in cases]
+
+
+def relative(found, reference, axis=None):
+    return np.linalg.norm(found - reference, axis=axis) / np.linalg.norm(reference, axis=axis)
+
+
+def exact(case, feeds):
+    return run_ref(feeds, "float32", 0, case.all_attributes(strategy="exact", residual="verify_only", error_tolerance=0.0))[
+        "Y"
+    ]
+
+
+def tiles(x):
+    """(batch, heads, tiles, 32 * size) of (batch, heads, q_len, size), without the last partial tile."""
+    whole = x.shape[2] // TILE * TILE
+    return x[:, :, :whole].reshape(*x.shape[:2], whole // TILE, -1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_kernel_is_the_reference(case):
+    """Tile by tile. In float32 a key may fall on the other side of a split, or a cluster on that of a choice: then a few
+    tiles differ by a fraction of the error that `tree` has anyway. A wrong formula would differ in all of them."""
+    feeds = case.inputs()
+    attributes = case.all_attributes()
+    reference, found = run_ref(feeds, "float32", 5, attributes), run_binding(feeds, "float32", 5, attributes)
+    differences = relative(tiles(found["Y"]), tiles(reference["Y"]), axis=-1)
+    assert np.mean(differences < 1e-4) >= 0.9, np.sort(differences.ravel())[::-1][:8]
+    error = relative(reference["Y"], exact(case, feeds))
+    assert 1e-3 < error < 0.9, "a case in which tree has nothing to do shows nothing"
+    np.testing.assert_allclose(relative(found["Y"], exact(case, feeds)), error, rtol=0.05)
+    np.testing.assert_allclose(found["error_estimate"], reference["error_estimate"], rtol=0.15, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("case", EXACT_CASES, ids=ids(EXACT_CASES))
+def test_what_is_no_case_for_tree_is_exact(backend, case):
+    feeds = case.inputs()
+    found = BACKENDS[backend](feeds, "float32", 0, case.all_attributes())
+    np.testing.assert_allclose(found["Y"], exact(case, feeds), rtol=1e-4, atol=1e-5)
+    assert (found["error_estimate"] == 0).all()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "tolerance"], ids=lambda case: case.name)
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 2e-6), ("bf16", 0.01), ("int8", 0.03)])
+def test_a_tolerance_that_no_tile_meets_makes_all_exact(case, precision, limit):
+    """The way that reads all clusters: each key once, masked ones never."""
+    feeds = case.inputs()
+    found = run_binding(feeds, "float32", 0, case.all_attributes(error_tolerance=1e-6, precision=precision))
+    assert relative(found["Y"], exact(case, feeds)) < limit
+    assert (found["error_estimate"] == 0).all()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_backends_and_threads_agree_to_the_bit(backend):
+    case = TreeCase("threads", batch=2, q_heads=6, kv_heads=2, q_len=200, kv_len=700)
+    feeds, attributes = case.inputs(), case.all_attributes(residual="james_stein", precision="auto")
+    expected = run_binding(feeds, "float32", 7, attributes)
+    for threads in (1, 2, 5):
+        found = BACKENDS[backend](feeds, "float32", 7, attributes, threads=threads)
+        for name in ("Y", "error_estimate"):
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_only_the_residual_depends_on_the_seed():
+    case = TreeCase("seeds")
+    feeds = case.inputs()
+
+    def output(residual, seed):
+        return run_binding(feeds, "float32", seed, case.all_attributes(residual=residual))["Y"]
+
+    np.testing.assert_array_equal(output("verify_only", 1), output("none", 2))
+    assert not np.array_equal(output("unbiased", 1), output("unbiased", 2))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types(dtype):
+    case = TreeCase("plain")
+    feeds, attributes = case.inputs(), case.all_attributes()
+    typed = run_binding(feeds, dtype, 0, attributes)["Y"]
+    error = relative(run_binding(feeds, "float32", 0, attributes)["Y"], exact(case, feeds))
+    np.testing.assert_allclose(relative(typed, exact(case, feeds)), error, rtol=0.1)
+
+
+def test_no_query_sees_the_future():
+    case = TreeCase("causal", q_len=1100, kv_len=1100, attributes={"is_causal": 1, "residual": "unbiased"})
+    feeds, attributes = case.inputs(), case.all_attributes()
+    before = run_binding(feeds, "float32", 0, attributes)["Y"]
+    for cut in (1099, 1024, 700):
+        changed = {name: value.copy() for name, value in feeds.items()}
+        changed["K"][:, :, cut:] += 3
+        changed["V"][:, :, cut:] -= 100
+        after = run_binding(changed, "float32", 0, attributes)["Y"]
+        np.testing.assert_array_equal(after[:, :, :cut], before[:, :, :cut])
+        assert not np.array_equal(after[:, :, cut:], before[:, :, cut:])
+
+
+def test_masked_keys_are_never_read():
+    case = TreeCase("bool_padding", batch=2, mask="bool")
+    feeds, attributes = case.inputs(), case.all_attributes()
+    expected = run_binding(feeds, "float32", 0, attributes)["Y"]
+    masked = ~np.broadcast_to(feeds["attn_mask"], (2, 1, 1, 400))[:, 0, 0]
+    for name in ("K", "V"):
+        feeds[name] = np.where(masked[:, None, :, None], np.float32(np.nan), feeds[name])
+    np.testing.assert_array_equal(run_binding(feeds, "float32", 0, attributes)["Y"], expected)
+
+
+def test_a_batch_item_without_keys_is_zero():
+    case = TreeCase("bool_padding", batch=2, mask="bool")
+    feeds = case.inputs()
+    feeds["attn_mask"][1] = False
+    found = run_binding(feeds, "float32", 0, case.all_attributes())
+    assert (found["Y"][1] == 0).all()
+    assert (found["error_estimate"][1] == 0).all()
+    assert np.isfinite(found["Y"][0]).all()
+
+
+def test_more_keys_less_error():
+    case = TreeCase("more", q_len=256, kv_len=2048, head_size=32, v_head_size=32)
+    feeds = case.inputs()
+    reference = exact(case, feeds)
+    errors = [
+        relative(run_binding(feeds, "float32", 0, case.all_attributes(num_samples=[s]))["Y"], reference)
+        for s in (64, 256, 1024)
+    ]
+    assert errors[0] > 1.2 * errors[1] > 1.5 * errors[2]
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1e4, 1e19])
+def test_extreme_keys_stay_finite(extreme):
+    """Equal keys, scores far beyond what exp holds, and squares beyond float32 in the tree."""
+    case = TreeCase("plain")
+    feeds = case.inputs()
+    feeds["K"] = feeds["K"] * np.float32(extreme)
+    if extreme > 1e10:
+        feeds["Q"] = feeds["Q"] * np.float32(1e-19)
+    found = run_binding(feeds, "float32", 0, case.all_attributes())
+    assert np.isfinite(found["Y"]).all()
+    if extreme == 0.0:  # the weights are equal then, and centroids are right
+        np.testing.assert_allclose(found["Y"], exact(case, feeds), rtol=1e-4, atol=1e-5)
+
+
+def test_scratch_has_no_queries_times_keys(tmp_path):
+    """Twice the length, twice the memory: peak memory of the process over one call."""
+    import subprocess
+    import sys
+
+    script = (
+        "import resource, sys, numpy as np\nfrom qexport import _core\nfrom qexport.ops import QUANTUM_ATTENTION\n"
+        "n = int(sys.argv[1])\nx = np.zeros((1, 1, n, 32), np.float32)\nx[..., 0] = np.arange(n) % 97\n"
+        "a = {k: v for k, v in QUANTUM_ATTENTION.resolve({'strategy': 'tree'}).items() if v is not None}\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "_core.quantum_attention(x, x, x, **a)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    growth = [int(subprocess.check_output([sys.executable, "-c", script, str(n)], cwd=tmp_path)) for n in (16384, 32768)]
+    queries_times_keys = 32768**2 / 16 * 4 / 1024  # KiB, of one number per query and cluster
+    assert growth[1] < queries_times_keys / 4
+    assert growth[1] < 3 * growth[0] + 4096
