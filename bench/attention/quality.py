@@ -92,8 +92,9 @@ def _rows(name, q, k, v, threads, seconds, least, clock) -> list[dict]:
 def certificate(names, threads: int) -> list[dict]:
     """How `error_estimate` and `error_tolerance` of `tree` compare with the error that was really made, head by head.
 
-    `within_1_5`: heads whose estimate is within a factor of 1.5 of the truth. `below`: heads whose truth is at most the
-    estimate. `kept`: heads whose error is within the tolerance, where one was asked for.
+    `exact`: heads that the op computed exactly, up to the precision; they have nothing to estimate. Of the others,
+    `within_1_5`: heads whose estimate is within a factor of 1.5 of the truth, and `below`: heads whose truth is at most the
+    estimate; None where there are none. `kept`: heads whose error is within the tolerance, where one was asked for.
     """
     rows = []
     for name in names:
@@ -106,12 +107,13 @@ def certificate(names, threads: int) -> list[dict]:
             run.call()
             error = reference.head_errors(run.output()[:, :, places], expected).ravel()
             estimate = run.estimate().ravel()
-            wrong = np.maximum(estimate, 1e-4) / np.maximum(error, 1e-4)  # below 1e-4 both are rounding
             row = {"data": name, "density": f"1/{density}", "tolerance": tolerance, "heads": error.size}
             row |= {"error_mean": float(error.mean()), "error_worst": float(error.max())}
             row |= {"estimate_mean": float(estimate.mean()), "estimate_worst": float(estimate.max())}
-            row["within_1_5"] = float(np.mean((wrong <= 1.5) & (wrong >= 1 / 1.5)))
-            row["below"] = float(np.mean(error <= np.maximum(estimate, 1e-4)))
+            row["exact"] = float(np.mean(estimate == 0))
+            ratio = estimate[estimate > 0] / error[estimate > 0]
+            row["within_1_5"] = float(np.mean((ratio <= 1.5) & (ratio >= 1 / 1.5))) if ratio.size else None
+            row["below"] = float(np.mean(ratio >= 1)) if ratio.size else None
             row["kept"] = float(np.mean(error <= tolerance)) if tolerance else None
             rows.append(row)
     return rows
