@@ -1,13 +1,10 @@
 """The CPU kernels around the borders of their tiles, on every instruction set of this processor, against float64."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from instruction_sets import ISAS, run_on
 
 from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION
@@ -84,20 +81,10 @@ def test_exact_at_the_borders_of_tiles(rows, keys):
     assert worst_error(rows, keys) <= TOLERANCE
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16", "neon"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_exact_on_every_instruction_set(isa):
-    if isa == _core.isa():
-        pytest.skip(f"{isa} is what the other tests run on")
-    code = "import test_kernels as t; print(max(t.worst_error(r, k) for r in t.ROWS for k in (15, 65)))"
-    command = [sys.executable, "-c", code]
-    env = os.environ | {"QEXPORT_ISA": isa}
-    done = subprocess.run(
-        command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, check=False
-    )
-    if "QEXPORT_ISA" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) <= TOLERANCE
+    printed = run_on(isa, "import test_kernels as t; print(max(t.worst_error(r, k) for r in t.ROWS for k in (15, 65)))")
+    assert float(printed) <= TOLERANCE
 
 
 def test_no_queries_and_no_keys():

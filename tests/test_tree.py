@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from attention_backends import BACKENDS, run_binding, run_ref
+from instruction_sets import ISAS, run_on
 from tree_cases import CASES, EXACT_CASES, TreeCase
 
 TILE = 32
@@ -41,6 +42,11 @@ def test_kernel_is_the_reference(case):
     assert 1e-3 < error < 0.9, "a case in which tree has nothing to do shows nothing"
     np.testing.assert_allclose(relative(found["Y"], exact(case, feeds)), error, rtol=0.05)
     np.testing.assert_allclose(found["error_estimate"], reference["error_estimate"], rtol=0.15, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernel_is_the_reference_on_every_instruction_set(isa):
+    run_on(isa, "import test_tree as t; [t.test_kernel_is_the_reference(case) for case in t.CASES]")
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

@@ -60,6 +60,7 @@ class TreeCase:
 
 CASES = (
     TreeCase("plain"),
+    TreeCase("one_key_in_the_last_cluster", kv_len=401),
     TreeCase("odd_sizes", q_len=77, kv_len=409, head_size=13, v_head_size=21),
     TreeCase("grouped_heads", q_heads=6, kv_heads=2, head_size=32),
     TreeCase("wide_heads", head_size=80, v_head_size=144, q_heads=1, kv_heads=1),

@@ -20,11 +20,10 @@ static QEXPORT_INLINE int64_t query_elements(const KvBlocks& blocks) {
                                                : (blocks.head_size + 3) / 4;
 }
 
+#if defined(QEXPORT_LOW_PRECISION)
 // In place: q_t (head_size, ld) float32 becomes the elements of the blocks. int8 has one scale per lane.
 static void pack_block_queries(const KvBlocks& blocks, float* q_t, int64_t ld, int vecs, float* q_scale) {
-  (void)q_scale;
   if (blocks.precision == Precision::fp32) return;
-#if defined(QEXPORT_LOW_PRECISION)
   const int64_t size = blocks.head_size;
   for (int64_t at = 0; at < vecs * kLanes; at += kLanes) {
     const auto row = [&](int64_t x) QEXPORT_INLINE_LAMBDA { return x < size ? load<vf>(q_t + x * ld + at) : vf{}; };
@@ -48,8 +47,10 @@ static void pack_block_queries(const KvBlocks& blocks, float* q_t, int64_t ld, i
       store(q_t + x / 4 * ld + at, float_of(bytes));
     }
   }
-#endif
 }
+#else
+static void pack_block_queries(const KvBlocks&, float*, int64_t, int, float*) {}
+#endif
 
 template <int kRows, int kVecs>
 static QEXPORT_INLINE void start_scores(vf (&)[kRows][kVecs], const float*) {}

@@ -1,6 +1,8 @@
 // Online softmax of a tile of scores in base 2, which leaves the probabilities in the form that value_blocks reads.
 #pragma once
 
+#include <type_traits>
+
 #include "block_products.h"
 
 namespace qexport {
@@ -51,10 +53,34 @@ static QEXPORT_INLINE vf exp2_pair(vf lo, vf hi, vf& total) {
   return pair;
 }
 
-// A score less `shift`.
-static QEXPORT_INLINE vf shifted_score(vf sum, const float*, vf, vf shift) { return sum - shift; }
-static QEXPORT_INLINE vf shifted_score(vi sum, const float* scale, vf q_scale, vf shift) {
-  return to_float(sum) * *scale * q_scale - shift;
+#endif
+
+// The score of a sum of products; int8 has a scale per key and per query.
+static QEXPORT_INLINE vf score_of(vf sum, const float*, vf) { return sum; }
+static QEXPORT_INLINE vf score_of(vi sum, const float* scale, vf q_scale) { return to_float(sum) * *scale * q_scale; }
+
+// What exp2_pair wants taken from its arguments.
+template <class Math>
+constexpr float kPairShift = std::is_same<Math, Fp32Math>::value ? 0.0f : 0.5f;
+
+// The probabilities of keys 2 i and 2 i + 1, from scores less m + kPairShift, in the form that value_blocks reads; returns
+// the next row of p.
+template <class Math, int kVecs>
+static QEXPORT_INLINE float* write_pair(const vf (&lo)[kVecs], const vf (&hi)[kVecs], vf (&total)[kVecs], float* p,
+                                        int64_t ld) {
+  for (int v = 0; v < kVecs; ++v) {
+#if defined(QEXPORT_LOW_PRECISION)
+    if (!std::is_same<Math, Fp32Math>::value) {
+      store(p + v * kLanes, exp2_pair(lo[v], hi[v], total[v]));
+      continue;
+    }
+#endif
+    const vf e_lo = exp2_nonpositive(lo[v]), e_hi = exp2_nonpositive(hi[v]);
+    total[v] += e_lo + e_hi;
+    store(p + v * kLanes, e_lo);
+    store(p + ld + v * kLanes, e_hi);
+  }
+  return std::is_same<Math, Fp32Math>::value ? next_row(next_row(p, ld), ld) : next_row(p, ld);
 }
 
 // score_blocks and exp2_scores in one, with the m of earlier tiles: scores never leave the registers.
@@ -66,61 +92,59 @@ static __attribute__((noinline)) void exp2_score_list(const KvBlocks& blocks, co
   const int64_t steps = query_elements(blocks);
   vf shift[kVecs], scale[kVecs], most[kVecs], sum_p[kVecs] = {};
   for (int v = 0; v < kVecs; ++v) {
-    shift[v] = load<vf>(m + v * kLanes) + 0.5f;
+    shift[v] = load<vf>(m + v * kLanes) + kPairShift<Math>;
     scale[v] = load<vf>(q_scale + v * kLanes);
     most[v] = splat(-kInf);
   }
   for (int64_t i = 0; i < count; ++i) {
     const float* k = keys + list[i] * blocks.key_block;
-    const float* extra = k + kBlockKeys * blocks.key_row;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half, k += kBlock * blocks.key_row, extra += kBlock) {
-      typename Math::Accumulator sum[kBlock][kVecs] = {};
+    for_row_blocks(kBlockKeys, [&](int64_t j, auto rows) QEXPORT_INLINE_LAMBDA {
+      constexpr int kRows = decltype(rows)::value;
+      typename Math::Accumulator sum[kRows][kVecs] = {};
+      const float* extra = k + kBlockKeys * blocks.key_row + j;  // of int8 keys
       start_scores(sum, extra);
-      accumulate<Math>(sum, k, blocks.key_row, 1, q_t, ld, steps);
+      accumulate<Math>(sum, k + j * blocks.key_row, blocks.key_row, 1, q_t, ld, steps);
 #pragma GCC unroll 8
-      for (int b = 0; b < kBlock; b += 2, p = next_row(p, ld)) {
+      for (int b = 0; b + 1 < kRows; b += 2) {
+        vf lo[kVecs], hi[kVecs];
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) {
-          const vf lo = shifted_score(sum[b][v], extra + b, scale[v], shift[v]);
-          const vf hi = shifted_score(sum[b + 1][v], extra + b + 1, scale[v], shift[v]);
-          most[v] = max(lo, most[v]);
-          most[v] = max(hi, most[v]);
-          store(p + v * kLanes, exp2_pair(lo, hi, sum_p[v]));
+          lo[v] = score_of(sum[b][v], extra + b, scale[v]) - shift[v];
+          hi[v] = score_of(sum[b + 1][v], extra + b + 1, scale[v]) - shift[v];
+          most[v] = max(hi[v], max(lo[v], most[v]));
         }
+        p = write_pair<Math>(lo, hi, sum_p, p, ld);
       }
-    }
+    });
   }
   for (int v = 0; v < kVecs; ++v) {
-    store(highest + v * kLanes, most[v] + 0.5f);
+    store(highest + v * kLanes, most[v] + kPairShift<Math>);
     store(total + v * kLanes, sum_p[v]);
   }
 }
 
-#endif
-
-// The probabilities of blocks that every row attends to, in bf16 or int8, from the m of earlier tiles. Returns false, with
-// nothing but p changed, where that m is too small for 2^(s - m), or still -inf: then score_blocks and exp2_scores must do
-// it. Where it succeeds, m is raised where it is passed by more than kSlack, l belongs to the new m, and alpha is as in
-// exp2_scores but for the next tile: p still belongs to the old m.
-static bool exp2_score_blocks([[maybe_unused]] const KvBlocks& blocks, const float* keys, const int32_t* list, int64_t count,
+// The probabilities of blocks that every row attends to, from the m of earlier tiles. Returns false, with nothing but p
+// changed, where that m is too small for 2^(s - m), or still -inf: then score_blocks and exp2_scores must do it. Where it
+// succeeds, m is raised where it is passed by more than kSlack, l belongs to the new m, and alpha is as in exp2_scores but
+// for the next tile: p still belongs to the old m.
+static bool exp2_score_blocks(const KvBlocks& blocks, const float* keys, const int32_t* list, int64_t count,
                               const float* q_t, const float* q_scale, int64_t ld, int vecs, float* m, float* l, float* alpha,
                               float* p, bool& moved) {
-  if (blocks.precision == Precision::fp32) return false;
-#if defined(QEXPORT_LOW_PRECISION)
   alignas(64) float highest[kMaxRows], total[kMaxRows];
   for (int at = 0; at < vecs * kLanes; at += kLanes) {
     if (lane_bits(load<vf>(m + at) == -kInf)) return false;
   }
   for_lanes(vecs, [&](int at, auto n) QEXPORT_INLINE_LAMBDA {
     constexpr int kVecs = decltype(n)::value;
-    if (blocks.precision == Precision::bf16) {
-      exp2_score_list<Bf16Math, kVecs>(blocks, keys, list, count, q_t + at, q_scale + at, m + at, ld, p + at, highest + at,
-                                       total + at);
-    } else {
-      exp2_score_list<Int8Math, kVecs>(blocks, keys, list, count, q_t + at, q_scale + at, m + at, ld, p + at, highest + at,
-                                       total + at);
-    }
+    const auto run = [&](auto math) QEXPORT_INLINE_LAMBDA {
+      exp2_score_list<decltype(math), kVecs>(blocks, keys, list, count, q_t + at, q_scale + at, m + at, ld, p + at,
+                                             highest + at, total + at);
+    };
+#if defined(QEXPORT_LOW_PRECISION)
+    if (blocks.precision == Precision::bf16) return run(Bf16Math{});
+    if (blocks.precision == Precision::int8) return run(Int8Math{});
+#endif
+    run(Fp32Math{});
   });
   for (int at = 0; at < vecs * kLanes; at += kLanes) {
     if (lane_bits(load<vf>(highest + at) > 2 * kSlack)) return false;
@@ -135,9 +159,6 @@ static bool exp2_score_blocks([[maybe_unused]] const KvBlocks& blocks, const flo
     moved |= lane_bits(step != 0.0f) != 0;
   }
   return true;
-#else
-  return false;
-#endif
 }
 
 // Turns s[count][ld], count even where p is bf16, into p = 2^(s - m), and updates the running maximum m and sum l of

@@ -123,7 +123,8 @@ static QEXPORT_INLINE vf exp2_nonpositive(vf y) {
   poly = poly * r + 2.4015361705e-01f;
   poly = poly * r + 6.9315307320e-01f;
   poly = poly * r + 9.9999992506e-01f;
-  return (vf)_mm512_scalef_ps((__m512)poly, (__m512)y);
+  // maskz: the plain form's undefined source is a false "used uninitialized" in GCC 12.
+  return (vf)_mm512_maskz_scalef_ps(0xFFFF, (__m512)poly, (__m512)y);
 #else
   // y = n + r, |r| <= 1/2, n an integer; 2^n through the exponent bits.
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits

@@ -10,7 +10,6 @@ namespace QEXPORT_ISA {
 static void start_tile(Tile& t, int64_t index, char* memory, const int64_t* queries = nullptr) {
   const AttentionJob& job = t.job;
   const QuantumAttentionParams& p = job.params;
-  const TreeState& tree = job.tree;
   set_rows(job, t.block, t.rows, queries);
   Arena arena{memory, 0};
   t.s = tree_scratch(job, arena);

@@ -111,8 +111,9 @@ static void tile_scores(Tile& t) {
       const vf log_weight = load<vf>(weight + c * ld + at) + damped * (0.5f * kLog2E) + t.s.draw[c];
       highest = max(log_weight, highest);
       store(weight + c * ld + at, log_weight);
-      // e^variance - 1, the variance of the weights of the cluster
-      store(model + c * ld + at, 1.0f / exp2_nonpositive(max(variance * -kLog2E, splat(-30.0f))) - 1.0f);
+      // e^variance - 1, the variance of the weights of the cluster; where rounding leaves less than 0, 0 (NaN stays)
+      const vf spread_of_weights = 1.0f / exp2_nonpositive(max(variance * -kLog2E, splat(-30.0f))) - 1.0f;
+      store(model + c * ld + at, max(vf{}, spread_of_weights));
     }
     vf total{};
     const vf origin = highest == -kInf ? vf{} : highest;

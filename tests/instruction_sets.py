@@ -1,0 +1,31 @@
+"""Runs a piece of a test module once more, on another copy of the kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qexport import _core
+
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "neon")
+
+
+def run_on(isa: str, code: str) -> str:
+    """What `code` prints with the tests folder as its own; skips where this processor has no `isa`, or uses it anyway."""
+    if isa == _core.isa():
+        pytest.skip(f"{isa} is what the other tests run on")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"QEXPORT_ISA": isa},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if "QEXPORT_ISA" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
