@@ -70,13 +70,13 @@ CASES = (
     TreeCase("bool_padding", batch=2, mask="bool"),
     TreeCase("float_padding", batch=2, mask="float"),
     TreeCase("nonpad", batch=2, nonpad=(400, 290)),
-    TreeCase("causal", q_len=1100, kv_len=1100, attributes={"is_causal": 1}),
+    TreeCase("causal", q_len=1500, kv_len=1500, attributes={"is_causal": 1}),
     TreeCase("causal_past", q_len=64, kv_len=64, past_len=1000, attributes={"is_causal": 1}),
-    TreeCase("causal_padding", q_len=1100, kv_len=1100, mask="bool", attributes={"is_causal": 1}),
+    TreeCase("causal_padding", q_len=1500, kv_len=1500, mask="bool", attributes={"is_causal": 1}),
     TreeCase("scale", attributes={"scale": 0.4}),
     TreeCase("unbiased", attributes={"residual": "unbiased"}),
     TreeCase("james_stein", attributes={"residual": "james_stein"}),
-    TreeCase("tolerance", attributes={"error_tolerance": 0.5, "num_samples": [16]}),
+    TreeCase("tolerance", q_len=1024, kv_len=1024, attributes={"error_tolerance": 0.5, "num_samples": [16]}),
 )
 EXACT_CASES = (
     TreeCase("few_queries", q_len=31),
@@ -85,4 +85,6 @@ EXACT_CASES = (
     TreeCase("softcap", attributes={"softcap": 5.0}),
     TreeCase("window", attributes={"left_window_size": 50}),
     TreeCase("mask_by_query", mask="query"),
+    TreeCase("mostly_its_own_chunk", q_len=1100, kv_len=1100, attributes={"is_causal": 1}),
+    TreeCase("short_for_a_tolerance", q_len=1023, kv_len=1100, attributes={"error_tolerance": 0.9}),
 )

@@ -70,9 +70,10 @@ struct Kernels {
   void (*tree)(const AttentionJob& job, RowBlock block, int64_t tile, char* scratch);
   // tree.probe_score and tree.probe_norm of probe number `probe`.
   void (*tree_probe)(const AttentionJob& job, RowBlock block, int64_t probe, int64_t tile, char* scratch);
-  // Squared errors of a tile at the budget doubled 0 .. doublings - 1 times; returns the squared norm of its exact output.
-  double (*tree_trial)(const AttentionJob& job, RowBlock block, int64_t tile, int64_t doublings, double* error,
-                       char* scratch);
+  // Adds the squared errors of a tile at the budget doubled 0 .. doublings - 1 times to error[], and the squared norm of its
+  // exact output to *norm. Returns whether the largest budget keeps to limit * *norm; the other errors only count if so.
+  bool (*tree_trial)(const AttentionJob& job, RowBlock block, int64_t tile, int64_t doublings, double limit, double* error,
+                     double* norm, char* scratch);
   // Adds squared error and squared norm of the rows `queries` of the head of `block` to sums[0] and sums[1].
   void (*tree_audit)(const AttentionJob& job, RowBlock block, const int64_t* queries, double* sums, char* scratch);
   void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);

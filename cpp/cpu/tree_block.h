@@ -111,28 +111,29 @@ static void tree_probe(const AttentionJob& job, RowBlock block, int64_t probe, i
   tree.probe_norm[t.place * kProbes + probe] = static_cast<float>(squared_distance(t, t.s.half[0], nullptr));
 }
 
-// The squared errors of a tile at the budgets of its head, doubled 0, 1, ... times, up to `doublings`; returns the squared
-// norm of its exact output.
-static double tree_trial(const AttentionJob& job, RowBlock block, int64_t index, int64_t doublings, double* error,
-                         char* memory) {
+// kernels.h
+static bool tree_trial(const AttentionJob& job, RowBlock block, int64_t index, int64_t doublings, double limit,
+                       double* error, double* norm, char* memory) {
   Tile t(job, block);
   start_tile(t, index, memory);
   start_attention(t);
   attend_rest(t);
   float *exact = t.s.trial, *found = t.s.half[0];
   normalised_output(t, exact);
-  for (int64_t i = 0; i < doublings; ++i) {
+  *norm += squared_distance(t, exact, nullptr);
+  for (int64_t i = doublings - 1; i >= 0; --i) {  // the largest first: most heads that fail it fail early
     const int64_t budget = int64_t{job.tree.budget[t.place]} << i;
-    error[i] = 0.0;
-    if (budget >= t.candidates) continue;
-    start_attention(t);
-    tile_scores(t);
-    attend_chosen(t, budget);
-    attend_estimate(t);
-    normalised_output(t, found);
-    error[i] = squared_distance(t, found, exact);
+    if (budget < t.candidates) {
+      start_attention(t);
+      tile_scores(t);
+      attend_chosen(t, budget);
+      attend_estimate(t);
+      normalised_output(t, found);
+      error[i] += squared_distance(t, found, exact);
+    }
+    if (i == doublings - 1 && !(error[i] <= limit * *norm)) return false;
   }
-  return squared_distance(t, exact, nullptr);
+  return true;
 }
 
 // Squared error and squared norm of Y over some rows of a head, which are computed exactly: added to sums[0], sums[1].

@@ -9,8 +9,9 @@ namespace qexport {
 namespace {
 
 constexpr int64_t kFewestQueries = 32, kFewestKeys = 256;
-constexpr double kMostDensity = 0.5;  // of the keys that are read; more than that costs what exact attention costs
-constexpr int64_t kTrials = 2;        // tiles of a head that are tried for a tolerance
+constexpr int64_t kFewestForTolerance = 1024;  // queries, and keys: below, finding out costs more than it can save
+constexpr double kMostDensity = 0.5;           // of the keys that are read; more than that costs what exact attention costs
+constexpr int64_t kTrials = 2;                 // tiles of a head that are tried for a tolerance
 constexpr double kToleranceMargin = 0.8;
 constexpr uint32_t kAuditDraw = 2;  // the half-samples of a tile are draws 0 and 1
 constexpr int64_t kPiece = 16;      // blocks that a thread packs at a time
@@ -64,11 +65,15 @@ void set_first_head(AttentionJob& job, int64_t head) {
   }
 }
 
-RowBlock tile_rows(const AttentionJob& job, int64_t batch, int64_t q_head, int64_t tile) {
+// Rows [first, end) of a query head.
+RowBlock head_rows(const AttentionJob& job, int64_t place, int64_t first, int64_t end) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t first = tile * kTreeRows;
-  return {batch, q_head / job.group, q_head % job.group * p.q_len + first, std::min(kTreeRows, p.q_len - first),
-          0,     job.total_len};
+  const int64_t q_head = place % p.q_heads;
+  return {place / p.q_heads, q_head / job.group, q_head % job.group * p.q_len + first, end - first, 0, job.total_len};
+}
+
+RowBlock tile_rows(const AttentionJob& job, int64_t place, int64_t tile) {
+  return head_rows(job, place, tile * kTreeRows, std::min((tile + 1) * kTreeRows, job.params.q_len));
 }
 
 int64_t tiles_of(const AttentionJob& job) { return (job.params.q_len + kTreeRows - 1) / kTreeRows; }
@@ -123,19 +128,15 @@ void settle_budget(const AttentionJob& job, int64_t place, char* scratch) {
     ++doublings;
   }
   double error[kMaxDoublings] = {}, norm = 0.0;
-  int64_t first = doublings;  // the fewest doublings that may do
   const double limit = std::pow(kToleranceMargin * static_cast<double>(p.error_tolerance), 2);
-  for (int64_t i = 0; i < kTrials && doublings > 0; ++i) {
-    double tile_error[kMaxDoublings] = {};
+  bool kept = doublings > 0;
+  for (int64_t i = 0; i < kTrials && kept; ++i) {
     const int64_t tile = probe_tile(job, i);
-    norm += kernels().tree_trial(job, tile_rows(job, place / p.q_heads, place % p.q_heads, tile), tile, doublings,
-                                 tile_error, scratch);
-    for (int64_t j = 0; j < doublings; ++j) error[j] += tile_error[j];
-    for (first = 0; first < doublings && !(error[first] <= limit * norm); ++first) {
-    }
-    if (first == doublings) break;
+    kept = kernels().tree_trial(job, tile_rows(job, place, tile), tile, doublings, limit, error, &norm, scratch);
   }
-  tree.budget[place] = static_cast<int32_t>(first < doublings ? int64_t{tree.budget[place]} << first : all);
+  int64_t first = 0;  // the fewest doublings that do; the most of them do
+  while (kept && !(error[first] <= limit * norm)) ++first;
+  tree.budget[place] = static_cast<int32_t>(kept ? int64_t{tree.budget[place]} << first : all);
 }
 
 // The relative error of a head's output over kAuditRows of its rows, one at random in each of as many equal parts.
@@ -154,22 +155,30 @@ float audit(const AttentionJob& job, int64_t place, char* scratch) {
                      {{p.layer, static_cast<uint32_t>(place), static_cast<uint32_t>(part), kAuditDraw}});
       queries[i] = begin + static_cast<int64_t>((uint64_t{random.word[0]} * static_cast<uint64_t>(end - begin)) >> 32);
     }
-    const RowBlock block{place / p.q_heads, place % p.q_heads / job.group, place % p.q_heads % job.group * p.q_len, count, 0,
-                         job.total_len};
-    kernels().tree_audit(job, block, queries, sums, scratch);
+    kernels().tree_audit(job, head_rows(job, place, 0, count), queries, sums, scratch);
   }
   return static_cast<float>(sums[1] > 0.0 ? std::sqrt(sums[0] / sums[1]) : 0.0);
 }
 
-// Heads place, place + 1, ... of the output, tile by tile, in any order.
+// Heads place, place + 1, ... of the output in any order: tile by tile, or, where all clusters are read, in the larger
+// blocks of exact attention. exact_only: the latter alone.
 void run_tiles(const AttentionJob& job, int64_t first_place, int64_t places, BlockRunner& runner, bool exact_only) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t tiles = tiles_of(job);
-  runner.each(places * tiles, [&](int64_t i, char* scratch) {
-    // Later tiles first: under a causal mask they take longest.
-    const int64_t place = first_place + i / tiles, tile = tiles - 1 - i % tiles;
-    if (exact_only && job.tree.budget[place] < job.blocks.count) return;
-    kernels().tree(job, tile_rows(job, place / p.q_heads, place % p.q_heads, tile), tile, scratch);
+  // Read in the order of the tree the keys are as many as in their own, but a mask would not know them.
+  const bool plain = p.is_causal || !job.tensors.mask.data;
+  AttentionJob exact = job;
+  if (p.is_causal) exact.blocks = job.tree.natural;
+  const int64_t rows = kernels().exact_rows / kTreeRows * kTreeRows, parts = (p.q_len + rows - 1) / rows;
+  runner.each(places * parts, [&](int64_t i, char* scratch) {
+    // Later rows first: under a causal mask they take longest.
+    const int64_t place = first_place + i / parts, first = (parts - 1 - i % parts) * rows;
+    const int64_t end = std::min(first + rows, p.q_len);
+    const bool all = job.tree.budget[place] >= job.blocks.count;
+    if (exact_only && !all) return;
+    if (all && plain) return kernels().blocked(exact, head_rows(job, place, first, end), scratch);
+    for (int64_t row = first; row < end; row += kTreeRows) {
+      kernels().tree(job, head_rows(job, place, row, std::min(row + kTreeRows, end)), row / kTreeRows, scratch);
+    }
   });
 }
 
@@ -177,9 +186,14 @@ void run_tiles(const AttentionJob& job, int64_t first_place, int64_t places, Blo
 
 bool tree_applies(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t least = *std::min_element(p.num_samples, p.num_samples + p.num_samples_count);
-  return p.q_len >= kFewestQueries && job.total_len >= kFewestKeys && p.softcap == 0.0f && p.left_window < 0 &&
-         p.right_window < 0 && static_cast<double>(least) <= kMostDensity * static_cast<double>(job.total_len) &&
+  const auto least = static_cast<double>(*std::min_element(p.num_samples, p.num_samples + p.num_samples_count));
+  // Keys in reach of a query and keys read for it, in the mean; half of its own chunk is read whatever the budget.
+  const double reach = p.is_causal ? static_cast<double>(job.total_len) - 0.5 * static_cast<double>(p.q_len)
+                                   : static_cast<double>(job.total_len);
+  const double read = least + (p.is_causal ? 0.5 * kTreeChunk : 0.0);
+  const int64_t fewest = p.error_tolerance > 0.0f ? kFewestForTolerance : 0;
+  return p.q_len >= std::max(kFewestQueries, fewest) && job.total_len >= std::max(kFewestKeys, fewest) &&
+         p.softcap == 0.0f && p.left_window < 0 && p.right_window < 0 && read <= kMostDensity * reach &&
          mask_drops_keys(job);
 }
 
@@ -239,7 +253,7 @@ void run_tree(AttentionJob& job, int64_t heads_at_once, BlockRunner& runner) {
     } else if (shares_clusters(job)) {
       runner.each(places * kProbes, [&](int64_t i, char* scratch) {
         const int64_t place = first_place + i / kProbes, tile = probe_tile(job, i % kProbes);
-        k.tree_probe(job, tile_rows(job, place / p.q_heads, place % p.q_heads, tile), i % kProbes, tile, scratch);
+        k.tree_probe(job, tile_rows(job, place, tile), i % kProbes, tile, scratch);
       });
       runner.each(n / p.kv_heads, [&](int64_t i, char*) { share_clusters(job, first / p.kv_heads + i); });
     }

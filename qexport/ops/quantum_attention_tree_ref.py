@@ -8,7 +8,7 @@ import torch
 from qexport.ops.philox import philox4x32
 
 LEAF, TILE, CHUNK = 16, 32, 512  # keys of a cluster, queries of a tile, keys that clusters do not reach over when causal
-FEWEST_QUERIES, FEWEST_KEYS, MOST_DENSITY = 32, 256, 0.5
+FEWEST_QUERIES, FEWEST_KEYS, FEWEST_FOR_TOLERANCE, MOST_DENSITY = 32, 256, 1024, 0.5
 MASKED = -1e4
 HALF_SAMPLE, PROBES, TRIALS, AUDIT_ROWS, AUDIT_DRAW = 4, 3, 2, 128, 2
 MARGIN = 0.8
@@ -17,8 +17,11 @@ T = 1 << 24
 
 def kept_keys(attn_mask, a, batch, q_len, total_len):
     """Keys that the mask leaves to all rows of a batch item, bool (batch, total_len); None where the call is exact."""
-    least = min(a["num_samples"])
-    if q_len < FEWEST_QUERIES or total_len < FEWEST_KEYS or least > MOST_DENSITY * total_len:
+    reach = total_len - q_len / 2 if a["is_causal"] else total_len
+    read = min(a["num_samples"]) + (CHUNK / 2 if a["is_causal"] else 0)
+    if q_len < FEWEST_QUERIES or total_len < FEWEST_KEYS or read > MOST_DENSITY * reach:
+        return None
+    if a["error_tolerance"] and min(q_len, total_len) < FEWEST_FOR_TOLERANCE:
         return None
     if a["softcap"] or a["left_window_size"] >= 0 or a["right_window_size"] >= 0:
         return None
@@ -249,11 +252,10 @@ class Head:
             exact = self.exact(self.rows(tile))
             norm += float(exact.square().sum())
             errors = [e + float((self.tile(tile, k) - exact).square().sum()) for e, k in zip(errors, budgets, strict=True)]
-            good = [k for e, k in zip(errors, budgets, strict=True) if e <= limit * norm]
-            self.trial = good[0] if good else clusters
-            if not good:
-                break
-        self.budget = self.trial
+            if not budgets or errors[-1] > limit * norm:
+                self.budget = clusters
+                return
+        self.budget = next(k for e, k in zip(errors, budgets, strict=True) if e <= limit * norm)
 
 
 def _systematic(x, word):
