@@ -1,7 +1,5 @@
 """Strategy `tree`: the kernel against the float64 reference, and what must hold whatever the inputs."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from attention_backends import BACKENDS, run_binding, run_ref
@@ -20,9 +18,12 @@ def relative(found, reference, axis=None):
 
 
 def exact(case, feeds):
-    return run_ref(feeds, "float32", 0, case.all_attributes(strategy="exact", residual="verify_only", error_tolerance=0.0))[
-        "Y"
-    ]
+    return run_ref(
+        feeds,
+        "float32",
+        0,
+        case.all_attributes(strategy="exact", residual="verify_only", error_tolerance=0.0, precision="fp32"),
+    )["Y"]
 
 
 def tiles(x):
@@ -60,15 +61,31 @@ def test_what_is_no_case_for_tree_is_exact(backend, case):
     assert (found["error_estimate"] == 0).all()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "tolerance"], ids=lambda case: case.name)
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 2e-6), ("bf16", 0.01), ("int8", 0.03)])
-def test_a_tolerance_that_no_tile_meets_makes_all_exact(case, precision, limit):
+PRECISIONS = pytest.mark.parametrize(("precision", "limit"), [("fp32", 2e-6), ("bf16", 0.01), ("int8", 0.03)])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.q_heads > 1 and c.name != "tolerance"], ids=lambda case: case.name)
+@PRECISIONS
+def test_a_head_that_reads_all_is_exact_beside_one_that_does_not(case, precision, limit):
     """The way that reads all clusters: each key once, masked ones never."""
-    case = replace(case, q_len=max(case.q_len, 1024), kv_len=max(case.kv_len, 1024))
     feeds = case.inputs()
-    found = run_binding(feeds, "float32", 0, case.all_attributes(error_tolerance=1e-6, precision=precision))
+    samples = [32] + [case.past_len + case.kv_len] * (case.q_heads - 1)
+    found = run_binding(feeds, "float32", 0, case.all_attributes(num_samples=samples, precision=precision))
+    expected = exact(case, feeds)
+    assert relative(found["Y"][:, 1:], expected[:, 1:]) < limit
+    assert relative(found["Y"][:, 0], expected[:, 0]) > 1e-3
+    assert (found["error_estimate"][:, 1:] == 0).all()
+
+
+@PRECISIONS
+def test_a_tolerance_that_no_tile_meets_makes_all_exact(precision, limit):
+    case = TreeCase("noise", q_len=1024, kv_len=2048, attributes={"error_tolerance": 0.1, "precision": precision})
+    feeds = case.inputs()
+    rng = np.random.default_rng(0)
+    feeds |= {name: rng.standard_normal(feeds[name].shape, dtype=np.float32) for name in ("K", "V")}
+    found = run_binding(feeds, "float32", 0, case.all_attributes())
     assert relative(found["Y"], exact(case, feeds)) < limit
-    assert (found["error_estimate"] <= 1e-6).all()
+    assert (found["error_estimate"] == 0).all()
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

@@ -86,5 +86,6 @@ EXACT_CASES = (
     TreeCase("window", attributes={"left_window_size": 50}),
     TreeCase("mask_by_query", mask="query"),
     TreeCase("mostly_its_own_chunk", q_len=1100, kv_len=1100, attributes={"is_causal": 1}),
-    TreeCase("short_for_a_tolerance", q_len=1023, kv_len=1100, attributes={"error_tolerance": 0.9}),
+    TreeCase("few_queries_for_a_tolerance", q_len=1023, kv_len=1100, attributes={"error_tolerance": 0.9}),
+    TreeCase("few_keys_for_a_tolerance", q_len=1024, kv_len=1024, attributes={"error_tolerance": 0.19}),
 )

@@ -9,9 +9,12 @@ namespace qexport {
 namespace {
 
 constexpr int64_t kFewestQueries = 32, kFewestKeys = 256;
-constexpr int64_t kFewestForTolerance = 1024;  // queries, and keys: below, finding out costs more than it can save
-constexpr double kMostDensity = 0.5;           // of the keys that are read; more than that costs what exact attention costs
-constexpr int64_t kTrials = 2;                 // tiles of a head that are tried for a tolerance
+// With a tolerance, building and trying the tree costs more than it saves below so many queries, and below so many keys for
+// a tolerance of 1 (measured on trained activations: docs/math.md).
+constexpr int64_t kQueriesForTolerance = 1024;
+constexpr double kKeysForTolerance = 200.0;
+constexpr double kMostDensity = 0.5;  // of the keys that are read; more than that costs what exact attention costs
+constexpr int64_t kTrials = 2;        // tiles of a head that are tried for a tolerance
 constexpr double kToleranceMargin = 0.8;
 constexpr uint32_t kAuditDraw = 2;  // the half-samples of a tile are draws 0 and 1
 constexpr int64_t kPiece = 16;      // blocks that a thread packs at a time
@@ -186,15 +189,14 @@ void run_tiles(const AttentionJob& job, int64_t first_place, int64_t places, Blo
 
 bool tree_applies(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
+  const auto tolerance = static_cast<double>(p.error_tolerance), keys = static_cast<double>(job.total_len);
+  if (tolerance > 0.0 && (p.q_len < kQueriesForTolerance || keys * tolerance < kKeysForTolerance)) return false;
   const auto least = static_cast<double>(*std::min_element(p.num_samples, p.num_samples + p.num_samples_count));
   // Keys in reach of a query and keys read for it, in the mean; half of its own chunk is read whatever the budget.
-  const double reach = p.is_causal ? static_cast<double>(job.total_len) - 0.5 * static_cast<double>(p.q_len)
-                                   : static_cast<double>(job.total_len);
+  const double reach = keys - (p.is_causal ? 0.5 * static_cast<double>(p.q_len) : 0.0);
   const double read = least + (p.is_causal ? 0.5 * kTreeChunk : 0.0);
-  const int64_t fewest = p.error_tolerance > 0.0f ? kFewestForTolerance : 0;
-  return p.q_len >= std::max(kFewestQueries, fewest) && job.total_len >= std::max(kFewestKeys, fewest) &&
-         p.softcap == 0.0f && p.left_window < 0 && p.right_window < 0 && read <= kMostDensity * reach &&
-         mask_drops_keys(job);
+  return p.q_len >= kFewestQueries && job.total_len >= kFewestKeys && p.softcap == 0.0f && p.left_window < 0 &&
+         p.right_window < 0 && read <= kMostDensity * reach && mask_drops_keys(job);
 }
 
 void layout_tree(AttentionJob& job) {

@@ -8,7 +8,8 @@ import torch
 from qexport.ops.philox import philox4x32
 
 LEAF, TILE, CHUNK = 16, 32, 512  # keys of a cluster, queries of a tile, keys that clusters do not reach over when causal
-FEWEST_QUERIES, FEWEST_KEYS, FEWEST_FOR_TOLERANCE, MOST_DENSITY = 32, 256, 1024, 0.5
+FEWEST_QUERIES, FEWEST_KEYS, MOST_DENSITY = 32, 256, 0.5
+QUERIES_FOR_TOLERANCE, KEYS_FOR_TOLERANCE = 1024, 200
 MASKED = -1e4
 HALF_SAMPLE, PROBES, TRIALS, AUDIT_ROWS, AUDIT_DRAW = 4, 3, 2, 128, 2
 MARGIN = 0.8
@@ -21,7 +22,8 @@ def kept_keys(attn_mask, a, batch, q_len, total_len):
     read = min(a["num_samples"]) + (CHUNK / 2 if a["is_causal"] else 0)
     if q_len < FEWEST_QUERIES or total_len < FEWEST_KEYS or read > MOST_DENSITY * reach:
         return None
-    if a["error_tolerance"] and min(q_len, total_len) < FEWEST_FOR_TOLERANCE:
+    tolerance = a["error_tolerance"]
+    if tolerance and (q_len < QUERIES_FOR_TOLERANCE or total_len * tolerance < KEYS_FOR_TOLERANCE):
         return None
     if a["softcap"] or a["left_window_size"] >= 0 or a["right_window_size"] >= 0:
         return None
