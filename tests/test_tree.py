@@ -156,11 +156,12 @@ def test_more_keys_less_error():
     case = TreeCase("more", q_len=256, kv_len=2048, head_size=32, v_head_size=32)
     feeds = case.inputs()
     reference = exact(case, feeds)
-    errors = [
+    few, more, most = (
         relative(run_binding(feeds, "float32", 0, case.all_attributes(num_samples=[s]))["Y"], reference)
         for s in (64, 256, 1024)
-    ]
-    assert errors[0] > 1.2 * errors[1] > 1.5 * errors[2]
+    )
+    assert few > 1.1 * more
+    assert more > 1.25 * most
 
 
 @pytest.mark.parametrize("extreme", [0.0, 1e4, 1e19])

@@ -7,6 +7,7 @@ namespace qexport {
 namespace QEXPORT_ISA {
 
 constexpr int kPowerSteps = 3;
+constexpr int64_t kDirectionPoints = 256;  // of a larger node, so many evenly spaced ones say where it is long
 
 // Rows of float32, `stride` apart, a whole number of vectors each.
 struct Points {
@@ -19,6 +20,7 @@ struct ClusterScratch {
   float *mean, *square, *direction, *next;  // (stride)
   float* t;                                 // (points) projections
   int32_t* side;                            // (points)
+  int32_t* some;                            // (kDirectionPoints)
 };
 
 static ClusterScratch cluster_scratch(Arena& arena, int64_t points, int64_t stride) {
@@ -29,6 +31,7 @@ static ClusterScratch cluster_scratch(Arena& arena, int64_t points, int64_t stri
   s.next = arena.take<float>(stride);
   s.t = arena.take<float>(points + kLanes);
   s.side = arena.take<int32_t>(points + kLanes);
+  s.some = arena.take<int32_t>(kDirectionPoints);
   return s;
 }
 
@@ -187,13 +190,19 @@ static void partition(int32_t* list, int64_t count, int64_t left, const ClusterS
 
 template <int kVecs>
 static void split(Points points, int32_t* list, int64_t count, int64_t left, const ClusterScratch& s) {
-  moments(points, list, count, s);
+  const int32_t* some = list;
+  const int64_t n = lesser(count, kDirectionPoints);
+  if (n < count) {
+    for (int64_t i = 0; i < n; ++i) s.some[i] = list[i * count / n];
+    some = s.some;
+  }
+  moments(points, some, n, s);
   int64_t axis = 0;
   for (int64_t x = 1; x < points.stride; ++x) axis = s.square[x] > s.square[axis] ? x : axis;
   for (int64_t x = 0; x < points.stride; ++x) s.direction[x] = x == axis ? 1.0f : 0.0f;
-  for (int64_t i = 0; i < count; ++i) s.t[i] = points.row(list[i])[axis] - s.mean[axis];
+  for (int64_t i = 0; i < n; ++i) s.t[i] = points.row(some[i])[axis] - s.mean[axis];
   for (int step = 0; step < kPowerSteps; ++step) {
-    power_step<kVecs>(points, list, count, s, step == 0);
+    power_step<kVecs>(points, some, n, s, step == 0);
     normalise(s, points.stride);
   }
   project_all<kVecs>(points, list, count, s);

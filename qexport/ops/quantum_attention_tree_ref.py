@@ -10,6 +10,7 @@ from qexport.ops.philox import philox4x32
 LEAF, TILE, CHUNK = 16, 32, 512  # keys of a cluster, queries of a tile, keys that clusters do not reach over when causal
 FEWEST_QUERIES, FEWEST_KEYS, MOST_DENSITY = 32, 256, 0.5
 QUERIES_FOR_TOLERANCE, KEYS_FOR_TOLERANCE = 1024, 200
+DIRECTION_KEYS = 256
 MASKED = -1e4
 HALF_SAMPLE, PROBES, TRIALS, AUDIT_ROWS, AUDIT_DRAW = 4, 3, 2, 128, 2
 MARGIN = 0.8
@@ -108,7 +109,8 @@ class Tree:
 def _leaves(K, keys):
     if len(keys) <= LEAF:
         return [keys] if len(keys) else []
-    x = K[keys] - K[keys].mean(0)
+    some = K[keys if len(keys) <= DIRECTION_KEYS else keys[torch.arange(DIRECTION_KEYS) * len(keys) // DIRECTION_KEYS]]
+    x = some - some.mean(0)
     u = torch.zeros_like(x[0])
     u[x.square().sum(0).argmax()] = 1
     for _ in range(3):
@@ -116,7 +118,7 @@ def _leaves(K, keys):
         u = step / step.norm() if step.norm() > 0 else u
     left = LEAF * math.ceil(math.ceil(len(keys) / LEAF) / 2)
     first = torch.zeros(len(keys), dtype=torch.bool)
-    first[torch.argsort(x @ u, stable=True)[:left]] = True
+    first[torch.argsort(K[keys] @ u, stable=True)[:left]] = True
     return _leaves(K, keys[first]) + _leaves(K, keys[~first])
 
 
