@@ -31,7 +31,9 @@ static void exact_block(const AttentionJob& job, RowBlock block, char* memory) {
   const AttentionMask& mask = job.tensors.mask;
   Rows rows;
   set_rows(job, block, rows);
-  if (rows.count <= kFewRows) return few_rows_block(job, block, rows, memory);
+  // Its dot products end in sums over lanes: too many of them beside keys that the first cache holds anyway.
+  const bool few = rows.count <= 2 || (rows.count <= kFewRows && rows.end - rows.begin > kFewestKeysOfFew);
+  if (few) return few_rows_block(job, block, rows, memory);
   Arena arena{memory, 0};
   const ExactScratch scratch = exact_scratch(job, arena);
   const int64_t ld = rows.vecs * kLanes;

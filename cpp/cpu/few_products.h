@@ -7,6 +7,7 @@ namespace qexport {
 namespace QEXPORT_ISA {
 
 constexpr int kFewRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;  // measured: where the other layout catches up
+constexpr int64_t kFewestKeysOfFew = 64;                           // measured likewise, for more than two rows
 constexpr int kFewChunk = kLanes == 16 ? 6 : 3;  // rows whose sums stay in registers beside a block of keys
 constexpr int64_t kFewStep = 64;                 // keys: so many rows of V stay in the cache while they serve all rows
 

@@ -18,7 +18,7 @@ size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Blocks in low precision where they are allowed, known and pay: packing them costs what about kBlockedRows rows of fp32
 // attention lose.
-constexpr int64_t kBlockedRows = 24;
+constexpr int64_t kBlockedRows = 56;
 
 KvBlocks choose_blocks(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
