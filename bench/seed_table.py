@@ -7,7 +7,8 @@ inputs and draws; latency = median of session.run of a one-node model, and of th
 sequence 32, batch 1 (four projections with their biases around the attention), standard = ai.onnx Attention in the place of
 QuantumAttention, torch = nn.MultiheadAttention with the same weights.
 
-`bound` is what no estimator that reads S of n value rows can beat as n grows, for such inputs:
+`bound` is what no estimator that reads S of n value rows can beat as n grows, for such inputs, unless it knows more of the
+others (`hybrid`: the means of their clusters):
 error^2 >= Phi(t - 2) with 1 - Phi(t) = S / n. At n = 32 it is a guide, not a proof; the last table has n = 128 and 512.
 """
 

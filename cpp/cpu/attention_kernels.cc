@@ -8,10 +8,11 @@ namespace QEXPORT_ISA {
 
 static size_t scratch_bytes(const AttentionJob& job) {
   Arena exact{nullptr, 0}, few{nullptr, 0}, rowwise{nullptr, 0}, blocked{nullptr, 0}, decode{nullptr, 0}, tree{nullptr, 0},
-      build{nullptr, 0};
+      build{nullptr, 0}, values{nullptr, 0};
   exact_scratch(job, exact);
   few_scratch(job, few);
   row_scratch(job, rowwise);
+  if (clusters_values(job.params)) value_scratch(job, values);
   if (job.tree_decode) decode_scratch(job, decode);
   if (job.blocks.count > 0) blocked_scratch(job, blocked);
   if (job.params.strategy == Strategy::tree) {
@@ -21,7 +22,8 @@ static size_t scratch_bytes(const AttentionJob& job) {
   const bool only_exact =
       (job.params.strategy == Strategy::exact || job.params.strategy == Strategy::tree) && !job.tensors.qk_matmul_output;
   const size_t blocks = greater(greater(blocked.used, decode.used), greater(tree.used, build.used));
-  return greater(greater(exact.used, blocks), greater(few.used, only_exact ? size_t{0} : rowwise.used));
+  const size_t sampled = greater(values.used, only_exact ? size_t{0} : rowwise.used);
+  return greater(greater(exact.used, blocks), greater(few.used, sampled));
 }
 
 #define QEXPORT_STRING_(x) #x
@@ -59,7 +61,8 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          tree_probe,
                          tree_trial,
                          tree_audit,
-                         value_stats};
+                         value_stats,
+                         cluster_values};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

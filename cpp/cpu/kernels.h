@@ -17,7 +17,11 @@ struct AttentionJob {
   KvBlocks blocks;      // K and V in blocks of 16 keys; keys null where they are not packed so
   TreeState tree;       // strategy tree only
   float* value_mean;    // (batch, kv_heads, v_head_size), or null
-  float* value_norm;    // (batch, kv_heads, total_len): |v_j - mean|, or null
+  float* value_norm;    // (batch, kv_heads, total_len): |v_j - mean|, the mean that of its cluster if there are any, or null
+  // Where clusters_values(params), else null: the cluster of each key (batch, kv_heads, total_len), and the mean of each
+  // cluster (batch, kv_heads, value_clusters, packed_row(v_head_size)).
+  int32_t* value_cluster;
+  float* value_centre;
   float* entropy;       // (batch, q_heads, q_len), adaptive only
   int32_t* allowed;     // (batch, q_heads, q_len): allowed keys, adaptive only
   double* budget;       // (batch, q_heads, q_len): samples of each row, adaptive only
@@ -32,6 +36,10 @@ constexpr int64_t kPartKeys = 2048;
 
 // Floats from one row of packed_key or packed_value to the next: whole vectors of every instruction set.
 inline int64_t packed_row(int64_t size) { return (size + 15) / 16 * 16; }
+
+// Whether keys that are not read enter by the mean value of their cluster.
+inline bool clusters_values(const QuantumAttentionParams& p) { return p.strategy == Strategy::hybrid && p.control_variate; }
+inline int64_t value_clusters(const AttentionJob& job) { return (job.total_len + kBlockKeys - 1) / kBlockKeys; }
 
 // `count` query rows of one kv head, from row `first`, and the keys [key_begin, key_end) that they look at. Row r is query
 // r % q_len of query head kv_head * group + r / q_len.
@@ -77,6 +85,7 @@ struct Kernels {
   // Adds squared error and squared norm of the rows `queries` of the head of `block` to sums[0] and sums[1].
   void (*tree_audit)(const AttentionJob& job, RowBlock block, const int64_t* queries, double* sums, char* scratch);
   void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+  void (*cluster_values)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
 };
 
 // Defined by the copies of attention_kernels.cc that this build holds.

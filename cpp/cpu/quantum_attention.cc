@@ -68,8 +68,8 @@ bool needs_packing(const AttentionJob& job) {
 }
 
 struct Layout {
-  size_t packed_key, packed_value, block_keys, block_values, key_mean, tree, mean, norm, entropy, allowed, budget,
-      part_state, parts_left, workers, per_worker, total;
+  size_t packed_key, packed_value, block_keys, block_values, key_mean, tree, mean, norm, cluster, centre, entropy, allowed,
+      budget, part_state, parts_left, workers, per_worker, total;
 };
 
 Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
@@ -94,8 +94,11 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.block_values = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.value_block));
   layout.key_mean = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.mean_row));
   layout.tree = take(true, tree_bytes(job, heads_at_once(job)));
-  layout.mean = take(p.control_variate, kv * static_cast<size_t>(p.v_head_size) * sizeof(float));
+  const bool clustered = clusters_values(p);
+  layout.mean = take(p.control_variate && !clustered, kv * static_cast<size_t>(p.v_head_size) * sizeof(float));
   layout.norm = take(p.control_variate, kv * static_cast<size_t>(job.total_len) * sizeof(float));
+  layout.cluster = take(clustered, kv * static_cast<size_t>(job.total_len) * sizeof(int32_t));
+  layout.centre = take(clustered, kv * static_cast<size_t>(value_clusters(job) * packed_row(p.v_head_size)) * sizeof(float));
   layout.entropy = take(adaptive, rows * sizeof(float));
   layout.allowed = take(adaptive, rows * sizeof(int32_t));
   layout.budget = take(adaptive, rows * sizeof(double));
@@ -204,8 +207,13 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
   }
   if (p.strategy == Strategy::tree) place_tree(job, heads_at_once(job), base + layout.tree);
   if (p.control_variate) {
-    job.value_mean = reinterpret_cast<float*>(base + layout.mean);
     job.value_norm = reinterpret_cast<float*>(base + layout.norm);
+    if (clusters_values(p)) {
+      job.value_cluster = reinterpret_cast<int32_t*>(base + layout.cluster);
+      job.value_centre = reinterpret_cast<float*>(base + layout.centre);
+    } else {
+      job.value_mean = reinterpret_cast<float*>(base + layout.mean);
+    }
   }
   if (p.strategy == Strategy::adaptive) {
     job.entropy = reinterpret_cast<float*>(base + layout.entropy);
@@ -234,7 +242,8 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     runner.each(kv, [&](int64_t i, char*) { k.pack(job, i / p.kv_heads, i % p.kv_heads); });
   }
   if (p.control_variate) {
-    runner.each(kv, [&](int64_t i, char* s) { k.value_stats(job, i / p.kv_heads, i % p.kv_heads, s); });
+    const auto stats = clusters_values(p) ? k.cluster_values : k.value_stats;
+    runner.each(kv, [&](int64_t i, char* s) { stats(job, i / p.kv_heads, i % p.kv_heads, s); });
   }
   if (p.strategy == Strategy::adaptive) {
     runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.entropy(job, block, s); });

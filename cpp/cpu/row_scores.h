@@ -19,6 +19,7 @@ struct Chosen {
 // Scratch of the row-wise kernels. p, x: (total_len, ld).
 struct RowScratch {
   float *q_t, *bias, *keys, *row, *p, *x, *o;
+  float* share;  // (value_clusters, kLanes), where values are clustered
   Chosen chosen;
 };
 
@@ -33,6 +34,7 @@ static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
   s.p = arena.take<float>(job.total_len * kSampledRows);
   s.x = arena.take<float>(p.strategy == Strategy::exact ? 0 : job.total_len * kSampledRows);
   s.o = arena.take<float>(p.strategy == Strategy::exact ? 0 : size * kSampledRows);
+  s.share = arena.take<float>(clusters_values(p) ? value_clusters(job) * kLanes : 0);
   s.chosen.place = arena.take<int32_t>(kChosen + kLanes);
   s.chosen.p = arena.take<int32_t>(kChosen + kLanes);
   s.chosen.f = arena.take<int32_t>(kChosen + kLanes);

@@ -1,7 +1,7 @@
 // Sampled attention of a block of rows: scores, probabilities, selection, and the weighted sum of the chosen values.
 #pragma once
 
-#include "selection.h"
+#include "value_clusters.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
@@ -36,6 +36,7 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
   const int64_t ld = rows.vecs * kLanes, n = rows.end - rows.begin, size = params.v_head_size;
   const int64_t ld_o = packed_row(size);
   const int64_t kv = block.batch * params.kv_heads + block.kv_head;
+  const bool clustered = clusters_values(params);
   const int64_t live = lesser<int64_t>(kLanes, rows.count - v * kLanes);
   float* p = scratch.p + v * kLanes;
   float* x = scratch.x + v * kLanes;
@@ -52,12 +53,13 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
       own = job.budget[(block.batch * params.q_heads + head) * params.q_len + rows.query[v * kLanes + lane]];
     }
     take_all[lane] = params.strategy != Strategy::naive && own >= sums.allowed[lane] ? -1 : 0;
-    taken[lane] = params.strategy == Strategy::hybrid && !take_all[lane] ? static_cast<int32_t>(samples / 2) : 0;
+    const int64_t certain = clustered ? samples : samples / 2;
+    taken[lane] = params.strategy == Strategy::hybrid && !take_all[lane] ? static_cast<int32_t>(certain) : 0;
     budget[lane] = static_cast<float>(own);
   }
 
   // p_j = e_j / Z and x_j, with the sum and the maximum of the x_j of rows that are sampled.
-  const float* norm = params.control_variate ? job.value_norm + kv * job.total_len + rows.begin : nullptr;
+  const float* norm = job.value_norm ? job.value_norm + kv * job.total_len + rows.begin : nullptr;
   const vf inverse = sums.sum == 0.0f ? vf{} : 1.0f / sums.sum;
   vf largest{};
   vf rest = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
@@ -85,24 +87,29 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
           multinomial(job, block, scratch, rows.begin, n, ld, p + lane, reinterpret_cast<const uint32_t*>(x) + lane,
                       samples_of_head(params, rows.head[v * kLanes + lane]), counter(lane), o + lane * ld_o);
     }
+  } else if (clustered) {
+    if (lane_bits(taken > 0)) take_largest(x, ld, n, taken, &largest);
+    const vf tail = add_centres(job, block, scratch, rows.begin, n, ld, live, p, x, o, ld_o);
+    // Nothing is left to chance: every x_j is +inf or 0.
+    weight_sum = tail + systematic(job, block, scratch, rows.begin, n, ld, p, x, splat(1.0f), vu{}, o, ld_o);
   } else {
     vu offset{};
     const uint64_t seed = static_cast<uint64_t>(params.seed);
     for (int lane = 0; lane < live; ++lane) {
       offset[lane] = philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), counter(lane)).word[0] >> 8;
     }
-    if (lane_bits(taken > 0)) rest = take_largest(p, x, ld, n, taken, &largest);
+    if (lane_bits(taken > 0)) rest = take_largest(x, ld, n, taken, &largest);
     const vf c = inclusion_factor(x, ld, n, budget, taken, rest, largest);
     weight_sum = systematic(job, block, scratch, rows.begin, n, ld, p, x, c, offset, o, ld_o);
   }
 
-  const float* mean = params.control_variate ? job.value_mean + kv * size : nullptr;
+  const float* mean = job.value_mean ? job.value_mean + kv * size : nullptr;
   for (int lane = 0; lane < live; ++lane) {
     float* row = o + lane * ld_o;
     const bool empty = sums.allowed[lane] == 0;
     const bool nan = sums.sum[lane] != sums.sum[lane];
     const float w = weight_sum[lane];
-    // w_j v_j has been summed; with control variate the row is mean + sum w_j (v_j - mean), else it is normalised.
+    // w_j v_j has been summed; around a mean the row is mean + sum w_j (v_j - mean), else it is normalised.
     const bool shifted = mean && !take_all[lane];
     const float factor = shifted || params.strategy == Strategy::naive ? 1.0f : w == 0.0f ? 0.0f : 1.0f / w;
     for (int64_t i = 0; i < size; ++i) {

@@ -34,25 +34,25 @@ static vf inclusion_factor(const float* x, int64_t ld, int64_t n, vf budget, vi 
   return c;
 }
 
-// Marks the k largest p of each lane (ties: lowest index; never p = 0) as taken; lanes with k = 0 stay as they are.
+// Marks the k largest x of each lane (ties: lowest index; never x = 0) as taken; lanes with k = 0 stay as they are.
 // Returns the sum, and in `largest` the maximum, of the other x.
-// The k-th largest is found by bisection of the bit patterns, which order as the floats do since p >= 0.
-static vf take_largest(const float* p, float* x, int64_t ld, int64_t n, vi k, vf* largest) {
-  vi threshold = k > 0 ? vi{} : splat(INT32_MAX);           // the largest found t with #{p >= t} >= k
-  vi open = k > 0;                                          // lanes where #{p >= t} is not k yet
-  for (int bit = 29; bit >= 0 && lane_bits(open); --bit) {  // p <= 1 has no bit above 29
+// The k-th largest is found by bisection of the bit patterns, which order as the floats do since x >= 0.
+static vf take_largest(float* x, int64_t ld, int64_t n, vi k, vf* largest) {
+  vi threshold = k > 0 ? vi{} : splat(INT32_MAX);  // the largest found t with #{x >= t} >= k
+  vi open = k > 0;                                 // lanes where #{x >= t} is not k yet
+  for (int bit = 30; bit >= 0 && lane_bits(open); --bit) {
     const vi trial = threshold | (1 << bit);
     vi count{};
-    for (int64_t j = 0; j < n; ++j) count -= load<vi>(p + j * ld) >= trial;
+    for (int64_t j = 0; j < n; ++j) count -= load<vi>(x + j * ld) >= trial;
     threshold = (open & (count >= k)) ? trial : threshold;
     open &= count != k;
   }
   vi above{};
-  for (int64_t j = 0; j < n; ++j) above -= load<vi>(p + j * ld) > threshold;
+  for (int64_t j = 0; j < n; ++j) above -= load<vi>(x + j * ld) > threshold;
   vi ties = k - above;  // how many keys equal to the threshold still fit, in index order
   vf most{};
   const vf rest = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
-    const vi bits = load<vi>(p + j * ld);
+    const vi bits = load<vi>(x + j * ld);
     const vi tie = (bits == threshold) & (ties > 0);
     ties += tie;
     const vi taken = ((bits > threshold) | tie) & (bits > 0);

@@ -85,7 +85,13 @@ SPEC = OpSpec(
     attributes=(
         Attr("strategy", "string", "How keys are sampled; see docs/math.md.", "stratified", choices=STRATEGIES),
         Attr("num_samples", "ints", "Keys sampled per query: one number, or one per query head.", (32,), minimum=1),
-        Attr("control_variate", "int", "1: sample in proportion to p |v - mean v| around the mean of V.", 1, choices=(0, 1)),
+        Attr(
+            "control_variate",
+            "int",
+            "1: sample in proportion to p |v - mean v| around mean v; hybrid: its largest exactly, the others by a mean.",
+            1,
+            choices=(0, 1),
+        ),
         Attr(
             "precision",
             "string",

@@ -1,12 +1,14 @@
 """The torch reference of QuantumAttention: the formulas of docs/math.md, written to be read and checked, not to be fast."""
 
+import itertools
+
 import torch
 
 from qexport.errors import UsageError
 from qexport.ops import key_summary as key_summaries
 from qexport.ops.philox import philox4x32
 from qexport.ops.quantum_attention import BLOCKWISE, SPEC
-from qexport.ops.quantum_attention_tree_ref import kept_keys, tree_attention_ref
+from qexport.ops.quantum_attention_tree_ref import kept_keys, leaves, tree_attention_ref
 
 T = 1 << 24  # one stratum of the fixed-point inclusion probabilities
 CDF_ONE = 1 << 30  # the whole distribution in the fixed-point CDF of `naive`
@@ -148,11 +150,12 @@ def _estimate(p, V, allowed, nonpad, seed, a):
     valid = torch.full((batch,), n_keys) if nonpad is None else nonpad
     in_use = (torch.arange(n_keys) < valid[:, None])[:, None, :, None]
     V = torch.where(in_use, V, 0)
-    mean_v = V.sum(2, keepdim=True) / valid.clamp(min=1)[:, None, None, None]
-    size = p * torch.linalg.vector_norm(V - mean_v, dim=-1)[:, :, None, :] if a["control_variate"] else p
-
     n_allowed = allowed.sum(-1, keepdim=True)
     samples = torch.tensor(a["num_samples"], dtype=p.dtype).expand(heads)[None, :, None, None].expand(batch, heads, q_len, 1)
+    if a["strategy"] == "hybrid" and a["control_variate"]:
+        return _largest_and_centres(p, V, valid, samples, n_allowed)
+    mean_v = V.sum(2, keepdim=True) / valid.clamp(min=1)[:, None, None, None]
+    size = p * torch.linalg.vector_norm(V - mean_v, dim=-1)[:, :, None, :] if a["control_variate"] else p
     if a["strategy"] == "naive":
         weights = _naive_weights(p, size, a["num_samples"], seed, a["layer"], bool(a["control_variate"]))
     else:
@@ -162,9 +165,7 @@ def _estimate(p, V, allowed, nonpad, seed, a):
             budget = _share_budget(p, samples, n_allowed)
         elif a["strategy"] == "hybrid":
             top = samples // 2
-            # rank of each key by probability, ties to the lower index
-            rank = p.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            always = (rank < top) & allowed
+            always = _largest(p, top) & allowed
             budget = samples - top
         weights = _systematic_weights(p, size, budget, always, seed, a["layer"])
         total = samples if a["strategy"] == "hybrid" else budget
@@ -174,6 +175,22 @@ def _estimate(p, V, allowed, nonpad, seed, a):
     if a["control_variate"]:
         return torch.where(n_allowed > 0, mean_v + weights @ (V - mean_v), 0)
     return weights @ V
+
+
+def _largest(size, count):
+    """Which are the `count` largest of each row; ties: the lower index."""
+    return size.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < count
+
+
+def _largest_and_centres(p, V, valid, samples, n_allowed):
+    """`hybrid` with control variate: the largest p |v - mean of its cluster| as they are, the others as that mean."""
+    centre = torch.zeros_like(V)
+    for b, h in itertools.product(*map(range, V.shape[:2])):
+        for members in leaves(V[b, h], torch.arange(min(int(valid[b]), V.shape[2]))):
+            centre[b, h, members] = V[b, h, members].mean(0)
+    size = p * torch.linalg.vector_norm(V - centre, dim=-1)[:, :, None, :]
+    read = _largest(size, samples) & (size > 0) | (samples >= n_allowed)
+    return torch.where(read, p, 0) @ V + torch.where(read, 0, p) @ centre
 
 
 def _counter(p):

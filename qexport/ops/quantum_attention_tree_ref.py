@@ -82,7 +82,7 @@ class Tree:
         self.members = [[] for _ in range(self.clusters)]
         for first in range(0, n, CHUNK if causal else n):
             keys = [j for j in range(first, min(n, first + CHUNK) if causal else n) if kept[j]]
-            for i, leaf in enumerate(_leaves(K, torch.tensor(keys, dtype=torch.long))):
+            for i, leaf in enumerate(leaves(K, torch.tensor(keys, dtype=torch.long))):
                 self.members[first // LEAF + i] = leaf.tolist()
         used = [m for m in self.members if m]
         self.count = torch.tensor([len(m) for m in self.members], dtype=K.dtype)
@@ -106,20 +106,28 @@ class Tree:
         return total / max(keys, 1)
 
 
-def _leaves(K, keys):
-    if len(keys) <= LEAF:
-        return [keys] if len(keys) else []
-    some = K[keys if len(keys) <= DIRECTION_KEYS else keys[torch.arange(DIRECTION_KEYS) * len(keys) // DIRECTION_KEYS]]
+def leaves(X, rows):
+    """The clusters of the tree over rows of X.
+
+    Args:
+        X: (n, size). rows: int64 tensor, those that belong to the tree, in order.
+
+    Returns:
+        list of int64 tensors: the rows of each cluster, LEAF of them but for the last.
+    """
+    if len(rows) <= LEAF:
+        return [rows] if len(rows) else []
+    some = X[rows if len(rows) <= DIRECTION_KEYS else rows[torch.arange(DIRECTION_KEYS) * len(rows) // DIRECTION_KEYS]]
     x = some - some.mean(0)
     u = torch.zeros_like(x[0])
     u[x.square().sum(0).argmax()] = 1
     for _ in range(3):
         step = x.T @ (x @ u)
         u = step / step.norm() if step.norm() > 0 else u
-    left = LEAF * math.ceil(math.ceil(len(keys) / LEAF) / 2)
-    first = torch.zeros(len(keys), dtype=torch.bool)
-    first[torch.argsort(K[keys] @ u, stable=True)[:left]] = True
-    return _leaves(K, keys[first]) + _leaves(K, keys[~first])
+    left = LEAF * math.ceil(math.ceil(len(rows) / LEAF) / 2)
+    first = torch.zeros(len(rows), dtype=torch.bool)
+    first[torch.argsort(X[rows] @ u, stable=True)[:left]] = True
+    return leaves(X, rows[first]) + leaves(X, rows[~first])
 
 
 @dataclass

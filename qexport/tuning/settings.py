@@ -42,8 +42,10 @@ class Setting:
 
     @property
     def draws(self) -> bool:
-        """Whether the error is noise without a bias; that of `exact` and of a `tree` of centroids is not."""
-        return self.strategy not in BLOCKWISE or (self.strategy == "tree" and self.residual in ("unbiased", "james_stein"))
+        """Whether the error is noise without a bias; that of `exact`, of a `tree` of centroids and of `hybrid` is not."""
+        if self.strategy == "tree":
+            return self.residual in ("unbiased", "james_stein")
+        return self.strategy not in ("exact", "hybrid")
 
     @property
     def family(self) -> tuple | None:
