@@ -49,7 +49,9 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   job.tree_decode = job.params.strategy == Strategy::tree && few_rows && tensors.key_summary && !tensors.mask.data &&
                     params.error_tolerance == 0.0f && !tensors.error_estimate;
   if (job.params.strategy == Strategy::tree && !tree_applies(job)) job.params.strategy = Strategy::exact;
-  if (job.params.strategy == Strategy::exact) job.params.control_variate = false;
+  // The means of clusters of values hold later ones, which a causal query must not see.
+  const bool unseen = job.params.strategy == Strategy::hybrid && params.is_causal;
+  if (job.params.strategy == Strategy::exact || unseen) job.params.control_variate = false;
   job.blocks = choose_blocks(job);
   const bool few = job.params.strategy == Strategy::exact && job.blocks.count == 0 && few_rows && !job.tree_decode;
   job.parts = few ? std::max<int64_t>(1, (job.total_len + kPartKeys - 1) / kPartKeys) : 1;

@@ -152,6 +152,8 @@ def _estimate(p, V, allowed, nonpad, seed, a):
     V = torch.where(in_use, V, 0)
     n_allowed = allowed.sum(-1, keepdim=True)
     samples = torch.tensor(a["num_samples"], dtype=p.dtype).expand(heads)[None, :, None, None].expand(batch, heads, q_len, 1)
+    if a["strategy"] == "hybrid" and a["is_causal"]:
+        a = a | {"control_variate": 0}  # the means of clusters hold later values, which a causal query must not see
     if a["strategy"] == "hybrid" and a["control_variate"]:
         return _largest_and_centres(p, V, valid, samples, n_allowed)
     mean_v = V.sum(2, keepdim=True) / valid.clamp(min=1)[:, None, None, None]
