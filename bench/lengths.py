@@ -3,7 +3,7 @@
     python -m bench.lengths [--runs 60] [--json FILE]
 
 all-MiniLM-L6-v2 and stories15M (causal), with one intra-op thread and with two. Both models run in one process, in turn;
-`x_classical` is how many times as long the classical one takes, the median over the rounds.
+threads sleep between runs; `x_classical` is how many times as long the classical one takes, the median over the rounds.
 """
 
 import tempfile
@@ -26,6 +26,8 @@ def table(folder: Path, name: str, runs: int) -> list[dict]:
     rows = []
     for threads in (1, 2):
         options = session_options(threads)
+        # The idle threads of one model would take the cores from the other.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         sessions = {
             CLASSICAL: qexport.session(bundle.classical_path, library=False, options=options),
             CONVERTED: qexport.session(bundle.model_path, options=options),
