@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import platformdirs
 import pytest
+from instruction_sets import ISAS
 from onnx import TensorProto, helper
 
 from qexport.ops.proto import make_node
@@ -144,7 +145,7 @@ def test_loads_and_agrees_on_every_runtime(models, version):
     assert done.stdout.split() == [version, "0.0"]  # the same kernels: equal to the last bit
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16", "neon"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_agrees(models, isa):
     done = run_worker(models, QEXPORT_ISA=isa)
     if done.returncode and "does not have" in done.stderr:
