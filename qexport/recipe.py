@@ -117,7 +117,7 @@ class Recipe(_Entry):
     seed: Seed = 0
     layers: tuple[LayerRecipe, ...] = ()
 
-    def resolve(self, module: str, name: str, q_heads: int | None = None) -> dict:
+    def resolve(self, module: str, name: str, q_heads: int | None = None, own: dict | None = None) -> dict:
         """The attributes SAMPLING of one site.
 
         A layer that names another strategy inherits what that strategy takes: a tolerance or a low precision from above
@@ -127,17 +127,17 @@ class Recipe(_Entry):
             module: torch module name of the site, may be empty.
             name: node name of the site.
             q_heads: number of query heads when known; `num_samples` must then hold one number or as many.
+            own: how the site samples where the recipe does not say otherwise: modules of qexport.nn bring that along.
 
         Raises:
             UsageError: the values do not fit each other, or `num_samples` has another length than the site has heads.
         """
-        values = self.named()
-        for layer in self.layers:
-            if _fits(layer.match, module, name):
-                named = layer.named()
-                strategy = named.get("strategy")
-                inherited = {k: v for k, v in values.items() if not strategy or _takes(strategy, k, v)}
-                values = inherited | named
+        values = own or {}
+        for entry in (self, *(layer for layer in self.layers if _fits(layer.match, module, name))):
+            named = entry.named()
+            strategy = named.get("strategy")
+            inherited = {k: v for k, v in values.items() if not strategy or _takes(strategy, k, v)}
+            values = inherited | named
         values |= defaults(values)
         _check_together(values, module or name)
         count = len(values["num_samples"])

@@ -26,19 +26,38 @@ DType type_of(const py::array& array, const char* name) {
                               " must be float32, float16, bfloat16 or bool, got " + type);
 }
 
-// `array` becomes contiguous and stays alive as long as the caller's variable.
-TensorView view(py::object& object, const char* name) {
+// Whether the last axis is contiguous and the others are made of whole elements, so that HeadRows can describe the array.
+bool is_rows(const py::array& array) {
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+    if (array.strides(axis) < 0 || array.strides(axis) % array.itemsize() != 0) return false;
+  }
+  return array.ndim() > 2 && array.strides(array.ndim() - 1) == array.itemsize();
+}
+
+// `object` becomes an array that stays alive as long as the caller's variable: contiguous, or with `keep_rows` of
+// contiguous rows.
+TensorView view(py::object& object, const char* name, bool keep_rows = false) {
   TensorView result{};
   if (object.is_none()) return result;
-  py::array array = py::module_::import("numpy").attr("ascontiguousarray")(object);
-  if (py::cast<py::array>(object).ndim() == 0 || array.ndim() > 4) {
+  const py::module_ numpy = py::module_::import("numpy");
+  py::array array = numpy.attr("asarray")(object);
+  if (array.ndim() == 0 || array.ndim() > 4) {
     throw std::invalid_argument(std::string("[QuantumAttention] ") + name + " must have 1 to 4 dimensions, got " +
                                 std::to_string(array.ndim()));
   }
+  if (!keep_rows || !is_rows(array)) array = numpy.attr("ascontiguousarray")(array);
   object = array;
   result = {array.data(), true, type_of(array, name), {static_cast<int>(array.ndim()), {}}};
   std::copy_n(array.shape(), array.ndim(), result.shape.dim);
   return result;
+}
+
+// The strides of an array of (batch, heads, len, size), or of (batch, len, heads * size).
+void set_strides(const py::array& array, HeadRows& rows) {
+  const auto stride = [&](py::ssize_t axis) { return array.strides(axis) / array.itemsize(); };
+  rows.batch_stride = stride(0);
+  rows.row_stride = stride(array.ndim() - 2);
+  if (array.ndim() == 4) rows.head_stride = stride(1);
 }
 
 py::array empty(const Shape& shape, const py::object& dtype) {
@@ -86,9 +105,9 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
                                               q_num_heads,
                                               kv_num_heads};
   check_attributes(attributes);
-  QuantumAttentionInputs in{view(Q, "Q"),
-                            view(K, "K"),
-                            view(V, "V"),
+  QuantumAttentionInputs in{view(Q, "Q", true),
+                            view(K, "K", true),
+                            view(V, "V", true),
                             view(attn_mask, "attn_mask"),
                             view(past_key, "past_key"),
                             view(past_value, "past_value"),
@@ -107,6 +126,9 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
     in.nonpad_shape = {1, {static_cast<int64_t>(nonpad_kv_seqlen->size())}};
   }
   QuantumAttentionCall call = resolve_call(attributes, in);
+  set_strides(Q, call.tensors.q);
+  set_strides(K, call.tensors.k);
+  set_strides(V, call.tensors.v);
   const py::object dtype = Q.attr("dtype");
   py::array y = empty(call.y, dtype);
   call.tensors.y = y.mutable_data();

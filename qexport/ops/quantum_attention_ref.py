@@ -1,6 +1,7 @@
 """The torch reference of QuantumAttention: the formulas of docs/math.md, written to be read and checked, not to be fast."""
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,7 @@ def quantum_attention_ref(
     key_summary=None,
     *,
     dtype=torch.float64,
+    dropout_p=0.0,
     **attributes,
 ):
     """Attention by sampling, in torch.
@@ -35,6 +37,7 @@ def quantum_attention_ref(
         seed: int of 64 bits.
         key_summary: float32 tensor of `key_summary_shape`; with it, strategy tree decodes from the summary.
         dtype: what is computed in; the outputs are rounded to Q's type.
+        dropout_p: share of the probabilities that is dropped, by torch's generator at this seed; Y alone feels it.
         attributes: those of the op table, with its defaults.
 
     Returns:
@@ -60,8 +63,8 @@ def quantum_attention_ref(
     raw = scale * (Q @ K.transpose(-1, -2))
     capped = a["softcap"] * torch.tanh(raw / a["softcap"]) if a["softcap"] else raw
     past_len = 0 if past_key is None else past_key.shape[2]
-    allowed = _allowed(a, *raw.shape, past_len, nonpad_kv_seqlen).to(raw.device)
-    bias = torch.zeros((), dtype=dtype)
+    allowed = _allowed(a, raw.shape[0], *raw.shape[2:], past_len, nonpad_kv_seqlen, raw.device)
+    bias = torch.zeros((), dtype=dtype, device=raw.device)
     if attn_mask is not None:
         short = raw.shape[-1] - attn_mask.shape[-1]
         if attn_mask.dtype == torch.bool:
@@ -77,7 +80,7 @@ def quantum_attention_ref(
     if a["strategy"] == "tree":
         kept = kept_keys(attn_mask, a, Q.shape[0], Q.shape[2], raw.shape[-1])
     if kept is None:
-        Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a)
+        Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a, dropout_p)
     else:
         offset = torch.full((Q.shape[0],), past_len) if nonpad_kv_seqlen is None else nonpad_kv_seqlen - Q.shape[2]
         if nonpad_kv_seqlen is not None:
@@ -122,14 +125,16 @@ def _split_heads(t, heads):
     return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _allowed(a, batch, heads, q_len, total_len, past_len, nonpad):
+def _allowed(a, batch, q_len, total_len, past_len, nonpad, device):
     """The keys that the causal frontier, the windows and the padding leave: bool (batch, 1, q_len, total_len)."""
     if nonpad is not None and past_len == 0:
         offset = nonpad.reshape(-1, 1, 1, 1) - q_len
     else:
-        offset = torch.full((batch, 1, 1, 1), past_len)
-    key = torch.arange(total_len)
-    distance = torch.arange(q_len)[:, None] + offset - key  # how far the key lies to the left of the query
+        offset = torch.full((batch, 1, 1, 1), past_len, device=device)
+    key = torch.arange(total_len, device=offset.device)
+    distance = (
+        torch.arange(q_len, device=offset.device)[:, None] + offset - key
+    )  # how far the key lies to the left of the query
     allowed = torch.ones_like(distance, dtype=torch.bool)
     if a["is_causal"]:
         allowed &= distance >= 0
@@ -142,41 +147,89 @@ def _allowed(a, batch, heads, q_len, total_len, past_len, nonpad):
     return allowed
 
 
-def _estimate(p, V, allowed, nonpad, seed, a):
+def _estimate(p, V, allowed, nonpad, seed, a, dropout_p=0.0):
     """Y from the probabilities p (batch, heads, q_len, keys) and V (batch, heads, keys, v_head_size)."""
+    kept = None
+    if dropout_p:
+        generator = torch.Generator(p.device).manual_seed(seed)
+        kept = (torch.rand(p.shape, generator=generator, device=p.device) >= dropout_p) / (1 - dropout_p)
     if a["strategy"] in BLOCKWISE:
-        return p @ V
+        return (p if kept is None else p * kept) @ V
+    valid = torch.full((p.shape[0],), p.shape[-1], device=p.device) if nonpad is None else nonpad
+    V = torch.where((torch.arange(p.shape[-1], device=p.device) < valid[:, None])[:, None, :, None], V, 0)
+    return combine(p, V, draw(p, V, allowed, valid, seed, a), kept)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for the rows of p: constants, through which no gradient flows.
+
+    importance: (batch, heads, q_len, keys): key j enters with weight p_j * importance_j: 1 where it is taken for certain,
+        1 / its inclusion probability where it was drawn, 0 where it was not.
+    cluster: (batch, heads, keys) int64: keys with one number share the mean of their values as control variate; None where
+        there is none.
+    """
+
+    importance: torch.Tensor
+    cluster: torch.Tensor | None
+
+
+def combine(p, V, draws: Draws, kept=None):
+    """The estimate of sum_j p_j v_j, differentiable in p and V; shapes as in `draw`. `kept`: factors of dropout, as p.
+
+    With c_j the mean value of j's cluster: sum_j p_j importance_j (v_j - c_j) + sum_j p_j c_j, whose gradient is an unbiased
+    estimate of the exact one where importance is unbiased for 1. Without control variate it is the ratio of two such sums
+    (Hajek).
+    """
+    weights = p * draws.importance
+    total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    if kept is not None:
+        p, weights = p * kept, weights * kept
+    if draws.cluster is None:
+        return weights @ V / total
+    centre = _centres(V, draws.cluster)
+    return weights @ (V - centre) + p @ centre
+
+
+def draw(p, V, allowed, valid, seed, a) -> Draws:
+    """The draws of one call of a strategy that samples.
+
+    Args:
+        p: (batch, heads, q_len, keys), probabilities.
+        V: (batch, heads, keys, v_head_size), 0 at the keys behind `valid`.
+        allowed: bool, as p.
+        valid: (batch,) int64, how many keys are in use.
+        a: attributes of the op table.
+    """
+    p, V = p.detach(), V.detach()
     batch, heads, q_len, n_keys = p.shape
-    valid = torch.full((batch,), n_keys) if nonpad is None else nonpad
-    in_use = (torch.arange(n_keys) < valid[:, None])[:, None, :, None]
-    V = torch.where(in_use, V, 0)
     n_allowed = allowed.sum(-1, keepdim=True)
-    samples = torch.tensor(a["num_samples"], dtype=p.dtype).expand(heads)[None, :, None, None].expand(batch, heads, q_len, 1)
+    samples = torch.tensor(a["num_samples"], dtype=p.dtype, device=p.device).expand(heads)[None, :, None, None]
+    samples = samples.expand(batch, heads, q_len, 1)
+    centred = bool(a["control_variate"])
     if a["strategy"] == "hybrid" and a["is_causal"]:
-        a = a | {"control_variate": 0}  # the means of clusters hold later values, which a causal query must not see
-    if a["strategy"] == "hybrid" and a["control_variate"]:
-        return _largest_and_centres(p, V, valid, samples, n_allowed)
-    mean_v = V.sum(2, keepdim=True) / valid.clamp(min=1)[:, None, None, None]
-    size = p * torch.linalg.vector_norm(V - mean_v, dim=-1)[:, :, None, :] if a["control_variate"] else p
+        centred = False  # the means of clusters hold later values, which a causal query must not see
+    in_use = (torch.arange(n_keys, device=p.device) < valid[:, None])[:, None].expand(batch, heads, n_keys)
+    if a["strategy"] == "hybrid" and centred:
+        cluster = _value_clusters(V, valid)
+        size = p * torch.linalg.vector_norm(V - _centres(V, cluster), dim=-1)[:, :, None, :]
+        read = _largest(size, samples) & (size > 0) | (samples >= n_allowed)
+        return Draws(read.to(p.dtype), cluster)
+    cluster = torch.where(in_use, 0, 1) if centred else None
+    size = p * torch.linalg.vector_norm(V - _centres(V, cluster), dim=-1)[:, :, None, :] if centred else p
     if a["strategy"] == "naive":
-        weights = _naive_weights(p, size, a["num_samples"], seed, a["layer"], bool(a["control_variate"]))
-    else:
-        always = torch.zeros_like(allowed)
-        budget = samples
-        if a["strategy"] == "adaptive":
-            budget = _share_budget(p, samples, n_allowed)
-        elif a["strategy"] == "hybrid":
-            top = samples // 2
-            always = _largest(p, top) & allowed
-            budget = samples - top
-        weights = _systematic_weights(p, size, budget, always, seed, a["layer"])
-        total = samples if a["strategy"] == "hybrid" else budget
-        weights = torch.where(total >= n_allowed, p, weights)
-        if not a["control_variate"]:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    if a["control_variate"]:
-        return torch.where(n_allowed > 0, mean_v + weights @ (V - mean_v), 0)
-    return weights @ V
+        return Draws(_naive_importance(p, size, a["num_samples"], seed, a["layer"], centred), cluster)
+    always = torch.zeros_like(allowed)
+    budget = samples
+    if a["strategy"] == "adaptive":
+        budget = _share_budget(p, samples, n_allowed)
+    elif a["strategy"] == "hybrid":
+        top = samples // 2
+        always = _largest(p, top) & allowed
+        budget = samples - top
+    importance = _systematic_importance(size, budget, always, seed, a["layer"])
+    total = samples if a["strategy"] == "hybrid" else budget
+    return Draws(torch.where(total >= n_allowed, 1, importance), cluster)
 
 
 def _largest(size, count):
@@ -184,42 +237,47 @@ def _largest(size, count):
     return size.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < count
 
 
-def _largest_and_centres(p, V, valid, samples, n_allowed):
-    """`hybrid` with control variate: the largest p |v - mean of its cluster| as they are, the others as that mean."""
-    centre = torch.zeros_like(V)
+def _value_clusters(V, valid):
+    """Clusters of `hybrid` with control variate: (batch, heads, keys) numbers; keys not in use share the last one."""
+    number = torch.full(V.shape[:3], V.shape[2], device=V.device)
     for b, h in itertools.product(*map(range, V.shape[:2])):
-        for members in leaves(V[b, h], torch.arange(min(int(valid[b]), V.shape[2]))):
-            centre[b, h, members] = V[b, h, members].mean(0)
-    size = p * torch.linalg.vector_norm(V - centre, dim=-1)[:, :, None, :]
-    read = _largest(size, samples) & (size > 0) | (samples >= n_allowed)
-    return torch.where(read, p, 0) @ V + torch.where(read, 0, p) @ centre
+        for i, members in enumerate(leaves(V[b, h], torch.arange(min(int(valid[b]), V.shape[2])))):
+            number[b, h, members] = i
+    return number
+
+
+def _centres(V, cluster):
+    """The mean value of the cluster of every key: (batch, heads, keys, v_head_size)."""
+    index = cluster[..., None].expand_as(V)
+    sums = V.new_zeros(*V.shape[:2], V.shape[2] + 2, V.shape[3]).scatter_add(2, index, V)
+    counts = V.new_zeros(*V.shape[:2], V.shape[2] + 2).scatter_add(2, cluster, torch.ones_like(V[..., 0]))
+    return (sums / counts.clamp(min=1)[..., None]).gather(2, index)
 
 
 def _counter(p):
     """Row number b * heads + h and query index of every row of p, shaped (batch, heads, q_len)."""
     batch, heads, q_len, _ = p.shape
-    return torch.arange(batch * heads).reshape(batch, heads, 1), torch.arange(q_len)
+    return torch.arange(batch * heads, device=p.device).reshape(batch, heads, 1), torch.arange(q_len, device=p.device)
 
 
-def _naive_weights(p, size, num_samples, seed, layer, control_variate):
-    """S draws with replacement: how much each key weighs after all of them."""
+def _naive_importance(p, size, num_samples, seed, layer, control_variate):
+    """S draws with replacement, in proportion to `size`: the importance of each key after all of them."""
     row, query = _counter(p)
     heads = p.shape[1]
     total = size.sum(-1, keepdim=True)
     f = torch.where(size > 0, (CDF_ONE * size / total).floor() + 1, 0).long()
     F = f.cumsum(-1)
-    weights = torch.zeros_like(p)
+    share = torch.zeros_like(p)  # of the draws
     for h in range(heads):
         S = num_samples[h % len(num_samples)]
         for k in range(S):
-            word = philox4x32(seed, layer, row, query, torch.tensor(k // 4))[:, h, :, k % 4]
+            word = philox4x32(seed, layer, row, query, torch.tensor(k // 4, device=p.device))[:, h, :, k % 4]
             t = (word * F[:, h, :, -1]) >> 32
             j = torch.searchsorted(F[:, h].contiguous(), t[..., None], right=True).clamp(max=p.shape[-1] - 1)
-            share = torch.ones_like(j, dtype=p.dtype)
-            if control_variate:
-                share = (p[:, h] * F[:, h, :, -1:] / f[:, h].clamp(min=1)).gather(-1, j)
-            weights[:, h].scatter_add_(-1, j, share / S)
-    return torch.where(total > 0, weights, 0)
+            share[:, h].scatter_add_(-1, j, torch.full_like(j, 1 / S, dtype=p.dtype))
+    # Without control variate the probability is p itself, and every draw counts alike.
+    inverse = F[..., -1:] / f.clamp(min=1).to(p.dtype) if control_variate else 1 / p.clamp(min=torch.finfo(p.dtype).tiny)
+    return torch.where(total > 0, share * inverse, 0)
 
 
 def _inclusion_scale(size, budget):
@@ -238,18 +296,18 @@ def _inclusion_scale(size, budget):
         certain = count
 
 
-def _systematic_weights(p, size, budget, always, seed, layer):
-    """Horvitz-Thompson weights of one systematic sample without replacement, probability proportional to size."""
-    row, query = _counter(p)
+def _systematic_importance(size, budget, always, seed, layer):
+    """1 / inclusion probability of one systematic sample without replacement, probability proportional to size."""
+    row, query = _counter(size)
     size = torch.where(always, 0, size)
     c = _inclusion_scale(size, budget)
     f = torch.where(size > 0, (c * size).clamp(max=1).mul(T).floor().clamp(max=T - 1) + 1, 0)
     f = torch.where(always, T, f).long()
     F = f.cumsum(-1)
-    u = philox4x32(seed, layer, row, query, torch.tensor(0))[..., :1] >> 8
+    u = philox4x32(seed, layer, row, query, torch.tensor(0, device=size.device))[..., :1] >> 8
     strata = (F + (T - 1) - u) >> 24
     chosen = strata != torch.nn.functional.pad(strata, (1, 0))[..., :-1]
-    return torch.where(chosen, p * T / f.clamp(min=1), 0)
+    return torch.where(chosen, T / f.clamp(min=1).to(size.dtype), 0)
 
 
 def _share_budget(p, samples, n_allowed):

@@ -7,6 +7,7 @@ from qexport.rewrite import DeclinedError, LeftAlone, fuse_multi_head_attention,
 from qexport.rewrite.fuse_attention import fuse_attention, module_of
 from qexport.rewrite.heads import ungroup_attention
 from qexport.rewrite.masks import expand_masks, float_masks
+from qexport.rewrite.restore_attention import restore_attention
 
 RUNTIME_DOMAIN = "com.microsoft"
 RUNTIME_RULES = {rule.OP_TYPE: rule.fuse for rule in (fuse_multi_head_attention, fuse_packed_attention)}
@@ -37,6 +38,7 @@ def to_classical(model: ir.Model, opset: int) -> list[LeftAlone]:
     Returns:
         The attention-like sites that no rule could take, with the reason.
     """
+    restore_attention(model)
     left_alone = fuse_runtime_ops(model, opset) + fuse_attention(model, opset)
     ungroup_attention(model)
     if opset >= 23:

@@ -5,12 +5,14 @@
 The classical body is attached as a model-local function afterwards (`attach_fallback`), because optimizers drop functions.
 """
 
+import json
+
 import numpy as np
 import onnx_ir as ir
 
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import function_proto, make_node
-from qexport.recipe import Recipe
+from qexport.recipe import SAMPLING, Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
 from qexport.rewrite.graph import attribute, is_op
 from qexport.rewrite.sizes import known_size
@@ -26,6 +28,8 @@ COPIED = (
     "softcap",
     "softmax_precision",
 )
+# Metadata of an Attention that a module of qexport.nn exported: how it samples, its layer and its seed, as JSON.
+SAMPLED_AS = "qexport.sampled_as"
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SEED_INDEX = [param.name for param in QUANTUM_ATTENTION.inputs].index("seed")
 
@@ -50,7 +54,8 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     if not chosen:
         return [], left_alone
     recipe.check_matches([(module_of(node), node.name or "") for node in chosen])
-    seed = add_seed(model, recipe.seed)
+    seeds = {own["seed"] for node in chosen if "seed" in (own := sampled_as(node))}
+    seed = add_seed(model, min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed)
     n_outputs = max(len(node.outputs) for node in chosen)
     sites = [_replace(node, layer, recipe, seed, n_outputs) for layer, node in enumerate(chosen)]
     model.graph.opset_imports[DOMAIN] = VERSION
@@ -67,6 +72,11 @@ def check(node: ir.Node) -> None:
 def module_of(node: ir.Node) -> str:
     """The torch module that a node came from, "" when unknown."""
     return node.metadata_props.get("qexport.module", "")
+
+
+def sampled_as(node: ir.Node) -> dict:
+    """How the module that a node came from samples by itself: SAMPLING, layer and, when known, seed; empty for others."""
+    return json.loads(node.metadata_props.get(SAMPLED_AS, "{}"))
 
 
 def heads_of(node: ir.Node) -> tuple[int | None, int | None, int | None]:
@@ -95,7 +105,9 @@ def add_seed(model: ir.Model, default: int) -> ir.Value:
 def _replace(node: ir.Node, layer: int, recipe: Recipe, seed: ir.Value, n_outputs: int) -> Site:
     module, name = module_of(node), node.name or f"attention_{layer}"
     q_heads, kv_heads, head_size = heads_of(node)
-    sampling = recipe.resolve(module, name, q_heads)
+    own = sampled_as(node)
+    layer = own.get("layer", layer)
+    sampling = recipe.resolve(module, name, q_heads, {key: own[key] for key in SAMPLING if key in own})
     copied = {key: attribute(node, key) for key in COPIED if key in node.attributes}
     proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=layer, **sampling, **copied)
     inputs = [*node.inputs, *[None] * (_SEED_INDEX - len(node.inputs)), seed]

@@ -1,5 +1,6 @@
 """Export of torch modules to an ONNX graph with named axes and module names; every torch front end ends here."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 
@@ -68,7 +69,7 @@ def export_module(
                 args, kwargs, axes = _guess_axes(torch, args, kwargs)
             dynamic_shapes = torch.utils._pytree.tree_map_only(str, lambda name: torch.export.Dim.AUTO, axes)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _as_exported(torch):
             runner = module.module() if is_program else module
             expected = [leaf for leaf in torch.utils._pytree.tree_leaves(runner(*args, **kwargs)) if torch.is_tensor(leaf)]
     except Exception as error:
@@ -101,6 +102,21 @@ def export_module(
     )
 
 
+@contextlib.contextmanager
+def _as_exported(torch):
+    """Run modules as the classical graph computes them: modules of qexport.nn exactly, and torch's encoders without their
+    fused path, which leaves zeros where a batch is padded."""
+    from qexport.nn import exact_attention
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with exact_attention():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_names, name: str):
     """The torch.onnx.ONNXProgram of a module or ExportedProgram, optimised.
 
@@ -108,6 +124,8 @@ def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_nam
     is written out in matrix products, from which the rules make Attention again.
     """
     import onnxscript.optimizer
+
+    from qexport.nn.translation import translation_table
 
     def export(model, args, kwargs, dynamic_shapes):
         return torch.onnx.export(
@@ -118,6 +136,7 @@ def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_nam
             opset_version=max(opset, EXPORTER_OPSET),
             dynamic_shapes=dynamic_shapes,
             output_names=output_names,
+            custom_translation_table=translation_table(),
             verbose=False,
             optimize=False,
         )

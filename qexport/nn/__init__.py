@@ -1,0 +1,14 @@
+"""Torch modules: attention by sampling as a drop-in for nn.MultiheadAttention, and in place of the attention of other models."""
+
+from qexport.nn.backends import AttentionCall, backend_names
+from qexport.nn.functional import exact_attention, quantum_attention
+from qexport.nn.multihead import QuantumMultiheadAttention, number_layers
+
+__all__ = [
+    "AttentionCall",
+    "QuantumMultiheadAttention",
+    "backend_names",
+    "exact_attention",
+    "number_layers",
+    "quantum_attention",
+]

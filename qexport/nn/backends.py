@@ -1,0 +1,143 @@
+"""Who computes sampled attention in torch, chosen by name.
+
+A backend is a callable `(call) -> (Y, probabilities or None)` on an `AttentionCall`. `reference` and `kernel` are here; other
+packages bring theirs through the entry-point group `qexport.backends`, whose names are then known as these are:
+
+    [project.entry-points."qexport.backends"]
+    my_device = "my_package:attention"
+
+Gradients are the same for all of them: those of the reference, at the same seed (`qexport.nn.functional`).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import torch
+
+from qexport.errors import QexportError, UsageError
+
+GROUP = "qexport.backends"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of QuantumAttention.
+
+    Q, K, V: (batch, heads, length, size), or (batch, length, heads * size) with the head counts among the attributes.
+    attn_mask: bool (true = attend) or of Q's type, broadcastable to (batch, heads, q_len, kv_len), or None.
+    attributes: those of the op table, all of them, None where an optional one is absent.
+    seed: of the draws.
+    need_weights: whether the probabilities (batch, heads, q_len, kv_len) are asked for.
+    dropout_p: share of the probabilities that is set to 0, the others scaled up to keep their sum on average.
+    """
+
+    Q: torch.Tensor
+    K: torch.Tensor
+    V: torch.Tensor
+    attn_mask: torch.Tensor | None
+    attributes: dict
+    seed: int
+    need_weights: bool
+    dropout_p: float
+
+
+Backend = Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def backend_names() -> list[str]:
+    """The known names, installed ones included."""
+    return sorted({*_OWN, *(point.name for point in entry_points(group=GROUP))})
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        UsageError: no backend has that name; the message lists the known ones.
+        QexportError: the package that brings it cannot be imported.
+    """
+    if name in _OWN:
+        return _OWN[name]
+    for point in entry_points(group=GROUP, name=name):
+        try:
+            return point.load()
+        except Exception as error:
+            raise QexportError(f"backend {name!r} ({point.value}) cannot be loaded: {error}") from error
+    raise UsageError(f"backend must be one of {', '.join(['auto', *backend_names()])}, got {name!r}")
+
+
+def chosen_backend(backend: str, tensor: torch.Tensor, dropout_p: float) -> str:
+    """What `auto` is for a call: the kernel for float32, float16 and bfloat16 on the CPU, the reference otherwise."""
+    if backend != "auto":
+        return backend
+    fits = tensor.device.type == "cpu" and tensor.dtype in _KERNEL_TYPES and dropout_p == 0 and _core() is not None
+    return "kernel" if fits else "reference"
+
+
+def reference(call: AttentionCall):
+    """Pure torch, any device, differentiable; holds several (batch, heads, q_len, kv_len) arrays."""
+    from qexport.ops.quantum_attention_ref import quantum_attention_ref
+
+    dtype = torch.float64 if call.Q.dtype == torch.float64 else torch.float32
+    attributes = call.attributes | {"qk_matmul_output_mode": 3}
+    outputs = quantum_attention_ref(
+        call.Q, call.K, call.V, call.attn_mask, seed=call.seed, dtype=dtype, dropout_p=call.dropout_p, **attributes
+    )
+    return outputs[0], outputs[3] if call.need_weights else None
+
+
+def kernel(call: AttentionCall):
+    """The C++ kernels on the memory of CPU tensors, with as many threads as torch has; no gradient flows through it."""
+    core = _core()
+    if core is None:
+        raise QexportError("backend kernel: qexport was installed without its kernels; take backend reference, or reinstall")
+    if call.Q.device.type != "cpu" or call.Q.dtype not in _KERNEL_TYPES:
+        types = ", ".join(str(t).removeprefix("torch.") for t in _KERNEL_TYPES)
+        got = f"{str(call.Q.dtype).removeprefix('torch.')} on {call.Q.device}"
+        raise UsageError(f"backend kernel takes {types} on the CPU, got {got}; take backend reference")
+    if call.dropout_p:
+        raise UsageError(
+            f"backend kernel has no dropout, got dropout_p {call.dropout_p}; take backend reference or set it to 0"
+        )
+    attributes = {name: value for name, value in call.attributes.items() if value is not None}
+    attributes.pop("softmax_precision", None)
+    arrays = [None if x is None else _to_numpy(x) for x in (call.Q, call.K, call.V, call.attn_mask)]
+    outputs = core.quantum_attention(
+        *arrays,
+        seed=call.seed,
+        qk_matmul_output=call.need_weights,
+        threads=torch.get_num_threads(),
+        **attributes | {"qk_matmul_output_mode": 3},
+    )
+    return _to_torch(outputs[0], call.Q.dtype), _to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
+
+
+_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OWN = {"kernel": kernel, "reference": reference}
+
+
+@functools.cache
+def _core():
+    try:
+        from qexport import _core
+    except ImportError:  # a source tree that was never built
+        return None
+    return _core
+
+
+def _to_numpy(tensor):
+    """The same memory; numpy knows bfloat16 through ml_dtypes alone."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.detach().numpy()
+    import ml_dtypes
+
+    return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _to_torch(array, dtype):
+    import numpy as np
+
+    return torch.from_numpy(array.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(array)

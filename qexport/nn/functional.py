@@ -1,0 +1,191 @@
+"""QuantumAttention as a function of torch tensors: traced by torch.compile and torch.export, exported to ONNX as one node.
+
+The operator `qexport::quantum_attention` (torch.library) computes the output; its gradient is that of the Horvitz-Thompson form
+(docs/math.md, "Gradients"): the keys that were drawn and their inclusion probabilities are constants, the softmax weights
+are not. It is computed by the reference at the same seed, which needs a few (batch, heads, q_len, kv_len) arrays.
+`exact` and `tree` have the gradient of exact attention, which `tree` approximates.
+"""
+
+import contextlib
+from contextvars import ContextVar
+
+import torch
+
+from qexport.nn.backends import AttentionCall, chosen_backend, get_backend
+from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops.quantum_attention import BLOCKWISE
+
+
+def quantum_attention(
+    Q,
+    K,
+    V,
+    attn_mask=None,
+    seed=0,
+    *,
+    backend: str = "auto",
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    **attributes,
+):
+    """Attention by sampling.
+
+    Args:
+        Q: (batch, q_heads, q_len, head_size), or (batch, q_len, q_heads * head_size) with `q_num_heads` and `kv_num_heads`.
+        K, V: likewise, of kv_heads heads; q_heads must be a multiple of kv_heads.
+        attn_mask: bool (true = attend) or of Q's type (added to the scores), broadcastable to (batch, q_heads, q_len, kv_len).
+        seed: int, or an int64 scalar tensor (which a compiled graph takes as an input); the same seed draws the same keys.
+        backend: `auto`, or a name of `qexport.nn.backend_names()`.
+        dropout_p: share of the softmax weights that is dropped.
+        need_weights: also return the softmax probabilities. They are what is sampled from, not what was drawn.
+        attributes: strategy, num_samples, control_variate, precision, error_tolerance, residual, layer, is_causal, scale,
+            softcap, q_num_heads, kv_num_heads, with the defaults of the op table.
+
+    Returns:
+        The output, shaped as Q with V's head size; with `need_weights` also the (batch, q_heads, q_len, kv_len) probabilities.
+
+    Raises:
+        UsageError: an unknown backend, an attribute outside its limits, or a call that the backend does not take.
+        ValueError: shapes that do not fit each other.
+    """
+    a = QUANTUM_ATTENTION.resolve(attributes)
+    if not isinstance(seed, torch.Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64)
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype):
+        attn_mask = attn_mask.to(Q.dtype)
+    passed = {name: list(a[name]) if name == "num_samples" else a[name] for name in ATTRIBUTES}
+    Y, weights = _attention(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, **passed)
+    return (Y, weights) if need_weights else Y
+
+
+_EXACT = ContextVar("qexport_exact", default=False)
+
+
+@contextlib.contextmanager
+def exact_attention():
+    """Within it, every `quantum_attention` of this thread is computed exactly, whatever its strategy: the classical model."""
+    token = _EXACT.set(True)
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
+
+
+# Of the op table, those that a torch program can set.
+ATTRIBUTES = (
+    *("strategy", "num_samples", "control_variate", "precision", "error_tolerance", "residual", "layer"),
+    *("is_causal", "scale", "softcap", "q_num_heads", "kv_num_heads"),
+)
+
+
+def _resolved(attributes: dict, exact: bool) -> dict:
+    return QUANTUM_ATTENTION.resolve(attributes | ({"strategy": "exact", "error_tolerance": 0.0} if exact else {}))
+
+
+@torch.library.custom_op("qexport::quantum_attention", mutates_args=())
+def _attention(
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    backend: str,
+    dropout_p: float,
+    need_weights: bool,
+    strategy: str,
+    num_samples: list[int],
+    control_variate: int,
+    precision: str,
+    error_tolerance: float,
+    residual: str,
+    layer: int,
+    is_causal: int,
+    scale: float | None,
+    softcap: float,
+    q_num_heads: int | None,
+    kv_num_heads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    given = locals()
+    attributes = _resolved({name: given[name] for name in ATTRIBUTES}, exact=_EXACT.get())
+    compute = get_backend(chosen_backend(backend, Q, dropout_p))
+    Y, weights = compute(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), need_weights, dropout_p))
+    return Y, Y.new_empty(0) if weights is None else weights
+
+
+@_attention.register_fake
+def _(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *more):
+    given = dict(zip(ATTRIBUTES, more, strict=True))
+    q_heads, kv_heads = given["q_num_heads"], given["kv_num_heads"]
+    if Q.dim() == 3:
+        Y = Q.new_empty(Q.shape[0], Q.shape[1], V.shape[2] // kv_heads * q_heads)
+        rows = (Q.shape[0], q_heads, Q.shape[1], K.shape[1])
+    else:
+        Y = Q.new_empty(*Q.shape[:3], V.shape[3])
+        rows = (*Q.shape[:3], K.shape[2])
+    return Y, Q.new_empty(rows if need_weights else 0)
+
+
+@torch.library.custom_op("qexport::quantum_attention_backward", mutates_args=())
+def _backward(
+    grad_Y: torch.Tensor,
+    grad_weights: torch.Tensor | None,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    dropout_p: float,
+    strategy: str,
+    num_samples: list[int],
+    control_variate: int,
+    precision: str,
+    error_tolerance: float,
+    residual: str,
+    layer: int,
+    is_causal: int,
+    scale: float | None,
+    softcap: float,
+    q_num_heads: int | None,
+    kv_num_heads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    given = locals()
+    resolved = _resolved({name: given[name] for name in ATTRIBUTES}, exact=strategy in BLOCKWISE or _EXACT.get())
+
+    with_weights = grad_weights is not None
+
+    def forward(Q, K, V, attn_mask):
+        outputs = get_backend("reference")(AttentionCall(Q, K, V, attn_mask, resolved, int(seed), with_weights, dropout_p))
+        return outputs if with_weights else outputs[0]
+
+    grads = (grad_Y, grad_weights) if with_weights else grad_Y
+    float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
+    # torch.func: an operator runs below autograd, which enable_grad does not bring back.
+    if float_mask:
+        found = torch.func.vjp(forward, Q, K, V, attn_mask)[1](grads)
+    else:
+        found = torch.func.vjp(lambda *x: forward(*x, attn_mask), Q, K, V)[1](grads)
+    # An operator returns no alias of an input, and no None.
+    return tuple(x.contiguous() for x in found) + (() if float_mask else (Q.new_empty(0),))
+
+
+@_backward.register_fake
+def _(grad_Y, grad_weights, Q, K, V, attn_mask, seed, *more):
+    mask = torch.empty_like(attn_mask) if attn_mask is not None and attn_mask.dtype != torch.bool else Q.new_empty(0)
+    return tuple(x.new_empty(x.shape) for x in (Q, K, V)) + (mask,)
+
+
+def _setup_context(ctx, inputs, output):
+    Q, K, V, attn_mask, seed, _, dropout_p, need_weights, *attributes = inputs
+    ctx.save_for_backward(Q, K, V, attn_mask, seed)
+    ctx.more = dropout_p, *attributes
+    ctx.need_weights = need_weights
+
+
+def _gradient(ctx, grad_Y, grad_weights):
+    Q, K, V, attn_mask, seed = ctx.saved_tensors
+    grads = _backward(grad_Y, grad_weights if ctx.need_weights else None, Q, K, V, attn_mask, seed, *ctx.more)
+    float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
+    return *grads[:3], grads[3] if float_mask else None, *[None] * (len(ctx.more) + 3)
+
+
+_attention.register_autograd(_gradient, setup_context=_setup_context)

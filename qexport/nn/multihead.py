@@ -1,0 +1,330 @@
+"""QuantumMultiheadAttention: nn.MultiheadAttention whose attention is sampled."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qexport.errors import UsageError
+from qexport.nn.functional import quantum_attention
+from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops.quantum_attention import STRATEGIES
+
+# Draws of the heads of one configuration must not repeat those of another: each group counts as a layer of its own.
+GROUP_STRIDE = 1 << 16
+_PER_HEAD = (
+    "quantum_backend",
+    "num_samples",
+    "adaptive_samples",
+    "control_variate",
+    "precision",
+    "error_tolerance",
+    "residual",
+)
+
+
+class QuantumMultiheadAttention(nn.MultiheadAttention):
+    """A drop-in for `torch.nn.MultiheadAttention`: its arguments, parameters, state dict, shapes and masks.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as there.
+        quantum_backend: `classical` (torch's own attention), or how keys are sampled: `stratified`, `adaptive`, `hybrid`,
+            `naive`, `tree` or `exact` (docs/math.md).
+        num_samples: keys read per query. A query that sees no more keys than that is computed exactly.
+        adaptive_samples: with `stratified`, share the samples out over queries and heads by the entropy of their rows.
+        control_variate: sample in proportion to p |v - mean v|, around mean v.
+        precision, error_tolerance, residual: of `exact` and `tree`, as in the op table.
+        heads: one dict per head with the keys above, from `quantum_backend` on, where heads differ; what a dict leaves out
+            is as above.
+        backend: who computes: `auto`, `kernel`, `reference` or an installed one (`qexport.nn.backend_names()`).
+        seed: of the draws in evaluation. Training draws a new one from torch's generator in each call.
+        layer: number of the module in its model: modules with equal seed and layer draw alike. `number_layers` sets it.
+
+    The weights that `forward` returns are the softmax probabilities that are sampled from. Queries that may attend to no key
+    get 0, where torch gives NaN.
+
+    Raises:
+        UsageError: one of the arguments after `dtype` has a value outside its limits.
+        AssertionError, RuntimeError: as nn.MultiheadAttention.
+    """
+
+    # What nn.MultiheadAttention sees of itself while it is built.
+    quantum_backend = "classical"
+
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        dropout=0.0,
+        bias=True,
+        add_bias_kv=False,
+        add_zero_attn=False,
+        kdim=None,
+        vdim=None,
+        batch_first=False,
+        device=None,
+        dtype=None,
+        *,
+        quantum_backend: str = "stratified",
+        num_samples: int = 32,
+        adaptive_samples: bool = True,
+        control_variate: bool = True,
+        precision: str = "fp32",
+        error_tolerance: float = 0.0,
+        residual: str = "verify_only",
+        heads: list[dict] | None = None,
+        backend: str = "auto",
+        seed: int = 0,
+        layer: int = 0,
+    ):
+        super().__init__(
+            *(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        )
+        shared = locals()
+        shared = {name: shared[name] for name in _PER_HEAD}
+        self.head_groups = _head_groups(shared, heads, num_heads)
+        if heads is not None and quantum_backend == "classical":
+            raise UsageError("heads needs a quantum_backend that samples, got classical; name one, or leave heads out")
+        self.quantum_backend = quantum_backend
+        self.backend = backend
+        self.layer = QUANTUM_ATTENTION.attribute("layer").check(layer, "QuantumMultiheadAttention")
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device), persistent=False)
+
+    @classmethod
+    def from_classical(cls, module: nn.MultiheadAttention, **quantum) -> "QuantumMultiheadAttention":
+        """A module on the parameters of `module` (shared, not copied); `quantum` are the keyword arguments of this class."""
+        weight = module.out_proj.weight
+        new = cls(
+            *(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None),
+            *(module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim, module.batch_first),
+            device="meta",
+            dtype=weight.dtype,
+            **quantum,
+        )
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(new, name, parameter)
+        new.out_proj = module.out_proj
+        new.seed = torch.tensor(quantum.get("seed", 0), dtype=torch.int64, device=weight.device)
+        return new.train(module.training)
+
+    @property
+    def _qkv_same_embed_dim(self):
+        # torch's encoder layers read this before they take a fused path that goes past forward().
+        return self._packed and self.quantum_backend == "classical"
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value):
+        self._packed = value
+
+    def extra_repr(self):
+        return f"{self.embed_dim}, {self.num_heads}, quantum_backend={self.quantum_backend!r}, backend={self.backend!r}"
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        key_padding_mask=None,
+        need_weights=True,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
+    ):
+        """As nn.MultiheadAttention.forward: (output, weights or None)."""
+        arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if self.quantum_backend == "classical":
+            return super().forward(query, key, value, *arguments)
+        if query.is_nested:
+            return self._forward_nested(query, key, value, *arguments[:3])
+        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint, as nn.MultiheadAttention does")
+        self._check_sizes(query, key, value)
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        _check_masks(attn_mask, key_padding_mask, query.shape[0], self.num_heads, query.shape[1], key.shape[1])
+        q, k, v = self._project(query, key, value)
+        k, v, added = self._add_keys(k, v)
+        # Keys that are added come last, where a causal query must see them: then the mask itself is used.
+        causal = is_causal and not added
+        mask = _merged_mask(None if causal else attn_mask, key_padding_mask, q, self.num_heads, added)
+        output, weights = self._attend(q, k, v, mask, causal, need_weights)
+        output = self.out_proj(output)
+        if need_weights and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return output.squeeze(0), weights.squeeze(0) if need_weights else None
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask):
+        """Self-attention on the nested tensors that nn.TransformerEncoder makes of a padded batch."""
+        if not (query is key and key is value) or key_padding_mask is not None or attn_mask is not None or need_weights:
+            raise AssertionError("nested tensors are for self-attention without masks and with need_weights=False")
+        padded = query.to_padded_tensor(0.0)
+        lengths = torch.tensor([len(rows) for rows in query.unbind()], device=query.device)
+        padding = torch.arange(padded.shape[1], device=query.device) >= lengths[:, None]
+        if not self.batch_first:
+            padded = padded.transpose(0, 1)
+        output, _ = self.forward(padded, padded, padded, padding, need_weights=False)
+        output = output if self.batch_first else output.transpose(0, 1)
+        return torch._nested_tensor_from_mask(output, ~padding), None
+
+    def _check_sizes(self, query, key, value):
+        for name, tensor, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if tensor.shape[-1] != size:
+                got = tensor.shape[-1]
+                raise AssertionError(f"{name}: was expecting embedding dimension of {size}, but got {got}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(f"key shape {tuple(key.shape)} does not match value shape {tuple(value.shape)}")
+        batch = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
+            got = query.shape[batch], key.shape[batch]
+            raise AssertionError(f"query and key must have the same batch size, got {got[0]} and {got[1]}")
+
+    def _project(self, query, key, value):
+        """q, k, v of (batch, length, embed_dim)."""
+        if not self._packed:
+            biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        if query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        weights = self.in_proj_weight.chunk(3)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+    def _add_keys(self, k, v):
+        """k and v with the learnt key and the zero key behind them, and how many those are."""
+        batch = k.shape[0]
+        pairs = []
+        if self.bias_k is not None:
+            pairs.append([b.to(k.dtype).expand(batch, 1, -1) for b in (self.bias_k, self.bias_v)])
+        if self.add_zero_attn:
+            pairs.append([x.new_zeros(batch, 1, self.embed_dim) for x in (k, v)])
+        if not pairs:
+            return k, v, 0
+        return torch.cat([k, *(a for a, _ in pairs)], 1), torch.cat([v, *(b for _, b in pairs)], 1), len(pairs)
+
+    def _attend(self, q, k, v, mask, causal, need_weights):
+        seed = torch.randint(2**63 - 1, (), device=self.seed.device) if self.training else self.seed
+        dropout_p = self.dropout if self.training else 0.0
+        outputs, weights = [None] * self.num_heads, [None] * self.num_heads
+        for number, (attributes, members) in enumerate(self.head_groups):
+            rows = [_heads(x, members, self.num_heads) for x in (q, k, v)]
+            per_head = mask is not None and mask.shape[1] > 1
+            found = quantum_attention(
+                *rows,
+                mask[:, members] if per_head and len(members) < self.num_heads else mask,
+                seed,
+                backend=self.backend,
+                dropout_p=dropout_p,
+                need_weights=need_weights,
+                is_causal=int(causal),
+                layer=self.layer + GROUP_STRIDE * number,
+                q_num_heads=len(members),
+                kv_num_heads=len(members),
+                **attributes,
+            )
+            Y, p = found if need_weights else (found, None)
+            if len(members) == self.num_heads:
+                return Y, p
+            for place, head in enumerate(members):
+                outputs[head] = Y[..., place * self.head_dim : (place + 1) * self.head_dim]
+                weights[head] = p[:, place] if need_weights else None
+        return torch.cat(outputs, -1), torch.stack(weights, 1) if need_weights else None
+
+
+def number_layers(model: nn.Module) -> None:
+    """Number the QuantumMultiheadAttention modules of a model in their order, so that no two draw alike at one seed."""
+    modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
+    for layer, module in enumerate(modules):
+        module.layer = layer
+
+
+def _head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[tuple[dict, list[int]]]:
+    """(attributes of the op, heads that have them): heads that differ in num_samples alone are one call."""
+    if heads is None:
+        return [(_attributes(shared), list(range(num_heads)))] if shared["quantum_backend"] != "classical" else []
+    if len(heads) != num_heads:
+        raise UsageError(f"heads must have one entry for each of the {num_heads} heads, got {len(heads)}")
+    groups = {}
+    for head, own in enumerate(heads):
+        if unknown := set(own) - set(_PER_HEAD):
+            raise UsageError(f"heads[{head}] has no key {min(unknown)!r}; known: {', '.join(_PER_HEAD)}")
+        attributes = _attributes(shared | own)
+        samples = attributes.pop("num_samples")
+        _, members, counts = groups.setdefault(tuple(attributes.items()), (attributes, [], []))
+        members.append(head)
+        counts.extend(samples)
+    return [(attributes | {"num_samples": counts}, members) for attributes, members, counts in groups.values()]
+
+
+def _attributes(settings: dict) -> dict:
+    """The attributes of the op that the settings of a module, or of one head, mean.
+
+    Raises:
+        UsageError: a value outside its limits, or settings that do not fit each other.
+    """
+    name = settings["quantum_backend"]
+    if name not in STRATEGIES:
+        raise UsageError(f"quantum_backend must be one of classical, {', '.join(STRATEGIES)}, got {name!r}")
+    if isinstance(settings["num_samples"], bool) or not isinstance(settings["num_samples"], int):
+        raise UsageError(f"num_samples must be a whole number, got {settings['num_samples']!r}; heads takes one per head")
+    attributes = {key: settings[key] for key in ("precision", "error_tolerance", "residual")}
+    attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
+    attributes |= {"num_samples": [settings["num_samples"]], "control_variate": int(settings["control_variate"])}
+    try:
+        QUANTUM_ATTENTION.resolve(attributes)
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
+    return attributes
+
+
+def _heads(x, members, num_heads):
+    """The columns of some heads of (batch, length, heads * size)."""
+    if len(members) == num_heads:
+        return x
+    size = x.shape[-1] // num_heads
+    if members == list(range(members[0], members[-1] + 1)):
+        return x[..., members[0] * size : (members[-1] + 1) * size]
+    return x.unflatten(-1, (num_heads, size))[:, :, members].flatten(2)
+
+
+def _check_masks(attn_mask, key_padding_mask, batch, num_heads, q_len, kv_len):
+    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+    if attn_mask is not None:
+        wanted = (q_len, kv_len) if attn_mask.dim() == 2 else (batch * num_heads, q_len, kv_len)
+        if tuple(attn_mask.shape) != wanted:
+            raise RuntimeError(
+                f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {wanted}."
+            )
+    if key_padding_mask is not None and tuple(key_padding_mask.shape) != (batch, kv_len):
+        raise AssertionError(
+            f"Expected key_padding_mask of shape {(batch, kv_len)}, but got {tuple(key_padding_mask.shape)}"
+        )
+
+
+def _merged_mask(attn_mask, key_padding_mask, q, num_heads, added):
+    """Both masks as one that the op takes, (batch or 1, heads or 1, q_len or 1, kv_len + added): bool with true = attend if
+    neither is a float mask, else floats that are added to the scores."""
+    batch = q.shape[0]
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, num_heads)))
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None])
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):
+        merged = ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+        return F.pad(merged, (0, added), value=True) if added else merged
+    merged = sum(_as_bias(mask, q.dtype) for mask in masks)
+    return F.pad(merged, (0, added)) if added else merged
+
+
+def _as_bias(mask, dtype):
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(dtype)
