@@ -17,8 +17,8 @@ namespace qexport {
 namespace {
 
 DType type_of(const py::array& array, const char* name) {
+  if (py::isinstance<py::array_t<float>>(array)) return DType::f32;
   const std::string type = py::str(array.dtype());
-  if (type == "float32") return DType::f32;
   if (type == "float16") return DType::f16;
   if (type == "bfloat16") return DType::bf16;  // ml_dtypes
   if (type == "bool") return DType::boolean;

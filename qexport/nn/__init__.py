@@ -1,8 +1,9 @@
-"""Torch modules: attention by sampling as a drop-in for nn.MultiheadAttention, and in place of the attention of other models."""
+"""Torch modules: sampled attention as a drop-in for nn.MultiheadAttention, and in place of the attention of other models."""
 
 from qexport.nn.backends import AttentionCall, backend_names
 from qexport.nn.functional import exact_attention, quantum_attention
 from qexport.nn.multihead import QuantumMultiheadAttention, number_layers
+from qexport.nn.replacement import replace_attention
 
 __all__ = [
     "AttentionCall",
@@ -11,4 +12,5 @@ __all__ = [
     "exact_attention",
     "number_layers",
     "quantum_attention",
+    "replace_attention",
 ]

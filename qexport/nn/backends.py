@@ -1,7 +1,7 @@
 """Who computes sampled attention in torch, chosen by name.
 
-A backend is a callable `(call) -> (Y, probabilities or None)` on an `AttentionCall`. `reference` and `kernel` are here; other
-packages bring theirs through the entry-point group `qexport.backends`, whose names are then known as these are:
+A backend is a callable `(call) -> (Y, probabilities or None)` on an `AttentionCall`. `reference` and `kernel` are here;
+other packages bring theirs through the entry-point group `qexport.backends`, whose names are then known as these are:
 
     [project.entry-points."qexport.backends"]
     my_device = "my_package:attention"

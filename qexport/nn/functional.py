@@ -1,13 +1,14 @@
 """QuantumAttention as a function of torch tensors: traced by torch.compile and torch.export, exported to ONNX as one node.
 
-The operator `qexport::quantum_attention` (torch.library) computes the output; its gradient is that of the Horvitz-Thompson form
-(docs/math.md, "Gradients"): the keys that were drawn and their inclusion probabilities are constants, the softmax weights
-are not. It is computed by the reference at the same seed, which needs a few (batch, heads, q_len, kv_len) arrays.
+The operator `qexport::quantum_attention` (torch.library) computes the output; its gradient is that of the Horvitz-Thompson
+form (docs/math.md, "Gradients"): the keys that were drawn and their inclusion probabilities are constants, the softmax
+weights are not. It is computed by the reference at the same seed, which needs a few (batch, heads, q_len, kv_len) arrays.
 `exact` and `tree` have the gradient of exact attention, which `tree` approximates.
 """
 
 import contextlib
 from contextvars import ContextVar
+from dataclasses import replace
 
 import torch
 
@@ -33,7 +34,8 @@ def quantum_attention(
     Args:
         Q: (batch, q_heads, q_len, head_size), or (batch, q_len, q_heads * head_size) with `q_num_heads` and `kv_num_heads`.
         K, V: likewise, of kv_heads heads; q_heads must be a multiple of kv_heads.
-        attn_mask: bool (true = attend) or of Q's type (added to the scores), broadcastable to (batch, q_heads, q_len, kv_len).
+        attn_mask: bool (true = attend) or of Q's type (added to the scores), broadcastable to
+            (batch, q_heads, q_len, kv_len).
         seed: int, or an int64 scalar tensor (which a compiled graph takes as an input); the same seed draws the same keys.
         backend: `auto`, or a name of `qexport.nn.backend_names()`.
         dropout_p: share of the softmax weights that is dropped.
@@ -42,19 +44,22 @@ def quantum_attention(
             softcap, q_num_heads, kv_num_heads, with the defaults of the op table.
 
     Returns:
-        The output, shaped as Q with V's head size; with `need_weights` also the (batch, q_heads, q_len, kv_len) probabilities.
+        The output, shaped as Q with V's head size; with `need_weights` also the
+            probabilities (batch, q_heads, q_len, kv_len).
 
     Raises:
         UsageError: an unknown backend, an attribute outside its limits, or a call that the backend does not take.
         ValueError: shapes that do not fit each other.
     """
     a = QUANTUM_ATTENTION.resolve(attributes)
-    if not isinstance(seed, torch.Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64)
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype):
         attn_mask = attn_mask.to(Q.dtype)
-    passed = {name: list(a[name]) if name == "num_samples" else a[name] for name in ATTRIBUTES}
-    Y, weights = _attention(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, **passed)
+    if _is_plain(Q, K, V, attn_mask):
+        Y, weights = _compute(AttentionCall(Q, K, V, attn_mask, a, int(seed), need_weights, dropout_p), backend)
+    else:
+        values = [a[name] for name in ATTRIBUTES]
+        seed = torch.as_tensor(seed, dtype=torch.int64)
+        Y, weights = _attention(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, *values)
     return (Y, weights) if need_weights else Y
 
 
@@ -63,7 +68,7 @@ _EXACT = ContextVar("qexport_exact", default=False)
 
 @contextlib.contextmanager
 def exact_attention():
-    """Within it, every `quantum_attention` of this thread is computed exactly, whatever its strategy: the classical model."""
+    """Within it, every `quantum_attention` is computed exactly, whatever its strategy: the classical model."""
     token = _EXACT.set(True)
     try:
         yield
@@ -78,44 +83,56 @@ ATTRIBUTES = (
 )
 
 
-def _resolved(attributes: dict, exact: bool) -> dict:
-    return QUANTUM_ATTENTION.resolve(attributes | ({"strategy": "exact", "error_tolerance": 0.0} if exact else {}))
+_TYPES = {"int": "int", "ints": "int[]", "float": "float", "string": "str"}
+_SCHEMA = ", ".join(
+    f"{_TYPES[attr.kind]}{'?' if attr.default is None else ''} {attr.name}"
+    for attr in map(QUANTUM_ATTENTION.attribute, ATTRIBUTES)
+)
 
 
-@torch.library.custom_op("qexport::quantum_attention", mutates_args=())
-def _attention(
-    Q: torch.Tensor,
-    K: torch.Tensor,
-    V: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    seed: torch.Tensor,
-    backend: str,
-    dropout_p: float,
-    need_weights: bool,
-    strategy: str,
-    num_samples: list[int],
-    control_variate: int,
-    precision: str,
-    error_tolerance: float,
-    residual: str,
-    layer: int,
-    is_causal: int,
-    scale: float | None,
-    softcap: float,
-    q_num_heads: int | None,
-    kv_num_heads: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    given = locals()
-    attributes = _resolved({name: given[name] for name in ATTRIBUTES}, exact=_EXACT.get())
-    compute = get_backend(chosen_backend(backend, Q, dropout_p))
-    Y, weights = compute(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), need_weights, dropout_p))
+def _attributes(values) -> dict:
+    """All attributes of the op from those of ATTRIBUTES."""
+    return QUANTUM_ATTENTION.resolve(dict(zip(ATTRIBUTES, values, strict=True)))
+
+
+def _exactly(attributes: dict) -> dict:
+    return attributes | {"strategy": "exact", "error_tolerance": 0.0}
+
+
+def _compute(call: AttentionCall, backend: str):
+    if _EXACT.get():
+        call = replace(call, attributes=_exactly(call.attributes))
+    return get_backend(chosen_backend(backend, call.Q, call.dropout_p))(call)
+
+
+def _operator(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values):
+    call = AttentionCall(Q, K, V, attn_mask, _attributes(values), int(seed), need_weights, dropout_p)
+    Y, weights = _compute(call, backend)
     return Y, Y.new_empty(0) if weights is None else weights
+
+
+_attention = torch.library.custom_op(
+    "qexport::quantum_attention",
+    _operator,
+    mutates_args=(),
+    schema="(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask, Tensor seed, str backend, float dropout_p, bool need_weights, "
+    f"{_SCHEMA}) -> (Tensor, Tensor)",
+)
+
+
+def _is_plain(*tensors) -> bool:
+    """Whether this is a call in eager mode through which no gradient flows: it needs no operator around the backend."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in tensors if x is not None]
+    return all(type(x) is torch.Tensor for x in given) and not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    )
 
 
 @_attention.register_fake
 def _(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *more):
-    given = dict(zip(ATTRIBUTES, more, strict=True))
-    q_heads, kv_heads = given["q_num_heads"], given["kv_num_heads"]
+    *_, q_heads, kv_heads = more
     if Q.dim() == 3:
         Y = Q.new_empty(Q.shape[0], Q.shape[1], V.shape[2] // kv_heads * q_heads)
         rows = (Q.shape[0], q_heads, Q.shape[1], K.shape[1])
@@ -125,36 +142,20 @@ def _(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *more):
     return Y, Q.new_empty(rows if need_weights else 0)
 
 
-@torch.library.custom_op("qexport::quantum_attention_backward", mutates_args=())
-def _backward(
-    grad_Y: torch.Tensor,
-    grad_weights: torch.Tensor | None,
-    Q: torch.Tensor,
-    K: torch.Tensor,
-    V: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    seed: torch.Tensor,
-    dropout_p: float,
-    strategy: str,
-    num_samples: list[int],
-    control_variate: int,
-    precision: str,
-    error_tolerance: float,
-    residual: str,
-    layer: int,
-    is_causal: int,
-    scale: float | None,
-    softcap: float,
-    q_num_heads: int | None,
-    kv_num_heads: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = locals()
-    resolved = _resolved({name: given[name] for name in ATTRIBUTES}, exact=strategy in BLOCKWISE or _EXACT.get())
-
+@torch.library.custom_op(
+    "qexport::quantum_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_Y, Tensor? grad_weights, Tensor Q, Tensor K, Tensor V, Tensor? attn_mask, Tensor seed, "
+    f"float dropout_p, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_Y, grad_weights, Q, K, V, attn_mask, seed, dropout_p, *values):
+    attributes = _attributes(values)
+    if attributes["strategy"] in BLOCKWISE or _EXACT.get():
+        attributes = _exactly(attributes)
     with_weights = grad_weights is not None
 
     def forward(Q, K, V, attn_mask):
-        outputs = get_backend("reference")(AttentionCall(Q, K, V, attn_mask, resolved, int(seed), with_weights, dropout_p))
+        outputs = get_backend("reference")(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), with_weights, dropout_p))
         return outputs if with_weights else outputs[0]
 
     grads = (grad_Y, grad_weights) if with_weights else grad_Y
@@ -171,7 +172,7 @@ def _backward(
 @_backward.register_fake
 def _(grad_Y, grad_weights, Q, K, V, attn_mask, seed, *more):
     mask = torch.empty_like(attn_mask) if attn_mask is not None and attn_mask.dtype != torch.bool else Q.new_empty(0)
-    return tuple(x.new_empty(x.shape) for x in (Q, K, V)) + (mask,)
+    return *(x.new_empty(x.shape) for x in (Q, K, V)), mask
 
 
 def _setup_context(ctx, inputs, output):

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from qexport.errors import UsageError
 from qexport.nn.functional import quantum_attention
@@ -135,7 +134,7 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             return super().forward(query, key, value, *arguments)
         if query.is_nested:
             return self._forward_nested(query, key, value, *arguments[:3])
-        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = nn.functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint, as nn.MultiheadAttention does")
         self._check_sizes(query, key, value)
@@ -188,12 +187,12 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         if not self._packed:
             biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-            return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+            return [nn.functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
         if query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         weights = self.in_proj_weight.chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        return [nn.functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _add_keys(self, k, v):
         """k and v with the learnt key and the zero key behind them, and how many those are."""
@@ -321,9 +320,9 @@ def _merged_mask(attn_mask, key_padding_mask, q, num_heads, added):
         return None
     if all(mask.dtype == torch.bool for mask in masks):
         merged = ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
-        return F.pad(merged, (0, added), value=True) if added else merged
+        return nn.functional.pad(merged, (0, added), value=True) if added else merged
     merged = sum(_as_bias(mask, q.dtype) for mask in masks)
-    return F.pad(merged, (0, added)) if added else merged
+    return nn.functional.pad(merged, (0, added)) if added else merged
 
 
 def _as_bias(mask, dtype):

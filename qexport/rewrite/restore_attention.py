@@ -1,9 +1,9 @@
 """restore_attention: a QuantumAttention that the model brought along becomes the Attention it stands for.
 
-    QuantumAttention(Q, K, V, mask, past_key, past_value, nonpad, seed, ...) -> Attention(Q, K, V, mask, past_key, past_value, nonpad)
+    QuantumAttention(Q, K, V, mask, past_key, past_value, nonpad, seed, ...) -> Attention(Q, K, V, mask, ..., nonpad)
 
-Modules of qexport.nn export as QuantumAttention. The classical model, which the converted one is compared with, needs Attention
-there; how the module samples is kept on the node for `sample_attention`.
+Modules of qexport.nn export as QuantumAttention. The classical model, which the converted one is compared with, needs
+Attention there; how the module samples is kept on the node for `sample_attention`.
 """
 
 import json
