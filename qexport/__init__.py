@@ -16,6 +16,7 @@ _LAZY = {
     "convert": "qexport.conversion",
     "get_library_path": "qexport.runtime",
     "inspect": "qexport.inspection",
+    "map_attention": "qexport.attention",
     "profile": "qexport.profiling",
     "session": "qexport.runtime",
     "tune": "qexport.tuning",

@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": "Compare a bundle with its classical model: per layer, end to end, over seeds.",
     "profile": "Time a bundle and its classical model side by side.",
     "tune": "Find the fastest recipe that holds a tolerance on your inputs.",
+    "attention": "Draw what each head looks at, and what sampling does to it.",
     "generate": "Continue a text with a bundle that has a KV cache.",
     "inspect": "Show what a bundle or an .onnx file contains.",
     "ops": "List the ops of the domain com.qexport.",
@@ -62,9 +63,12 @@ def cli():
 
 
 class Numbers(click.ParamType):
-    """Whole numbers >= 1: one, or several with commas (32, or 128,512)."""
+    """Whole numbers >= `least`: one, or several with commas (32, or 128,512)."""
 
     name = "N[,N...]"
+
+    def __init__(self, least: int = 1):
+        self.least = least
 
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
@@ -73,8 +77,8 @@ class Numbers(click.ParamType):
             numbers = tuple(int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not a whole number or a list of them, such as 128 or 128,512", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"must be >= 1, got {min(numbers)}", param, ctx)
+        if min(numbers) < self.least:
+            self.fail(f"must be >= {self.least}, got {min(numbers)}", param, ctx)
         return numbers
 
 

@@ -2,7 +2,7 @@
 
 Two kinds: a model with the sites' outputs added to its graph outputs (errors as they run through the model), and the
 classical model with the sampled attention of each site beside the classical one, on the same queries, keys and values (the
-error of a site alone).
+error of a site alone). Either can also give the sites' probabilities, and the sizes that these would have.
 """
 
 import shutil
@@ -10,6 +10,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from qexport.external_data import check_external_data, external_files, load_structure
@@ -26,7 +27,11 @@ from qexport.runtime import (
 
 LOCAL = "__qexport_local"
 ESTIMATE = "__qexport_error_estimate"
-_ESTIMATE_INDEX = [param.name for param in QUANTUM_ATTENTION.outputs].index("error_estimate")
+PROBABILITIES = "__qexport_probabilities"
+SIZE = "__qexport_size"
+_OUTPUTS = [param.name for param in QUANTUM_ATTENTION.outputs]
+_ESTIMATE_INDEX = _OUTPUTS.index("error_estimate")
+_INPUTS = {param.name: i for i, param in enumerate(QUANTUM_ATTENTION.inputs)}
 # The first onnxruntime that reads external data of a model in memory relative to a given folder.
 FOLDER_OPTION_SINCE = (1, 23)
 
@@ -86,6 +91,71 @@ def beside(
     return classical, local, estimates
 
 
+def add_probabilities(model: onnx.ModelProto, value_of: dict[str, str], heads: list[int] | None) -> dict[str, str]:
+    """Make the attention probabilities of sites graph outputs; the names of these values by site name.
+
+    Each site gets a node of strategy `exact` on the same inputs, so that what the site itself gives stays as it is. The
+    functions of the domain go: onnxruntime wants as many outputs on each node as they have. It takes the op library then.
+
+    Args:
+        model: from `watch` of a converted model, or from `beside`.
+        value_of: the output of each site's QuantumAttention node, by site name.
+        heads: the query heads to keep, all when None.
+    """
+    makers = {name: node for node in model.graph.node if node.domain == DOMAIN for name in node.output}
+    if heads is not None:
+        chosen = onnx.numpy_helper.from_array(np.array(heads, np.int64), f"{PROBABILITIES}_heads")
+        model.graph.initializer.append(chosen)
+    found = {}
+    for site, output in value_of.items():
+        source, name = makers[output], output + PROBABILITIES
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in source.attribute}
+        attributes |= {"strategy": "exact", "precision": "fp32", "error_tolerance": 0.0, "qk_matmul_output_mode": 3}
+        everyone = name if heads is None else f"{name}_of_all_heads"
+        outputs = [name + "_Y", *[""] * (_OUTPUTS.index("qk_matmul_output") - 1), everyone]
+        node = onnx.helper.make_node(source.op_type, source.input[: _INPUTS["seed"]], outputs, name, domain=DOMAIN)
+        node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in attributes.items())
+        model.graph.node.append(node)
+        if heads is not None:
+            model.graph.node.append(onnx.helper.make_node("Gather", [everyone, chosen.name], [name], axis=1))
+        found[site] = name
+    kept = [function for function in model.functions if function.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(kept)
+    _add_outputs(model, list(found.values()))
+    return found
+
+
+def sized(hybrid: onnx.ModelProto, local: dict[str, str]) -> tuple[onnx.ModelProto, dict[str, dict]]:
+    """The model of `beside` without its sampled attention, whose outputs are the sizes of what each site reads.
+
+    Returns:
+        The model, and by site name: `Q`, `K` and `past_key` (names of their shapes among the outputs; None where the site
+        has no past), `key` (name of the keys themselves, an output for the sake of its symbolic shape), `q_num_heads` (None
+        with 4-D inputs) and `is_cached` (keys of earlier steps are read).
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(hybrid)
+    sites = [node for node in model.graph.node if node.domain == DOMAIN]
+    rest = [node for node in model.graph.node if node.domain != DOMAIN]
+    del model.graph.node[:], model.graph.output[:]
+    model.graph.node.extend(rest)
+    nodes, found, shapes = {node.output[0]: node for node in sites}, {}, {}
+    for site, output in local.items():
+        node = nodes[output]
+        read = {key: node.input[i] if i < len(node.input) else "" for key, i in _INPUTS.items()}
+        for name in (read["Q"], read["K"], read["past_key"]):
+            if name and name not in shapes:
+                shapes[name] = name + SIZE
+                model.graph.node.append(onnx.helper.make_node("Shape", [name], [shapes[name]]))
+        found[site] = {key: shapes.get(read[key]) for key in ("Q", "K", "past_key")}
+        found[site]["key"] = read["K"]
+        found[site]["q_num_heads"] = next((a.i for a in node.attribute if a.name == "q_num_heads"), None)
+        found[site]["is_cached"] = bool(read["past_key"] or read["nonpad_kv_seqlen"])
+    _add_outputs(model, [*shapes.values(), *(entry["key"] for entry in found.values())])
+    return model, found
+
+
 def _classical_inputs(source, maker) -> list[str]:
     """The inputs of a QuantumAttention node as values of the classical model: those of the Attention that it replaces, else
     those of the same name."""
@@ -133,7 +203,7 @@ def _add_seed(classical: onnx.ModelProto, model: onnx.ModelProto, seed_input: st
 
 def _add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
     present = {value.name for value in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in present)
 
 
 @contextmanager

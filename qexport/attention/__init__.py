@@ -1,0 +1,141 @@
+"""map_attention: what the attention of a bundle looks at, in the classical model and in the sampled one.
+
+Per site and head: the attention as a map of queries x keys, its entropy H, the effective support exp(H), and how far sampling
+moves both the head's output and, behind earlier layers, the attention itself. As arrays, pictures and one HTML page.
+"""
+
+import os
+from pathlib import Path
+
+from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
+from qexport.bundle import Bundle
+from qexport.errors import QexportError, UsageError
+
+__all__ = ["MEASURES", "AttentionMaps", "SiteMap", "entropy", "map_attention", "site_labels"]
+
+PAGE = "attention.html"
+# Input items that are drawn: each is a picture per layer.
+MOST_DRAWN = 16
+
+
+def map_attention(
+    bundle,
+    data=None,
+    *,
+    output=None,
+    pictures: bool = True,
+    layers=None,
+    heads=None,
+    seed: int = 0,
+    seq: int | None = None,
+    library=True,
+    providers=None,
+    progress=None,
+) -> AttentionMaps:
+    """Map the attention of a bundle's classical and sampled model on some inputs.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        data: a list of texts, a .npz or .txt file, or a dict of arrays; the bundle's stored samples when None.
+        output: folder for the page and the pictures; nothing is written when None. Files of the same names are replaced.
+        pictures: write PNG files beside the page, which needs matplotlib.
+        layers: numbers of the attentions (`layer` in the manifest), all when None.
+        heads: numbers of the query heads, all when None.
+        seed: of the sampled model, which runs once. `validate` has errors over several seeds.
+        seq: sequence length that texts are cut to; without data, the length of generated inputs.
+        library: True or a path of an op library: the probabilities come from it.
+        providers: execution providers; the CPU when None.
+        progress: called with one line per step.
+
+    Raises:
+        UsageError: a layer, head or `seq` that is not there, or a file in the place of `output`.
+        QexportError: the bundle, the data or the runtime is at fault, the maps are larger than `capture.MEMORY_LIMIT`,
+            matplotlib is missing, or `output` cannot be written.
+    """
+    from qexport import __version__
+    from qexport.attention.capture import capture
+    from qexport.data import load_inputs
+    from qexport.runtime import onnxruntime
+
+    say = progress or (lambda text: None)
+    if not library:
+        raise UsageError("library must be True or a path: attention maps come from the op library")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if output is not None:
+        _prepare(Path(output), pictures)
+    inputs = load_inputs(opened, data, batch=None if data is None else 1, seq=seq)
+    if output is not None and inputs.samples > MOST_DRAWN:
+        raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
+    options = {"layers": layers, "heads": heads, "seed": seed, "library": library, "providers": providers}
+    items, unseen = capture(opened, inputs, progress=say, **options)
+    maps = AttentionMaps(
+        bundle=str(opened.path),
+        data={"source": inputs.source, "samples": inputs.samples, "notes": inputs.notes},
+        seed=seed,
+        items=items,
+        notes=_notes(items, unseen),
+        versions={"qexport": __version__, "onnxruntime": onnxruntime().__version__},
+    )
+    if output is not None:
+        maps.files = _write(maps, Path(output), pictures, say)
+    return maps
+
+
+def _notes(items: list[list[SiteMap]], unseen: int) -> list[str]:
+    notes = []
+    if unseen:
+        notes.append(f"{unseen} attentions lie in subgraphs or read what others sampled, and are left out")
+    if all((site.own_error < 1e-5).all() for maps in items for site in maps):
+        notes.append("no attention had to sample: both models are equal here; longer inputs show a difference")
+    return notes
+
+
+def _prepare(folder: Path, pictures: bool) -> None:
+    """Find out before the models run whether the results can be written."""
+    if pictures:
+        from qexport.attention.figures import matplotlib
+
+        matplotlib()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: a file is there already; choose another folder for the maps")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise QexportError(f"{folder}: no permission to write there; choose another folder or its owner")
+
+
+def _write(maps: AttentionMaps, folder: Path, pictures: bool, say) -> list[Path]:
+    """The page, and a summary, all maps, and a map and a difference per site of each item."""
+    from qexport.attention.page import page
+
+    files = []
+    try:
+        say("writing the page")
+        files.append(folder / PAGE)
+        files[-1].write_text(page(maps), encoding="utf-8")
+        for number, item in enumerate(maps.items if pictures else []):
+            say(f"drawing input {number + 1} of {len(maps.items)}")
+            files += _draw(item, folder, f"input_{number + 1}_" if len(maps.items) > 1 else "")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return files
+
+
+def _draw(item: list[SiteMap], folder: Path, prefix: str) -> list[Path]:
+    from qexport.attention import figures
+
+    drawn = {"summary": lambda: figures.plot_summary(item), "all": lambda: figures.plot_all(item)}
+    for site in item:
+        drawn[f"layer_{site.layer:02}"] = lambda site=site: figures.plot_site(item, site)
+        drawn[f"layer_{site.layer:02}_difference"] = lambda site=site: figures.plot_site(item, site, "difference")
+    files = []
+    for name, make in drawn.items():
+        files.append(folder / f"{prefix}{name}.png")
+        figures.save(make(), files[-1])
+    return files
+
+
+def _unwritable(folder: Path, error: OSError) -> QexportError:
+    return QexportError(f"{error.filename or folder}: cannot be written ({error.strerror or error}); choose another folder")

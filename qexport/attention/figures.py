@@ -1,0 +1,180 @@
+"""Attention maps as matplotlib figures; matplotlib comes with the extra [plot].
+
+Probabilities are drawn on a scale of their square roots, from 0 to the largest of the item, differences likewise to both
+sides of 0: most rows have one large entry and many small ones, and both are to be seen.
+"""
+
+import math
+
+import numpy as np
+
+from qexport.attention.maps import MEASURES, SHARES, SiteMap, site_labels
+from qexport.errors import QexportError
+
+# Inches that the name of a token takes, and the largest side of a map whose tokens are all named.
+LABEL, LARGEST_NAMED = 0.13, 5.2
+SIDE = (2.2, 4.0)  # of a map: the least, and of one that is too long for all names
+COLUMNS = 4
+DPI = 110
+_LONGEST_NAME = 14
+
+
+def matplotlib():
+    """The module, which draws into files alone.
+
+    Raises:
+        QexportError: it is not installed.
+    """
+    try:
+        import matplotlib as module
+        import matplotlib.figure
+    except ImportError as error:
+        raise QexportError(
+            f"pictures need matplotlib ({error}): pip install 'qexport[plot]', or leave them out with --no-pictures"
+        ) from None
+    return module
+
+
+def save(figure, path) -> None:
+    """Write a figure as a PNG file."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a script that the font lacks
+        figure.savefig(path, dpi=DPI)
+
+
+def plot_site(item: list[SiteMap], site: SiteMap, what: str = "classical"):
+    """A map per head of one site, with the tokens at its sides.
+
+    Args:
+        item: all sites of the input item, which share the scale of colours.
+        what: "classical", "sampled" or "difference".
+    """
+    columns = min(COLUMNS, len(site.heads))
+    rows = math.ceil(len(site.heads) / columns)
+    width, x_step = _side(len(site.keys))
+    height, y_step = _side(len(site.queries))
+    size = (columns * (width + 0.25) + 2.2, rows * (height + 0.35) + 1.8)
+    figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    style = _style(item, what)
+    measures = site.measures()
+    for i, ax in enumerate(axes.flat):
+        if i >= len(site.heads):
+            ax.set_axis_off()
+            continue
+        image = ax.imshow(getattr(site, what)[i], aspect="auto", interpolation="nearest", **style)
+        number = f"{measures['moved'][i]:.2%} elsewhere" if what == "difference" else f"H = {measures['entropy'][i]:.2f}"
+        ax.set_title(f"head {site.heads[i]}: {number}", fontsize=9)
+        below = i + columns >= len(site.heads)
+        ax.tick_params(labelbottom=below, labelleft=i % columns == 0, labelsize=6.5, length=2)
+        _name_axis(ax.set_xticks, site.keys, x_step, rotation=90)
+        _name_axis(ax.set_yticks, site.queries, y_step)
+    figure.suptitle(f"layer {site.layer}{_module(site)}: {_TITLES[what]}", fontsize=11)
+    figure.supxlabel("key", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    figure.colorbar(image, ax=axes, fraction=0.02, aspect=40, label=_SCALES[what])
+    return figure
+
+
+def plot_all(item: list[SiteMap], what: str = "classical"):
+    """A small map for every layer (downwards) and head (across)."""
+    heads = sorted({head for site in item for head in site.heads})
+    cell = min(1.5, max(0.8, 14 / max(len(heads), len(item))))
+    size = (len(heads) * cell + 2.4, len(item) * cell + 1.3)
+    figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(item), len(heads), squeeze=False)
+    style, labels = _style(item, what), site_labels(item)
+    for row, site in enumerate(item):
+        for column, head in enumerate(heads):
+            ax = axes[row, column]
+            ax.set(xticks=[], yticks=[])
+            if row == 0:
+                ax.set_title(str(head), fontsize=9)
+            if column == 0:
+                ax.set_ylabel(labels[row], fontsize=9, rotation=0, ha="right", va="center")
+            if head in site.heads:
+                shown = getattr(site, what)[site.heads.index(head)]
+                image = ax.imshow(shown, aspect="auto", interpolation="antialiased", **style)
+            else:
+                ax.set_axis_off()
+    figure.suptitle(f"{_TITLES[what]}: layers downwards, heads across", fontsize=11)
+    figure.colorbar(image, ax=axes, fraction=0.02, aspect=40, label=_SCALES[what])
+    return figure
+
+
+def plot_summary(item: list[SiteMap]):
+    """Every measure of `MEASURES` as a matrix of layers x heads, and its mean over the heads of a layer."""
+    heads = sorted({head for site in item for head in site.heads})
+    size = (3 * (0.42 * (len(heads) + 1) + 1.6), 2 * (0.3 * len(item) + 1.1))
+    figure = matplotlib().figure.Figure(figsize=(max(size[0], 12), max(size[1], 5)), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
+    for ax, (key, title) in zip(axes, MEASURES.items(), strict=False):
+        matrix = np.full((len(item), len(heads) + 1), np.nan)
+        for row, site in enumerate(item):
+            values = site.measures()[key] * (100 if key in SHARES else 1)
+            matrix[row, [heads.index(head) for head in site.heads]] = values
+            matrix[row, -1] = values.mean()
+        image = ax.imshow(matrix, aspect="auto", cmap="viridis")
+        ax.axvline(len(heads) - 0.5, color="white", linewidth=2)
+        ax.set_title(title, fontsize=10)
+        ax.set_xticks(range(len(heads) + 1), [*map(str, heads), "mean"], fontsize=8)
+        ax.set_yticks(range(len(item)), site_labels(item), fontsize=8)
+        ax.set_xlabel("head", fontsize=8)
+        ax.set_ylabel("layer", fontsize=8)
+        _write_numbers(ax, matrix)
+        figure.colorbar(image, ax=ax, fraction=0.05)
+    for ax in axes[len(MEASURES) :]:
+        ax.set_axis_off()
+    return figure
+
+
+_TITLES = {"classical": "classical attention", "sampled": "attention in the sampled model", "difference": "sampled - classical"}
+_SCALES = {"classical": "probability", "sampled": "probability", "difference": "difference of probability"}
+
+
+def _module(site: SiteMap) -> str:
+    return f" ({site.module})" if site.module else ""
+
+
+def _side(count: int) -> tuple[float, int]:
+    """Inches of a map's side of `count` tokens, and which of them are named: every so many."""
+    if count * LABEL <= LARGEST_NAMED:
+        return max(SIDE[0], count * LABEL), 1
+    return SIDE[1], math.ceil(count * LABEL / SIDE[1])
+
+
+def _style(item: list[SiteMap], what: str) -> dict:
+    """Colours and scale, the same for all sites of an item."""
+    from matplotlib.colors import FuncNorm, PowerNorm
+
+    largest = max(float(np.abs(getattr(site, what)).max()) for site in item)
+    if what != "difference":
+        return {"cmap": "Blues", "norm": PowerNorm(0.5, 0, largest)}
+    largest = largest or 1.0  # both models are equal
+    signed = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
+    return {"cmap": "RdBu_r", "norm": FuncNorm(signed, -largest, largest)}
+
+
+def _name_axis(set_ticks, tokens: list[str], step: int, **text) -> None:
+    for label in set_ticks(range(0, len(tokens), step), [_shown(token) for token in tokens[::step]], **text):
+        label.label1.set_parse_math(False)  # a dollar sign is a token
+
+
+def _shown(token: str) -> str:
+    """A token as it fits at an axis: one line, no control characters, not too long."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
+
+
+def _write_numbers(ax, matrix: np.ndarray) -> None:
+    """The values in their cells, where they are not too many to be read."""
+    if matrix.size > 20 * 20:
+        return
+    low, high = np.nanmin(matrix), np.nanmax(matrix)
+    for (row, column), value in np.ndenumerate(matrix):
+        if np.isfinite(value):
+            bright = high > low and (value - low) / (high - low) > 0.6
+            text = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+            ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color="black" if bright else "white")
