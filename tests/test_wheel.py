@@ -44,6 +44,7 @@ def test_wheel_holds_the_library_and_no_sources(wheel):
     assert "qexport/lib/libqexport_ops.so" in names
     assert any(name.startswith("qexport/_core.") for name in names)
     assert "qexport/demo_sentences.txt" in names
+    assert "qexport/attention/page.html" in names
     assert not [name for name in names if name.startswith(("tests/", "cpp/", "bench/")) or name.endswith((".cc", ".h"))]
     assert wheel.stat().st_size < 3 << 20
 

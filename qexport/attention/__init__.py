@@ -1,7 +1,7 @@
 """map_attention: what the attention of a bundle looks at, in the classical model and in the sampled one.
 
-Per site and head: the attention as a map of queries x keys, its entropy H, the effective support exp(H), and how far sampling
-moves both the head's output and, behind earlier layers, the attention itself. As arrays, pictures and one HTML page.
+Per site and head: the attention as a map of queries x keys, its entropy H, the effective support exp(H), and how far
+sampling moves both the head's output and, behind earlier layers, the attention itself. As arrays, pictures and one HTML page.
 """
 
 import os
@@ -66,6 +66,7 @@ def map_attention(
     inputs = load_inputs(opened, data, batch=None if data is None else 1, seq=seq)
     if output is not None and inputs.samples > MOST_DRAWN:
         raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
+    layers, heads = (None if numbers is None else sorted(set(numbers)) for numbers in (layers, heads))
     options = {"layers": layers, "heads": heads, "seed": seed, "library": library, "providers": providers}
     items, unseen = capture(opened, inputs, progress=say, **options)
     maps = AttentionMaps(

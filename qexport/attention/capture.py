@@ -55,9 +55,7 @@ def capture(
     hybrid, local, _ = beside(bundle.classical_path, structure, sites, bundle.seed_input)
     sites = [site for site in sites if site["name"] in local]
     if not sites:
-        raise QexportError(
-            f"{bundle.path}: none of its attentions can be observed; they lie in subgraphs or read what others sampled"
-        )
+        raise QexportError(f"{bundle.path}: has no attention that can be observed, outside of subgraphs; map another bundle")
     progress("measuring how large the maps are")
     sizes, cached = _sizes(bundle, inputs, hybrid, local, providers)
     _check_heads(sites, sizes, heads)
@@ -100,7 +98,7 @@ def _chosen(bundle: Bundle, sites: list[dict], layers) -> tuple[list[dict], int]
     for layer in layers:
         if layer not in known:
             raise UsageError(f"layers: {layer} is not there; {bundle.path} has the attentions {_span(known)}")
-    return [site for site in sites if site["layer"] in layers], len(set(layers))
+    return [site for site in sites if site["layer"] in layers], len(layers)
 
 
 def _span(numbers: list[int]) -> str:

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from qexport.attention.maps import MEASURES, SHARES, SiteMap, site_labels
+from qexport.attention.maps import MEASURES, SHARES, SiteMap, entropy, site_labels
 from qexport.errors import QexportError
 
 # Inches that the name of a token takes, and the largest side of a map whose tokens are all named.
@@ -65,7 +65,8 @@ def plot_site(item: list[SiteMap], site: SiteMap, what: str = "classical"):
             ax.set_axis_off()
             continue
         image = ax.imshow(getattr(site, what)[i], aspect="auto", interpolation="nearest", **style)
-        number = f"{measures['moved'][i]:.2%} elsewhere" if what == "difference" else f"H = {measures['entropy'][i]:.2f}"
+        moved = f"{100 * measures['moved'][i]:.2g} % looks elsewhere"
+        number = moved if what == "difference" else f"H = {entropy(getattr(site, what)[i]).mean():.2f}"
         ax.set_title(f"head {site.heads[i]}: {number}", fontsize=9)
         below = i + columns >= len(site.heads)
         ax.tick_params(labelbottom=below, labelleft=i % columns == 0, labelsize=6.5, length=2)
@@ -130,7 +131,11 @@ def plot_summary(item: list[SiteMap]):
     return figure
 
 
-_TITLES = {"classical": "classical attention", "sampled": "attention in the sampled model", "difference": "sampled - classical"}
+_TITLES = {
+    "classical": "classical attention",
+    "sampled": "attention in the sampled model",
+    "difference": "sampled - classical",
+}
 _SCALES = {"classical": "probability", "sampled": "probability", "difference": "difference of probability"}
 
 

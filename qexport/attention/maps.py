@@ -22,8 +22,9 @@ class SiteMap:
     """One attention on one input item; padding is left out.
 
     `heads` are the numbers of the query heads in the arrays. `classical` and `sampled` are the attention probabilities
-    (heads, queries, keys), float32, in the classical model and in the sampled one. The op samples values, never probabilities,
-    so these differ only by what sampling in earlier layers did to the queries and keys; at the first site they are equal.
+    (heads, queries, keys), float32, in the classical model and in the sampled one. The op samples values, never
+    probabilities, so these differ only by what sampling in earlier layers did to the queries and keys; at the first site they
+    are equal.
     `own_error` and `propagated_error` (heads,) are the relative Frobenius errors of the heads' outputs for one seed: of the
     site alone, fed with the classical model's values, and as it runs through the sampled model.
     """
@@ -85,8 +86,8 @@ SHARES = ("moved", "own_error", "propagated_error")
 
 @dataclass
 class AttentionMaps:
-    """The attention of a bundle's sites on some input items: `items[i]` has one `SiteMap` per site, in the order in which the
-    model computes them. `files` were written. `to_dict()` is the documented JSON, without the maps themselves.
+    """The attention of a bundle's sites on some input items: `items[i]` has one `SiteMap` per site, in the order in which
+    the model computes them. `files` were written. `to_dict()` is the documented JSON, without the maps themselves.
     """
 
     bundle: str
@@ -117,10 +118,9 @@ class AttentionMaps:
 def site_labels(maps: list[SiteMap]) -> list[str]:
     """Short names of sites: what differs between their modules ("3", "0.encoder_attn"), else the layer's number."""
     parts = [site.module.split(".") if site.module else [] for site in maps]
-    if len(maps) < 2 or len({tuple(part) for part in parts}) < len(parts):
+    if len(maps) < 2 or not all(parts) or len({tuple(part) for part in parts}) < len(parts):
         return [str(site.layer) for site in maps]
-    while len({part[0] for part in parts if part}) == 1 and all(parts):
-        parts = [part[1:] for part in parts]
-    while len({part[-1] for part in parts if part}) == 1 and all(parts):
-        parts = [part[:-1] for part in parts]
+    for end, rest in ((0, slice(1, None)), (-1, slice(-1))):
+        while all(len(part) > 1 for part in parts) and len({part[end] for part in parts}) == 1:
+            parts = [part[rest] for part in parts]
     return [".".join(part) for part in parts]

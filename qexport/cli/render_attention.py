@@ -8,7 +8,9 @@ from qexport.cli.text import percent, plural, site_label, table
 def show_attention(maps, verbose: bool) -> None:
     """The figures of each layer, means over its heads (of each head with `verbose`), and where the pictures are."""
     found = maps.to_dict()
-    click.echo(f"{found['bundle']} on {found['data']['source']}: {plural(len(found['items']), 'input')}, seed {found['seed']}")
+    click.echo(
+        f"{found['bundle']} on {found['data']['source']}: {plural(len(found['items']), 'input')}, seed {found['seed']}"
+    )
     for note in found["data"]["notes"] + found["notes"]:
         click.echo(f"note: {note}")
     for number, item in enumerate(found["items"], 1):
