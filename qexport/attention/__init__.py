@@ -1,7 +1,7 @@
 """map_attention: what the attention of a bundle looks at, in the classical model and in the sampled one.
 
 Per site and head: the attention as a map of queries x keys, its entropy H, the effective support exp(H), and how far
-sampling moves both the head's output and, behind earlier layers, the attention itself. As arrays, pictures and one HTML page.
+sampling moves both the head's output and, behind earlier layers, the attention itself; as arrays, pictures and an HTML page.
 """
 
 import os

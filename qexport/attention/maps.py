@@ -23,8 +23,8 @@ class SiteMap:
 
     `heads` are the numbers of the query heads in the arrays. `classical` and `sampled` are the attention probabilities
     (heads, queries, keys), float32, in the classical model and in the sampled one. The op samples values, never
-    probabilities, so these differ only by what sampling in earlier layers did to the queries and keys; at the first site they
-    are equal.
+    probabilities, so these differ only by what sampling in earlier layers did to the queries and keys; at the first site
+    they are equal.
     `own_error` and `propagated_error` (heads,) are the relative Frobenius errors of the heads' outputs for one seed: of the
     site alone, fed with the classical model's values, and as it runs through the sampled model.
     """
