@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 
 import qexport
 from qexport.attention import MEASURES, SiteMap, entropy, figures, map_attention, site_labels
-from qexport.attention import capture as capture_module
 from qexport.attention import page as page_module
+from qexport.attention import sizes as sizes_module
 from qexport.cli import main
 from qexport.external_data import load_structure
 
@@ -389,12 +389,12 @@ def test_a_text_that_is_too_long(run, text_bundle, tmp_path):
 def test_maps_that_are_too_large(run, text_bundle, tmp_path, monkeypatch):
     """2 models x 2 layers x 2 heads x 8 x 8 floats are 2048 bytes, 1024 with one head; a layer computes 512."""
     argv = (text_bundle, "-o", tmp_path, "--no-pictures", "--text", TEXT)
-    monkeypatch.setattr(capture_module, "MEMORY_LIMIT", 2047)
+    monkeypatch.setattr(sizes_module, "MEMORY_LIMIT", 2047)
     assert_one_line(run(*argv), "shorten the input (--seq) or choose with --layers and --heads")
     assert run(*argv, "--heads", "1")[0] == 0
-    monkeypatch.setattr(capture_module, "MEMORY_LIMIT", 2048)
+    monkeypatch.setattr(sizes_module, "MEMORY_LIMIT", 2048)
     assert run(*argv)[0] == 0
-    monkeypatch.setattr(capture_module, "MEMORY_LIMIT", 511)
+    monkeypatch.setattr(sizes_module, "MEMORY_LIMIT", 511)
     assert_one_line(run(*argv, "--heads", "1", "--layers", "0"), "the limit is")
 
 

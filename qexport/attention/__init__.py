@@ -49,7 +49,7 @@ def map_attention(
 
     Raises:
         UsageError: a layer, head or `seq` that is not there, or a file in the place of `output`.
-        QexportError: the bundle, the data or the runtime is at fault, the maps are larger than `capture.MEMORY_LIMIT`,
+        QexportError: the bundle, the data or the runtime is at fault, the maps are larger than `sizes.MEMORY_LIMIT`,
             matplotlib is missing, or `output` cannot be written.
     """
     from qexport import __version__
@@ -85,7 +85,7 @@ def map_attention(
 def _notes(items: list[list[SiteMap]], unseen: int) -> list[str]:
     notes = []
     if unseen:
-        notes.append(f"{unseen} attentions lie in subgraphs or read what others sampled, and are left out")
+        notes.append(f"{unseen} attentions cannot be observed, as they lie in subgraphs, and are left out")
     if all((site.own_error < 1e-5).all() for maps in items for site in maps):
         notes.append("no attention had to sample: both models are equal here; longer inputs show a difference")
     return notes
