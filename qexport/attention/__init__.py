@@ -129,8 +129,8 @@ def _draw(item: list[SiteMap], folder: Path, prefix: str) -> list[Path]:
 
     drawn = {"summary": lambda: figures.plot_summary(item), "all": lambda: figures.plot_all(item)}
     for site in item:
-        drawn[f"layer_{site.layer:02}"] = lambda site=site: figures.plot_site(item, site)
-        drawn[f"layer_{site.layer:02}_difference"] = lambda site=site: figures.plot_site(item, site, "difference")
+        drawn[f"layer_{site.layer:02}"] = lambda site=site: figures.plot_site(site)
+        drawn[f"layer_{site.layer:02}_difference"] = lambda site=site: figures.plot_site(site, "difference")
     files = []
     for name, make in drawn.items():
         files.append(folder / f"{prefix}{name}.png")

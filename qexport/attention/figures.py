@@ -1,14 +1,15 @@
 """Attention maps as matplotlib figures; matplotlib comes with the extra [plot].
 
-Probabilities are drawn on a scale of their square roots, from 0 to the largest of the item, differences likewise to both
-sides of 0: most rows have one large entry and many small ones, and both are to be seen.
+Probabilities are drawn on a scale of their square roots, from 0 to the largest of the site, differences likewise to both
+sides of 0: most rows have one large entry and many small ones, and both are to be seen. Maps of more cells than dots are
+drawn in blocks of cells, each as its largest entry.
 """
 
 import math
 
 import numpy as np
 
-from qexport.attention.maps import MEASURES, SHARES, SiteMap, entropy, site_labels
+from qexport.attention.maps import MEASURES, SHARES, SiteMap, entropy, largest_in_blocks, site_labels
 from qexport.errors import QexportError
 
 # Inches that the name of a token takes, and the largest side of a map whose tokens are all named.
@@ -44,27 +45,21 @@ def save(figure, path) -> None:
         figure.savefig(path, dpi=DPI)
 
 
-def plot_site(item: list[SiteMap], site: SiteMap, what: str = "classical"):
-    """A map per head of one site, with the tokens at its sides.
-
-    Args:
-        item: all sites of the input item, which share the scale of colours.
-        what: "classical", "sampled" or "difference".
-    """
-    columns = min(COLUMNS, len(site.heads))
-    rows = math.ceil(len(site.heads) / columns)
+def plot_site(site: SiteMap, what: str = "classical"):
+    """A map per head of one site, with the tokens at its sides; `what` is "classical", "sampled" or "difference"."""
+    rows = math.ceil(len(site.heads) / COLUMNS)
+    columns = math.ceil(len(site.heads) / rows)
     width, x_step = _side(len(site.keys))
     height, y_step = _side(len(site.queries))
     size = (columns * (width + 0.25) + 2.2, rows * (height + 0.35) + 1.8)
     figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    style = _style(item, what)
     measures = site.measures()
     for i, ax in enumerate(axes.flat):
         if i >= len(site.heads):
             ax.set_axis_off()
             continue
-        image = ax.imshow(getattr(site, what)[i], aspect="auto", interpolation="nearest", **style)
+        image = _draw(ax, getattr(site, what)[i], width, height, **_style(what, _top(site, what)))
         moved = f"{100 * measures['moved'][i]:.2g} % looks elsewhere"
         number = moved if what == "difference" else f"H = {entropy(getattr(site, what)[i]).mean():.2f}"
         ax.set_title(f"head {site.heads[i]}: {number}", fontsize=9)
@@ -86,7 +81,7 @@ def plot_all(item: list[SiteMap], what: str = "classical"):
     size = (len(heads) * cell + 2.4, len(item) * cell + 1.3)
     figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(item), len(heads), squeeze=False)
-    style, labels = _style(item, what), site_labels(item)
+    labels = site_labels(item)
     for row, site in enumerate(item):
         for column, head in enumerate(heads):
             ax = axes[row, column]
@@ -96,12 +91,14 @@ def plot_all(item: list[SiteMap], what: str = "classical"):
             if column == 0:
                 ax.set_ylabel(labels[row], fontsize=9, rotation=0, ha="right", va="center")
             if head in site.heads:
-                shown = getattr(site, what)[site.heads.index(head)]
-                image = ax.imshow(shown, aspect="auto", interpolation="antialiased", **style)
+                share = getattr(site, what)[site.heads.index(head)] / _top(site, what)
+                image = _draw(ax, share, cell, cell, **_style(what, 1.0))
             else:
                 ax.set_axis_off()
     figure.suptitle(f"{_TITLES[what]}: layers downwards, heads across", fontsize=11)
-    figure.colorbar(image, ax=axes, fraction=0.02, aspect=40, label=_SCALES[what])
+    figure.colorbar(
+        image, ax=axes, fraction=0.02, aspect=40, label=f"{_SCALES[what]}, as a share of the largest in its layer"
+    )
     return figure
 
 
@@ -147,19 +144,32 @@ def _side(count: int) -> tuple[float, int]:
     """Inches of a map's side of `count` tokens, and which of them are named: every so many."""
     if count * LABEL <= LARGEST_NAMED:
         return max(SIDE[0], count * LABEL), 1
-    return SIDE[1], math.ceil(count * LABEL / SIDE[1])
+    least = count * LABEL / SIDE[1]
+    decade = 10 ** math.floor(math.log10(least))
+    return SIDE[1], next(factor * decade for factor in (1, 2, 5, 10) if factor * decade >= least)
 
 
-def _style(item: list[SiteMap], what: str) -> dict:
-    """Colours and scale, the same for all sites of an item."""
+def _top(site: SiteMap, what: str) -> float:
+    """The largest value on the scale; 1 for the difference of equal models."""
+    return site.top if what != "difference" else site.top_difference or 1.0
+
+
+def _style(what: str, top: float) -> dict:
+    """Colours, and a scale from 0 or -top to top."""
     from matplotlib.colors import FuncNorm, PowerNorm
 
-    largest = max(float(np.abs(getattr(site, what)).max()) for site in item)
     if what != "difference":
-        return {"cmap": "Blues", "norm": PowerNorm(0.5, 0, largest)}
-    largest = largest or 1.0  # both models are equal
+        return {"cmap": "Blues", "norm": PowerNorm(0.5, 0, top)}
     signed = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
-    return {"cmap": "RdBu_r", "norm": FuncNorm(signed, -largest, largest)}
+    return {"cmap": "RdBu_r", "norm": FuncNorm(signed, -top, top)}
+
+
+def _draw(ax, values: np.ndarray, width: float, height: float, **style):
+    """A matrix on axes of so many inches."""
+    blocks = (max(1, size // int(inches * DPI)) for size, inches in zip(values.shape, (height, width), strict=True))
+    rows, columns = values.shape
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    return ax.imshow(largest_in_blocks(values, *blocks), extent=extent, aspect="auto", interpolation="nearest", **style)
 
 
 def _name_axis(set_ticks, tokens: list[str], step: int, **text) -> None:
@@ -173,6 +183,13 @@ def _shown(token: str) -> str:
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
+def _digits(value: float) -> str:
+    """A figure as it fits into a cell: 143, 4.7, 0.03, 3e-4."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.2g}" if value >= 1e-3 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
 def _write_numbers(ax, matrix: np.ndarray) -> None:
     """The values in their cells, where they are not too many to be read."""
     if matrix.size > 20 * 20:
@@ -181,5 +198,6 @@ def _write_numbers(ax, matrix: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
             bright = high > low and (value - low) / (high - low) > 0.6
-            text = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
-            ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color="black" if bright else "white")
+            ax.text(
+                column, row, _digits(value), ha="center", va="center", fontsize=6.5, color="black" if bright else "white"
+            )

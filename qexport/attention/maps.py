@@ -62,6 +62,16 @@ class SiteMap:
         the keys, mean over the queries, (heads,): the share of a row that looks elsewhere, 0 to 1."""
         return 0.5 * np.abs(self.difference).sum(axis=-1, dtype=np.float64).mean(axis=-1)
 
+    @property
+    def top(self) -> float:
+        """The largest probability of both models."""
+        return float(max(self.classical.max(), self.sampled.max()))
+
+    @property
+    def top_difference(self) -> float:
+        """The largest difference, of either sign; 0 where both models are equal."""
+        return float(np.abs(self.difference).max())
+
     def measures(self) -> dict[str, np.ndarray]:
         """The figures of each head, (heads,), by their key in MEASURES."""
         return {
@@ -71,6 +81,15 @@ class SiteMap:
             "own_error": self.own_error,
             "propagated_error": self.propagated_error,
         }
+
+
+def largest_in_blocks(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A matrix in blocks of rows x columns cells, each as its entry of the largest size: what a mean would fade is kept."""
+    down, across = -(-values.shape[0] // rows), -(-values.shape[1] // columns)
+    room = np.zeros((down * rows, across * columns), values.dtype)
+    room[: values.shape[0], : values.shape[1]] = values
+    cells = room.reshape(down, rows, across, columns).transpose(0, 2, 1, 3).reshape(down, across, -1)
+    return np.take_along_axis(cells, np.abs(cells).argmax(axis=-1)[..., None], axis=-1)[..., 0]
 
 
 # What there is to say of a head: key -> title, shown in the figures and on the page. Shares are shown in percent.

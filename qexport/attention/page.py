@@ -12,7 +12,7 @@ from importlib import resources
 
 import numpy as np
 
-from qexport.attention.maps import MEASURES, SHARES, AttentionMaps, SiteMap, site_labels
+from qexport.attention.maps import MEASURES, SHARES, AttentionMaps, SiteMap, largest_in_blocks, site_labels
 
 # Cells of all maps of a page. Larger maps are drawn in blocks of cells, each with its largest entry.
 MOST_CELLS = 6_000_000
@@ -45,23 +45,23 @@ def _block(maps: AttentionMaps) -> int:
 
 
 def _item(item: list[SiteMap], block: int) -> dict:
-    top = max(float(site.classical.max()) for site in item)
-    top_difference = max(float(np.abs(site.difference).max()) for site in item)
     sites = []
     for site, label in zip(item, site_labels(item), strict=True):
-        signed = np.sqrt(np.abs(site.difference) / (top_difference or 1.0)) * np.sign(site.difference)
+        signed = np.sqrt(np.abs(site.difference) / (site.top_difference or 1.0)) * np.sign(site.difference)
         sites.append(
             {
                 **{key: getattr(site, key) for key in ("name", "layer", "module", "strategy", "heads", "queries", "keys")},
                 "label": label,
+                "top": site.top,
+                "top_difference": site.top_difference,
                 "measures": {key: [_number(x) for x in values] for key, values in site.measures().items()},
-                "classical": [_image(255 * np.sqrt(head / top), block) for head in site.classical],
+                "classical": [_image(255 * np.sqrt(head / site.top), block) for head in site.classical],
                 "difference": [_image(127 * head, block, 128) for head in signed],
             }
         )
     words = " ".join(item[0].queries)
     title = words if len(words) <= 60 else words[:59] + "…"
-    return {"title": title, "top": top, "top_difference": top_difference, "sites": sites}
+    return {"title": title, "sites": sites}
 
 
 def _number(value: float) -> float | None:
@@ -69,13 +69,9 @@ def _number(value: float) -> float | None:
 
 
 def _image(values: np.ndarray, block: int, zero: int = 0) -> str:
-    """A matrix as a PNG image in base64: gray, 8 bits, each block of cells as its entry of the largest size."""
-    rows, columns = (-(-size // block) for size in values.shape)
-    room = np.zeros((rows * block, columns * block))
-    room[: values.shape[0], : values.shape[1]] = values
-    cells = room.reshape(rows, block, columns, block).transpose(0, 2, 1, 3).reshape(rows, columns, -1)
-    largest = np.take_along_axis(cells, np.abs(cells).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    pixels = np.rint(largest + zero).clip(0, 255).astype(np.uint8)
+    """A matrix as a PNG image in base64: gray, 8 bits, in blocks of block x block cells."""
+    pixels = np.rint(largest_in_blocks(values, block, block) + zero).clip(0, 255).astype(np.uint8)
+    rows, columns = pixels.shape
     lines = np.concatenate([np.zeros((rows, 1), np.uint8), pixels], axis=1)  # each line begins with its filter, none
     header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
