@@ -435,12 +435,14 @@ def test_text_and_data_exclude_each_other(run, bundle, tmp_path):
 
 
 def test_long_maps_keep_their_large_entries_in_pictures():
-    """A diagonal of 1500 positions on a few hundred dots; a mean of blocks would leave a quarter of it."""
-    p = np.eye(1500, dtype=np.float32)[None]
-    names = [str(i) for i in range(1500)]
+    """A diagonal of 1501 positions on a few hundred dots; a mean of blocks would leave a third of it."""
+    p = np.eye(1501, dtype=np.float32)[None]
+    names = [str(i) for i in range(1501)]
     site = SiteMap("a", 0, None, "exact", [0], names, names, p, p, np.zeros(1), np.zeros(1))
     (ax, _) = figures.plot_site(site).axes
     drawn = ax.images[0].get_array()
     assert 300 < len(drawn) < 600
     np.testing.assert_array_equal(np.diag(drawn), 1)
-    assert ax.images[0].get_extent() == pytest.approx((-0.5, 1499.5, 1499.5, -0.5), abs=5)
+    block = -(-1501 // len(drawn))
+    assert ax.images[0].get_extent() == [-0.5, len(drawn) * block - 0.5, len(drawn) * block - 0.5, -0.5]
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 1500.5), (1500.5, -0.5))

@@ -96,9 +96,8 @@ def plot_all(item: list[SiteMap], what: str = "classical"):
             else:
                 ax.set_axis_off()
     figure.suptitle(f"{_TITLES[what]}: layers downwards, heads across", fontsize=11)
-    figure.colorbar(
-        image, ax=axes, fraction=0.02, aspect=40, label=f"{_SCALES[what]}, as a share of the largest in its layer"
-    )
+    label = f"{_SCALES[what]}, as a share of the largest in its layer"
+    figure.colorbar(image, ax=axes, fraction=0.02, aspect=40, label=label)
     return figure
 
 
@@ -166,10 +165,13 @@ def _style(what: str, top: float) -> dict:
 
 def _draw(ax, values: np.ndarray, width: float, height: float, **style):
     """A matrix on axes of so many inches."""
-    blocks = (max(1, size // int(inches * DPI)) for size, inches in zip(values.shape, (height, width), strict=True))
-    rows, columns = values.shape
-    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
-    return ax.imshow(largest_in_blocks(values, *blocks), extent=extent, aspect="auto", interpolation="nearest", **style)
+    blocks = [max(1, size // int(inches * DPI)) for size, inches in zip(values.shape, (height, width), strict=True)]
+    shown = largest_in_blocks(values, *blocks)
+    extent = (-0.5, shown.shape[1] * blocks[1] - 0.5, shown.shape[0] * blocks[0] - 0.5, -0.5)
+    image = ax.imshow(shown, extent=extent, aspect="auto", interpolation="nearest", **style)
+    rows, columns = values.shape  # the last block may reach beyond them
+    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    return image
 
 
 def _name_axis(set_ticks, tokens: list[str], step: int, **text) -> None:
