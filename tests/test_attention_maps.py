@@ -446,3 +446,30 @@ def test_long_maps_keep_their_large_entries_in_pictures():
     block = -(-1501 // len(drawn))
     assert ax.images[0].get_extent() == [-0.5, len(drawn) * block - 0.5, len(drawn) * block - 0.5, -0.5]
     assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 1500.5), (1500.5, -0.5))
+
+
+def test_keys_of_cross_attention_are_not_the_tokens_of_as_many_queries(tmp_path):
+    """A decoder of ids over states and, in a second attention, over the embedding of other ids, all of one length."""
+    rng = np.random.default_rng(4)
+    table = onnx.numpy_helper.from_array(rng.standard_normal((20, 16)).astype(np.float32), "table")
+    shape = ["batch", "length"]
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("input_ids", "decoder_input_ids")]
+    states = helper.make_tensor_value_info("states", TensorProto.FLOAT, [*shape, 16])
+    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["e"]),
+        helper.make_node("Gather", ["table", "decoder_input_ids"], ["d"]),
+        helper.make_node("Attention", ["d", "states", "states"], ["a"], "over_states", **heads),
+        helper.make_node("Attention", ["a", "e", "e"], ["b"], "over_tokens", **heads),
+        helper.make_node("Add", ["b", "d"], ["c"]),
+        helper.make_node("Attention", ["c", "c", "c"], ["y"], "self", **heads),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [*shape, 16])
+    graph = helper.make_graph(nodes, "decoder", [*ids, states], [output], initializer=[table])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), tmp_path / "m.onnx")
+    qexport.convert(tmp_path / "m.onnx", tmp_path / "bundle", num_samples=2)
+    feed = {"input_ids": np.array([[1, 2, 3]]), "decoder_input_ids": np.array([[7, 8, 9]])}
+    feed["states"] = rng.standard_normal((1, 3, 16)).astype(np.float32)
+    (item,) = map_attention(tmp_path / "bundle", feed).items
+    assert [site.queries for site in item] == [["7", "8", "9"]] * 3
+    assert [site.keys for site in item] == [["0", "1", "2"], ["1", "2", "3"], ["7", "8", "9"]]

@@ -12,14 +12,15 @@ MEMORY_LIMIT = 2**30
 
 @dataclass
 class Size:
-    """Sizes of a site's probabilities on one feed. `key_axis` is the symbolic size of the keys, None when unknown;
-    `is_cached` says that keys of earlier steps are among them."""
+    """Sizes of a site's probabilities on one feed. `query_sources` and `key_sources` are the model's inputs that both are
+    computed from; `is_cached` says that keys of earlier steps are among them."""
 
     batch: int
     heads: int
     queries: int
     keys: int
-    key_axis: object
+    query_sources: set[str]
+    key_sources: set[str]
     is_cached: bool
 
     def bytes(self, heads: int) -> int:
@@ -33,20 +34,18 @@ def measure_sizes(bundle, inputs, hybrid, local, providers) -> list[dict[str, Si
     names = sorted({entry[key] for entry in sites.values() for key in ("Q", "K", "past_key") if entry[key]})
     found = []
     with open_probe(model, bundle.classical_path, library=False, providers=providers) as opened:
-        symbols = {value.name: value.shape for value in opened.get_outputs()}
         for feed in inputs.feeds:
             shapes = dict(zip(names, runtime.run(opened, names, feed), strict=True))
-            found.append({name: _size(entry, shapes, symbols) for name, entry in sites.items()})
+            found.append({name: _size(entry, shapes) for name, entry in sites.items()})
     return found
 
 
-def _size(entry: dict, shapes: dict, symbols: dict) -> Size:
+def _size(entry: dict, shapes: dict) -> Size:
     q, k = shapes[entry["Q"]], shapes[entry["K"]]
     past = shapes[entry["past_key"]][2] if entry["past_key"] else 0
     heads = q[1] if len(q) == 4 else entry["q_num_heads"]
-    names = symbols.get(entry["key"]) or []
-    axis = names[-2] if len(names) == len(k) and not entry["is_cached"] else None
-    return Size(int(q[0]), int(heads), int(q[-2]), int(k[-2] + past), axis, entry["is_cached"])
+    rest = {key: entry[key] for key in ("query_sources", "key_sources", "is_cached")}
+    return Size(int(q[0]), int(heads), int(q[-2]), int(k[-2] + past), **rest)
 
 
 def check_heads(sites: list[dict], sizes: list[dict[str, Size]], heads: list[int] | None) -> None:

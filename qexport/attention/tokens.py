@@ -12,8 +12,7 @@ class Tokens:
     """Names positions by the token ids of a feed; ids are shown as they are where the tokenizer or its package is absent."""
 
     def __init__(self, bundle: Bundle):
-        self.specs = [s for s in bundle.manifest["inputs"] if s["kind"] == "token_ids" and len(s["shape"]) == 2]
-        self.axes = {dim for spec in bundle.manifest["inputs"] for dim in spec["shape"] if isinstance(dim, str)}
+        self.inputs = [s["name"] for s in bundle.manifest["inputs"] if s["kind"] == "token_ids" and len(s["shape"]) == 2]
         try:
             self.tokenizer, _ = open_tokenizer(bundle)
         except QexportError:
@@ -21,16 +20,18 @@ class Tokens:
 
     def names(self, feed: dict, item: int, size: Size, queries: Sequence[int], keys: Sequence[int]) -> tuple[list, list]:
         """The names of the positions `queries` and `keys` of a site."""
-        rows = [(spec["shape"][1], feed[spec["name"]][item]) for spec in self.specs]
-        of_queries = next((ids for _, ids in rows if len(ids) == size.queries), None)
-        if size.key_axis in self.axes:  # cross attention may have as many keys as queries by chance
-            of_keys = next((ids for axis, ids in rows if axis == size.key_axis), None)
-        else:
-            of_keys = of_queries if size.queries == size.keys else None
+        of_queries = self._ids(feed, item, size.query_sources, size.queries)
+        of_keys = self._ids(feed, item, size.key_sources, size.keys)
         first = [self._name(of_queries, i) for i in queries]
         if size.is_cached and len(keys) >= len(first):  # the last keys are those of the queries
             return first, [str(j) for j in keys[: len(keys) - len(first)]] + first
         return first, [self._name(of_keys, j) for j in keys]
+
+    def _ids(self, feed: dict, item: int, sources: set[str], length: int):
+        """The token ids behind queries or keys. Cross attention may have as many keys as queries by chance: the sources tell
+        them apart. A decoder hangs on the tokens of its encoder too, and takes its own ones after those."""
+        known = [feed[name][item] for name in self.inputs if name in sources and feed[name].shape[1] == length]
+        return known[-1] if known else None
 
     def _name(self, ids, position: int) -> str:
         if ids is None:

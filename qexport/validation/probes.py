@@ -131,8 +131,8 @@ def sized(hybrid: onnx.ModelProto, local: dict[str, str]) -> tuple[onnx.ModelPro
 
     Returns:
         The model, and by site name: `Q`, `K` and `past_key` (names of their shapes among the outputs; None where the site
-        has no past), `key` (name of the keys themselves, an output for the sake of its symbolic shape), `q_num_heads` (None
-        with 4-D inputs) and `is_cached` (keys of earlier steps are read).
+        has no past), `query_sources` and `key_sources` (the graph inputs that Q and K are computed from), `q_num_heads`
+        (None with 4-D inputs) and `is_cached` (keys of earlier steps are read).
     """
     model = onnx.ModelProto()
     model.CopyFrom(hybrid)
@@ -141,6 +141,8 @@ def sized(hybrid: onnx.ModelProto, local: dict[str, str]) -> tuple[onnx.ModelPro
     del model.graph.node[:], model.graph.output[:]
     model.graph.node.extend(rest)
     nodes, found, shapes = {node.output[0]: node for node in sites}, {}, {}
+    makers = {name: node for node in rest for name in node.output}
+    inputs = {value.name for value in model.graph.input}
     for site, output in local.items():
         node = nodes[output]
         read = {key: node.input[i] if i < len(node.input) else "" for key, i in _INPUTS.items()}
@@ -149,11 +151,24 @@ def sized(hybrid: onnx.ModelProto, local: dict[str, str]) -> tuple[onnx.ModelPro
                 shapes[name] = name + SIZE
                 model.graph.node.append(onnx.helper.make_node("Shape", [name], [shapes[name]]))
         found[site] = {key: shapes.get(read[key]) for key in ("Q", "K", "past_key")}
-        found[site]["key"] = read["K"]
+        found[site]["query_sources"] = inputs & _ancestors(makers, read["Q"])
+        found[site]["key_sources"] = inputs & _ancestors(makers, read["K"])
         found[site]["q_num_heads"] = next((a.i for a in node.attribute if a.name == "q_num_heads"), None)
         found[site]["is_cached"] = bool(read["past_key"] or read["nonpad_kv_seqlen"])
-    _add_outputs(model, [*shapes.values(), *(entry["key"] for entry in found.values())])
+    _add_outputs(model, list(shapes.values()))
     return model, found
+
+
+def _ancestors(makers: dict, name: str) -> set[str]:
+    """The values that a value is computed from, itself among them; of what enters by its shape alone, nothing."""
+    found, waiting = set(), [name]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            if name in makers and makers[name].op_type != "Shape":
+                waiting.extend(makers[name].input)
+    return found
 
 
 def _classical_inputs(source, maker) -> list[str]:
