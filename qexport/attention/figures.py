@@ -12,8 +12,8 @@ import numpy as np
 from qexport.attention.maps import MEASURES, SHARES, SiteMap, entropy, largest_in_blocks, site_labels
 from qexport.errors import QexportError
 
-# Inches that the name of a token takes, and the largest side of a map whose tokens are all named.
-LABEL, LARGEST_NAMED = 0.13, 5.2
+# Inches that the name of a token takes, and a character of a title; the largest side of a map whose tokens are all named.
+LABEL, TITLE, LARGEST_NAMED = 0.13, 0.095, 5.2
 SIDE = (2.2, 4.0)  # of a map: the least, and of one that is too long for all names
 COLUMNS = 4
 DPI = 110
@@ -51,7 +51,8 @@ def plot_site(site: SiteMap, what: str = "classical"):
     columns = math.ceil(len(site.heads) / rows)
     width, x_step = _side(len(site.keys))
     height, y_step = _side(len(site.queries))
-    size = (columns * (width + 0.25) + 2.2, rows * (height + 0.35) + 1.8)
+    title = f"layer {site.layer}{_module(site)}: {_TITLES[what]}"
+    size = (max(columns * (width + 0.25) + 2.2, TITLE * len(title)), rows * (height + 0.35) + 1.8)
     figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     measures = site.measures()
@@ -67,7 +68,7 @@ def plot_site(site: SiteMap, what: str = "classical"):
         ax.tick_params(labelbottom=below, labelleft=i % columns == 0, labelsize=6.5, length=2)
         _name_axis(ax.set_xticks, site.keys, x_step, rotation=90)
         _name_axis(ax.set_yticks, site.queries, y_step)
-    figure.suptitle(f"layer {site.layer}{_module(site)}: {_TITLES[what]}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     figure.supxlabel("key", fontsize=9)
     figure.supylabel("query", fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.02, aspect=40, label=_SCALES[what])
@@ -78,7 +79,8 @@ def plot_all(item: list[SiteMap], what: str = "classical"):
     """A small map for every layer (downwards) and head (across)."""
     heads = sorted({head for site in item for head in site.heads})
     cell = min(1.5, max(0.8, 14 / max(len(heads), len(item))))
-    size = (len(heads) * cell + 2.4, len(item) * cell + 1.3)
+    title = f"{_TITLES[what]}: layers downwards, heads across"
+    size = (max(len(heads) * cell + 2.4, TITLE * len(title)), len(item) * cell + 1.3)
     figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(item), len(heads), squeeze=False)
     labels = site_labels(item)
@@ -95,7 +97,7 @@ def plot_all(item: list[SiteMap], what: str = "classical"):
                 image = _draw(ax, share, cell, cell, **_style(what, 1.0))
             else:
                 ax.set_axis_off()
-    figure.suptitle(f"{_TITLES[what]}: layers downwards, heads across", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     label = f"{_SCALES[what]}, as a share of the largest in its layer"
     figure.colorbar(image, ax=axes, fraction=0.02, aspect=40, label=label)
     return figure
