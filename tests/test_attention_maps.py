@@ -140,7 +140,7 @@ def test_a_choice_of_layers_and_heads_is_a_part_of_the_whole(bundle, feed, maps)
         np.testing.assert_array_equal(site.classical, whole[2].classical[[1]])
         np.testing.assert_array_equal(site.sampled, whole[2].sampled[[1]])
         for key, values in site.measures().items():
-            np.testing.assert_array_equal(values, whole[2].measures()[key][[1]])
+            np.testing.assert_allclose(values, whole[2].measures()[key][[1]], rtol=1e-12)
 
 
 def test_seeds_differ_in_the_sampled_model_alone(bundle, feed, maps):
@@ -412,6 +412,49 @@ def test_folders_that_cannot_be_written(run, bundle, tmp_path):
     assert_one_line(run(bundle, "-o", tmp_path / "file" / "below"), "cannot be written")
     (tmp_path / "full" / "attention.html").mkdir(parents=True)  # what root is refused too
     assert_one_line(run(bundle, "-o", tmp_path / "full", "--no-pictures"), "cannot be written (Is a directory)")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["attention.html"]
+
+
+def test_a_failure_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
+    def fail(item):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures, "plot_all", fail)
+    with pytest.raises(qexport.QexportError, match=r"cannot be written \(No space left on device\)"):
+        map_attention(bundle, output=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(qexport.UsageError):
+        map_attention(bundle, layers=[7], output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"heads": [-1]}, "heads: -1 is not there"),
+        ({"heads": []}, "heads must name at least one"),
+        ({"layers": []}, "layers must name at least one"),
+        ({"library": False}, "attention maps come from the op library"),
+    ],
+)
+def test_wrong_arguments(bundle, options, words):
+    with pytest.raises(qexport.UsageError, match=words):
+        map_attention(bundle, **options)
+
+
+def test_values_that_are_not_finite(tmp_path):
+    def overflow(model):
+        weight = next(t for t in model.graph.initializer if t.name == "layer1.q.weight")
+        weight.raw_data = np.full(list(weight.dims), np.nan, np.float32).tobytes()
+
+    with pytest.raises(qexport.QexportError, match=r"attention layer1\.attention are not finite"):
+        map_attention(make_bundle(tmp_path / "bundle", plant=overflow))
+
+
+def test_a_mask_that_hides_everything(bundle, feed):
+    hidden = feed | {"attention_mask": np.zeros_like(feed["attention_mask"])}
+    with pytest.raises(qexport.QexportError, match="the mask of this input hides every position"):
+        map_attention(bundle, hidden)
 
 
 def test_without_matplotlib(run, bundle, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ SAYS = {
     "03": "without the library the model is the classical one",
     "04": "relative error of one draw",
     "05": "40 tokens, the cache holds 45 of 128",
+    "06": "looks at 1.0 keys on average",
 }
 
 

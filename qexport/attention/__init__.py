@@ -5,6 +5,7 @@ sampling moves both the head's output and, behind earlier layers, the attention 
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
@@ -61,12 +62,15 @@ def map_attention(
     if not library:
         raise UsageError("library must be True or a path: attention maps come from the op library")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    for name, numbers in (("layers", layers), ("heads", heads)):
+        if numbers is not None and not len(numbers):
+            raise UsageError(f"{name} must name at least one, or be None for all")
     if output is not None:
-        _prepare(Path(output), pictures)
+        _check_output(Path(output), pictures)
     inputs = load_inputs(opened, data, batch=None if data is None else 1, seq=seq)
     if output is not None and inputs.samples > MOST_DRAWN:
         raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
-    layers, heads = (None if numbers is None else sorted(set(numbers)) for numbers in (layers, heads))
+    layers, heads = (None if numbers is None else sorted({int(n) for n in numbers}) for numbers in (layers, heads))
     options = {"layers": layers, "heads": heads, "seed": seed, "library": library, "providers": providers}
     items, unseen = capture(opened, inputs, progress=say, **options)
     maps = AttentionMaps(
@@ -91,40 +95,40 @@ def _notes(items: list[list[SiteMap]], unseen: int) -> list[str]:
     return notes
 
 
-def _prepare(folder: Path, pictures: bool) -> None:
-    """Find out before the models run whether the results can be written."""
+def _check_output(folder: Path, pictures: bool) -> None:
+    """Find out before the models run whether the results can be drawn and written."""
     if pictures:
         from qexport.attention.figures import matplotlib
 
         matplotlib()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: a file is there already; choose another folder for the maps")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise QexportError(f"{folder}: no permission to write there; choose another folder or its owner")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise QexportError(f"{folder}: cannot be written, {nearest} is no folder that may be written; choose another one")
 
 
 def _write(maps: AttentionMaps, folder: Path, pictures: bool, say) -> list[Path]:
-    """The page, and a summary, all maps, and a map and a difference per site of each item."""
+    """The page, and of each item a summary, all maps, and a map and a difference per site; they appear when all are there."""
     from qexport.attention.page import page
 
-    files = []
     try:
-        say("writing the page")
-        files.append(folder / PAGE)
-        files[-1].write_text(page(maps), encoding="utf-8")
-        for number, item in enumerate(maps.items if pictures else []):
-            say(f"drawing input {number + 1} of {len(maps.items)}")
-            files += _draw(item, folder, f"input_{number + 1}_" if len(maps.items) > 1 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".attention-") as scratch:
+            say("writing the page")
+            files = [Path(scratch) / PAGE]
+            files[0].write_text(page(maps), encoding="utf-8")
+            for number, item in enumerate(maps.items if pictures else [], 1):
+                prefix = f"input_{number}_" if len(maps.items) > 1 else ""
+                files += _draw(item, Path(scratch), prefix, lambda name, n=number: say(f"drawing {name} of input {n}"))
+            return [file.replace(folder / file.name) for file in files]
     except OSError as error:
-        raise _unwritable(folder, error) from error
-    return files
+        raise QexportError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another folder or free some space"
+        ) from error
 
 
-def _draw(item: list[SiteMap], folder: Path, prefix: str) -> list[Path]:
+def _draw(item: list[SiteMap], folder: Path, prefix: str, say) -> list[Path]:
     from qexport.attention import figures
 
     drawn = {"summary": lambda: figures.plot_summary(item), "all": lambda: figures.plot_all(item)}
@@ -133,10 +137,7 @@ def _draw(item: list[SiteMap], folder: Path, prefix: str) -> list[Path]:
         drawn[f"layer_{site.layer:02}_difference"] = lambda site=site: figures.plot_site(site, "difference")
     files = []
     for name, make in drawn.items():
+        say(name)
         files.append(folder / f"{prefix}{name}.png")
         figures.save(make(), files[-1])
     return files
-
-
-def _unwritable(folder: Path, error: OSError) -> QexportError:
-    return QexportError(f"{error.filename or folder}: cannot be written ({error.strerror or error}); choose another folder")

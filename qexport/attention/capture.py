@@ -44,35 +44,38 @@ def capture(
     check_memory(sizes, heads)
 
     outputs = {site["name"]: site["output"] for site in sites}
-    sampled = watch(bundle.model_path, sites)
-    probabilities = add_probabilities(hybrid, local, heads), add_probabilities(sampled, outputs, heads)
-    progress("running the classical model")
-    names = [*outputs.values(), *local.values(), *probabilities[0].values()]
-    exact = _run(bundle, inputs, hybrid, bundle.classical_path, names, seed, library, providers)
-    progress("running the converted model")
-    names = [*outputs.values(), *probabilities[1].values()]
-    drawn = _run(bundle, inputs, sampled, bundle.model_path, names, seed, library, providers)
-
+    model = watch(bundle.model_path, sites)
+    of_classical, of_model = add_probabilities(hybrid, local, heads), add_probabilities(model, outputs, heads)
     tokens, items = Tokens(bundle), []
-    for feed, (base, symbols), (run, _), by_site in zip(inputs.feeds, exact, drawn, sizes, strict=True):
-        masks = keep_masks(bundle.manifest, feed)
-        for item in range(by_site[sites[0]["name"]].batch):
-            maps = []
+    with (
+        open_probe(hybrid, bundle.classical_path, library=library, providers=providers) as base,
+        open_probe(model, bundle.model_path, library=library, providers=providers) as sampled,
+    ):
+        for number, (feed, by_site) in enumerate(zip(inputs.feeds, sizes, strict=True), 1):
+            progress(f"running both models, {number} of {len(inputs.feeds)}")
+            masks, batch = keep_masks(bundle.manifest, feed), by_site[sites[0]["name"]].batch
+            seeded = seeded_feed(feed, bundle.seed_input, seed)
+            exact = _run(base, [*outputs.values(), *local.values(), *of_classical.values()], seeded)
+            drawn = _run(sampled, [*outputs.values(), *of_model.values()], seeded)
+            symbols = {value.name: value.shape for value in base.get_outputs()}
+            maps = [[] for _ in range(batch)]
             for site in sites:
-                name, size = site["name"], by_site[site["name"]]
-                padded = padded_axis(base[outputs[name]].shape, symbols[outputs[name]], masks)
-                maps.append(
-                    _site_map(
+                name, size, output = site["name"], by_site[site["name"]], outputs[site["name"]]
+                padded = padded_axis(exact[output].shape, symbols[output], masks)
+                values = exact[output], exact[local[name]], drawn[output]
+                probabilities = exact.pop(of_classical[name]), drawn.pop(of_model[name])
+                for item in range(batch):
+                    found = _site_map(
                         site,
                         heads=list(range(size.heads)) if heads is None else heads,
                         all_heads=size.heads,
                         rows=None if padded is None else padded[1][item],
-                        values=[v[item : item + 1] for v in (base[outputs[name]], base[local[name]], run[outputs[name]])],
-                        probabilities=[v[item] for v in (base[probabilities[0][name]], run[probabilities[1][name]])],
+                        values=[array[item : item + 1] for array in values],
+                        probabilities=[array[item] for array in probabilities],
                         names=lambda *kept, size=size, item=item, feed=feed: tokens.names(feed, item, size, *kept),
                     )
-                )
-            items.append(maps)
+                    maps[item].append(found)
+            items += maps
     return items, len(chosen) - len(sites)
 
 
@@ -87,12 +90,8 @@ def _chosen(bundle: Bundle, layers: list[int] | None) -> list[dict]:
     return [site for site in sites if layers is None or site["layer"] in layers]
 
 
-def _run(bundle, inputs, model, path, names, seed, library, providers) -> list[tuple[dict, dict]]:
-    """For each feed the values by name, and their symbolic shapes."""
-    with open_probe(model, path, library=library, providers=providers) as opened:
-        symbols = {value.name: value.shape for value in opened.get_outputs()}
-        runs = [runtime.run(opened, names, seeded_feed(feed, bundle.seed_input, seed)) for feed in inputs.feeds]
-    return [(dict(zip(names, values, strict=True)), symbols) for values in runs]
+def _run(opened, names: list[str], feed: dict) -> dict[str, np.ndarray]:
+    return dict(zip(names, runtime.run(opened, names, feed), strict=True))
 
 
 def _site_map(site: dict, *, heads: list[int], all_heads: int, rows, values, probabilities, names) -> SiteMap:
@@ -106,14 +105,16 @@ def _site_map(site: dict, *, heads: list[int], all_heads: int, rows, values, pro
         names: called with the queries and the keys that are kept; the tokens of both.
     """
     classical, sampled = probabilities
+    if not (np.isfinite(classical).all() and np.isfinite(sampled).all()):
+        raise QexportError(f"the probabilities of attention {site['name']} are not finite; clean the input or the model")
     queries = classical.any(axis=(0, 2)) if rows is None else rows & classical.any(axis=(0, 2))
     if not queries.any():
         raise QexportError(f"no query of attention {site['name']} sees a key; the mask of this input hides every position")
     classical, sampled = (p[:, queries].astype(np.float32) for p in probabilities)
     seen = np.flatnonzero(classical.any(axis=(0, 1)) | sampled.any(axis=(0, 1)))
-    keys = np.arange(seen[0], seen[-1] + 1)
+    keys = slice(seen[0], seen[-1] + 1)
     exact, alone, run = (by_head(y, all_heads, (y.ndim - 2, queries[None]))[heads].astype(np.float64) for y in values)
-    query_names, key_names = names(np.flatnonzero(queries), keys)
+    query_names, key_names = names(np.flatnonzero(queries), range(keys.start, keys.stop))
     return SiteMap(
         **{key: site[key] for key in ("name", "layer", "module", "strategy")},
         heads=heads,

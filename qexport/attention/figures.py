@@ -115,6 +115,7 @@ def plot_summary(item: list[SiteMap]):
             values = site.measures()[key] * (100 if key in SHARES else 1)
             matrix[row, [heads.index(head) for head in site.heads]] = values
             matrix[row, -1] = values.mean()
+        matrix[~np.isfinite(matrix)] = np.nan  # left blank
         image = ax.imshow(matrix, aspect="auto", cmap="viridis")
         ax.axvline(len(heads) - 0.5, color="white", linewidth=2)
         ax.set_title(title, fontsize=10)
@@ -196,12 +197,10 @@ def _digits(value: float) -> str:
 
 def _write_numbers(ax, matrix: np.ndarray) -> None:
     """The values in their cells, where they are not too many to be read."""
-    if matrix.size > 20 * 20:
+    if matrix.size > 20 * 20 or np.isnan(matrix).all():
         return
     low, high = np.nanmin(matrix), np.nanmax(matrix)
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
-            bright = high > low and (value - low) / (high - low) > 0.6
-            ax.text(
-                column, row, _digits(value), ha="center", va="center", fontsize=6.5, color="black" if bright else "white"
-            )
+            ink = "black" if high > low and (value - low) / (high - low) > 0.6 else "white"
+            ax.text(column, row, _digits(value), ha="center", va="center", fontsize=6.5, color=ink)

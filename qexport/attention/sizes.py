@@ -53,7 +53,7 @@ def check_heads(sites: list[dict], sizes: list[dict[str, Size]], heads: list[int
     for site in sites:
         count = sizes[0][site["name"]].heads
         for head in heads or []:
-            if head >= count:
+            if not 0 <= head < count:
                 raise UsageError(f"heads: {head} is not there; layer {site['layer']} has the heads 0 to {count - 1}")
 
 
