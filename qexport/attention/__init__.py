@@ -109,7 +109,7 @@ def _check_output(folder: Path, pictures: bool) -> None:
 
 
 def _write(maps: AttentionMaps, folder: Path, pictures: bool, say) -> list[Path]:
-    """The page, and of each item a summary, all maps, and a map and a difference per site; they appear when all are there."""
+    """The page, and of each item a summary, all maps, and a map and a difference per site; complete or not at all."""
     from qexport.attention.page import page
 
     try:
