@@ -6,7 +6,8 @@ from qexport import runtime
 from qexport.errors import QexportError, UsageError
 from qexport.validation.probes import open_probe, sized
 
-# Bytes of the probabilities that are held at once: float32, of both models.
+# Bytes of the probabilities that are held at once: float32, of both models. The process takes up to three times as much, as
+# long as the runtime holds its own.
 MEMORY_LIMIT = 2**30
 
 
