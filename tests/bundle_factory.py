@@ -157,6 +157,27 @@ def make_bundle(folder, *, layers: int = 2, plant=None, **model_options):
     return folder
 
 
+# What `make_text_bundle` makes of a text; some of these words would break a page or a picture.
+TEXT = "the cat sat </script><b> $x_1$ 日本"
+TOKENS = ["[CLS]", "the", "cat", "sat", "</script><b>", "$x_1$", "日本", "[SEP]"]
+
+
+def make_text_bundle(folder):
+    """The bundle with a tokenizer of the words of TEXT."""
+    import tokenizers
+
+    make_bundle(folder)
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *TOKENS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[(word, words[word]) for word in ("[CLS]", "[SEP]")]
+    )
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
 def _write_samples(path) -> None:
     import onnxruntime
 
