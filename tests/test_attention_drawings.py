@@ -119,6 +119,7 @@ def test_pictures_show_the_arrays_and_the_tokens(text_bundle):
             np.testing.assert_array_equal(ax.images[0].get_array(), getattr(item[1], what)[i])
         assert [label.get_text() for label in drawn[0].get_xticklabels()] == TOKENS
         assert [label.get_text() for label in drawn[0].get_yticklabels()] == TOKENS
+        assert not any(label.get_parse_math() for label in drawn[0].get_xticklabels())  # "$x_1$" is no formula
     small = [ax for ax in figures.plot_all(item).axes if ax.images and ax.get_label() != "<colorbar>"]
     np.testing.assert_array_equal(small[3].images[0].get_array(), item[1].classical[1] / item[1].top)
     summary = [ax for ax in figures.plot_summary(item).axes if ax.get_title()]
