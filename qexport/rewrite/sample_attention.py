@@ -106,10 +106,9 @@ def _replace(node: ir.Node, layer: int, recipe: Recipe, seed: ir.Value, n_output
     module, name = module_of(node), node.name or f"attention_{layer}"
     q_heads, kv_heads, head_size = heads_of(node)
     own = sampled_as(node)
-    layer = own.get("layer", layer)
     sampling = recipe.resolve(module, name, q_heads, {key: own[key] for key in SAMPLING if key in own})
     copied = {key: attribute(node, key) for key in COPIED if key in node.attributes}
-    proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=layer, **sampling, **copied)
+    proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=own.get("layer", layer), **sampling, **copied)
     inputs = [*node.inputs, *[None] * (_SEED_INDEX - len(node.inputs)), seed]
     outputs = list(node.outputs)
     # every node has the outputs of the one function; a blank one would be dropped when the file is written
