@@ -106,6 +106,21 @@ def test_decode_measures_everyone():
     assert row["percent_of_bandwidth"] == pytest.approx(100 * (2 * 8 * 71 * 64 * 2) / (1e6 * row["ms"] * 10))
 
 
+def test_grouped_heads_decode_as_repeated_ones():
+    q, k, v = decode.gaussian(600, kv_heads=2)
+    expected = reference.attention(q, k.repeat(4, 1), v.repeat(4, 1), np.array([0]), False)
+    found = decode.contenders(q, k, v, 1)
+    assert set(decode.RIVALS.values()) - set(found) == {"MultiHeadAttention, past"}
+    errors = {}
+    for name, contender in found.items():
+        contender.call()
+        errors[name] = common.relative_error(contender.output(), expected)
+        if not name.startswith("tree"):
+            assert errors[name] <= (0.01 if "16 cache" in name else 1e-5), name
+    assert errors["tree 1/16, bf16 cache"] == pytest.approx(errors["tree 1/16, static cache"], rel=0.1)
+    assert errors["tree 1/16, static cache"] < errors["tree 1/64, static cache"] < 1
+
+
 def test_gaussian_errors_shrink_with_the_budget():
     rows = [row for row in quality.gaussian([256], 1) if row["estimator"] == "top k and mean V"]
     errors = [row["error_mean"] for row in rows]

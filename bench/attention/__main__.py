@@ -4,7 +4,7 @@
 
 prefill       time against the length, Gaussian inputs: QuantumAttention (exact in each precision, tree), onnxruntime's
               MultiHeadAttention, Attention and GroupQueryAttention, torch's scaled_dot_product_attention
-decode        one new token over a long past
+decode        one new token over a long past, heads grouped or not, and on trained activations
 activations   error and time on trained activations, with Performer, Linformer, top-k and uniform sampling beside ours
 certificate   what `tree` says of its own error, against the error
 gaussian      errors on Gaussian inputs beside the bound that no estimator can beat
@@ -33,7 +33,7 @@ TABLES = ("prefill", "decode", "activations", "certificate", "gaussian", "micro"
 FULL = {
     "lengths": tuple(prefill.HEADS),
     "pasts": (1024, 4096, 16384, 65536),
-    "real_pasts": (16384,),
+    "more_pasts": (16384,),
     "sets": (
         *(f"minilm-{n}" for n in (512, 2048, 4096, 16384)),
         *("vit-1370", "whisper-1500", "stories-256", "stories-2048"),
@@ -47,7 +47,7 @@ FULL = {
 QUICK = {
     "lengths": (128, 512),
     "pasts": (1024,),
-    "real_pasts": (),
+    "more_pasts": (),
     "sets": ("minilm-256", "stories-256"),
     "held_out": ("minilm-256",),
     "gaussian": (512,),
@@ -93,7 +93,7 @@ def measured(names, sizes: dict, threads: list[int], cpu_time: bool) -> dict[str
         print(f"No peaks and no micro-benchmarks: {error}")
     makers = {
         "prefill": lambda: prefill.table(sizes["lengths"], threads, peaks=peaks, **timing),
-        "decode": lambda: decode.table(sizes["pasts"], threads, peaks=peaks, real=sizes["real_pasts"], **timing),
+        "decode": lambda: decode.table(sizes["pasts"], threads, peaks=peaks, more=sizes["more_pasts"], **timing),
         "activations": lambda: quality.table(sizes["sets"], most, **timing | {"least": sizes["least_of_sets"]}),
         "certificate": lambda: quality.certificate(sizes["held_out"], most),
         "gaussian": lambda: quality.gaussian(sizes["gaussian"], most),

@@ -7,7 +7,7 @@ from bench import activations, common
 from bench.attention import nodes, prefill, reference
 from qexport.ops.key_summary import chunks, key_summary_shape
 
-HEADS, SIZE = 8, 64
+HEADS, GROUP, SIZE = 8, 4, 64  # GROUP: query heads of a kv head where heads are grouped
 DENSITIES = (64, 32, 16, 8)
 ROOM = 128  # entries of a static cache that are not used yet
 # Largest relative error that is timed. The mean of many random values is small beside what is added up for it, and so is the
@@ -17,9 +17,9 @@ RIVALS = {"x_mha": "MultiHeadAttention, past", "x_gqa": "GroupQueryAttention, sh
 RIVALS |= {"x_attention": "Attention, static cache", "x_sdpa": "torch SDPA, static cache"}
 
 
-def gaussian(past: int):
-    """q, k, v of `past` + 1 positions, (1, HEADS, n, SIZE); q only for the last one."""
-    k, v = np.random.default_rng(past).standard_normal((2, 1, HEADS, past + 1, SIZE), dtype=np.float32)
+def gaussian(past: int, kv_heads: int = HEADS):
+    """q (1, HEADS, 1, SIZE) of the last and k, v (1, kv_heads, n, SIZE) of all of n = `past` + 1 positions."""
+    k, v = np.random.default_rng(past).standard_normal((2, 1, kv_heads, past + 1, SIZE), dtype=np.float32)
     return np.random.default_rng(0).standard_normal((1, HEADS, 1, SIZE), dtype=np.float32), k, v
 
 
@@ -42,22 +42,29 @@ def contenders(q, k, v, threads: int) -> dict[str, nodes.Contender]:
     def caches():
         return [np.pad(x, [(0, 0), (0, 0), (0, ROOM), (0, 0)]) for x in (k, v)]
 
+    def narrow(dtype):
+        return [x.astype(dtype) for x in (q, *caches())]
+
     def static(arrays, more=None, **attributes):
         return nodes.quantum(*arrays, threads, flat=False, extra=valid | (more or {}), **attributes)
+
+    def tree(arrays, density):
+        shape = key_summary_shape(*arrays[1].shape, v.shape[-1])
+        summary = {"key_summary": np.zeros(shape, np.float32)}
+        return static(arrays, summary, strategy="tree", num_samples=[max(1, total // density)])
 
     found = {
         "exact fp32, past": nodes.quantum(q, new_k, new_v, threads, extra=before(), strategy="exact"),
         "exact fp32, past only": nodes.quantum(q, new_k, new_v, threads, extra=before(), present=False, strategy="exact"),
         "exact fp32, static cache": static([q, *caches()], strategy="exact"),
-        "exact, bf16 cache": static([x.astype(ml_dtypes.bfloat16) for x in (q, *caches())], strategy="exact"),
-        "exact, fp16 cache": static([x.astype(np.float16) for x in (q, *caches())], strategy="exact"),
+        "exact, bf16 cache": static(narrow(ml_dtypes.bfloat16), strategy="exact"),
+        "exact, fp16 cache": static(narrow(np.float16), strategy="exact"),
     }
-    shape = key_summary_shape(*k.shape[:2], total + ROOM, k.shape[-1], v.shape[-1])
-    for density in DENSITIES if chunks(total) else ():
-        budget = {"strategy": "tree", "num_samples": [max(1, total // density)]}
-        summary = {"key_summary": np.zeros(shape, np.float32)}
-        found[f"tree 1/{density}, static cache"] = static([q, *caches()], more=summary, **budget)
-    found["MultiHeadAttention, past"] = nodes.multi_head_attention(q, new_k, new_v, threads, past=before())
+    if chunks(total):
+        found |= {f"tree 1/{density}, static cache": tree([q, *caches()], density) for density in DENSITIES}
+        found["tree 1/16, bf16 cache"] = tree(narrow(ml_dtypes.bfloat16), 16)
+    if k.shape[1] == q.shape[1]:  # it has no grouped heads
+        found["MultiHeadAttention, past"] = nodes.multi_head_attention(q, new_k, new_v, threads, past=before())
     found["Attention, past"] = nodes.onnx_attention(q, new_k, new_v, threads, past=before())
     found["Attention, static cache"] = nodes.onnx_attention(q, *caches(), threads, **valid)
     found["GroupQueryAttention, shared buffer"] = nodes.group_query_attention(q, *caches(), threads, past_len=past)
@@ -65,12 +72,15 @@ def contenders(q, k, v, threads: int) -> dict[str, nodes.Contender]:
     return found
 
 
-def table(pasts, threads, seconds: float, least: int, peaks: dict, clock, real: tuple[int, ...] = ()) -> list[dict]:
-    """One row per number of threads, data, past and contender; `real`: pasts that are also measured on trained activations.
+def table(pasts, threads, seconds: float, least: int, peaks: dict, clock, more: tuple[int, ...] = ()) -> list[dict]:
+    """One row per number of threads, data, past and contender; `more`: pasts that are also measured on trained activations
+    and with grouped heads.
 
     `percent_of_bandwidth` counts each byte of the cache once; caches that fit the processor's own can exceed 100.
     """
-    inputs = [("gaussian", past, gaussian(past)) for past in pasts] + [("stories", past, stories(past)) for past in real]
+    inputs = [("gaussian", past, gaussian(past)) for past in pasts]
+    inputs += [("grouped", past, gaussian(past, HEADS // GROUP)) for past in more]
+    inputs += [("stories", past, stories(past)) for past in more]
     return [
         row
         for count in threads
@@ -81,7 +91,7 @@ def table(pasts, threads, seconds: float, least: int, peaks: dict, clock, real: 
 
 def _rows(data, past, q, k, v, threads, seconds, least, peaks, clock) -> list[dict]:
     found = contenders(q, k, v, threads)
-    expected = reference.attention(q, k, v, np.array([0]), False)
+    expected = reference.attention(q, *(x.repeat(q.shape[1] // k.shape[1], 1) for x in (k, v)), np.array([0]), False)
     errors = {}
     for name, contender in found.items():
         contender.call()
@@ -93,8 +103,8 @@ def _rows(data, past, q, k, v, threads, seconds, least, peaks, clock) -> list[di
     rows = []
     for name, ms in times.items():
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))
-        row = {"data": data, "past": past, "heads": q.shape[1], "threads": threads, "contender": name}
-        row |= {"ms": median, "ms_p25": low, "ms_p75": high, "rounds": len(ms)}
+        row = {"data": data, "past": past, "heads": q.shape[1], "kv_heads": k.shape[1], "threads": threads}
+        row |= {"contender": name, "ms": median, "ms_p25": low, "ms_p75": high, "rounds": len(ms)}
         size = (k.nbytes + v.nbytes) / (2 if "16 cache" in name else 1)
         bandwidth = peaks.get(f"read_gb_per_s {threads}")
         row["percent_of_bandwidth"] = 100e-6 * size / median / bandwidth if bandwidth else None

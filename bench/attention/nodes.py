@@ -129,7 +129,8 @@ def torch_sdpa(q, k, v, threads: int, *, causal=False) -> Contender:
     """torch.nn.functional.scaled_dot_product_attention."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    return torch_call(lambda *x: scaled_dot_product_attention(*x, is_causal=causal), q, k, v, threads)
+    grouped = q.shape[1] != k.shape[1]
+    return torch_call(lambda *x: scaled_dot_product_attention(*x, is_causal=causal, enable_gqa=grouped), q, k, v, threads)
 
 
 def _contender(node, feeds, threads, heads, flat, opset=23, shared=None) -> Contender:
