@@ -1,12 +1,17 @@
 """Inputs for QuantumAttention: every form that the op table allows, by name. Shapes are small and odd on purpose."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from qexport.ops import QUANTUM_ATTENTION
 
 INPUT_NAMES = tuple(param.name for param in QUANTUM_ATTENTION.inputs[:7])
+
+
+PADDING = ("b", 1, 1, "kv")  # a mask that all rows of a batch item share
+GROUPS = 12  # of a head whose rows lie in groups
 
 
 @dataclass(frozen=True)
@@ -26,46 +31,58 @@ class Case:
     mask_kind: str = "float"
     nonpad: tuple | None = None
     three_d: bool = False
+    grouped: bool = False  # rows in loose groups, as trained models have them, in place of Gaussian ones
     attributes: dict = field(default_factory=dict)
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Gaussian float32 inputs, by name; the same for the same seed."""
+        """Random float32 inputs, by name; the same for the same seed."""
         rng = np.random.default_rng([seed, len(self.name), self.q_len, self.kv_len])
-
-        def normal(heads, length, size):
-            x = rng.standard_normal((self.batch, heads, length, size)).astype(np.float32)
-            return np.ascontiguousarray(x.transpose(0, 2, 1, 3)).reshape(self.batch, length, -1) if self.three_d else x
-
-        feeds = {
-            "Q": normal(self.q_heads, self.q_len, self.head_size),
-            "K": normal(self.kv_heads, self.kv_len, self.head_size),
-            "V": normal(self.kv_heads, self.kv_len, self.v_head_size),
-        }
+        total, new, past = self.past_len + self.kv_len, np.s_[:, :, self.past_len :], np.s_[:, :, : self.past_len]
+        q = self._rows(rng, self.q_heads, self.q_len, self.head_size)
+        k = self._rows(rng, self.kv_heads, total, self.head_size, strength=1.5)
+        v = self._rows(rng, self.kv_heads, total, self.v_head_size)
+        feeds = {"Q": q, "K": k[new], "V": v[new]}
+        if self.three_d:
+            feeds = {name: x.swapaxes(1, 2).reshape(self.batch, x.shape[2], -1) for name, x in feeds.items()}
         if self.mask is not None:
-            sizes = {"kv": self.past_len + self.kv_len, "q": self.q_len, "b": self.batch, "h": self.q_heads}
-            shape = [sizes.get(axis, axis) for axis in self.mask]
-            if self.mask_kind == "bool":
-                feeds["attn_mask"] = rng.random(shape) < 0.7
-                feeds["attn_mask"][..., 0] = True  # some key is always seen; full masking has its own case
-            elif self.mask_kind == "none_allowed":
-                feeds["attn_mask"] = np.zeros(shape, bool)
-            else:
-                bias = rng.standard_normal(shape).astype(np.float32)
-                feeds["attn_mask"] = np.where(rng.random(shape) < 0.2, -np.inf, bias).astype(np.float32)
-                feeds["attn_mask"][..., 0] = 0.5
+            sizes = {"kv": total, "q": self.q_len, "b": self.batch, "h": self.q_heads}
+            feeds["attn_mask"] = self._mask(rng, [sizes.get(axis, axis) for axis in self.mask])
         if self.past_len:
-            past = (self.batch, self.kv_heads, self.past_len)
-            feeds["past_key"] = rng.standard_normal((*past, self.head_size)).astype(np.float32)
-            feeds["past_value"] = rng.standard_normal((*past, self.v_head_size)).astype(np.float32)
+            feeds |= {"past_key": k[past], "past_value": v[past]}
         if self.nonpad is not None:
             feeds["nonpad_kv_seqlen"] = np.array(self.nonpad, np.int64)
-        return feeds
+        return {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+
+    def _rows(self, rng, heads, length, size, strength=1.0):
+        """(batch, heads, length, size); `strength` is how far apart groups lie, in their own deviations."""
+        x = rng.standard_normal((self.batch, heads, length, size))
+        if self.grouped:
+            centres = strength * rng.standard_normal((self.batch, heads, GROUPS, size))
+            x += np.take_along_axis(centres, rng.integers(0, GROUPS, (self.batch, heads, length, 1)), 2)
+        return x.astype(np.float32)
+
+    def _mask(self, rng, shape):
+        if self.mask_kind == "none_allowed":
+            return np.zeros(shape, bool)
+        if self.mask_kind == "float":
+            mask = np.where(rng.random(shape) < 0.2, -np.inf, rng.standard_normal(shape)).astype(np.float32)
+            mask[..., 0] = 0.5
+            return mask
+        kept = rng.random(shape) < 0.7
+        kept[..., 0] = True  # some key is always seen; full masking has its own case
+        if self.mask_kind == "bool":
+            return kept
+        kept[..., -shape[-1] // 5 :] = False
+        return np.where(kept, 0, np.finfo(np.float32).min).astype(np.float32) if self.mask_kind == "float_padding" else kept
 
     def all_attributes(self, **more) -> dict:
         """The case's attributes, head counts included where the inputs are 3-D, and `more`."""
         heads = {"q_num_heads": self.q_heads, "kv_num_heads": self.kv_heads} if self.three_d else {}
         return {**heads, **self.attributes, **more}
 
+
+# Long enough for clusters of keys, in groups so that there is something to choose.
+clustered = partial(Case, batch=1, q_heads=2, kv_heads=2, q_len=96, kv_len=400, grouped=True)
 
 CASES = (
     Case("plain"),
@@ -87,13 +104,13 @@ CASES = (
     Case("float_mask_2d", mask=("q", "kv")),
     Case("float_mask_3d", mask=("h", "q", "kv")),
     Case("float_mask_4d", mask=("b", "h", "q", "kv")),
-    Case("float_mask_per_key", mask=("b", 1, 1, "kv")),
+    Case("float_mask_per_key", mask=PADDING),
     Case("float_mask_short", mask=("q", 11)),
     Case("float_mask_1d", mask=("kv",)),
     Case("bool_mask_2d", mask=("q", "kv"), mask_kind="bool"),
     Case("bool_mask_per_query", mask=("b", 1, "q", "kv"), mask_kind="bool"),
-    Case("bool_mask_per_key", mask=("b", 1, 1, "kv"), mask_kind="bool"),
-    Case("bool_mask_causal", q_len=19, mask=("b", 1, 1, "kv"), mask_kind="bool", attributes={"is_causal": 1}),
+    Case("bool_mask_per_key", mask=PADDING, mask_kind="bool"),
+    Case("bool_mask_causal", q_len=19, mask=PADDING, mask_kind="bool", attributes={"is_causal": 1}),
     Case("nothing_allowed", mask=("q", "kv"), mask_kind="none_allowed"),
     Case("nonpad", nonpad=(19, 8)),
     Case("nonpad_causal", nonpad=(19, 8), attributes={"is_causal": 1}),

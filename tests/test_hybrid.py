@@ -3,27 +3,27 @@
 import numpy as np
 import pytest
 from attention_backends import BACKENDS, rounded, run_binding, run_ref
+from attention_cases import PADDING, clustered
 from instruction_sets import ISAS, run_on
-from tree_cases import TreeCase
 
 HYBRID = {"strategy": "hybrid", "control_variate": 1, "residual": "verify_only", "num_samples": [24]}
 CASES = (
-    TreeCase("plain"),
-    TreeCase("one_value_in_the_last_cluster", kv_len=401),
-    TreeCase("odd_sizes", q_len=37, kv_len=309, head_size=13, v_head_size=21),
-    TreeCase("narrow_values", kv_len=300, v_head_size=3),
-    TreeCase("wide_values", q_heads=1, kv_heads=1, head_size=8, v_head_size=144),
-    TreeCase("grouped_heads", q_heads=6, kv_heads=2, q_len=50),
-    TreeCase("decoding", q_heads=6, kv_heads=2, q_len=1, past_len=700, kv_len=1),
-    TreeCase("one_budget_per_head", attributes={"num_samples": [8, 150]}),
-    TreeCase("causal", q_len=300, kv_len=300, attributes={"is_causal": 1}),
-    TreeCase("causal_past", q_len=64, kv_len=64, past_len=300, attributes={"is_causal": 1}),
-    TreeCase("window_past", past_len=150, kv_len=300, attributes={"left_window_size": 90, "right_window_size": 20}),
-    TreeCase("bool_padding", batch=2, mask="bool"),
-    TreeCase("float_padding", batch=2, mask="float"),
-    TreeCase("mask_by_query", mask="query"),
-    TreeCase("nonpad", batch=3, nonpad=(400, 291, 20)),
-    TreeCase("softcap", attributes={"softcap": 3.0}),
+    clustered("plain"),
+    clustered("one_value_in_the_last_cluster", kv_len=401),
+    clustered("odd_sizes", q_len=37, kv_len=309, head_size=13, v_head_size=21),
+    clustered("narrow_values", kv_len=300, v_head_size=3),
+    clustered("wide_values", q_heads=1, kv_heads=1, head_size=8, v_head_size=144),
+    clustered("grouped_heads", q_heads=6, kv_heads=2, q_len=50),
+    clustered("decoding", q_heads=6, kv_heads=2, q_len=1, past_len=700, kv_len=1),
+    clustered("one_budget_per_head", attributes={"num_samples": [8, 150]}),
+    clustered("causal", q_len=300, kv_len=300, attributes={"is_causal": 1}),
+    clustered("causal_past", q_len=64, kv_len=64, past_len=300, attributes={"is_causal": 1}),
+    clustered("window_past", past_len=150, kv_len=300, attributes={"left_window_size": 90, "right_window_size": 20}),
+    clustered("bool_padding", batch=2, mask=PADDING, mask_kind="padding"),
+    clustered("float_padding", batch=2, mask=PADDING, mask_kind="float_padding"),
+    clustered("mask_by_query", mask=("q", "kv"), mask_kind="bool"),
+    clustered("nonpad", batch=3, nonpad=(400, 291, 20)),
+    clustered("softcap", attributes={"softcap": 3.0}),
 )
 
 
@@ -61,7 +61,7 @@ def test_kernel_is_the_reference_on_every_instruction_set(isa):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("bfloat16", 8e-3)])
-@pytest.mark.parametrize("case", [c for c in CASES if c.mask != "float"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.mask_kind != "float_padding"], ids=lambda case: case.name)
 def test_half_types(case, dtype, limit):
     assert share_of_equal_rows(case, dtype, limit) >= 0.99
 
@@ -107,7 +107,7 @@ def test_weights_sum_to_one(case):
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 def test_nothing_is_drawn_and_threads_do_not_count(backend):
-    case = TreeCase("threads", batch=2, q_heads=6, kv_heads=2, q_len=200, kv_len=700)
+    case = clustered("threads", batch=2, q_heads=6, kv_heads=2, q_len=200, kv_len=700)
     feeds = case.inputs()
     expected = run_binding(feeds, "float32", 0, attributes_of(case))["Y"]
     for threads, seed, layer in ((1, 1, 0), (2, 1 << 40, 3), (5, -7, 1)):
@@ -116,8 +116,8 @@ def test_nothing_is_drawn_and_threads_do_not_count(backend):
 
 
 def test_more_keys_less_error_down_to_none():
-    case = TreeCase("plain")
-    feeds, reference = case.inputs(), exact(TreeCase("plain"), case.inputs())
+    case = clustered("plain")
+    feeds, reference = case.inputs(), exact(clustered("plain"), case.inputs())
     errors = [
         relative(run_binding(feeds, "float32", 0, attributes_of(case, num_samples=[s]))["Y"], reference)
         for s in (1, 16, 64, 200, 399, 400)
@@ -128,7 +128,7 @@ def test_more_keys_less_error_down_to_none():
 
 
 def test_no_query_sees_the_future():
-    case = TreeCase("causal", q_len=300, kv_len=300, attributes={"is_causal": 1})
+    case = clustered("causal", q_len=300, kv_len=300, attributes={"is_causal": 1})
     feeds = case.inputs()
     before = run_binding(feeds, "float32", 0, attributes_of(case))["Y"]
     feeds["V"][:, :, 200:] += 100
@@ -138,8 +138,8 @@ def test_no_query_sees_the_future():
 
 
 def test_it_beats_the_strategies_that_draw_where_values_lie_in_groups():
-    case = TreeCase("plain")
-    feeds, reference = case.inputs(), exact(TreeCase("plain"), case.inputs())
+    case = clustered("plain")
+    feeds, reference = case.inputs(), exact(clustered("plain"), case.inputs())
 
     def error(**attributes):
         return relative(run_binding(feeds, "float32", 0, attributes_of(case, **attributes))["Y"], reference)
@@ -148,7 +148,7 @@ def test_it_beats_the_strategies_that_draw_where_values_lie_in_groups():
 
 
 def test_values_that_are_no_numbers():
-    case = TreeCase("nonpad", batch=2, nonpad=(400, 290))
+    case = clustered("nonpad", batch=2, nonpad=(400, 290))
     feeds = case.inputs()
     clean = run_binding(feeds, "float32", 0, attributes_of(case))["Y"]
     feeds["V"][1, :, 290:] = np.nan
@@ -161,7 +161,7 @@ def test_values_that_are_no_numbers():
 
 
 def test_a_query_that_is_no_number_and_rows_that_see_nothing():
-    case = TreeCase("mask_by_query", mask="query")
+    case = clustered("mask_by_query", mask=("q", "kv"), mask_kind="bool")
     feeds = case.inputs()
     clean = run_binding(feeds, "float32", 0, attributes_of(case))["Y"]
     feeds["attn_mask"][5] = False
@@ -177,7 +177,7 @@ def test_a_query_that_is_no_number_and_rows_that_see_nothing():
 @pytest.mark.parametrize("scale", [0.0, 1e30])
 def test_norms_of_zero_and_beyond_float32(scale):
     """Equal values are all their own mean; huge ones have norms that run out of float32, and are ranked by p."""
-    case = TreeCase("plain")
+    case = clustered("plain")
     feeds = case.inputs()
     feeds["V"] = (feeds["V"] + 1) * np.float32(scale) if scale else np.full_like(feeds["V"], 0.1)
     y = run_binding(feeds, "float32", 0, attributes_of(case))["Y"]
