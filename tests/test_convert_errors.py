@@ -11,6 +11,7 @@ from onnx import helper, parser
 
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
+from qexport.rewrite import fuse_attention
 
 TINY = '<ir_version: 8, opset_import: ["": 17]> g (float[b,4] x) => (float[b,4] y) { y = Relu(x) }'
 
@@ -159,6 +160,31 @@ def test_output_holds_other_files(tmp_path):
 
 def test_a_huge_number_in_a_name_is_no_path(tmp_path):
     assert_fails("a" * 5000, tmp_path, kind=QexportError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_samples": 0}, ["num_samples", "0"]),
+        ({"num_samples": [1, 2, 3]}, ["3 numbers", "2 query heads"]),
+        ({"strategy": "best"}, ["strategy", "best", "stratified"]),
+        ({"opset": 16}, ["opset", "17", "16"]),
+        ({"dtype": "float64"}, ["dtype", "float64", "bfloat16"]),
+        ({"dtype": "float16"}, ["dtype", "torch"]),
+        ({"task": "causal-lm"}, ["task", "Hugging Face"]),
+        ({"recipe": {"layers": [{"match": "nothing", "strategy": "exact"}]}}, ["layers[0].match", "nothing"]),
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments, words):
+    assert_fails(save(tmp_path), tmp_path, *words, kind=UsageError, **arguments)
+
+
+def test_a_rule_that_trips(tmp_path, monkeypatch):
+    def trip(softmax):
+        raise KeyError("axis of a kind\nnever seen")
+
+    monkeypatch.setattr(fuse_attention, "find_values", trip)
+    assert_fails(save(tmp_path), tmp_path, "to_classical failed (KeyError")
 
 
 def test_nan_weights_are_told(tmp_path, write):
