@@ -7,9 +7,10 @@ import torch
 
 from qexport.errors import UsageError
 from qexport.ops import key_summary as key_summaries
+from qexport.ops.clusters_ref import leaves
 from qexport.ops.philox import philox4x32
 from qexport.ops.quantum_attention import BLOCKWISE, SPEC
-from qexport.ops.quantum_attention_tree_ref import kept_keys, leaves, tree_attention_ref
+from qexport.ops.quantum_attention_tree_ref import kept_keys, tree_attention_ref
 
 T = 1 << 24  # one stratum of the fixed-point inclusion probabilities
 CDF_ONE = 1 << 30  # the whole distribution in the fixed-point CDF of `naive`
