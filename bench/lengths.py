@@ -15,7 +15,7 @@ import qexport
 from bench import common
 from bench.models import minilm_dir
 from qexport.bundle import Bundle
-from qexport.data import generate
+from qexport.generated import generate
 from qexport.profiling import CLASSICAL, CONVERTED, interleaved, session_options
 
 LENGTHS = {"minilm": (8, 16, 32, 64, 128, 256, 512), "stories15m": (8, 16, 32, 64, 128, 256)}

@@ -5,35 +5,17 @@ holds no seed; the caller adds it.
 """
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
-from qexport.feeds import check_feed, dim_size
+from qexport.feeds import Inputs, check_feed
+from qexport.generated import generate
 
 DEFAULT_BATCH = 8
 GIVEN = "given texts"
-
-
-@dataclass
-class Inputs:
-    """Batches of inputs: `feeds` for session.run, `source` in words, `notes` on what was cut or filled in.
-
-    `expected` holds the stored outputs of the classical model for each feed, by name, where the source has them.
-    """
-
-    feeds: list[dict[str, np.ndarray]]
-    source: str
-    notes: list[str] = field(default_factory=list)
-    expected: list[dict[str, np.ndarray]] = field(default_factory=list)
-
-    @property
-    def samples(self) -> int:
-        """Number of batch items, by the first input of each feed."""
-        return sum(_batch_size(feed) for feed in self.feeds)
 
 
 def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int | None = None) -> Inputs:
@@ -184,83 +166,6 @@ def _text_arrays(bundle: Bundle, encodings, pad_id: int) -> dict[str, np.ndarray
     }
 
 
-def generate(
-    bundle: Bundle, *, batch: int = 1, seq: int | None = None, ragged: bool = False, seed: int = 0, dims: dict | None = None
-) -> Inputs:
-    """Inputs of given sizes: token ids uniform in [0, high), standard normal for continuous inputs, masks of ones. With a KV
-    cache the tokens are the last that fit into it.
-
-    Args:
-        batch, seq: sizes of the symbolic dimensions; `seq` is 128, or the model's limit when that is less, when None.
-        ragged: masks of random lengths in [seq / 2, seq], the first item full, as padded text has.
-        seed: seed of the generator; the same arguments give the same inputs.
-        dims: sizes of symbolic dimensions by name, where they differ from `batch` and `seq`.
-
-    Raises:
-        UsageError: `seq` is longer than the model takes.
-        QexportError: the manifest does not say the range of an integer input.
-    """
-    manifest = bundle.manifest
-    sizes = dimension_sizes(manifest, batch, seq, dims)
-    rng = np.random.default_rng(seed)
-    feed, lengths = {}, {}
-    for spec in manifest["inputs"]:
-        shape = tuple(dim_size(dim, sizes) for dim in spec["shape"])
-        feed[spec["name"]] = _generated(spec, shape, rng, ragged, lengths, bundle)
-    if (cache := manifest.get("kv_cache")) is not None:
-        feed[cache["past_length"]][...] = cache["length"] - feed[cache["token_ids"]].shape[1]
-    words = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    return Inputs([feed], f"generated ({words})" if words else "generated")
-
-
-def _generated(spec, shape, rng, ragged, lengths, bundle):
-    kind, dtype, high = spec["kind"], spec["dtype"], spec.get("high")
-    if kind == "mask":
-        mask = np.ones(shape)
-        if ragged and len(shape) == 2 and shape[0] > 1:
-            # masks of one shape share their lengths, as the rows of one batch do
-            if shape not in lengths:
-                lengths[shape] = np.concatenate([[shape[1]], rng.integers((shape[1] + 1) // 2, shape[1] + 1, shape[0] - 1)])
-            mask = np.arange(shape[1]) < lengths[shape][:, None]
-        return mask.astype(dtype)
-    if kind == "position_ids":
-        return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
-    if kind == "token_types":
-        return np.zeros(shape, dtype)
-    if kind == "boolean" or dtype == "bool":
-        return rng.integers(0, 2, shape).astype(dtype)
-    if kind in ("token_ids", "integer", "past_length"):
-        if not high:
-            raise QexportError(f"{bundle.path}: the manifest has no upper bound for input {spec['name']!r}; give --data")
-        return rng.integers(0, high, shape).astype(dtype)
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def dimension_sizes(manifest: dict, batch: int, seq: int | None, dims: dict | None = None) -> dict[str, int]:
-    """Sizes of the symbolic dimensions of the inputs: the first axis is the batch, every other one `seq`, up to its limit.
-
-    Raises:
-        UsageError: `seq` or a size in `dims` is above the model's limit.
-    """
-    limits, dims, sizes = manifest["limits"], dict(dims or {}), {}
-    for spec in manifest["inputs"]:
-        for axis, dim in enumerate(spec["shape"]):
-            if not isinstance(dim, str):
-                continue
-            for name in re.findall(r"[A-Za-z_]\w*", dim):
-                if name not in sizes:
-                    is_batch = axis == 0 or "batch" in name
-                    sizes[name] = dims.get(name, batch if is_batch else _length(seq, limits.get(name)))
-    for name, size in sizes.items():
-        if name in limits and size > limits[name]:
-            raise UsageError(f"{name} {size} is longer than the model takes ({limits[name]}); lower it")
-    return sizes
-
-
-def _length(seq: int | None, limit: int | None) -> int:
-    return seq if seq is not None else min(128, limit or 128)
-
-
 def _sequence_limit(manifest: dict) -> int | None:
     """The longest sequence of the first input of token ids, None when unknown."""
     for spec in manifest["inputs"]:
@@ -272,10 +177,6 @@ def _sequence_limit(manifest: dict) -> int | None:
 
 def _has_past(spec) -> bool:
     return any(isinstance(dim, str) and "past" in dim for dim in spec["shape"])
-
-
-def _batch_size(feed: dict) -> int:
-    return next((array.shape[0] for array in feed.values() if array.ndim), 1)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

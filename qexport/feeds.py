@@ -1,4 +1,8 @@
-"""Checks of a feed against the inputs that a bundle's manifest lists; what is missing and obvious is filled in."""
+"""Batches of inputs, and checks of one against the inputs that a bundle's manifest lists; what is missing and obvious is
+filled in.
+"""
+
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +18,24 @@ FILLERS = {
     "past_length": "zeros",
     "cache": "zeros",
 }
+
+
+@dataclass
+class Inputs:
+    """Batches of inputs: `feeds` for session.run, `source` in words, `notes` on what was cut or filled in.
+
+    `expected` holds the stored outputs of the classical model for each feed, by name, where the source has them.
+    """
+
+    feeds: list[dict[str, np.ndarray]]
+    source: str
+    notes: list[str] = field(default_factory=list)
+    expected: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Number of batch items, by the first input of each feed."""
+        return sum(next((array.shape[0] for array in feed.values() if array.ndim), 1) for feed in self.feeds)
 
 
 def dim_size(dim, sizes: dict[str, int]) -> int:

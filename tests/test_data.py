@@ -5,8 +5,9 @@ import pytest
 from bundle_factory import LIMIT, VOCAB, make_bundle, manifest
 
 from qexport.bundle import Bundle
-from qexport.data import dimension_sizes, generate, load_inputs
+from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
+from qexport.generated import dimension_sizes, generate
 
 
 @pytest.fixture(scope="module")

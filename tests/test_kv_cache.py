@@ -15,8 +15,9 @@ from test_library import runtime_folder
 import qexport
 from qexport.bundle import Bundle
 from qexport.conversion import convert
-from qexport.data import generate, load_inputs, stored_samples
+from qexport.data import load_inputs, stored_samples
 from qexport.errors import QexportError, UsageError
+from qexport.generated import generate
 from qexport.generation import Generator
 from qexport.kv_cache import MIN_ONNXRUNTIME
 from qexport.sources import open_source

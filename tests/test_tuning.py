@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 import qexport
 from qexport.bundle import Bundle
-from qexport.data import Inputs, load_inputs
+from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
+from qexport.feeds import Inputs
 from qexport.recipe import make_recipe
 from qexport.runtime import session
 from qexport.tuning import measurement, tune

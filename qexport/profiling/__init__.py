@@ -20,8 +20,8 @@ import numpy as np
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.data import dimension_sizes, generate
 from qexport.errors import QexportError, UsageError
+from qexport.generated import dimension_sizes, generate
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
 SCHEMA = "qexport.profile"

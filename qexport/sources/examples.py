@@ -6,8 +6,8 @@ import numpy as np
 
 from qexport.bundle import Bundle
 from qexport.conversion_checks import Runner
-from qexport.data import dimension_sizes, generate
 from qexport.errors import QexportError
+from qexport.generated import dimension_sizes, generate
 from qexport.rewrite.graph import is_op
 from qexport.sources import Source
 from qexport.sources.specs import tables

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from qexport import runtime
 from qexport.bundle import Bundle, check_output
-from qexport.data import Inputs, load_inputs
+from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
+from qexport.feeds import Inputs
 from qexport.tuning.measurement import SiteTable, key_counts, measure
 from qexport.tuning.output import SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.data import Inputs
 from qexport.external_data import load_structure
+from qexport.feeds import Inputs
 from qexport.ops.proto import set_attributes
 from qexport.profiling import session_options
 from qexport.profiling.trace import KERNEL, read_trace

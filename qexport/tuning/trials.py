@@ -8,8 +8,8 @@ import onnx
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.data import Inputs
 from qexport.external_data import load_structure
+from qexport.feeds import Inputs
 from qexport.ops.proto import set_attributes
 from qexport.profiling import CLASSICAL, CONVERTED, interleaved, ratio, session_options
 from qexport.tuning.settings import Setting

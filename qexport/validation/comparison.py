@@ -10,9 +10,9 @@ import numpy as np
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.data import Inputs
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
+from qexport.feeds import Inputs
 from qexport.validation.certificate import CertificateAccumulator, head_weights
 from qexport.validation.probes import beside, open_probe, ordered_sites, watch
 from qexport.validation.sensitivity import quantizes, sensitivity
