@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "block_products.h"
+#include "query_rows.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {

@@ -3,6 +3,7 @@
 // leave most lanes empty.
 #pragma once
 
+#include "arena.h"
 #include "few_products.h"
 
 namespace qexport {

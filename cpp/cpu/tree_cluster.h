@@ -1,6 +1,7 @@
 // The tree over the keys: halves along the principal direction until 16 keys are left.
 #pragma once
 
+#include "arena.h"
 #include "rows.h"
 
 namespace qexport {

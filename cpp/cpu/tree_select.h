@@ -2,7 +2,7 @@
 #pragma once
 
 #include "qexport/philox.h"
-#include "rows.h"
+#include "query_rows.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
