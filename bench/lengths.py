@@ -17,6 +17,7 @@ from bench.models import minilm_dir
 from qexport.bundle import Bundle
 from qexport.generated import generate
 from qexport.profiling import CLASSICAL, CONVERTED, interleaved, session_options
+from qexport.profiling.calls import make_call
 
 LENGTHS = {"minilm": (8, 16, 32, 64, 128, 256, 512), "stories15m": (8, 16, 32, 64, 128, 256)}
 
@@ -34,7 +35,8 @@ def table(folder: Path, name: str, runs: int) -> list[dict]:
         }
         for length in LENGTHS[name]:
             feed = generate(bundle, batch=1, seq=length).feeds[0]
-            times = interleaved(sessions, feed, runs, warmup=5)
+            calls = {which: make_call(session, feed, []) for which, session in sessions.items()}
+            times = interleaved(calls, runs, warmup=5)
             row = {"model": name, "threads": threads, "n": length, "runs": runs}
             row |= {f"{which}_ms": 1e3 * float(np.median(seconds)) for which, seconds in times.items()}
             rows.append(row | common.ratio("x_classical", times[CLASSICAL], times[CONVERTED]))

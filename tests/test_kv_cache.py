@@ -20,6 +20,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.generated import generate
 from qexport.generation import Generator
 from qexport.kv_cache import MIN_ONNXRUNTIME
+from qexport.profiling import calls
 from qexport.sources import open_source
 
 LENGTH = 48
@@ -143,6 +144,26 @@ def test_validate_and_profile_take_such_a_bundle(made):
     assert report.passed, report.reasons
     entry = qexport.profile(made("Llama")[2], seq=1, runs=2, warmup=1).sizes[0]
     assert entry["dims"] == {"batch": 1, "sequence": 1}
+
+
+def test_a_timed_step_has_its_caches_in_place_and_can_be_run_again(made, monkeypatch):
+    bundle = Bundle.open(made("Llama")[2])
+    opened, feed = qexport.session(bundle.model_path), stored_samples(bundle).feeds[0]
+    before = {name: array.copy() for name, array in feed.items()}
+    expected = opened.run(None, feed)
+    bindings = []
+    monkeypatch.setattr(calls.runtime, "run_bound", lambda session, binding: bindings.append(binding))
+    call = calls.make_call(opened, feed, calls.shared_buffers(bundle.manifest))
+    for _ in range(2):
+        call()
+        opened.run_with_iobinding(bindings[-1])
+        found = dict(zip([value.name for value in opened.get_outputs()], bindings[-1].get_outputs(), strict=True))
+        for value, array in zip(found.values(), expected, strict=True):
+            np.testing.assert_allclose(value.numpy(), array, rtol=1e-6, atol=1e-6)
+        for past, present in bundle.manifest["kv_cache"]["caches"]:
+            assert found[present].data_ptr() == call.values[past].data_ptr()
+    for name, array in feed.items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 def test_generated_inputs_fill_the_cache_up(made):

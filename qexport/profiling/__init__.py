@@ -22,6 +22,7 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate
+from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
 SCHEMA = "qexport.profile"
@@ -92,10 +93,11 @@ def profile(
         for which, (path, lib) in models.items()
     }
     feeds = [_summarised(opened, sessions[CONVERTED], feed) for feed in feeds]
-    times = []
+    shared, times = shared_buffers(opened.manifest), []
     for (b, s, _), feed in zip(sizes, feeds, strict=True):
         say(f"timing batch {b}, length {s}")
-        times.append(interleaved(sessions, feed, runs, warmup))
+        calls = {which: make_call(session, feed, shared) for which, session in sessions.items()}
+        times.append(interleaved(calls, runs, warmup))
     del sessions
     entries = []
     for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
@@ -104,8 +106,8 @@ def profile(
             say(f"tracing the {which} model, batch {b}, length {s}")
             entry["models"][which] = {
                 **_latency(times[i][which], b, _tokens(opened, feed)),
-                "memory": _memory(path, lib, providers, threads, feed),
-                **_traced(path, lib, providers, threads, feed, min(runs, TRACED_RUNS)),
+                "memory": _memory(path, lib, providers, threads, feed, shared),
+                **_traced(path, lib, providers, threads, feed, shared, min(runs, TRACED_RUNS)),
             }
         entries.append(entry)
     names = [p if isinstance(p, str) else p[0] for p in providers]
@@ -153,17 +155,17 @@ def session_options(threads: int | None):
     return options
 
 
-def interleaved(sessions: dict, feed: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
+def interleaved(calls: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
     """Seconds of each run of each model; the models run in turn, and the order changes from one round to the next."""
-    order = list(sessions)
+    order = list(calls)
     for _ in range(warmup):
         for which in order:
-            runtime.run(sessions[which], None, feed)
+            calls[which]()
     seconds = {which: np.zeros(runs) for which in order}
     for i in range(runs):
         for which in order if i % 2 == 0 else reversed(order):
             start = time.perf_counter()
-            runtime.run(sessions[which], None, feed)
+            calls[which]()
             seconds[which][i] = time.perf_counter() - start
     return seconds
 
@@ -215,7 +217,7 @@ def median_interval(count: int) -> tuple[int | None, int | None]:
     return (below, count - 1 - below) if below >= 0 else (None, None)
 
 
-def _traced(path, library, providers, threads, feed, runs: int) -> dict:
+def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
     """Times, placement and memory by node, from `runs` traced runs after one to warm up.
 
     Memory patterns are off: with them the runtime takes one block for all nodes, and no node shows its own.
@@ -226,8 +228,9 @@ def _traced(path, library, providers, threads, feed, runs: int) -> dict:
         options.enable_mem_pattern = False
         options.profile_file_prefix = str(Path(folder) / "trace")
         session = runtime.session(path, library=library, providers=providers, options=options)
+        call = make_call(session, feed, shared)
         for _ in range(runs + 1):
-            runtime.run(session, None, feed)
+            call()
         events = read_trace(session.end_profiling())
     if len(events) != runs + 1:
         raise QexportError(f"{path}: the trace holds {len(events)} runs instead of {runs + 1}; lower the number of runs")
@@ -241,7 +244,7 @@ def _traced(path, library, providers, threads, feed, runs: int) -> dict:
     }
 
 
-def _memory(path, library, providers, threads, feed) -> dict:
+def _memory(path, library, providers, threads, feed, shared=()) -> dict:
     """Memory and load time of one model in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
         file = Path(folder) / "feed.npz"
@@ -252,6 +255,7 @@ def _memory(path, library, providers, threads, feed) -> dict:
             "providers": providers,
             "threads": threads,
             "feed": str(file),
+            "shared": list(shared),
             "runs": MEMORY_RUNS,
         }
         # the child finds the package where this process found it

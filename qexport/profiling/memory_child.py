@@ -1,7 +1,7 @@
 """Runs one model in a process of its own and prints its memory and load time as JSON: the program `python -m` runs.
 
 A process keeps its peak for ever, so two models that share one cannot be told apart. The request comes as JSON on stdin:
-{"model", "library", "providers", "threads", "feed": path of an .npz, "runs"}.
+{"model", "library", "providers", "threads", "feed": path of an .npz, "shared", "runs"}.
 """
 
 import json
@@ -11,8 +11,9 @@ import time
 import numpy as np
 
 from qexport.errors import QexportError
+from qexport.profiling.calls import make_call
 from qexport.profiling.rss import current_rss, peak_rss
-from qexport.runtime import onnxruntime, quiet_options, run, session
+from qexport.runtime import onnxruntime, quiet_options, session
 
 
 def measure(request: dict) -> dict:
@@ -30,8 +31,9 @@ def measure(request: dict) -> dict:
     opened = session(request["model"], library=request["library"], providers=providers, options=options)
     load = time.perf_counter() - start
     loaded = current_rss()
+    call = make_call(opened, feed, request["shared"])
     for _ in range(request["runs"]):
-        run(opened, None, feed)
+        call()
     return {"before_bytes": before, "loaded_bytes": loaded, "peak_bytes": peak_rss(), "load_seconds": load}
 
 

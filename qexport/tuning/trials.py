@@ -12,6 +12,7 @@ from qexport.external_data import load_structure
 from qexport.feeds import Inputs
 from qexport.ops.proto import set_attributes
 from qexport.profiling import CLASSICAL, CONVERTED, interleaved, ratio, session_options
+from qexport.profiling.calls import make_call, shared_buffers
 from qexport.tuning.settings import Setting
 from qexport.validation.comparison import output_errors
 from qexport.validation.probes import open_probe
@@ -120,7 +121,9 @@ class Bench:
             with ExitStack() as stack:
                 sessions = {CLASSICAL: self.classical}
                 sessions |= {i: stack.enter_context(self.opened(c.settings)) for i, c in enumerate(group)}
-                seconds = interleaved(sessions, self.timed, rounds, warmup=3)
+                shared = shared_buffers(self.bundle.manifest)
+                calls = {which: make_call(session, self.timed, shared) for which, session in sessions.items()}
+                seconds = interleaved(calls, rounds, warmup=3)
             for i, candidate in enumerate(group):
                 candidate.latency_ms = float(np.median(seconds[i])) * 1e3
                 candidate.ratio = ratio({CLASSICAL: seconds[CLASSICAL], CONVERTED: seconds[i]})
