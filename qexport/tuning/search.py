@@ -127,7 +127,7 @@ class Search:
                 return low
 
     def _time(self) -> None:
-        """Time the exact and the default recipe, and those that nobody beats in both predicted time and error."""
+        """Time the recipes that were tried, but for those whose outputs are no numbers."""
         finite_ones = [c for c in self.candidates if math.isfinite(c.error)]
         self.say(f"timing {len(finite_ones)} recipes", 0.85)
         seconds = _median_seconds(self.bench)
