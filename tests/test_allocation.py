@@ -65,17 +65,19 @@ def test_heads_get_budgets_of_their_own_where_one_needs_more():
     settings = [EXACT, TREE, replace(TREE, num_samples=(64,))]
     times = np.array([10.0, 2.0, 4.0])
     errors = np.array([[0.0, 0.0], [0.5, 0.001], [0.01, 0.0005]])
-    options = site_options(settings, times, errors, np.array([1.0, 2.0, 2.0]))
+    options = site_options(settings, times, errors, np.array([1.0, 2.0, 2.0]), causal=True)
     mixed = [o for o in options if len(o.setting.num_samples) > 1]
     assert [o.setting for o in mixed] == [replace(TREE, num_samples=(64, 16))]
     assert mixed[0].time == pytest.approx(3.0)
     assert mixed[0].error == pytest.approx(4 * 0.011)
     assert mixed[0] in hull(options)
+    alone = site_options(settings, times, errors, np.array([1.0, 2.0, 2.0]), causal=False)
+    assert [o.setting for o in alone] == settings, "the op shares a single budget out itself"
 
 
 def test_settings_of_different_kinds_are_not_mixed():
     settings = [EXACT, TREE, replace(TREE, num_samples=(64,), precision="int8"), replace(TREE, error_tolerance=0.1)]
-    options = site_options(settings, np.ones(4), np.full((4, 2), 0.1), np.ones(4))
+    options = site_options(settings, np.ones(4), np.full((4, 2), 0.1), np.ones(4), causal=True)
     assert [o.setting for o in options] == settings
 
 

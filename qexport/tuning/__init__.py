@@ -168,11 +168,12 @@ def _inputs(bundle: Bundle, data, batch, seq) -> tuple[Inputs, list[str]]:
 
 
 def _sites(bundle: Bundle) -> list[dict]:
-    """The sites that can be watched, in the order of the graph."""
+    """The sites that can be watched, in the order of the graph; `causal`: whether each is."""
     model = load_structure(bundle.model_path)
     sites = ordered_sites(model, ordered_sites(load_structure(bundle.classical_path), bundle.manifest["sites"]))
     _, local, _ = beside(bundle.classical_path, model, sites, bundle.seed_input)
-    sites = [site for site in sites if site["name"] in local and site["q_heads"]]
+    causal = {node.output[0] for node in model.graph.node if any(a.name == "is_causal" and a.i for a in node.attribute)}
+    sites = [site | {"causal": site["output"] in causal} for site in sites if site["name"] in local and site["q_heads"]]
     if not sites:
         raise QexportError(f"{bundle.path}: no attention whose values are in both models, so none can be tuned")
     return sites

@@ -33,20 +33,24 @@ class State:
     error: float
 
 
-def site_options(settings: list[Setting], times: np.ndarray, errors: np.ndarray, gains: np.ndarray) -> list[Option]:
+def site_options(
+    settings: list[Setting], times: np.ndarray, errors: np.ndarray, gains: np.ndarray, causal: bool
+) -> list[Option]:
     """The options of one site: every setting, and within a family the mixtures of budgets over the heads.
 
     Args:
         times: seconds of each setting.
         errors: (settings, heads): squared error of each head relative to the site's whole squared norm.
         gains: of each setting; see `qexport.tuning.measurement`.
+        causal: whether the attention is. One that is not shares a single budget of `tree` out over its heads by itself
+            (docs/math.md), and no longer does with one budget per head: what was measured tells nothing of such mixtures.
     """
     options = [
         Option(setting, float(time), float(gain**2 * error.sum()))
         for setting, time, error, gain in zip(settings, times, errors, gains, strict=True)
     ]
     heads = errors.shape[1]
-    families = {setting.family for setting in settings} - {None}
+    families = {setting.family for setting in settings if causal or setting.strategy != "tree"} - {None}
     for family in sorted(families) if heads > 1 else []:
         members = [i for i, setting in enumerate(settings) if setting.family == family]
         options += _mixtures([settings[i] for i in members], times[members], errors[members], gains[members])

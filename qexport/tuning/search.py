@@ -44,7 +44,10 @@ class Search:
         self.gains = [self._gains(i) for i in range(len(self.tables))]
         for label, setting in UNIFORM.items():
             self._try(label, (setting,) * len(self.tables))
-        options = [site_options(*self._kept(table, gains)) for table, gains in zip(self.tables, self.gains, strict=True)]
+        options = [
+            site_options(*self._kept(table, gains), table.site["causal"])
+            for table, gains in zip(self.tables, self.gains, strict=True)
+        ]
         states = front(options)
         scale = self._approach(states, options)
         for factor in (0.5, 2.0, 0.25, 4.0):
