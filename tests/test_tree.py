@@ -179,6 +179,21 @@ def test_masked_keys_are_never_read():
     np.testing.assert_array_equal(run_binding(feeds, "float32", 0, attributes)["Y"], expected)
 
 
+@pytest.mark.parametrize("kind", ["padding", "float_padding"])
+def test_a_mask_written_out_for_every_row_is_the_mask_of_all(kind):
+    case = clustered("bool_padding", batch=2, mask=PADDING, mask_kind=kind)
+    feeds, attributes = case.inputs(), attributes_of(case)
+    mask = np.broadcast_to(feeds["attn_mask"], (2, 2, 96, 400)).copy()
+    other = mask.copy()
+    other[1, 1, 95, 7] = other[1, 1, 95, -1]  # masked
+    assert (other != mask).any()
+    for run in (run_binding, run_ref):
+        expected = run(feeds, "float32", 0, attributes)["Y"]
+        np.testing.assert_array_equal(run(feeds | {"attn_mask": mask}, "float32", 0, attributes)["Y"], expected)
+        found = run(feeds | {"attn_mask": other}, "float32", 0, attributes)["Y"]
+        assert relative(found, exact(case, feeds | {"attn_mask": other})) < 1e-5 < relative(found, expected)
+
+
 def test_a_batch_item_without_keys_is_zero():
     case = clustered("bool_padding", batch=2, mask=PADDING, mask_kind="padding")
     feeds = case.inputs()

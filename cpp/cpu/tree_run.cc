@@ -2,6 +2,7 @@
 #include "tree_run.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "qexport/philox.h"
 
@@ -19,15 +20,29 @@ constexpr double kToleranceMargin = 0.8;
 constexpr uint32_t kAuditDraw = 2;  // the half-samples of a tile are draws 0 and 1
 constexpr int64_t kPiece = 16;      // blocks that a thread packs at a time
 
+// Whether all rows of a batch item have the same mask; exporters write that of padding out for every query.
+bool same_for_all_rows(const AttentionMask& mask, const QuantumAttentionParams& p) {
+  const int64_t size = mask.type == DType::f32 ? 4 : mask.type == DType::boolean ? 1 : 2;
+  const int64_t items = mask.batch_stride == 0 ? 1 : p.batch, heads = mask.head_stride == 0 ? 1 : p.q_heads;
+  const int64_t queries = mask.query_stride == 0 ? 1 : p.q_len;
+  const auto bytes = static_cast<size_t>(mask.len * size);
+  const char* first = static_cast<const char*>(mask.data);
+  for (int64_t b = 0; b < items; ++b, first += mask.batch_stride * size) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const char* row = first + h * mask.head_stride * size;
+      for (int64_t i = 0; i < queries; ++i, row += mask.query_stride * size) {
+        if (std::memcmp(row, first, bytes) != 0) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // A mask that is the same for every row of a batch item and either lets a key pass unchanged or shuts it out.
 bool mask_drops_keys(const AttentionJob& job) {
-  const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
-  if (!mask.data || mask.type == DType::boolean) {
-    return !mask.data || ((mask.query_stride == 0 || p.q_len == 1) && (mask.head_stride == 0 || p.q_heads == 1));
-  }
-  if ((mask.query_stride != 0 && p.q_len > 1) || (mask.head_stride != 0 && p.q_heads > 1)) return false;
-  return kernels().mask_drops_keys(job);
+  if (!mask.data) return true;
+  return same_for_all_rows(mask, job.params) && (mask.type == DType::boolean || kernels().mask_drops_keys(job));
 }
 
 // Carves the arrays of job.tree out of memory, or counts their bytes where it is null.

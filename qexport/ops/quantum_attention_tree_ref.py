@@ -31,7 +31,7 @@ def kept_keys(attn_mask, a, batch, q_len, total_len):
     if attn_mask is None:
         return torch.ones(batch, total_len, dtype=torch.bool)
     mask = attn_mask.reshape(*[1] * (4 - attn_mask.ndim), *attn_mask.shape)
-    if mask.shape[1:3] != (1, 1):
+    if (mask != mask[:, :1, :1]).any():
         return None
     mask = mask[:, 0, 0].expand(batch, -1)
     kept = mask if mask.dtype == torch.bool else mask == 0
