@@ -103,9 +103,6 @@ def test_what_is_written_is_what_was_found(bundle, tmp_path):
     report = tune(bundle, max_error=0.2, batch=2, seq=60, trials=6, output=tmp_path / "tuned", threads=1)
     assert report.passed
     assert report.best["error"] <= 0.2
-    within = {c["ratio"]["of_medians"]: c for c in report.candidates if c["within"]}
-    assert report.best["ratio"]["of_medians"] <= 1.01 * min(within)
-    assert report.best["error"] <= within[min(within)]["error"]
     assert {c["label"] for c in report.candidates} >= {"exact", "default recipe"}
     assert len(report.candidates) <= 6
     tuned = Bundle.open(tmp_path / "tuned", verify=True)
@@ -124,6 +121,24 @@ def test_what_is_written_is_what_was_found(bundle, tmp_path):
     worst = max(metrics["relative_error"] for metrics in checked.outputs["library"].values())
     assert worst == pytest.approx(report.best["error"], rel=0.02, abs=1e-5)
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_the_fastest_are_timed_once_more_and_together(bundle, monkeypatch):
+    """The first times put the candidates in one order, the last ones in another, which counts."""
+    groups = []
+
+    def try_time(bench, candidates, rounds):
+        groups.append([c.label for c in candidates])
+        for i, c in enumerate(candidates if len(groups) == 1 else reversed(candidates)):
+            c.latency_ms, c.ratio = 1.0 + i, {"of_medians": 1.0 + i, "median_ci95": None}
+
+    monkeypatch.setattr(Bench, "try_time", try_time)
+    report = tune(bundle, max_error=0.3, batch=2, seq=60, trials=7, threads=1)
+    within = [c["label"] for c in report.candidates if c["within"]]
+    assert len(groups[0]) == len(report.candidates)
+    assert len(groups[1]) > 1
+    assert groups[1] == within[:4]
+    assert report.best["label"] == groups[1][-1]
 
 
 def test_a_tolerance_below_rounding_is_said_to_be_out_of_reach(bundle, tmp_path):

@@ -114,7 +114,7 @@ def tune(
     search.deadline = started + time if time is not None else math.inf
     candidates = search.run()
 
-    within = [c for c in candidates if c.error <= max_error and c.ratio]
+    within = search.finalists
     best = _best(within) if within else min(candidates, key=lambda c: c.error)
     recipe = recipe_of(opened, sites, best.settings)
     reasons = [] if within else [_unreachable(max_error, best)]

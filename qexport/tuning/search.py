@@ -10,7 +10,7 @@ from qexport.recipe import DEFAULT_TOLERANCE, STARTING_BUDGET
 from qexport.tuning.allocation import choose, front, site_options
 from qexport.tuning.measurement import SiteTable
 from qexport.tuning.settings import EXACT, Setting
-from qexport.tuning.trials import Bench, Candidate
+from qexport.tuning.trials import TIMED_AT_ONCE, Bench, Candidate
 
 GAIN_FEEDS = 2
 # Errors below are rounding: they carry no gain, and settings that err less are the exact one.
@@ -26,18 +26,20 @@ UNIFORM = {
 }
 # How near to the wanted error a recipe has to come before the search ends.
 CLOSE = 0.8
-TIMING_SECONDS = 3.0
+# Of the classical model's runs, when all recipes are timed, and when the fastest are once more.
+TIMING_SECONDS, FINAL_SECONDS = 3.0, 6.0
 
 
 class Search:
     """One search for the fastest recipe within `max_error`, by measured sites and a bench to try recipes on.
 
-    `deadline` is the time of `time.monotonic` after which no trial begins; the first one always does.
+    `deadline` is the time of `time.monotonic` after which no trial begins; the first one always does. `finalists` are the
+    fastest recipes within `max_error`, whose times compare with each other.
     """
 
     def __init__(self, bench: Bench, tables: list[SiteTable], max_error: float, trials: int, say):
         self.bench, self.tables, self.max_error, self.trials, self.say = bench, tables, max_error, trials, say
-        self.deadline, self.notes, self.candidates = math.inf, [], []
+        self.deadline, self.notes, self.candidates, self.finalists = math.inf, [], [], []
 
     def run(self) -> list[Candidate]:
         """Try recipes until one is close to the wanted error; all that were tried, timed."""
@@ -130,12 +132,17 @@ class Search:
                 return low
 
     def _time(self) -> None:
-        """Time the recipes that were tried, but for those whose outputs are no numbers."""
+        """Time the recipes that were tried, but for those whose outputs are no numbers; then the fastest of those that hold
+        the wanted error longer and in the same rounds, since groups that ran one after the other compare badly."""
         finite_ones = [c for c in self.candidates if math.isfinite(c.error)]
         self.say(f"timing {len(finite_ones)} recipes", 0.85)
         seconds = _median_seconds(self.bench)
-        rounds = int(np.clip(TIMING_SECONDS / seconds, 5, 25))
-        self.bench.try_time(finite_ones, rounds)
+        self.bench.try_time(finite_ones, int(np.clip(TIMING_SECONDS / seconds, 5, 25)))
+        within = sorted((c for c in finite_ones if c.error <= self.max_error), key=lambda c: c.ratio["of_medians"])
+        self.finalists = within[:TIMED_AT_ONCE]
+        if len(within) > 1:
+            self.say("timing the fastest ones", 0.93)
+            self.bench.try_time(self.finalists, int(np.clip(FINAL_SECONDS / seconds, 9, 49)))
 
 
 def _median_seconds(bench: Bench) -> float:
