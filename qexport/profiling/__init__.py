@@ -98,7 +98,7 @@ def profile(
         say(f"timing batch {b}, length {s}")
         calls = {which: make_call(session, feed, shared) for which, session in sessions.items()}
         times.append(interleaved(calls, runs, warmup))
-    del sessions
+    del sessions, calls
     entries = []
     for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
         entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": ratio(times[i])}
