@@ -11,9 +11,9 @@ from qexport.attention.maps import SiteMap
 from qexport.attention.sizes import check_heads, check_memory, measure_sizes
 from qexport.attention.tokens import Tokens
 from qexport.bundle import Bundle
-from qexport.data import Inputs
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
+from qexport.feeds import Inputs
 from qexport.validation.comparison import seeded_feed
 from qexport.validation.probes import add_probabilities, beside, open_probe, ordered_sites, watch
 from qexport.validation.unpadded import by_head, keep_masks, padded_axis
