@@ -95,6 +95,8 @@ NAMES = {
     "stories-256": lambda: stories15m(256),
     "stories-2048": lambda: stories15m(2048),
     "stories-16384": lambda: stories15m(16384),
+    "minilm-16384-held-out": lambda: minilm(16384, skip=600),
+    "stories-16384-held-out": lambda: stories15m(16384, skip=600),
 }
 CAUSAL = frozenset(name for name in NAMES if name.startswith("stories"))
 

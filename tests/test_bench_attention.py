@@ -7,6 +7,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+from summary_cases import cache
 
 from bench import common
 from bench.attention import baselines, decode, goals, prefill, quality, reference
@@ -119,6 +120,28 @@ def test_grouped_heads_decode_as_repeated_ones():
             assert errors[name] <= (0.01 if "16 cache" in name else 1e-5), name
     assert errors["tree 1/16, bf16 cache"] == pytest.approx(errors["tree 1/16, static cache"], rel=0.1)
     assert errors["tree 1/16, static cache"] < errors["tree 1/64, static cache"] < 1
+
+
+def test_steps_compare_estimates_with_errors(monkeypatch):
+    """On keys that cluster and values that do not: all contenders' rows, and shares that the arrays themselves give."""
+    k, v = cache(3, kv_heads=3, n=4300, v_size=32)
+    q = 0.5 * np.random.default_rng(0).standard_normal(k.shape, dtype=np.float32)
+    v = v + np.random.default_rng(1).standard_normal(v.shape, dtype=np.float32)
+    monkeypatch.setattr(decode.activations, "activations", lambda name: (q, k, v))
+    rows = {row["contender"]: row for row in decode.certificate(["any"], 1)}
+    assert list(rows) == list(decode.CERTIFIED)
+    for row in rows.values():
+        assert row["within_1_5"] is None or 0.5 < row["estimate_mean"] / row["error_mean"] < 2, row
+        assert row["kept"] is None or row["kept"] > 0.8
+    assert all(row["exact"] == 0 for name, row in rows.items() if "tolerance" not in name)
+    halved = decode._compared(
+        np.ones((1, 1, 2)), np.array([[[0.5, 0.0]]]), np.full((1, 1, 2), 10.0), {"error_tolerance": 0.1}
+    )
+    assert halved["exact"] == 0.5
+    assert halved["rows_within_1_5"] == 0
+    assert halved["error_worst"] == pytest.approx(0.1)
+    assert halved["estimate_worst"] == pytest.approx(0.5 / np.sqrt(200))
+    assert halved["kept"] == 1
 
 
 def test_gaussian_errors_shrink_with_the_budget():

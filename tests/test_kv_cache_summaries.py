@@ -73,3 +73,7 @@ def test_which_recipes_and_models_have_summaries(tmp_path):
         random_model(name, max_position_embeddings=1024).save_pretrained(folder)
         report = convert(folder, None, kv_cache=length, dry_run=True, **options)
         assert report.manifest["kv_cache"]["summaries"] == [], (name, length, options)
+    random_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "long")
+    for tolerance, layers in ((0.1, 2), (0.09, 0)):  # 4000 keys, and 4000 keys / 0.9^2
+        report = convert(tmp_path / "long", None, kv_cache=4096, dry_run=True, error_tolerance=tolerance)
+        assert len(report.manifest["kv_cache"]["summaries"]) == layers, tolerance

@@ -7,6 +7,7 @@ prefill       time against the length, Gaussian inputs: QuantumAttention (exact 
 decode        one new token over a long past, heads grouped or not, and on trained activations
 activations   error and time on trained activations, with Performer, Linformer, top-k and uniform sampling beside ours
 certificate   what `tree` says of its own error, against the error
+steps         the same of single steps of decoding
 gaussian      errors on Gaussian inputs beside the bound that no estimator can beat
 micro         peaks of the machine and the parts of the kernels, in cycles; needs CMake and a compiler
 goals         bench/goals.toml, held against the tables above
@@ -29,7 +30,7 @@ from bench.attention import decode, goals, plot, prefill, quality
 from qexport import _core
 from qexport.errors import QexportError
 
-TABLES = ("prefill", "decode", "activations", "certificate", "gaussian", "micro")
+TABLES = ("prefill", "decode", "activations", "certificate", "steps", "gaussian", "micro")
 FULL = {
     "lengths": tuple(prefill.HEADS),
     "pasts": (1024, 4096, 16384, 65536),
@@ -39,6 +40,7 @@ FULL = {
         *("vit-1370", "whisper-1500", "stories-256", "stories-2048"),
     ),
     "held_out": ("minilm-2048-held-out", "vit-1370", "stories-2048"),
+    "long_held_out": ("minilm-16384-held-out", "stories-16384-held-out"),
     "gaussian": (512, 2048),
     "seconds": 1.0,
     "least": 5,
@@ -50,6 +52,7 @@ QUICK = {
     "more_pasts": (),
     "sets": ("minilm-256", "stories-256"),
     "held_out": ("minilm-256",),
+    "long_held_out": ("minilm-2048",),
     "gaussian": (512,),
     "seconds": 0.2,
     "least": 2,
@@ -96,6 +99,7 @@ def measured(names, sizes: dict, threads: list[int], cpu_time: bool) -> dict[str
         "decode": lambda: decode.table(sizes["pasts"], threads, peaks=peaks, more=sizes["more_pasts"], **timing),
         "activations": lambda: quality.table(sizes["sets"], most, **timing | {"least": sizes["least_of_sets"]}),
         "certificate": lambda: quality.certificate(sizes["held_out"], most),
+        "steps": lambda: decode.certificate(sizes["long_held_out"], most),
         "gaussian": lambda: quality.gaussian(sizes["gaussian"], most),
         "micro": lambda: kernels,
     }

@@ -175,6 +175,7 @@ static void join_parts(const AttentionJob& job, int64_t rows, char* states, cons
 
 static void exact_part(const AttentionJob& job, RowBlock block, char* memory) {
   const int64_t head = block.batch * job.params.kv_heads + block.kv_head, part = block.key_begin / kPartKeys;
+  if (__atomic_load_n(job.parts_left + head, __ATOMIC_RELAXED) == 0) return;  // tree_decode has done it
   const size_t bytes = part_bytes(job);
   char* states = job.part_state + static_cast<size_t>(head * job.parts) * bytes;
   Arena arena{memory, 0};

@@ -59,7 +59,8 @@ struct Kernels {
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
   // All rows of a kv head against one part of its keys. The last part to be done joins all of them.
   void (*exact_part)(const AttentionJob& job, RowBlock block, char* scratch);
-  // All rows of a kv head by its key_summary, which is brought up to date first where present_key_summary is asked for.
+  // All rows of a kv head by its key_summary, which is brought up to date first where present_key_summary is asked for. With
+  // a tolerance: sets its parts_left to 0 if it is kept, and leaves the head to exact_part if not.
   void (*tree_decode)(const AttentionJob& job, RowBlock block, char* scratch);
   size_t (*summary_bytes)(const AttentionJob& job);  // scratch of update_summary
   void (*update_summary)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);

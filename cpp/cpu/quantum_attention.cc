@@ -46,14 +46,14 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   const int64_t least = *std::min_element(params.num_samples, params.num_samples + params.num_samples_count);
   if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
   const bool few_rows = job.group * params.q_len <= kernels().few_rows;
-  job.tree_decode = job.params.strategy == Strategy::tree && few_rows && tensors.key_summary && !tensors.mask.data &&
-                    params.error_tolerance == 0.0f && !tensors.error_estimate;
+  job.tree_decode = job.params.strategy == Strategy::tree && few_rows && decode_applies(job);
   if (job.params.strategy == Strategy::tree && !tree_applies(job)) job.params.strategy = Strategy::exact;
   // The means of clusters of values hold later ones, which a causal query must not see.
   const bool unseen = job.params.strategy == Strategy::hybrid && params.is_causal;
   if (job.params.strategy == Strategy::exact || unseen) job.params.control_variate = false;
   job.blocks = choose_blocks(job);
-  const bool few = job.params.strategy == Strategy::exact && job.blocks.count == 0 && few_rows && !job.tree_decode;
+  const bool few = job.params.strategy == Strategy::exact && job.blocks.count == 0 && few_rows &&
+                   (!job.tree_decode || params.error_tolerance > 0.0f);  // then heads may turn out to need all keys
   job.parts = few ? std::max<int64_t>(1, (job.total_len + kPartKeys - 1) / kPartKeys) : 1;
   if (job.params.strategy == Strategy::tree) layout_tree(job);
   return job;
@@ -255,19 +255,25 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     runner.each(kv, [&](int64_t i, char* s) { k.update_summary(job, i / p.kv_heads, i % p.kv_heads, s); });
   }
   if (job.tensors.error_estimate) std::fill_n(job.tensors.error_estimate, p.batch * p.q_heads, 0.0f);
+  const auto exact_parts = [&] {
+    runner.each(kv * job.parts, [&](int64_t i, char* s) {
+      const int64_t head = i / job.parts, first = i % job.parts * kPartKeys;
+      k.exact_part(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, first, first + kPartKeys}, s);
+    });
+  };
   if (p.strategy == Strategy::tree) {
     run_tree(job, heads_at_once(job), runner);
   } else if (job.tree_decode) {
     runner.each(kv, [&](int64_t head, char* s) {
       k.tree_decode(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, 0, job.total_len}, s);
     });
+    if (job.parts > 1 && std::any_of(job.parts_left, job.parts_left + kv, [](int32_t left) { return left > 0; })) {
+      exact_parts();
+    }
   } else if (job.blocks.count > 0) {
     run_blocked(job, runner);
   } else if (job.parts > 1) {
-    runner.each(kv * job.parts, [&](int64_t i, char* s) {
-      const int64_t head = i / job.parts, first = i % job.parts * kPartKeys;
-      k.exact_part(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, first, first + kPartKeys}, s);
-    });
+    exact_parts();
   } else if (p.strategy == Strategy::exact) {
     runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
   } else {

@@ -1,46 +1,16 @@
 // Decoding with strategy tree from a key_summary (docs/math.md): the mean keys of all clusters are scored, the clusters that
-// matter most to a query are read exactly, the others enter by their means. Chunks that are not full, and the first keys,
-// are always read. A step reads a tenth of the cache.
+// matter most to a query are read exactly, the others enter by their means, and a sample of these tells the error. Chunks
+// that are not full, and the first keys, are always read. A step reads a tenth of the cache.
 #pragma once
 
-#include "few_rows.h"
-#include "summarise.h"
-#include "tree_select.h"
+#include "decode_residual.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
 
-constexpr int64_t kGatherKeys = 1024;  // keys of chosen clusters that are worked on at once
-
-struct DecodeScratch {
-  FewScratch few;
-  float *weight, *gain;  // (rows, clusters): log weights, then weights; (clusters): what a cluster's means get wrong
-  uint8_t* chosen;       // (rows, clusters)
-  int32_t* keys;         // (kGatherKeys)
-  char* summary;         // memory of update_summary
-};
-
-static DecodeScratch decode_scratch(const AttentionJob& job, Arena& arena) {
-  const int64_t clusters = summary_chunks(job.total_len) * kChunkClusters;
-  DecodeScratch s;
-  s.few = few_scratch(job, arena);
-  s.weight = arena.take<float>(kFewRows * clusters);
-  s.gain = arena.take<float>(clusters);
-  s.chosen = arena.take<uint8_t>(kFewRows * clusters);
-  s.keys = arena.take<int32_t>(kGatherKeys);
-  s.summary = arena.take<char>(static_cast<int64_t>(summary_bytes(job)));
-  return s;
-}
-
-// The chunks [first, end) of one kv head, all of whose keys every row attends to.
-struct Chunks {
-  HeadSummary summary;
-  int64_t first, end;
-  int64_t first_cluster() const { return first * kChunkClusters; }
-  int64_t clusters() const { return (end - first) * kChunkClusters; }
-  int64_t begin_key() const { return kSinkKeys + first * kChunkKeys; }
-  int64_t end_key() const { return kSinkKeys + end * kChunkKeys; }
-};
+constexpr float kToleranceMargin = 0.8f;  // of the tolerance: what an estimate must keep to
+constexpr float kHopeless = 2.0f;         // of that: a head whose estimate is above it does not try to read more
+constexpr int64_t kMostTried = 4;         // one in so many clusters is the most that a head reads for a tolerance
 
 static Chunks usable_chunks(const AttentionJob& job, const RowBlock& block, const Rows& rows) {
   const QuantumAttentionParams& p = job.params;
@@ -85,73 +55,72 @@ static void cluster_weights(const AttentionJob& job, const Chunks& chunks, const
   }
 }
 
-// The clusters that were not chosen enter the softmax with all of their keys; returns what l and o are multiplied by.
-static float tail_softmax(float* weight, const uint8_t* chosen, int64_t clusters, float& m, float& l) {
+// The clusters that were not chosen enter the softmax with all of their keys, with `tail` for weights; returns what l and o
+// are multiplied by.
+static float tail_softmax(const float* weight, const uint8_t* chosen, int64_t clusters, float* tail, float& m, float& l) {
   constexpr float kLogKeys = 2.772588722f;  // ln kClusterKeys
   vf highest = splat(-kInf);
   for (int64_t c = 0; c < clusters; c += kLanes) {
     const vf open = load_bias(DType::boolean, reinterpret_cast<const char*>(chosen + c), kLanes);  // -inf: not chosen
     const vf x = open == -kInf ? load<vf>(weight + c) + kLogKeys : splat(-kInf);
-    store(weight + c, x);
+    store(tail + c, x);
     highest = max(x, highest);
   }
-  return few_softmax(weight, clusters, largest_lane(highest), m, l);
+  return few_softmax(tail, clusters, largest_lane(highest), m, l);
 }
 
-// Exact softmax of row r over `count` keys of a list.
-static void gathered_keys(const AttentionJob& job, const RowBlock& block, const DecodeScratch& s, int64_t r, int64_t count) {
+static KeyRun cluster_means(const Chunks& chunks, const float* rows, int64_t size) {
+  return {reinterpret_cast<const char*>(rows + chunks.first_cluster() * size), size * 4, chunks.clusters(), DType::f32};
+}
+
+// s.whole = the keys that were read and the means of all other clusters.
+static void add_means(const AttentionJob& job, const Chunks& chunks, const DecodeScratch& s, int64_t rows) {
+  const int64_t clusters = chunks.clusters(), dv = job.params.v_head_size;
+  const FewState &read = s.few.state, &whole = s.whole;
+  float alpha[kFewRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    whole.m[r] = read.m[r], whole.l[r] = read.l[r];
+    alpha[r] = tail_softmax(s.weight + r * clusters, s.chosen + r * clusters, clusters, s.tail + r * clusters, whole.m[r],
+                            whole.l[r]);
+  }
+  for (int64_t i = 0; i < rows * packed_row(dv); i += kLanes) store(whole.o + i, load<vf>(read.o + i));
+  few_values(cluster_means(chunks, chunks.summary.mean_value, dv), s.tail, clusters, rows, dv, alpha, whole.o);
+}
+
+// All keys, for all rows: at once, or, where a tolerance was not kept, by exact_part later.
+static void read_all(const AttentionJob& job, const RowBlock& block, const Rows& rows, const DecodeScratch& s) {
+  if (job.parts > 1) return;
+  few_keys(job, block, rows, s.few, rows.begin, rows.end);
+  few_outputs(job, block, rows, s.few.state);
+}
+
+// o of row r divided by l.
+static float* normalised_row(const FewState& state, int64_t r, int64_t stride) {
+  float* o = state.o + r * stride;
+  const float inverse = state.l[r] == 0.0f ? 0.0f : 1.0f / state.l[r];
+  for (int64_t x = 0; x < stride; ++x) o[x] *= inverse;
+  return o;
+}
+
+// s.whole.o = the output of the rows of head h of the group, corrected as `residual` says. Returns its relative error as
+// estimated, 0 where nobody asks for it. `attempt` counts the budgets that were tried.
+static double settle_head(const AttentionJob& job, const RowBlock& block, const Rows& rows, const Chunks& chunks,
+                          const DecodeScratch& s, int64_t h, int64_t attempt) {
   const QuantumAttentionParams& p = job.params;
-  const KeyRun k = key_run(job, false, block.batch, block.kv_head, 0, count);
-  const KeyRun v = key_run(job, true, block.batch, block.kv_head, 0, count);
-  const FewProducts products = few_products(p.type, 1);
-  const FewState& state = s.few.state;
-  const int64_t k_bytes = p.head_size * element_size(p.type), v_bytes = p.v_head_size * element_size(p.type);
-  const float* q = s.few.q + r * packed_row(p.head_size);
-  const auto ahead = [&](const KeyRun& run, int64_t j, int64_t n, int64_t bytes) QEXPORT_INLINE_LAMBDA {
-    for (const int64_t end = lesser(j + n, count); j < end; ++j) {
-      const char* row = run.data + s.keys[j] * run.step;
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line, 0, 2);
-    }
-  };
-  // Scattered rows come at the latency of the memory unless many are under way: more than the first-level cache can wait
-  // for.
-  constexpr int64_t kAhead = 4 * kClusterKeys;
-  ahead(k, 0, kAhead, k_bytes);
-  vf highest = splat(-kInf);
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const char* row[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) row[i] = k.data + s.keys[j + i] * k.step;
-    ahead(k, j + kAhead, kLanes, k_bytes);
-    ahead(v, j, kLanes, v_bytes);
-    products.score(q, row, p.head_size, s.few.s + j);
-    vf x = load<vf>(s.few.s + j);
-    if (p.softcap > 0.0f) x = tanh(x * (1.0f / p.softcap)) * p.softcap;
-    store(s.few.s + j, x);
-    highest = max(x, highest);
+  const int64_t head = block.batch * p.q_heads + block.kv_head * job.group + h;
+  const int64_t position = job.tensors.nonpad_kv_seqlen[block.batch] - p.q_len;
+  const bool corrects = p.residual == Residual::unbiased || p.residual == Residual::james_stein;
+  const bool draws = corrects || p.error_tolerance > 0.0f || job.tensors.error_estimate;
+  double square = 0.0, norm = 0.0;
+  for (int64_t r = h * p.q_len; r < (h + 1) * p.q_len; ++r) {
+    float* y = normalised_row(s.whole, r, packed_row(p.v_head_size));
+    if (!draws) continue;
+    const PhiloxBlock counter{{p.layer, static_cast<uint32_t>(head), static_cast<uint32_t>(position + rows.query[r]),
+                               kDecodeDraw + static_cast<uint32_t>(attempt)}};
+    const RowError row = settle_residual(job, block, chunks, s, r, y, counter);
+    square += row.square, norm += row.norm;
   }
-  float alpha = few_softmax(s.few.s, count, largest_lane(highest), state.m[r], state.l[r]);
-  float* o = state.o + r * packed_row(p.v_head_size);
-  for (int64_t j = 0; j < count; j += kClusterKeys, alpha = 1.0f) {
-    products.values(s.few.s + j, 0, {{v.data, v.step, kClusterKeys, v.type}, s.keys + j}, p.v_head_size, &alpha, o, 0);
-  }
-}
-
-static void chosen_clusters(const AttentionJob& job, const RowBlock& block, const Chunks& chunks, const DecodeScratch& s,
-                            int64_t r) {
-  const uint8_t* chosen = s.chosen + r * chunks.clusters();
-  int64_t count = 0;
-  for (int64_t c = 0; c < chunks.clusters(); ++c) {
-    if (!chosen[c]) continue;
-    const int64_t chunk = chunks.first + c / kChunkClusters;
-    const float* members = chunks.summary.members + (chunks.first_cluster() + c) * kClusterKeys;
-    for (int64_t i = 0; i < kClusterKeys; ++i) {
-      // The state comes from outside: whatever it holds, no key beyond the chunk is read.
-      const int32_t place = static_cast<int32_t>(members[i]) & static_cast<int32_t>(kChunkKeys - 1);
-      s.keys[count++] = static_cast<int32_t>(kSinkKeys + chunk * kChunkKeys) + place;
-    }
-    if (count == kGatherKeys) gathered_keys(job, block, s, r, count), count = 0;
-  }
-  if (count > 0) gathered_keys(job, block, s, r, count);
+  return square > 0.0 ? __builtin_sqrt(square / norm) : 0.0;
 }
 
 static void tree_decode(const AttentionJob& job, RowBlock block, char* memory) {
@@ -161,37 +130,59 @@ static void tree_decode(const AttentionJob& job, RowBlock block, char* memory) {
   if (job.tensors.present_key_summary) update_summary(job, block.batch, block.kv_head, s.summary);
   Rows rows;
   set_rows(job, block, rows);
-  const FewState& state = s.few.state;
   few_queries(job, block, rows, s.few.q);
-  few_start(job, rows.count, state);
+  few_start(job, rows.count, s.few.state);
   const Chunks chunks = usable_chunks(job, block, rows);
-  const int64_t clusters = chunks.clusters(), stride = packed_row(p.head_size);
-  const auto budget = [&](int64_t r) {
+  const int64_t clusters = greater<int64_t>(chunks.clusters(), 0), stride = packed_row(p.head_size);
+  int64_t budget[kFewRows], least = clusters, most = 0;
+  for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t samples = p.num_samples[p.num_samples_count == 1 ? 0 : rows.head[r]];
-    return lesser((samples + kClusterKeys - 1) / kClusterKeys, clusters);
-  };
-  int64_t least = clusters;
-  for (int64_t r = 0; r < rows.count; ++r) least = lesser(least, budget(r));
-  if (clusters <= 0 || least == clusters) {
-    few_keys(job, block, rows, s.few, rows.begin, rows.end);
-    return few_outputs(job, block, rows, state);
+    budget[r] = lesser((samples + kClusterKeys - 1) / kClusterKeys, clusters);
+    // Few beside those that are drawn to tell the error, to begin with or to be left, save nothing.
+    if (p.error_tolerance > 0.0f) budget[r] = greater(budget[r], kResidualClusters);
+    if (budget[r] + kResidualClusters >= clusters) budget[r] = clusters;
+    least = lesser(least, budget[r]), most = greater(most, budget[r]);
   }
+  const bool too_many = p.error_tolerance > 0.0f && kMostTried * most > clusters;
+  if (least == clusters || too_many) return read_all(job, block, rows, s);
   few_keys(job, block, rows, s.few, rows.begin, chunks.begin_key());
   few_keys(job, block, rows, s.few, chunks.end_key(), rows.end);
-  const auto means = [&](const float* rows, int64_t size) {
-    return KeyRun{reinterpret_cast<const char*>(rows + chunks.first_cluster() * size), size * 4, clusters, DType::f32};
-  };
-  few_scores(means(chunks.summary.mean_key, p.head_size), s.few.q, rows.count, p.head_size, s.few.keys, s.weight, clusters);
-  float alpha[kFewRows];
+  few_scores(cluster_means(chunks, chunks.summary.mean_key, p.head_size), s.few.q, rows.count, p.head_size, s.few.keys,
+             s.weight, clusters);
   for (int64_t r = 0; r < rows.count; ++r) {
-    float* weight = s.weight + r * clusters;
-    cluster_weights(job, chunks, s.few.q + r * stride, weight, s.gain);
-    choose_largest(s.gain, clusters, budget(r), s.chosen + r * clusters);
-    alpha[r] = tail_softmax(weight, s.chosen + r * clusters, clusters, state.m[r], state.l[r]);
+    cluster_weights(job, chunks, s.few.q + r * stride, s.weight + r * clusters, s.gain + r * clusters);
   }
-  few_values(means(chunks.summary.mean_value, p.v_head_size), s.weight, clusters, rows.count, p.v_head_size, alpha, state.o);
-  for (int64_t r = 0; r < rows.count; ++r) chosen_clusters(job, block, chunks, s, r);
-  few_outputs(job, block, rows, state);
+  for (int64_t i = 0; i < rows.count * clusters; ++i) s.read[i] = 0;
+  const int64_t first_head = block.batch * p.q_heads + block.kv_head * job.group;
+  const double limit = static_cast<double>(kToleranceMargin * p.error_tolerance);
+  double estimate[kFewRows];
+  bool done[kFewRows] = {};  // heads
+  for (int64_t attempt = 0, open = job.group; open > 0; ++attempt) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      if (done[r / p.q_len]) continue;
+      choose_largest(s.gain + r * clusters, clusters, budget[r], s.chosen + r * clusters);
+      read_chosen(job, block, chunks, s, r);
+    }
+    add_means(job, chunks, s, rows.count);
+    for (int64_t h = 0; h < job.group; ++h) {
+      if (done[h]) continue;
+      estimate[h] = settle_head(job, block, rows, chunks, s, h, attempt);
+      if (p.error_tolerance > 0.0f && !(estimate[h] <= limit)) {
+        const int64_t more = 2 * budget[h * p.q_len];
+        if (!(estimate[h] <= kHopeless * limit) || kMostTried * more > clusters) return read_all(job, block, rows, s);
+        for (int64_t r = h * p.q_len; r < (h + 1) * p.q_len; ++r) budget[r] = more;
+        continue;
+      }
+      done[h] = true, --open;
+      for (int64_t r = h * p.q_len; r < (h + 1) * p.q_len; ++r) {
+        write_row(p.type, s.whole.o + r * packed_row(p.v_head_size), p.v_head_size,
+                  output_row(job, block.batch, rows.head[r], rows.query[r]));
+      }
+    }
+  }
+  if (job.parts > 1) job.parts_left[block.batch * p.kv_heads + block.kv_head] = 0;
+  if (!job.tensors.error_estimate) return;
+  for (int64_t h = 0; h < job.group; ++h) job.tensors.error_estimate[first_head + h] = static_cast<float>(estimate[h]);
 }
 
 }  // namespace QEXPORT_ISA

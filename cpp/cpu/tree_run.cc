@@ -14,6 +14,8 @@ constexpr int64_t kFewestQueries = 32, kFewestKeys = 256;
 // a tolerance of 1 (measured on trained activations: docs/math.md).
 constexpr int64_t kQueriesForTolerance = 1024;
 constexpr double kKeysForTolerance = 200.0;
+// The same of decoding: at a tolerance of kFreeTolerance or more; below it the square of the tolerance counts.
+constexpr double kKeysForDecodeTolerance = 4000.0, kFreeTolerance = 0.1;
 constexpr double kMostDensity = 0.5;  // of the keys that are read; more than that costs what exact attention costs
 constexpr int64_t kTrials = 2;        // tiles of a head that are tried for a tolerance
 constexpr double kToleranceMargin = 0.8;
@@ -212,6 +214,16 @@ bool tree_applies(const AttentionJob& job) {
   const double read = least + (p.is_causal ? 0.5 * kTreeChunk : 0.0);
   return p.q_len >= kFewestQueries && job.total_len >= kFewestKeys && p.softcap == 0.0f && p.left_window < 0 &&
          p.right_window < 0 && read <= kMostDensity * reach && mask_drops_keys(job);
+}
+
+bool decode_applies(const AttentionJob& job) {
+  const QuantumAttentionTensors& t = job.tensors;
+  if (!t.key_summary || t.mask.data) return false;
+  const auto tolerance = static_cast<double>(job.params.error_tolerance);
+  if (tolerance == 0.0 || job.params.batch == 0) return true;
+  const int64_t longest = *std::max_element(t.nonpad_kv_seqlen, t.nonpad_kv_seqlen + job.params.batch);
+  const double keys = static_cast<double>(std::min(longest, job.total_len));
+  return keys * std::pow(std::min(tolerance / kFreeTolerance, 1.0), 2) >= kKeysForDecodeTolerance;
 }
 
 void layout_tree(AttentionJob& job) {

@@ -7,10 +7,16 @@ of a chunk that is not summarised; mean |k - mean k|^2; mean |v - mean v|^2; mea
 `fields` tells them apart.
 """
 
+import itertools
+import math
+
 SINK_KEYS = 16  # the first keys, which many heads look at all the time, are always read
 CHUNK_KEYS = 512
 CLUSTER_KEYS = 16
 CHUNK_CLUSTERS = CHUNK_KEYS // CLUSTER_KEYS
+RESIDUAL_CLUSTERS, COHERENCE, DECODE_DRAW = 16, 0.09, 3
+MARGIN, HOPELESS, MOST_TRIED = 0.8, 2, 4
+KEYS_FOR_TOLERANCE, FREE_TOLERANCE = 4000, 0.1
 
 
 def chunks(length: int) -> int:
@@ -95,16 +101,63 @@ def _clusters(K, members):
     return torch.cat([_clusters(K, members[order[:half]]), _clusters(K, members[order[half:]])])
 
 
-def decode(q, K, V, lo: int, hi: int, first: int, end: int, summary, num_samples: int, softcap: float):
+def pays(keys: int, tolerance: float) -> bool:
+    """Whether a step over `keys` keys tries to read fewer of them within `tolerance`; else it reads all at once."""
+    return not tolerance or keys * min(tolerance / FREE_TOLERANCE, 1) ** 2 >= KEYS_FOR_TOLERANCE
+
+
+def decode_step(q, K, V, bounds, first: int, end: int, summary, samples, a, seed: int, place: int, position: int):
+    """The query heads of one kv head, in one step of a few queries.
+
+    Args:
+        q: (group, q_len, head_size), scaled. K, V: (n, head_size), (n, v_head_size). bounds: [(lo, hi)] of each query, the
+            keys that it sees. first, end: the summarised chunks that all of them see. summary: (chunks, floats).
+        samples: num_samples of each head. a: attributes of the op.
+        place: number b * q_heads + h of the first head. position: of the first query.
+
+    Returns:
+        (group, q_len, v_head_size) and (group,): output and relative error as estimated; None where all keys are read.
+    """
+    import torch
+
+    from qexport.ops.philox import philox4x32
+
+    clusters, tolerance = (end - first) * CHUNK_CLUSTERS, a["error_tolerance"]
+    budgets = [max(-(-s // CLUSTER_KEYS), RESIDUAL_CLUSTERS if tolerance else 0) for s in samples]
+    budgets = [clusters if b + RESIDUAL_CLUSTERS >= clusters else b for b in budgets]
+    if min(budgets) == clusters or (tolerance and MOST_TRIED * max(budgets) > clusters):
+        return None
+    Y, errors = q.new_zeros(*q.shape[:2], V.shape[-1]), torch.zeros(len(q))
+    for h, budget in enumerate(budgets):
+        for attempt in itertools.count():
+            square = torch.tensor(0.0, dtype=q.dtype)
+            for i, (lo, hi) in enumerate(bounds):
+                counter = (torch.tensor(x) for x in (place + h, position + i, DECODE_DRAW + attempt))
+                word = int(philox4x32(seed, a["layer"], *counter)[0])
+                row = q[h, i], K, V, lo, hi, first, end, summary
+                Y[h, i], more = decode(*row, budget << attempt, a["softcap"], a["residual"], word)
+                square += more
+            errors[h] = torch.sqrt(square / Y[h].square().sum()) if square > 0 else 0.0
+            if not tolerance or errors[h] <= MARGIN * tolerance:
+                break
+            if errors[h] > HOPELESS * MARGIN * tolerance or MOST_TRIED * (budget << attempt + 1) > clusters:
+                return None
+    return Y, errors
+
+
+def decode(q, K, V, lo: int, hi: int, first: int, end: int, summary, budget: int, softcap: float, residual: str, word: int):
     """One query over the keys [lo, hi) of one head, of which the chunks [first, end) are summarised.
 
     Args:
         q: (head_size,), scaled. K, V: (n, head_size), (n, v_head_size). summary: (chunks, floats).
+        budget: clusters that are read. word: 32 random bits.
 
     Returns:
-        (v_head_size,) the output.
+        (v_head_size,) the output, and its squared error as estimated.
     """
     import torch
+
+    from qexport.ops.quantum_attention_tree_ref import systematic_sample
 
     def capped(s):
         return softcap * torch.tanh(s / softcap) if softcap else s
@@ -113,14 +166,31 @@ def decode(q, K, V, lo: int, hi: int, first: int, end: int, summary, num_samples
     square = q.square().sum() / len(q)
     log_weight = capped(f["mean_key"] @ q) + square / 2 * f["key_spread"]
     spread = torch.expm1((square * f["key_spread"]).clamp(max=20))
-    gain = 2 * log_weight + torch.log(f["value_spread"] + f["value_norm"] * spread)
-    budget = -(-num_samples // CLUSTER_KEYS)
-    chosen = torch.zeros(len(gain), dtype=torch.bool)
-    chosen[torch.argsort(gain, descending=True, stable=True)[:budget]] = True
+    size = torch.exp(log_weight - log_weight.max()) * torch.sqrt(f["value_spread"] + f["value_norm"] * spread)
+    chosen = torch.zeros(len(size), dtype=torch.bool)
+    chosen[torch.argsort(size, descending=True, stable=True)[:budget]] = True
     offset = SINK_KEYS + CHUNK_KEYS * torch.arange(first, end).repeat_interleave(CHUNK_CLUSTERS)
-    members = (f["members"].long() + offset[:, None])[chosen].flatten()
+    members = f["members"].long() + offset[:, None]
     key = torch.arange(len(K))
     inside = (key >= SINK_KEYS + first * CHUNK_KEYS) & (key < SINK_KEYS + end * CHUNK_KEYS)
-    exact = torch.cat([key[(key >= lo) & (key < hi) & ~inside], members])
-    logits = torch.cat([capped(K[exact] @ q), log_weight[~chosen] + torch.log(torch.tensor(float(CLUSTER_KEYS)))])
-    return torch.softmax(logits, 0) @ torch.cat([V[exact], f["mean_value"][~chosen]])
+    exact = torch.cat([key[(key >= lo) & (key < hi) & ~inside], members[chosen].flatten()])
+    logits = torch.cat([capped(K[exact] @ q), log_weight[~chosen] + math.log(CLUSTER_KEYS)])
+    top = logits.max()
+    weights = torch.exp(logits - top)
+    y = weights @ torch.cat([V[exact], f["mean_value"][~chosen]]) / weights.sum()
+    if chosen.all():
+        return y, 0.0
+    x = torch.where(chosen, 0, size + size[~chosen].mean() / 4)
+    drawn = []
+    for c, factor in systematic_sample(x, RESIDUAL_CLUSTERS, word):
+        e, w = torch.exp(capped(K[members[c]] @ q) - top), CLUSTER_KEYS * torch.exp(log_weight[c] - top)
+        drawn.append((factor, e @ V[members[c]] - w * f["mean_value"][c], e.sum() - w))
+    known = weights.sum() + sum(max(more, 0) for _, _, more in drawn)
+    z = [factor * (wrong - more * y) / known for factor, wrong, more in drawn] or [torch.zeros_like(y)]
+    total, squares, length, n = sum(z), sum(d.square().sum() for d in z), sum(d.norm() for d in z), max(len(z), 2)
+    whole = total.square().sum()
+    variance = (squares - whole / n).clamp(min=0) * n / (n - 1)
+    surplus = (whole - variance).clamp(min=0)
+    error = torch.maximum(surplus, COHERENCE * length**2)
+    shrink = {"unbiased": 1.0, "james_stein": surplus / whole if surplus > 0 else 0.0}.get(residual, 0.0)
+    return y + shrink * total, (1 - shrink) ** 2 * error + shrink**2 * variance

@@ -90,34 +90,36 @@ def quantum_attention_ref(
     summary = None
     if key_summary is not None:
         summary = key_summaries.update(key_summary, *present, nonpad_kv_seqlen, Q.shape[2])
-        if attn_mask is None and kept is None:
-            _decode(Y, scale * Q, K, V, allowed, summary, a)
+        longest = min(int(nonpad_kv_seqlen.max()), raw.shape[-1])
+        if attn_mask is None and kept is None and key_summaries.pays(longest, a["error_tolerance"]):
+            _decode(Y, error, scale * Q, K, V, allowed, summary, a, seed, nonpad_kv_seqlen - Q.shape[2])
     if three_d:
         Y = Y.transpose(1, 2).flatten(2)
     qk = (raw, capped, scores, p)[a["qk_matmul_output_mode"]]
     return Y.to(out_dtype), *present, qk.to(out_dtype), error, summary
 
 
-def _decode(Y, Q, K, V, allowed, summary, a):
-    """Fills Y with what strategy tree makes of a key_summary that is up to date; chunks count where all rows see them."""
+def _decode(Y, errors, Q, K, V, allowed, summary, a, seed, positions):
+    """Fills Y and errors with what strategy tree makes of a key_summary that is up to date; chunks count where all rows see
+    them."""
     group = Q.shape[1] // summary.shape[1]
     for b in range(Q.shape[0]):
         rows = allowed[b, 0] if allowed.shape[0] > 1 else allowed[0, 0]
         keys = [torch.nonzero(row).flatten() for row in rows]
         if any(len(k) == 0 for k in keys):
             continue
-        low, high = max(int(k[0]) for k in keys), min(int(k[-1]) + 1 for k in keys)
+        bounds = [(int(k[0]), int(k[-1]) + 1) for k in keys]
+        low, high = max(lo for lo, _ in bounds), min(hi for _, hi in bounds)
         first = max(0, -((key_summaries.SINK_KEYS - low) // key_summaries.CHUNK_KEYS))
-        for h in range(Q.shape[1]):
-            S = a["num_samples"][h % len(a["num_samples"])]
-            end = min(summary.shape[2], key_summaries.chunks(high))
-            if end <= first or (end - first) * key_summaries.CHUNK_KEYS <= S:
-                continue
-            for i, k in enumerate(keys):
-                bounds = int(k[0]), int(k[-1]) + 1, first, end
-                Y[b, h, i] = key_summaries.decode(
-                    Q[b, h, i], K[b, h], V[b, h], *bounds, summary[b, h // group], S, a["softcap"]
-                )
+        end = min(summary.shape[2], key_summaries.chunks(high))
+        for h in range(0, Q.shape[1] if end > first else 0, group):
+            heads = slice(h, h + group)
+            samples = [a["num_samples"][i % len(a["num_samples"])] for i in range(h, h + group)]
+            state = first, end, summary[b, h // group], samples
+            place = b * Q.shape[1] + h, int(positions[b])
+            found = key_summaries.decode_step(Q[b, heads], K[b, h], V[b, h], bounds, *state, a, seed, *place)
+            if found:
+                Y[b, heads], errors[b, heads] = found
 
 
 def _split_heads(t, heads):

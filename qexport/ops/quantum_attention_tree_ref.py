@@ -172,7 +172,7 @@ class Head:
         for h in range(2):
             word = philox4x32(self.seed, self.a["layer"], *(torch.tensor(i) for i in (self.place, tile, h)))[0]
             extra, extra_total = torch.zeros_like(numerator), torch.zeros_like(total)
-            for c, factor in _systematic(x, int(word)):
+            for c, factor in systematic_sample(x, HALF_SAMPLE, int(word)):
                 m = tree.members[c]
                 e = (q @ tree.K[m].T - top).exp()
                 extra += factor * (e @ tree.V[m] - w[:, c, None] * (tree.value[c] + shift))
@@ -212,13 +212,13 @@ class Head:
         self.budget = next(k for e, k in zip(errors, budgets, strict=True) if e <= limit * norm)
 
 
-def _systematic(x, word):
-    """(place, 1 / pi) of a systematic pi-ps sample of HALF_SAMPLE of x; as `stratified`."""
+def systematic_sample(x, size, word):
+    """(place, 1 / pi) of a systematic pi-ps sample of `size` of x; as `stratified`."""
     from qexport.ops.quantum_attention_ref import _inclusion_scale
 
     if not x.sum() > 0:
         return []
-    scale = _inclusion_scale(x, torch.tensor(float(HALF_SAMPLE), dtype=x.dtype))
+    scale = _inclusion_scale(x, torch.tensor(float(size), dtype=x.dtype))
     f = torch.where(x > 0, (scale * x).clamp(max=1).mul(T).floor().clamp(max=T - 1) + 1, 0).long()
     strata = (f.cumsum(0) + (T - 1) - (word >> 8)) >> 24
     chosen = strata != torch.nn.functional.pad(strata, (1, 0))[:-1]

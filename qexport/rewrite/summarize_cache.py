@@ -9,7 +9,7 @@ classical model reads its whole cache. All attentions have one or none has, sinc
 
 import onnx_ir as ir
 
-from qexport.ops.key_summary import chunks, key_summary_shape
+from qexport.ops.key_summary import chunks, key_summary_shape, pays
 from qexport.recipe import Recipe
 from qexport.rewrite import DeclinedError, Site
 from qexport.rewrite.graph import is_op, size
@@ -44,8 +44,10 @@ def _check(node: ir.Node, layer: int, recipe: Recipe) -> None:
     sampling = recipe.resolve(module_of(node), node.name or f"attention_{layer}", heads_of(node)[0])
     if sampling["strategy"] != "tree":
         raise DeclinedError(f"strategy {sampling['strategy']} reads the whole cache")
-    if sampling["error_tolerance"] > 0:
-        raise DeclinedError("with an error_tolerance a step reads the whole cache")
+    if not pays(size(node.inputs[1], 2), sampling["error_tolerance"]):
+        raise DeclinedError(
+            f"with an error_tolerance of {sampling['error_tolerance']:g} a step reads the whole cache at this length"
+        )
     if node.inputs[3] is not None:
         raise DeclinedError("an attention sees a window of keys only")
     if chunks(size(node.inputs[1], 2)) == 0:
