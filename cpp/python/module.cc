@@ -78,6 +78,22 @@ void run_on_threads(void* pool, void (*body)(void*, size_t), size_t total, void*
   for (std::thread& thread : others) thread.join();
 }
 
+// parallel_for(begin, end, grain, body, data) of another library's pool, as torch's stable C interface has it
+// (torch_parallel_for in torch/csrc/stable/c/shim.h). Threads of two pools would take the processors from each other.
+using PoolFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+void run_on_pool(void* pool, void (*body)(void*, size_t), size_t total, void* data) {
+  struct Call {
+    void (*body)(void*, size_t);
+    void* data;
+  } call{body, data};
+  const auto range = [](int64_t begin, int64_t end, void* context) {
+    const Call& c = *static_cast<Call*>(context);
+    for (int64_t i = begin; i < end; ++i) c.body(c.data, static_cast<size_t>(i));
+  };
+  reinterpret_cast<PoolFor>(pool)(0, static_cast<int64_t>(total), 1, range, &call);
+}
+
 py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object attn_mask, py::object past_key,
                             py::object past_value, std::optional<std::vector<int64_t>> nonpad_kv_seqlen, int64_t seed,
                             py::object key_summary, const std::string& strategy, std::vector<int64_t> num_samples,
@@ -85,7 +101,7 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
                             const std::string& residual, int64_t layer, int64_t is_causal, std::optional<float> scale,
                             float softcap, int64_t q_num_heads, int64_t kv_num_heads, int64_t qk_matmul_output_mode,
                             int64_t left_window_size, int64_t right_window_size, bool present, bool qk_matmul_output,
-                            bool error_estimate, int threads) {
+                            bool error_estimate, int threads, uintptr_t pool) {
   if (const char* error = isa_error()) throw std::invalid_argument(error);
   if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
   const QuantumAttentionAttributes attributes{strategy,
@@ -153,7 +169,8 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
     summary = array;
     call.tensors.present_key_summary = static_cast<float*>(array.mutable_data());
   }
-  const ParallelFor parallel{run_on_threads, &threads, threads};
+  const ParallelFor parallel = pool ? ParallelFor{run_on_pool, reinterpret_cast<void*>(pool), threads}
+                                    : ParallelFor{run_on_threads, &threads, threads};
   {
     const py::gil_scoped_release release;
     std::vector<char> scratch(quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
@@ -189,13 +206,15 @@ PYBIND11_MODULE(_core, m) {
         "key_summary"_a = py::none(), py::kw_only(), "strategy"_a, "num_samples"_a, "control_variate"_a, "precision"_a,
         "error_tolerance"_a, "residual"_a, "layer"_a, "is_causal"_a, "scale"_a = py::none(), "softcap"_a,
         "q_num_heads"_a = 0, "kv_num_heads"_a = 0, "qk_matmul_output_mode"_a, "left_window_size"_a, "right_window_size"_a,
-        "present"_a = false, "qk_matmul_output"_a = false, "error_estimate"_a = false, "threads"_a = 1,
+        "present"_a = false, "qk_matmul_output"_a = false, "error_estimate"_a = false, "threads"_a = 1, "pool"_a = 0,
         "(Y, present_key, present_value, qk_matmul_output, error_estimate, present_key_summary) of QuantumAttention; all "
         "but Y\n"
         "are None unless asked for by `present`, `qk_matmul_output` and `error_estimate`, or `key_summary` is given. Arrays "
         "of float32, float16 or ml_dtypes.bfloat16. "
         "`num_samples` is a list of one\n"
-        "number or one per query head. Attributes as in qexport.ops.quantum_attention.SPEC. Raises ValueError.");
+        "number or one per query head. Attributes as in qexport.ops.quantum_attention.SPEC. `pool` is the address of a "
+        "function like "
+        "torch_parallel_for, whose threads then work, `threads` of them at most; 0: own threads. Raises ValueError.");
   m.def("philox", &qexport::philox, "key_lo"_a, "key_hi"_a, "c0"_a, "c1"_a, "c2"_a, "c3"_a,
         "The four words of the Philox4x32-10 block of a key and a counter; uint32 arguments that broadcast.");
   m.def("isa", &qexport::isa_name, "The instruction set in use: generic, avx2, avx512, avx512bf16 or neon.");

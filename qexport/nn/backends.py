@@ -9,10 +9,12 @@ other packages bring theirs through the entry-point group `qexport.backends`, wh
 Gradients are the same for all of them: those of the reference, at the same seed (`qexport.nn.functional`).
 """
 
+import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import torch
 
@@ -110,6 +112,7 @@ def kernel(call: AttentionCall):
         seed=call.seed,
         qk_matmul_output=call.need_weights,
         threads=torch.get_num_threads(),
+        pool=_torch_pool(),
         **attributes | {"qk_matmul_output_mode": 3},
     )
     return _to_torch(outputs[0], call.Q.dtype), _to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
@@ -126,6 +129,19 @@ def _core():
     except ImportError:  # a source tree that was never built
         return None
     return _core
+
+
+@functools.cache
+def _torch_pool() -> int:
+    """The address of torch_parallel_for of torch's stable C interface, 0 where it has none: beside idle threads of torch,
+    which spin for a while, threads of our own would wait for a processor."""
+    folder = Path(torch.__file__).parent / "lib"
+    for file in folder.glob("*torch_cpu.*"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(file)).torch_parallel_for, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return 0
 
 
 def _to_numpy(tensor):
