@@ -68,7 +68,13 @@ _EXACT = ContextVar("qexport_exact", default=False)
 
 @contextlib.contextmanager
 def exact_attention():
-    """Within it, every `quantum_attention` is computed exactly, whatever its strategy: the classical model."""
+    """A context in which every `quantum_attention` is computed exactly, whatever its strategy: the classical model.
+
+        with exact_attention():
+            baseline = model(inputs)
+
+    It holds for the thread, and for the backward pass of what was computed in it if that runs inside too.
+    """
     token = _EXACT.set(True)
     try:
         yield
