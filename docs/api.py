@@ -57,6 +57,12 @@ def _paragraph(block: str) -> str:
     return " ".join(textwrap.dedent(block).split())
 
 
+def _item(text: str) -> str:
+    """`names: what they are` as a line of a list."""
+    names, _, doc = text.partition(":")
+    return f"* {', '.join(f'`{name.strip()}`' for name in names.split(','))}: {_paragraph(doc)}"
+
+
 def _body(text: str) -> list[str]:
     """A docstring of Google's style as Markdown."""
     lines = []
@@ -65,12 +71,8 @@ def _body(text: str) -> list[str]:
         title = head.removesuffix(":")
         if title in (*LISTS, "Returns") and head.endswith(":"):
             rest = textwrap.dedent(rest)
-            items = re.split(r"\n(?=\S)", rest) if title in LISTS else []
-            pairs = [item.partition(":")[::2] for item in items]
-            listed = [
-                f"* {', '.join(f'`{n.strip()}`' for n in names.split(','))}: {_paragraph(doc)}" for names, doc in pairs
-            ]
-            lines += [f"**{title}**", "", *(listed or [_paragraph(rest)]), ""]
+            items = [_item(item) for item in re.split(r"\n(?=\S)", rest)] if title in LISTS else [_paragraph(rest)]
+            lines += [f"**{title}**", "", *items, ""]
         elif block.startswith("    "):
             lines += ["```python", textwrap.dedent(block), "```", ""]
         else:
