@@ -3,6 +3,9 @@
 import inspect
 import re
 import runpy
+import subprocess
+import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -38,3 +41,31 @@ def test_docstrings_leave_no_argument_out(name, function):
             part.strip() for line in re.findall(r"^    (\w[\w, ]*):", described, flags=re.M) for part in line.split(",")
         }
         assert names >= {p for p in inspect.signature(function).parameters if p != "self"}
+
+
+def install(project: str, folder: Path):
+    """What pip leaves of a project's entry points."""
+    project = tomllib.loads(project)["project"]
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = [line for group, points in groups for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items()))]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+def test_the_programs_of_the_integration_guide(tmp_path):
+    """As a reader would: those that begin with the name of a file go there, the others run in their order in one process."""
+    blocks = re.findall(r"```(python|toml)\n(.*?)```", (DOCS / "integration.md").read_text(encoding="utf-8"), flags=re.S)
+    program = []
+    for language, block in blocks:
+        if named := re.match(r"# (\S+\.(?:py|toml))\n", block):
+            (tmp_path / named[1]).write_text(block)
+            if language == "toml":
+                install(block, tmp_path)
+        else:
+            program.append(block)
+    assert len(program) >= 8
+    (tmp_path / "guide.py").write_text("\n".join(program))
+    done = subprocess.run([sys.executable, "guide.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
