@@ -1,6 +1,7 @@
 """The pages: docs/api.md is the docstrings', which leave no argument out, and the programs of docs/integration.md run."""
 
 import inspect
+import os
 import re
 import runpy
 import subprocess
@@ -67,5 +68,8 @@ def test_the_programs_of_the_integration_guide(tmp_path):
             program.append(block)
     assert len(program) >= 8
     (tmp_path / "guide.py").write_text("\n".join(program))
-    done = subprocess.run([sys.executable, "guide.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the tensors are too small for more
+    done = subprocess.run(
+        [sys.executable, "guide.py"], cwd=tmp_path, env=one_thread, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
