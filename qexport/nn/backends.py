@@ -25,14 +25,15 @@ GROUP = "qexport.backends"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of QuantumAttention.
+    """One call of QuantumAttention, as a backend gets it.
 
-    Q, K, V: (batch, heads, length, size), or (batch, length, heads * size) with the head counts among the attributes.
-    attn_mask: bool (true = attend) or of Q's type, broadcastable to (batch, heads, q_len, kv_len), or None.
-    attributes: those of the op table, all of them, None where an optional one is absent.
-    seed: of the draws.
-    need_weights: whether the probabilities (batch, heads, q_len, kv_len) are asked for.
-    dropout_p: share of the probabilities that is set to 0, the others scaled up to keep their sum on average.
+    Attributes:
+        Q, K, V: (batch, heads, length, size), or (batch, length, heads * size) with the head counts among the attributes.
+        attn_mask: bool (true = attend) or of Q's type, broadcastable to (batch, heads, q_len, kv_len), or None.
+        attributes: those of the op table, all of them, None where an optional one is absent.
+        seed: of the draws.
+        need_weights: whether the probabilities (batch, heads, q_len, kv_len) are asked for.
+        dropout_p: share of the probabilities that is set to 0, the others scaled up to keep their sum on average.
     """
 
     Q: torch.Tensor
@@ -49,7 +50,7 @@ Backend = Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def backend_names() -> list[str]:
-    """The known names, installed ones included."""
+    """The names that `backend` takes beside `auto`, those of installed packages included, sorted."""
     return sorted({*_OWN, *(point.name for point in entry_points(group=GROUP))})
 
 

@@ -1,7 +1,7 @@
 """QuantumAttention as a function of torch tensors: traced by torch.compile and torch.export, exported to ONNX as one node.
 
 The operator `qexport::quantum_attention` (torch.library) computes the output; its gradient is that of the Horvitz-Thompson
-form (docs/math.md, "Gradients"): the keys that were drawn and their inclusion probabilities are constants, the softmax
+form (docs/theory.md, "Gradients"): the keys that were drawn and their inclusion probabilities are constants, the softmax
 weights are not. It is computed by the reference at the same seed, which needs a few (batch, heads, q_len, kv_len) arrays.
 `exact` and `tree` have the gradient of exact attention, which `tree` approximates.
 """
@@ -68,7 +68,13 @@ _EXACT = ContextVar("qexport_exact", default=False)
 
 @contextlib.contextmanager
 def exact_attention():
-    """Within it, every `quantum_attention` is computed exactly, whatever its strategy: the classical model."""
+    """A context in which every `quantum_attention` is computed exactly, whatever its strategy: the classical model.
+
+        with exact_attention():
+            baseline = model(inputs)
+
+    It holds for the thread, and for the backward pass of what was computed in it if that runs inside too.
+    """
     token = _EXACT.set(True)
     try:
         yield

@@ -90,7 +90,15 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_classical(cls, module: nn.MultiheadAttention, **quantum) -> "QuantumMultiheadAttention":
-        """A module on the parameters of `module` (shared, not copied); `quantum` are the keyword arguments of this class."""
+        """A sampling module in the place of a classical one, in the same mode (training or evaluation).
+
+        Args:
+            module: whose parameters it takes: shared, not copied.
+            quantum: the keyword arguments of this class, from `quantum_backend` on.
+
+        Raises:
+            UsageError: one of them has a value outside its limits.
+        """
         weight = module.out_proj.weight
         new = cls(
             *(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None),
@@ -128,7 +136,25 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights=True,
         is_causal=False,
     ):
-        """As nn.MultiheadAttention.forward: (output, weights or None)."""
+        """As nn.MultiheadAttention.forward.
+
+        Args:
+            query: (q_len, batch, embed_dim), (batch, q_len, embed_dim) with batch_first, or (q_len, embed_dim).
+            key: likewise, of kv_len and kdim.
+            value: likewise, of kv_len and vdim.
+            key_padding_mask: (batch, kv_len) or (kv_len,), bool (true = a key to ignore) or added to the scores.
+            need_weights: return the probabilities too; they cost (batch, num_heads, q_len, kv_len) numbers.
+            attn_mask: (q_len, kv_len) or (batch * num_heads, q_len, kv_len), bool (true = not allowed) or added.
+            average_attn_weights: mean of the probabilities over the heads in place of all of them.
+            is_causal: a promise that attn_mask is the causal one, which must be given too.
+
+        Returns:
+            The output, shaped as `query`, and the probabilities (batch, q_len, kv_len), or
+                (batch, num_heads, q_len, kv_len), or None.
+
+        Raises:
+            AssertionError, RuntimeError: shapes or types that do not fit, as in nn.MultiheadAttention.
+        """
         arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if self.quantum_backend == "classical":
             return super().forward(query, key, value, *arguments)
@@ -236,7 +262,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
 
 def number_layers(model: nn.Module) -> None:
-    """Number the QuantumMultiheadAttention modules of a model in their order, so that no two draw alike at one seed."""
+    """Number the QuantumMultiheadAttention modules of a model in their order, so that no two draw alike at one seed.
+
+    `replace_attention` does so by itself; call this after building a model out of such modules.
+    """
     modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
     for layer, module in enumerate(modules):
         module.layer = layer

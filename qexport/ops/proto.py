@@ -30,10 +30,12 @@ def spec_of(op_name: str) -> OpSpec:
 
 
 def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attributes) -> onnx.NodeProto:
-    """A node of the domain com.qexport with every default of the table written out.
+    """A node of the domain com.qexport with every default of the op table (docs/ops.md) written out.
 
     Args:
+        op_name: `QuantumAttention`.
         inputs, outputs: value names in the order of the table; "" leaves an optional one out.
+        name: of the node.
         attributes: as in the table; None leaves an optional one out.
 
     Raises:
@@ -70,6 +72,7 @@ def function_proto(op_name: str, opset: int = 23, num_outputs: int = 1) -> onnx.
     An onnxruntime without the op library runs this body in place of the kernel.
 
     Args:
+        op_name: `QuantumAttention`.
         opset: version of the ai.onnx domain of the model that will hold the function.
         num_outputs: how many outputs of the op the function has. onnxruntime wants exactly as many on each node that
             calls it: pad shorter nodes with "".

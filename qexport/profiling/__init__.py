@@ -35,7 +35,15 @@ MEMORY_TIMEOUT = 600
 
 @dataclass
 class ProfileReport:
-    """What `profile` measured; `sizes` has one entry per batch size and length. `to_dict()` is the documented JSON."""
+    """What `profile` measured. The attributes are the keys of its JSON, which docs/json_schema.md describes.
+
+    Attributes:
+        bundle: its folder.
+        settings: the arguments that it was measured with.
+        machine: operating system, processor and number of CPUs.
+        sizes: one dict per batch size and length: latencies in milliseconds, per op, and memory in bytes, of both models.
+        versions: of qexport and what it ran on.
+    """
 
     bundle: str
     settings: dict

@@ -34,8 +34,14 @@ SAME_SPEED = 0.01
 
 @dataclass
 class TuningReport:
-    """What `tune` found. `passed`: some recipe holds the tolerance; `recipe` is then the fastest one, else the most
-    accurate. `candidates` are all recipes that were tried, `to_dict()` is the documented JSON.
+    """What `tune` found. The attributes are the keys of its JSON, which docs/json_schema.md describes; the chief ones:
+
+    Attributes:
+        passed: some recipe holds the tolerance.
+        recipe: the fastest that does; the most accurate one where none does.
+        best: what was measured of `recipe`.
+        candidates: all recipes that were tried, with their errors and latencies in milliseconds.
+        seconds: how long it took.
     """
 
     bundle: str

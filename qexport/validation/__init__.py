@@ -23,8 +23,15 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class ValidationReport:
-    """What `validate` found. `passed` is the verdict, `reasons` say in words why it failed (empty when it passed), `notes`
-    what else to know. `to_dict()` is the documented JSON; the attributes hold the same objects.
+    """What `validate` found. The attributes are the keys of its JSON, which docs/json_schema.md describes; the chief ones:
+
+    Attributes:
+        passed: the verdict.
+        reasons: why it failed, in words; empty when it passed.
+        notes: what else to know.
+        outputs: name of a model output to its errors.
+        sites: one dict per attention, with its errors, bias and spread.
+        worst_site: the entry of `sites` with the largest error; None where no site could be measured.
     """
 
     bundle: str
