@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from attention_backends import BACKENDS, DTYPES, one_node_model, rounded, run_binding, run_ort, run_ref
-from attention_cases import CASES
+from attention_cases import CASES, clustered
 
 from qexport import _core
 from qexport.errors import UsageError
@@ -158,6 +158,21 @@ def test_attributes_that_do_not_fit(backend, attributes, message):
     feeds = CASES[0].inputs()
     with pytest.raises(ValueError, match=message):
         _core.quantum_attention(feeds["Q"], feeds["K"], feeds["V"], **(resolved | attributes))
+
+
+@pytest.mark.parametrize("run", [run_ref, run_binding])
+@pytest.mark.parametrize("strategy", ["exact", "naive", "stratified", "hybrid"])
+def test_a_causal_query_owes_nothing_to_later_keys(run, strategy):
+    """Neither its values nor its draws; `adaptive` shares its budget over all rows, which moves with them."""
+    case = clustered("causal", q_len=300, kv_len=300, attributes={"is_causal": 1})
+    attributes = case.all_attributes(strategy=strategy, num_samples=[SAMPLES])
+    feeds = case.inputs()
+    before = run(feeds, "float32", 3, attributes)["Y"]
+    feeds["K"][:, :, 200:] *= -2
+    feeds["V"][:, :, 200:] += 100
+    after = run(feeds, "float32", 3, attributes)["Y"]
+    np.testing.assert_array_equal(after[:, :, :200], before[:, :, :200])
+    assert not np.array_equal(after[:, :, 200:], before[:, :, 200:])
 
 
 def test_error_estimate_is_for_blockwise_strategies():

@@ -48,9 +48,8 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   const bool few_rows = job.group * params.q_len <= kernels().few_rows;
   job.tree_decode = job.params.strategy == Strategy::tree && few_rows && decode_applies(job);
   if (job.params.strategy == Strategy::tree && !tree_applies(job)) job.params.strategy = Strategy::exact;
-  // The means of clusters of values hold later ones, which a causal query must not see.
-  const bool unseen = job.params.strategy == Strategy::hybrid && params.is_causal;
-  if (job.params.strategy == Strategy::exact || unseen) job.params.control_variate = false;
+  // Means of values hold later ones, which a causal query must not see.
+  if (job.params.strategy == Strategy::exact || params.is_causal) job.params.control_variate = false;
   job.blocks = choose_blocks(job);
   const bool few = job.params.strategy == Strategy::exact && job.blocks.count == 0 && few_rows &&
                    (!job.tree_decode || params.error_tolerance > 0.0f);  // then heads may turn out to need all keys

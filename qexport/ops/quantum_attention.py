@@ -88,7 +88,8 @@ SPEC = OpSpec(
         Attr(
             "control_variate",
             "int",
-            "1: sample in proportion to p |v - mean v| around mean v; hybrid: its largest exactly, the others by a mean.",
+            "1: sample in proportion to p |v - mean v| around mean v; hybrid: its largest exactly, the others by a mean. "
+            "Off where is_causal is set.",
             1,
             choices=(0, 1),
         ),

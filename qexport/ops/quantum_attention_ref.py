@@ -209,9 +209,8 @@ def draw(p, V, allowed, valid, seed, a) -> Draws:
     n_allowed = allowed.sum(-1, keepdim=True)
     samples = torch.tensor(a["num_samples"], dtype=p.dtype, device=p.device).expand(heads)[None, :, None, None]
     samples = samples.expand(batch, heads, q_len, 1)
-    centred = bool(a["control_variate"])
-    if a["strategy"] == "hybrid" and a["is_causal"]:
-        centred = False  # the means of clusters hold later values, which a causal query must not see
+    # Means of values hold later ones, which a causal query must not see.
+    centred = bool(a["control_variate"]) and not a["is_causal"]
     in_use = (torch.arange(n_keys, device=p.device) < valid[:, None])[:, None].expand(batch, heads, n_keys)
     if a["strategy"] == "hybrid" and centred:
         cluster = _value_clusters(V, valid)
