@@ -180,7 +180,7 @@ def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, secon
             continue
         errors = reference.head_errors(contender.output()[:, :, rows], expected)
         bound = reference.gaussian_bound(run.entry.keys(n), n) if bounded and run.entry.keys else None
-        found[name] = {"error_mean": float(errors.mean()), "error_worst": float(errors.max()), "bound": bound}
+        found[name] = {"error_mean": _finite(errors.mean()), "error_worst": _finite(errors.max()), "bound": bound}
         calls[name] = contender.call
     times = _timed(calls)
     contender = calls = None  # their memory is free before that of others is measured
@@ -189,6 +189,11 @@ def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, secon
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))
         row = {"n": n, "ms": median, "ms_p25": low, "ms_p75": high, "runs": len(ms)} | found[run.entry.name]
         run.rows.append(row | {"memory_bytes": _memory(run.entry, inputs, threads, causal)})
+
+
+def _finite(value) -> float | None:
+    """For JSON, which has no NaN: the error of a head that is 0, or of an output that is not finite."""
+    return float(value) if np.isfinite(value) else None
 
 
 class _TooMuchError(Exception):

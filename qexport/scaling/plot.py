@@ -61,17 +61,11 @@ def draw(report: dict, file) -> None:
             label = contender["name"] + _exponent_text(contender["fit"]) + (" (stopped)" if contender["stopped"] else "")
             if not rows:
                 continue
-            _line(time, rows, "ms", style | {"label": label})
-            time.fill_between(
-                [row["n"] for row in rows],
-                [row["ms_p25"] for row in rows],
-                [row["ms_p75"] for row in rows],
-                color=style["color"],
-                alpha=0.15,
-                lw=0,
-            )
-            _line(memory, [row | {"mb": row["memory_bytes"] / 1e6} for row in rows if row["memory_bytes"]], "mb", style)
-            _line(error, [row | {"percent": 100 * row["error_mean"]} for row in rows], "percent", style)
+            _line(time, rows, "ms", 1, style | {"label": label})
+            low, high = ([row[key] for row in rows] for key in ("ms_p25", "ms_p75"))
+            time.fill_between([row["n"] for row in rows], low, high, color=style["color"], alpha=0.15, lw=0)
+            _line(memory, rows, "memory_bytes", 1e-6, style)
+            _line(error, rows, "error_mean", 100, style)
         handles = [*time.get_legend_handles_labels()[0], *_bounds(error, report["contenders"])]
         for axis, title in (
             (time, "time of a call, ms"),
@@ -102,8 +96,10 @@ def _styles(contenders: list[dict]) -> dict[str, dict]:
     return styles
 
 
-def _line(axis, rows: list[dict], key: str, style: dict) -> None:
-    axis.plot([row["n"] for row in rows], [row[key] for row in rows], **style)
+def _line(axis, rows: list[dict], key: str, factor: float, style: dict) -> None:
+    """`factor` times the figures that are there; 0 has no place on a logarithmic axis."""
+    points = [(row["n"], factor * row[key]) for row in rows if row[key]]
+    axis.plot([n for n, _ in points], [value for _, value in points], **style)
 
 
 def _bounds(axis, contenders: list[dict]) -> list:

@@ -26,8 +26,9 @@ def attention(q, k, v, rows, causal: bool) -> np.ndarray:
 
 
 def head_errors(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Relative Frobenius error of each head, (..., heads), from two (..., heads, rows, d)."""
-    return np.linalg.norm(found - expected, axis=(-2, -1)) / np.linalg.norm(expected, axis=(-2, -1))
+    """Relative Frobenius error of each head, (..., heads), from two (..., heads, rows, d); no number where a head is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.linalg.norm(found - expected, axis=(-2, -1)) / np.linalg.norm(expected, axis=(-2, -1))
 
 
 def gaussian_bound(samples: int, n: int) -> float:
