@@ -60,6 +60,7 @@ def test_linformer_of_fewer_keys_is_linformer_of_keys_and_zeros(keys):
     """The module is made for 40 keys; a shorter input is mixed as if it were filled up with zeros."""
     q, k, v = (torch.from_numpy(x).float()[:, :, :keys] for x in GAUSSIAN)
     filled = [torch.nn.functional.pad(x, (0, 0, 0, 40 - keys)) for x in (k, v)]
+    pytest.importorskip("linformer")
     attend = baselines.linformer(12, 40, 3, 8)
     np.testing.assert_allclose(attend(q, k, v).detach(), attend(q, *filled).detach(), rtol=1e-4, atol=1e-5)
 
@@ -67,6 +68,7 @@ def test_linformer_of_fewer_keys_is_linformer_of_keys_and_zeros(keys):
 def test_performer_converges_to_softmax_attention():
     """More features, less error, mean of 8 draws on scores of variance 1/16: noise falls to an eighth with 64 times as many,
     to which the package adds a bias, since it keeps its features from 0."""
+    pytest.importorskip("performer_pytorch")
     q, k, v = (torch.from_numpy(x).float() for x in GAUSSIAN)
     q, k = q / 2, k / 2
     expected = reference.attention(*(x.numpy() for x in (q, k, v)), np.arange(40), False)
@@ -79,8 +81,16 @@ def test_performer_converges_to_softmax_attention():
     assert many < few / 2
 
 
-@pytest.mark.parametrize("make", [lambda s: baselines.performer(None, 8, False, s), lambda s: baselines.uniform(10, s)])
-def test_a_seed_repeats_and_leaves_the_callers_generator_alone(make):
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("performer_pytorch", lambda seed: baselines.performer(None, 8, False, seed)),
+        ("linformer", lambda seed: baselines.linformer(12, 40, 3, 8, seed)),
+        ("torch", lambda seed: baselines.uniform(10, seed)),
+    ],
+)
+def test_a_seed_repeats_and_leaves_the_callers_generator_alone(package, make):
+    pytest.importorskip(package)
     inputs = [torch.from_numpy(x).float() for x in GAUSSIAN]
     before = torch.random.get_rng_state()
     first, again, other = (make(seed)(*inputs) for seed in (1, 1, 2))

@@ -17,6 +17,7 @@ from qexport import profiling
 from qexport.errors import QexportError, UsageError
 from qexport.profiling.rss import extra_rss
 from qexport.profiling.timing import interleaved
+from qexport.runtime import one_line
 from qexport.scaling import plot as picture
 from qexport.scaling import reference
 from qexport.scaling.contenders import FAMILIES, Entry, entries
@@ -112,9 +113,12 @@ def sweep(
         raise UsageError(f"seconds must be a positive number, got {seconds}")
     if plot is not None:
         picture.check(plot)
+    _check_room(lengths[-1], heads, head_size)
     inputs = Gaussian(heads, head_size) if activations is None else Activations(activations, heads, lengths[-1])
     runs, left_out = _admitted(causal, strategies, inputs(1), threads)
     for n in lengths:
+        if all(run.stopped for run in runs):
+            break
         say(f"length {n} of {lengths[-1]}, {time.perf_counter() - start:.0f} s so far")
         _measure(runs, n, inputs(n), threads, causal, seconds, bounded=activations is None and not causal)
     settings = {
@@ -140,6 +144,21 @@ def sweep(
     return report
 
 
+def _check_room(n: int, heads: int, head_size: int) -> None:
+    """Whether the inputs of length n, everybody's copies of them and the scores of the reference fit into memory."""
+    copies, free = 4 * sum(len(family(False)) for family in FAMILIES.values()), psutil.virtual_memory().available
+    needed = 4 * n * heads * head_size * copies + 3 * 8 * n * min(n, ROWS)
+    if needed > MEMORY_SHARE * free:
+        raise UsageError(
+            f"lengths: the inputs of length {n} need about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; "
+            "lower it, or the heads"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error) or type(error).__name__
+
+
 def _admitted(causal: bool, strategies, inputs, threads: int) -> tuple[list[_Run], list[dict]]:
     """Who runs, with the time of a call on one key, which is all overhead; and who does not, with the reason."""
     for name in strategies or ():
@@ -157,8 +176,8 @@ def _admitted(causal: bool, strategies, inputs, threads: int) -> tuple[list[_Run
                 runs.append(_Run(entry, float(np.median(ms))))
             except ImportError as error:
                 reason = f"{error.name or entry.provider} is not installed: pip install {entry.provider}"
-            except (QexportError, RuntimeError) as error:  # RuntimeError is torch's
-                reason = str(error).splitlines()[0]
+            except Exception as error:  # whatever the programs of others raise
+                reason = _reason(error)
         if reason:
             left_out.append({"name": entry.name, "strategy": entry.family, "reason": reason})
     if not runs:
@@ -208,8 +227,8 @@ def _tried(run: _Run, n: int, inputs, threads: int, causal: bool, seconds: float
     """
     ms = predicted([(row["n"], row["ms"]) for row in run.rows], n, run.fit())
     if ms is not None and RUNS * ms > 1e3 * seconds:
-        needed = f"{RUNS} calls would take {RUNS * ms / 1e3:.3g} s by the shorter lengths"
-        raise _TooMuchError(f"{needed}, more than {seconds:g} s")
+        expected = f"{RUNS} calls would take {RUNS * ms / 1e3:.3g} s by the shorter lengths"
+        raise _TooMuchError(f"{expected}, more than {seconds:g} s")
     needed = predicted([(row["n"], row["memory_bytes"]) for row in run.rows if row["memory_bytes"] is not None], n, None)
     free = psutil.virtual_memory().available
     if needed is not None and needed > MEMORY_SHARE * free:
@@ -219,8 +238,8 @@ def _tried(run: _Run, n: int, inputs, threads: int, causal: bool, seconds: float
         start = time.perf_counter()
         contender.call()
         took = time.perf_counter() - start
-    except (QexportError, RuntimeError, MemoryError) as error:  # RuntimeError is torch's
-        raise _TooMuchError((str(error) or "out of memory").splitlines()[0]) from error
+    except Exception as error:  # whatever the programs of others raise
+        raise _TooMuchError(_reason(error)) from error
     if RUNS * took > seconds:
         raise _TooMuchError(f"a call took {took:.3g} s; {RUNS} of them are more than {seconds:g} s")
     return contender

@@ -45,7 +45,11 @@ def check(file) -> None:
 
 
 def draw(report: dict, file) -> None:
-    """Draw a report, as `ScalingReport.to_dict()` gives it, to a .png, .svg or .pdf."""
+    """Draw a report, as `ScalingReport.to_dict()` gives it, to a .png, .svg or .pdf.
+
+    Raises:
+        QexportError: the file cannot be written.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,7 +79,10 @@ def draw(report: dict, file) -> None:
             _scales(axis, lengths, title)
         figure.suptitle(_title(report), fontsize=12)
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(file, dpi=100)
+        try:
+            figure.savefig(file, dpi=100)
+        except OSError as error:
+            raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error
 
 
 def _styles(contenders: list[dict]) -> dict[str, dict]:
