@@ -52,6 +52,7 @@ def scaling() -> str:
             (
                 contender["name"],
                 f"{fit['exponent']:.2f}{half}" if fit else "",
+                f"{fit['last_exponent']:.2f}" if fit else "",
                 last["n"],
                 f"{last['ms']:.3g} ms",
                 f"{last['memory_bytes'] / 1e6:.3g} MB" if last["memory_bytes"] is not None else "",
@@ -61,12 +62,12 @@ def scaling() -> str:
         )
     threads = f"{settings['threads']} thread" + "s" * (settings["threads"] > 1)
     where = f"{results['machine']['processor']}, {threads}, onnxruntime {results['versions']['onnxruntime']}"
-    header = ("attention", "exponent", "longest", "time", "memory", "error", "bound")
+    header = ("attention", "exponent", "last two", "longest", "time", "memory", "error", "bound")
     return paragraph(f"""
-    **Against the length.** a of time ~ n^a with its 95 % interval, {settings["heads"]} heads of {settings["head_size"]},
+    **Against the length.** a of time ~ n^a with its 95 % interval, and between the last two lengths alone, {settings["heads"]} heads of {settings["head_size"]},
     {settings["lengths"][0]} to {settings["lengths"][-1]} tokens, Gaussian inputs, and at the longest length that was run the
     time, the memory beside inputs and output, and the error beside the least one of whoever reads as many values and nothing
-    else ({where}, `qexport scaling`). What changes its way with the length has a wide interval. Gaussian inputs are the
+    else ({where}, `qexport scaling`). What changes its way with the length has a wide interval: exact attention is linear work in good part at short ones. Gaussian inputs are the
     hardest case for whoever leaves keys out; `--activations` takes others. The picture:
     [bench/results/scaling.png](bench/results/scaling.png).
     """) + table(header, rows)

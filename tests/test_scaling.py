@@ -38,6 +38,7 @@ def test_power_law_against_scipy():
     half = stats.t.ppf(0.975, 3) * expected.stderr
     assert found["exponent"] == pytest.approx(expected.slope)
     assert found["ci95"] == pytest.approx([expected.slope - half, expected.slope + half])
+    assert found["last_exponent"] == pytest.approx(np.log(290 / 21) / np.log(4))
     assert found["factor"] == pytest.approx(np.exp(expected.intercept))
     residuals = np.log(times) - expected.intercept - expected.slope * np.log(lengths)
     assert found["spread"] == pytest.approx(np.exp((residuals @ residuals / 3) ** 0.5))
@@ -53,7 +54,8 @@ def test_power_law_of_few_lengths():
 def test_prediction():
     assert predicted([], 64, None) is None
     assert predicted([(8, 3.0), (16, 5.0)], 64, None) == 80.0
-    assert predicted([(16, 5.0)], 64, {"exponent": 1.0}) == 20.0
+    assert predicted([(16, 5.0)], 64, {"exponent": 1.0, "last_exponent": 0.5}) == 20.0
+    assert predicted([(16, 5.0)], 64, {"exponent": 1.0, "last_exponent": 1.5}) == 40.0
 
 
 @pytest.mark.parametrize("causal", [False, True])

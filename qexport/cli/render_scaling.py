@@ -16,9 +16,10 @@ def show_scaling(report, verbose: bool) -> None:
         f"{shape}, inputs: {settings['inputs']}, {threads}, {found['machine']['processor']}, {found['seconds']:.0f} s"
     )
     rows = [
-        (c["name"], _exponent(c["fit"]), *(_at(c, n, lambda row: f"{row['ms']:.3g}") for n in lengths)) for c in contenders
+        (c["name"], _exponent(c["fit"]), _last(c["fit"]), *(_at(c, n, lambda row: f"{row['ms']:.3g}") for n in lengths))
+        for c in contenders
     ]
-    table("Time in ms, and a of time ~ n^a with its 95 % interval", ("", "a", *map(str, lengths)), rows)
+    table("Time in ms, and a of time ~ n^a with its 95 % interval", ("", "a", "last two", *map(str, lengths)), rows)
     rows = [(c["name"], *(_at(c, n, lambda row: percent(row["error_mean"])) for n in lengths)) for c in contenders]
     table("Relative error of a head, mean", ("", *map(str, lengths)), rows)
     rows = [(c["name"], *(_at(c, n, _megabytes) for n in lengths)) for c in contenders]
@@ -56,6 +57,10 @@ def _exponent(fit: dict | None) -> str:
         return ""
     half = f" ± {(fit['ci95'][1] - fit['ci95'][0]) / 2:.2f}" if fit["ci95"] else ""
     return f"{fit['exponent']:.2f}{half}"
+
+
+def _last(fit: dict | None) -> str:
+    return f"{fit['last_exponent']:.2f}" if fit else ""
 
 
 def _megabytes(row: dict) -> str:

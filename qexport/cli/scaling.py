@@ -34,7 +34,7 @@ def command(strategies, as_json, quiet, verbose, **options):
 
     Every strategy of QuantumAttention, onnxruntime's and torch's exact attentions, and other approximations (Performer,
     Linformer, top-k, uniform sampling) take turns on the same inputs. Memory is what a call needs beside its inputs and its
-    output; errors are held against float64. It takes some three minutes; fewer lengths or strategies take less.
+    output; errors are held against float64. It takes some two minutes; fewer lengths or strategies take less.
     """
     from qexport.cli.render_scaling import show_scaling
     from qexport.cli.text import progress_line

@@ -17,8 +17,9 @@ def power_law(lengths, times) -> dict | None:
     are not, since a program changes its way with n, it is wide, and a is no more than the mean slope over these lengths.
 
     Returns:
-        `exponent`; `ci95`, two numbers, None for two lengths; `factor`, c in the unit of the times; `lengths`, as given;
-        `spread`, exp(s), by which factor times lie off the line (1: on it), None for two lengths.
+        `exponent`; `ci95`, two numbers, None for two lengths; `last_exponent`, the slope between the last two lengths, which
+        says where a curve is going; `factor`, c in the unit of the times; `spread`, exp(s), by which factor times lie off the
+        line, None for two lengths; `lengths`, as given.
     """
     x, y = np.log(np.asarray(lengths, float)), np.log(np.asarray(times, float))
     count = len(x)
@@ -34,14 +35,15 @@ def power_law(lengths, times) -> dict | None:
         s = float(residuals @ residuals / (count - 2)) ** 0.5
         half = t_quantile((1 + CONFIDENCE) / 2, count - 2) * s / squares**0.5
         ci95, spread = [exponent - half, exponent + half], float(np.exp(s))
-    found = {"exponent": exponent, "ci95": ci95, "factor": float(np.exp(offset)), "spread": spread}
+    last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
+    found = {"exponent": exponent, "ci95": ci95, "last_exponent": last, "factor": float(np.exp(offset)), "spread": spread}
     return found | {"lengths": [int(n) for n in lengths]}
 
 
 def predicted(rows: list[tuple[int, float]], n: int, fit: dict | None) -> float | None:
-    """A value at length n from (length, value) at shorter ones: by the fit through the last of them, or as if it grew with
-    the square where there is no fit; None without a value."""
+    """A value at length n from (length, value) at shorter ones: as it grows by the fit or between the last two, whichever
+    is steeper, or with the square where there is no fit; None without a value."""
     if not rows:
         return None
     last, value = rows[-1]
-    return value * (n / last) ** (fit["exponent"] if fit else 2.0)
+    return value * (n / last) ** (max(fit["exponent"], fit["last_exponent"]) if fit else 2.0)
