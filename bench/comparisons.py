@@ -64,10 +64,11 @@ def scaling() -> str:
     where = f"{results['machine']['processor']}, {threads}, onnxruntime {results['versions']['onnxruntime']}"
     header = ("attention", "exponent", "last two", "longest", "time", "memory", "error", "bound")
     return paragraph(f"""
-    **Against the length.** a of time ~ n^a with its 95 % interval, and between the last two lengths alone, {settings["heads"]} heads of {settings["head_size"]},
-    {settings["lengths"][0]} to {settings["lengths"][-1]} tokens, Gaussian inputs, and at the longest length that was run the
-    time, the memory beside inputs and output, and the error beside the least one of whoever reads as many values and nothing
-    else ({where}, `qexport scaling`). What changes its way with the length has a wide interval: exact attention is linear work in good part at short ones. Gaussian inputs are the
-    hardest case for whoever leaves keys out; `--activations` takes others. The picture:
+    **Against the length.** The exponent a of time ~ n^a with its 95 % interval, and between the last two lengths alone:
+    {settings["heads"]} heads of {settings["head_size"]}, {settings["lengths"][0]} to {settings["lengths"][-1]} tokens,
+    Gaussian inputs; and at the longest length that was run the time, the memory beside inputs and output, and the error
+    beside the least one of whoever reads as many values and nothing else ({where}, `qexport scaling`). What changes its way
+    with the length has a wide interval: exact attention is linear work in good part on short inputs. Gaussian inputs are
+    the hardest case for whoever leaves keys out; `--activations` takes others. The picture:
     [bench/results/scaling.png](bench/results/scaling.png).
     """) + table(header, rows)

@@ -17,9 +17,9 @@ def power_law(lengths, times) -> dict | None:
     are not, since a program changes its way with n, it is wide, and a is no more than the mean slope over these lengths.
 
     Returns:
-        `exponent`; `ci95`, two numbers, None for two lengths; `last_exponent`, the slope between the last two lengths, which
-        says where a curve is going; `factor`, c in the unit of the times; `spread`, exp(s), by which factor times lie off the
-        line, None for two lengths; `lengths`, as given.
+        `exponent`; `ci95`, two numbers, None for two lengths; `last_exponent`, the slope between the last two lengths,
+        which says where a curve is going; `factor`, c in the unit of the times; `spread`, exp(s), by which factor times lie
+        off the line, None for two lengths; `lengths`, as given.
     """
     x, y = np.log(np.asarray(lengths, float)), np.log(np.asarray(times, float))
     count = len(x)
