@@ -19,6 +19,11 @@ def classical():
     return baselines.TorchSession(None, threads=1).run(None, {"input_ids": IDS})[0]
 
 
+@pytest.fixture(scope="module")
+def contenders(tmp_path_factory):
+    return baselines.contenders(tmp_path_factory.mktemp("bundle"), threads=1)
+
+
 def need_package(name: str):
     """Skip where the package of a contender, of the [bench] extra, is not installed."""
     for start, package in PACKAGES.items():
@@ -74,20 +79,19 @@ def test_what_draws_is_known_by_its_name(name):
     assert contender.seeds(3) == ([0, 1, 2] if contender.draws else [None])
 
 
-def test_both_runtimes_are_converted_and_timed(tmp_path, monkeypatch):
+def test_both_runtimes_are_converted_and_timed(contenders, monkeypatch):
     for package in PACKAGES.values():
         pytest.importorskip(package)
     monkeypatch.setattr(baselines, "LENGTHS", (24,))
-    found = baselines.contenders(tmp_path, threads=1)
-    assert [c.name for c in found if c.runtime == baselines.ONNXRUNTIME] == ["classical", *baselines.RECIPES]
-    assert [c.name for c in found if c.runtime == baselines.TORCH] == list(baselines.FUNCTIONS)
-    exact = {c.runtime: c.open().run(None, {"input_ids": IDS})[0] for c in found if c.name == "classical"}
+    assert [c.name for c in contenders if c.runtime == baselines.ONNXRUNTIME] == ["classical", *baselines.RECIPES]
+    assert [c.name for c in contenders if c.runtime == baselines.TORCH] == list(baselines.FUNCTIONS)
+    exact = {c.runtime: c.open().run(None, {"input_ids": IDS})[0] for c in contenders if c.name == "classical"}
     np.testing.assert_allclose(exact[baselines.ONNXRUNTIME], exact[baselines.TORCH], atol=1e-3)
-    (eight,) = (c for c in found if c.name == "stratified, 8 keys")
+    (eight,) = (c for c in contenders if c.name == "stratified, 8 keys")
     first, second = (eight.open().run(None, {"input_ids": IDS, "seed": np.array(s)})[0] for s in (0, 1))
     assert not np.allclose(first, second, atol=0.01)
-    rows = baselines.runs(found, seconds=0.0)
-    assert [(row["attention"], row["runtime"]) for row in rows] == [(c.name, c.runtime) for c in found]
+    rows = baselines.runs(contenders, seconds=0.0)
+    assert [(row["attention"], row["runtime"]) for row in rows] == [(c.name, c.runtime) for c in contenders]
     for row in rows:
         assert row["ms_p25"] <= row["ms"] <= row["ms_p75"]
         if row["attention"] == "classical":
@@ -103,13 +107,13 @@ def test_tables_of_the_file_stay_if_the_parameters_are_the_same(tmp_path):
 
 
 @pytest.mark.registry
-def test_tasks_tell_a_good_attention_from_a_bad_one(tmp_path):
+def test_tasks_tell_a_good_attention_from_a_bad_one(contenders):
     try:
         fetch("text2vec")
     except RegistryAwayError as error:
         pytest.skip(str(error))
     pytest.importorskip("performer_pytorch")
-    found = [c for c in baselines.contenders(tmp_path, 2) if c.name in ("classical", "default", "Performer")]
+    found = [c for c in contenders if c.name in ("classical", "default", "Performer")]
     rows = {(row["attention"], row["runtime"]): row for row in baselines.sts_b(found, draws=1, limit=30)}
     assert rows["classical", "onnxruntime"]["loss_percent"] == 0
     assert rows["classical", "torch"]["cosine"] > 0.9999
