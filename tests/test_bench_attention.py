@@ -3,6 +3,7 @@
 import json
 import time
 import tomllib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ def exact(causal: bool) -> np.ndarray:
 
 def test_rounds_take_turns():
     order = []
-    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, least=3, warmup=1)
-    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
-    assert {name: len(ms) for name, ms in times.items()} == {"a": 3, "b": 3}
+    times = interleaved({name: partial(order.append, name) for name in "abc"}, least=4, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_ratio_is_the_median_of_ratios():
