@@ -14,12 +14,7 @@ from bench.attention import decode, goals, prefill, quality
 from qexport.profiling.timing import interleaved
 from qexport.scaling import reference
 
-GAUSSIAN = np.random.default_rng(0).standard_normal((3, 2, 3, 40, 8))
 TIMING = {"seconds": 0.0, "least": 2, "clock": time.perf_counter}
-
-
-def exact(causal: bool) -> np.ndarray:
-    return reference.attention(*GAUSSIAN, np.arange(40), causal)
 
 
 def test_rounds_take_turns():
