@@ -9,7 +9,7 @@ def interleaved(calls: dict, least: int = 5, seconds: float = 0.0, warmup: int =
     """Times of each call in milliseconds, one array per name: `least` rounds and more until `seconds` have passed.
 
     A round runs every call once, in turn, so that a slow spell of the machine hits them alike, and the next round begins
-    with the next call, so that nobody is always the first. Of three calls or more none ever follows itself, and finds what it
+    with the next call, so that nobody is always the first. Of three calls or more none follows itself, and finds what it
     reads in the processor's caches no more than others do. `warmup` rounds come first and are not timed.
     """
     order, times = list(calls), {name: [] for name in calls}
