@@ -131,7 +131,8 @@ def unpadded():
             self.model = model
 
         def forward(self, input_ids):
-            return self.model(input_ids=input_ids).last_hidden_state
+            # past the model's own forward, which makes a mask of all pairs for an export, with nothing to mask
+            return self.model.encoder(self.model.embeddings(input_ids=input_ids)).last_hidden_state
 
     module, (ids, _), (axes, _) = minilm()
     return Encoder(module.model).eval(), (ids,), (axes,)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -96,6 +97,14 @@ def test_both_runtimes_are_converted_and_timed(contenders, monkeypatch):
         assert row["ms_p25"] <= row["ms"] <= row["ms_p75"]
         if row["attention"] == "classical":
             assert row["x_classical"] == 1.0
+
+
+def test_nothing_is_masked(contenders):
+    """With a mask of all pairs `tree` would read every key, whatever its budget."""
+    (file,) = (c.open.args[0] for c in contenders if c.name == "tree, 64 keys")
+    nodes = [node for node in onnx.load(file).graph.node if node.op_type == "QuantumAttention"]
+    assert len(nodes) == baselines.LAYERS
+    assert {node.input[3] for node in nodes} == {""}
 
 
 def test_tables_of_the_file_stay_if_the_parameters_are_the_same(tmp_path):
