@@ -100,7 +100,7 @@ def test_both_runtimes_are_converted_and_timed(contenders, monkeypatch):
 
 
 def test_nothing_is_masked(contenders):
-    """With a mask of all pairs `tree` would read every key, whatever its budget."""
+    """Ours read no mask that the others have not."""
     (file,) = (c.open.args[0] for c in contenders if c.name == "tree, 64 keys")
     nodes = [node for node in onnx.load(file).graph.node if node.op_type == "QuantumAttention"]
     assert len(nodes) == baselines.LAYERS
