@@ -1,6 +1,7 @@
 """The README's figures on other approximations of attention: in a real model, and against the length."""
 
-from bench.markdown import load, paragraph, percent, source, table, times
+from bench.markdown import load, paragraph, source, table, times
+from qexport.cli.text import percent
 
 
 def baselines() -> str:
@@ -31,7 +32,8 @@ def baselines() -> str:
     **Other approximations in the same model.** all-MiniLM-L6-v2 with one attention in the place of all six, nothing
     retrained: mean error of a head on reviews of {parameters["tokens"]} tokens; Spearman × 100 on STS-B (14 tokens: with 32
     keys and more all is exact; {parameters["seeds"]} seeds with the 95 % interval); on {parameters["reviews"]} reviews of
-    {parameters["tokens"]} tokens the cosine with the classical embedding and the accuracy of a probe; time of a run at batch
+    {parameters["tokens"]} tokens the cosine with the classical embedding and the accuracy of a probe (a few points are
+    noise); time of a run at batch
     1, {longest} tokens, how many times as long the classical model of the same runtime takes, and the memory that a run
     needs beside the model {source("baselines", results)}. Ours and the first row are bundles in onnxruntime, the others
     torch functions in the torch model. Performer and Linformer are meant for training with them; here their features and
