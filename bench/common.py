@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import platform
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,26 +123,6 @@ def relative_error(found, reference) -> float:
     """Relative Frobenius error |found - reference| / |reference|, in float64."""
     reference = np.asarray(reference, dtype=np.float64)
     return float(np.linalg.norm(np.asarray(found, dtype=np.float64) - reference) / np.linalg.norm(reference))
-
-
-def interleaved(calls: dict, least: int = 5, seconds: float = 0.0, warmup: int = 1, clock=time.perf_counter) -> dict:
-    """Times of each call in milliseconds, one array per name: `least` rounds and more until `seconds` have passed.
-
-    A round runs every call once, in turn, so that a slow spell of the machine hits them alike.
-    """
-    times = {name: [] for name in calls}
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least or time.perf_counter() < end:
-        for name, call in calls.items():
-            start = clock()
-            call()
-            times[name].append(1e3 * (clock() - start))
-        rounds += 1
-    return {name: np.array(values) for name, values in times.items()}
 
 
 def ratio(name: str, theirs: np.ndarray, ours: np.ndarray) -> dict:

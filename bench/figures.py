@@ -4,38 +4,19 @@ python -m bench.figures [--write README.md]
 """
 
 import argparse
-import json
 from pathlib import Path
 
-RESULTS = Path(__file__).with_name("results")
+from bench import comparisons
+from bench.markdown import load, paragraph, percent, source, table, times
+
 START, END = "<!-- figures -->\n", "<!-- /figures -->"
-
-
-def load(name: str) -> dict:
-    """The results file of one benchmark."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def markdown() -> str:
     """All figures, as Markdown."""
-    sections = (sts_b(), seed_table(), minilm_error(), generation(), attention(), kv_cache())
+    sections = (sts_b(), comparisons.baselines(), seed_table(), minilm_error(), generation(), comparisons.scaling())
+    sections += (attention(), kv_cache())
     return "\n".join(section for section in sections)
-
-
-def table(header: tuple, rows: list[tuple]) -> str:
-    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def paragraph(text: str) -> str:
-    """Wrapped source text as one Markdown paragraph."""
-    return " ".join(text.split()) + "\n\n"
-
-
-def source(name: str, results: dict) -> str:
-    where = results["machine"]
-    threads = f"{where['threads']} thread" + "s" * (where["threads"] > 1)
-    return f"({where['cpu']}, {threads}, onnxruntime {where['onnxruntime']}, `python -m bench.{name}`)"
 
 
 def sts_b() -> str:
@@ -248,10 +229,6 @@ def _goals(results: dict) -> str:
     """) + table(("goal", "limit", "measured", "", "where"), rows)
 
 
-def times(ratio: float | None) -> str:
-    return f"{ratio:.2f} ×" if ratio else ""
-
-
 def kv_cache() -> str:
     results = load("kv_cache")
     story = {row["past"]: f"{row['tokens_per_s']:.0f}" for row in results["story"]}
@@ -267,11 +244,6 @@ def kv_cache() -> str:
     longer past: caches in place with the library (exact, and the tree with summaries, whose error docs/math.md tells) and
     without it, and joined {source("kv_cache", results)}.
     """) + table(header, rows)
-
-
-def percent(fraction: float) -> str:
-    """0.386 -> 38.6 %; below a millionth it is rounding, and said so by its size."""
-    return f"{100 * fraction:.1f} %" if fraction > 1e-6 else f"{fraction:.0e}"
 
 
 def put(text: str, figures: str) -> str:

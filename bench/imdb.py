@@ -48,24 +48,27 @@ def compared(found: np.ndarray, classical: np.ndarray) -> dict:
     }
 
 
-def embed(model: Path, ids: np.ndarray, threads: int, batch: int = 8) -> np.ndarray:
-    session = qexport.session(model, options=common.session_options(threads))
-    return np.concatenate([pooled(session, ids[i : i + batch]) for i in range(0, len(ids), batch)])
+def embed(session, ids: np.ndarray, seed: int | None = None, batch: int = 8) -> np.ndarray:
+    return np.concatenate([pooled(session, ids[i : i + batch], seed) for i in range(0, len(ids), batch)])
 
 
 def main():
     arguments = common.parser(__doc__.split("\n")[0], reviews=1000).parse_args()
     ids, positive = texts(arguments.reviews, LENGTH)
     rows, classical = [], None
+
+    def opened(path: Path):
+        return qexport.session(path, options=common.session_options(arguments.threads))
+
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in RECIPES.items():
             bundle = Path(folder) / name
             qexport.convert(minilm_dir(), bundle, **recipe)
             if classical is None:
-                classical = embed(bundle / "classical.onnx", ids, arguments.threads)
+                classical = embed(opened(bundle / "classical.onnx"), ids)
                 known = right(classical, positive)
                 rows.append({"attention": "classical"} | compared(known, known) | {"cosine": 1.0})
-            embeddings = embed(bundle / "model.onnx", ids, arguments.threads)
+            embeddings = embed(opened(bundle / "model.onnx"), ids)
             cosine = float((embeddings * classical).sum(1).mean())
             rows.append({"attention": name} | compared(right(embeddings, positive), known) | {"cosine": cosine})
     parameters = {"reviews": arguments.reviews, "tokens": LENGTH, "folds": FOLDS, "positive": float(positive.mean())}

@@ -20,12 +20,12 @@ from onnx import TensorProto, helper
 
 import qexport
 from bench import common
-from bench.attention.baselines import top_k
 from bench.data import reviews
 from bench.models import minilm, minilm_dir
 from bench.seed_table import softmax_attention
 from qexport.ops import DOMAIN
 from qexport.ops.proto import function_proto, make_node
+from qexport.scaling.baselines import top_k
 
 SAMPLES = (8, 16, 32, 64, 128)
 CONFIGURATIONS = (("naive", 0), ("naive", 1), *((s, c) for s in ("stratified", "adaptive", "hybrid") for c in (0, 1)))

@@ -27,19 +27,14 @@ from bench import common
 from qexport.ops import DOMAIN
 from qexport.ops.proto import function_proto, make_node
 from qexport.ops.quantum_attention import SPEC
+from qexport.profiling.timing import interleaved
+from qexport.scaling.reference import gaussian_bound
 
 N, D, HEADS, EMBED = 32, 64, 8, 512
 STRATEGIES = ("stratified", "adaptive", "hybrid", "naive")
 # What the seed document claims at 32 samples: error and milliseconds.
 CLAIMED_OP = {"stratified": (0.692, 28.4), "adaptive": (0.759, 33.8), "hybrid": (0.986, 20.7), "naive": (0.877, 1.2)}
 CLAIMED_LAYER = {"standard": (None, 14.3), "stratified": (1.775, 143.7)}
-
-
-def gaussian_bound(samples: int, n: int) -> float:
-    """Least relative error for logits ~ N(0, 1) and independent values when S of n value rows are read, n large."""
-    from scipy.stats import norm
-
-    return 0.0 if samples >= n else float(norm.cdf(norm.isf(samples / n) - 2) ** 0.5)
 
 
 def softmax_attention(Q, K, V):
@@ -132,7 +127,7 @@ def op_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
     feeds = {key: data[0] | (seed if key[0] != "standard" else {}) for key in sessions}
     calls = {key: lambda s=session, f=feeds[key]: s.run(None, f) for key, session in sessions.items()}
     calls |= {("binding", *key): _binding_call(data[0], *key) for key in sessions if key[0] != "standard"}
-    times = {name: float(np.median(ms)) for name, ms in common.interleaved(calls, runs, warmup=20).items()}
+    times = {name: float(np.median(ms)) for name, ms in interleaved(calls, runs, warmup=20).items()}
 
     rows = []
     for (strategy, samples), session in sessions.items():
@@ -234,7 +229,7 @@ def layer_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
     }
     torch_layer = _torch_layer(weights, opened.threads)
     calls["torch", None] = lambda: torch_layer(data[0]["x"])
-    times = {name: float(np.median(ms)) for name, ms in common.interleaved(calls, runs, warmup=20).items()}
+    times = {name: float(np.median(ms)) for name, ms in interleaved(calls, runs, warmup=20).items()}
 
     rows = []
     for key in (("torch", None), *sessions):

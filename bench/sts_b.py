@@ -71,16 +71,24 @@ def embed(session, sequences: list[list[int]], batch: int = 64, seed: int | None
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 
-def spearman(session, sequences, scores, seed=None) -> float:
-    """Spearman correlation x 100 of cosines with scores; the first half of `sequences` pairs with the second half."""
-    from scipy.stats import spearmanr
-
+def embed_all(session, sequences, seed=None) -> np.ndarray:
+    """`embed` of sequences some of which are equal: each is computed once."""
     unique = sorted(set(map(tuple, sequences)))
     place = {sequence: i for i, sequence in enumerate(unique)}
-    embeddings = embed(session, unique, seed=seed)
-    rows = np.array([place[tuple(sequence)] for sequence in sequences])
-    left, right = embeddings[rows[: len(scores)]], embeddings[rows[len(scores) :]]
+    return embed(session, unique, seed=seed)[[place[tuple(sequence)] for sequence in sequences]]
+
+
+def correlation(embeddings: np.ndarray, scores) -> float:
+    """Spearman correlation x 100 of cosines with scores; the first half of the embeddings pairs with the second half."""
+    from scipy.stats import spearmanr
+
+    left, right = embeddings[: len(scores)], embeddings[len(scores) :]
     return 100 * float(spearmanr((left * right).sum(1), scores).statistic)
+
+
+def spearman(session, sequences, scores, seed=None) -> float:
+    """`correlation` of the sequences' embeddings by a model."""
+    return correlation(embed_all(session, sequences, seed), scores)
 
 
 def main():

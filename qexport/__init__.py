@@ -19,6 +19,7 @@ _LAZY = {
     "map_attention": "qexport.attention",
     "profile": "qexport.profiling",
     "session": "qexport.runtime",
+    "sweep": "qexport.scaling",
     "tune": "qexport.tuning",
     "validate": "qexport.validation",
     "QexportError": "qexport.errors",

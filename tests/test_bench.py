@@ -12,7 +12,7 @@ import pytest
 
 from bench import common, packages
 from bench.data import read_png
-from bench.seed_table import gaussian_bound, softmax_attention
+from bench.seed_table import softmax_attention
 from qexport.errors import QexportError
 
 WEIGHTS = b"weights " * 100
@@ -132,20 +132,6 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     values = np.random.default_rng(0).standard_normal((4000, 5))
     covered = np.mean([abs(mean) <= half for mean, half in map(common.mean_interval, values)])
     assert abs(covered - 0.95) < 4 * (0.95 * 0.05 / 4000) ** 0.5
-
-
-@pytest.mark.parametrize(("n", "bound"), [(128, 0.30), (512, 0.57), (1024, 0.67), (32, 0.0)])
-def test_gaussian_bound(n, bound):
-    assert gaussian_bound(32, n) == pytest.approx(bound, abs=0.006)
-
-
-def test_gaussian_bound_is_what_the_best_keys_leave():
-    """The error of reading the 32 most probable of 512 values, with independent values: the bound as n grows."""
-    rng = np.random.default_rng(0)
-    p = np.exp(rng.standard_normal((2000, 512)))
-    left = np.sort(p, -1)[:, :-32]
-    error = ((left**2).sum() / (p**2).sum()) ** 0.5
-    assert error == pytest.approx(gaussian_bound(32, 512), rel=0.05)
 
 
 def test_softmax_attention_is_numpy_float64():

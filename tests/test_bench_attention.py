@@ -3,69 +3,25 @@
 import json
 import time
 import tomllib
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from summary_cases import cache
 
 from bench import common
-from bench.attention import baselines, decode, goals, prefill, quality, reference
+from bench.attention import decode, goals, prefill, quality
+from qexport.profiling.timing import interleaved
+from qexport.scaling import reference
 
-GAUSSIAN = np.random.default_rng(0).standard_normal((3, 2, 3, 40, 8))
 TIMING = {"seconds": 0.0, "least": 2, "clock": time.perf_counter}
-
-
-def exact(causal: bool) -> np.ndarray:
-    return reference.attention(*GAUSSIAN, np.arange(40), causal)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_reference_is_softmax_attention_of_some_rows(causal):
-    q, k, v = map(torch.from_numpy, GAUSSIAN)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    rows = reference.rows_of(40, 7)
-    assert len(rows) == 7
-    assert rows[-1] == 39
-    np.testing.assert_allclose(reference.attention(*GAUSSIAN, rows, causal), expected[:, :, rows], rtol=1e-10)
-
-
-def test_head_errors_is_one_number_per_head():
-    expected = np.stack([np.ones((5, 4)), np.full((5, 4), 2.0)])
-    assert reference.head_errors(expected + 0.1, expected) == pytest.approx([0.1, 0.05])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tail", [False, True])
-def test_all_keys_on_top_are_exact_attention(causal, tail, monkeypatch):
-    monkeypatch.setattr(baselines, "BLOCK", 16)
-    found = baselines.top_k(40, tail, causal)(*map(torch.from_numpy, GAUSSIAN))
-    np.testing.assert_allclose(found, exact(causal), rtol=1e-9, atol=1e-12)
-
-
-def test_top_k_by_its_definition(monkeypatch):
-    """Row 9 of a causal head, with 4 of its 10 keys: renormalised, and with the mean of the 10 values for the rest."""
-    monkeypatch.setattr(baselines, "BLOCK", 16)
-    q, k, v = (x[1, 2] for x in GAUSSIAN)
-    p = np.exp(k[:10] @ q[9] / 8**0.5)
-    p /= p.sum()
-    top = np.argsort(p)[-4:]
-    renormalised = p[top] @ v[top] / p[top].sum()
-    with_mean = p[top] @ v[top] + (1 - p[top].sum()) * v[:10].mean(0)
-    for tail, expected in ((False, renormalised), (True, with_mean)):
-        found = baselines.top_k(4, tail, causal=True)(*map(torch.from_numpy, GAUSSIAN))
-        np.testing.assert_allclose(found[1, 2, 9], expected, rtol=1e-9)
-
-
-def test_all_keys_drawn_are_exact_attention():
-    np.testing.assert_allclose(baselines.uniform(40)(*map(torch.from_numpy, GAUSSIAN)), exact(False), rtol=1e-9)
 
 
 def test_rounds_take_turns():
     order = []
-    times = common.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, least=3, warmup=1)
-    assert order == ["a", "b"] * 4
-    assert {name: len(ms) for name, ms in times.items()} == {"a": 3, "b": 3}
+    times = interleaved({name: partial(order.append, name) for name in "abc"}, least=4, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_ratio_is_the_median_of_ratios():

@@ -71,6 +71,20 @@ def test_a_finished_bundle_is_validated_and_profiled(python, tmp_path):
         assert json.loads(done.stdout)
 
 
+def test_lengths_are_swept_without_torch(python, tmp_path):
+    command = ["scaling", "--lengths", "16,64", "--heads", "1", "--json"]
+    done = run(python, "-m", "qexport", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    names = {contender["name"] for contender in report["contenders"]}
+    assert {"exact fp32", "stratified 32", "MultiHeadAttention"} <= names
+    reasons = {one["name"]: one["reason"] for one in report["left_out"]}
+    assert reasons["SDPA"] == "torch is not installed: pip install torch"
+    done = run(python, "-m", "qexport", *command, "--plot", "scaling.png", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "pip install 'qexport[plot]'" in done.stderr
+
+
 def test_a_session_needs_four_lines(python, tmp_path):
     bundle = make_bundle(tmp_path / "bundle")
     code = f"""

@@ -4,8 +4,10 @@ import ml_dtypes
 import numpy as np
 
 from bench import activations, common
-from bench.attention import nodes, prefill, reference
+from bench.attention import prefill
 from qexport.ops.key_summary import chunks, key_summary_shape
+from qexport.profiling.timing import interleaved
+from qexport.scaling import nodes, reference
 
 HEADS, GROUP, SIZE = 8, 4, 64  # GROUP: query heads of a kv head where heads are grouped
 DENSITIES = (64, 32, 16, 8)
@@ -113,7 +115,7 @@ def _rows(data, past, q, k, v, threads, seconds, least, peaks, clock) -> list[di
         limit = LIMITS.get(name.partition(", ")[2], 1e-4)
         if not name.startswith("tree") and not common.relative_error(contender.output(), expected) <= limit:
             raise SystemExit(f"{name}, past {past}: relative error {errors[name].max():.2e} is above {limit}; not timed")
-    times = common.interleaved({name: c.call for name, c in found.items()}, least, seconds, clock=clock)
+    times = interleaved({name: c.call for name, c in found.items()}, least, seconds, clock=clock)
     rows = []
     for name, ms in times.items():
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))

@@ -3,8 +3,9 @@
 import numpy as np
 
 from bench import common
-from bench.attention import nodes, reference
+from qexport.profiling.timing import interleaved
 from qexport.recipe import defaults
+from qexport.scaling import nodes, reference
 
 SIZE = 64  # head_size
 HEADS = {128: 8, 512: 8, 1024: 8, 2048: 8, 4096: 4, 8192: 2, 16384: 1}  # by length
@@ -73,7 +74,7 @@ def _rows(n, threads, causal, seconds, least, peaks, clock) -> list[dict]:
     places = reference.rows_of(n, 128)
     found = contenders(q, k, v, threads, causal)
     errors = checked(found, reference.attention(q, k, v, places, causal), places)
-    times = common.interleaved({name: c.call for name, c in found.items()}, least, seconds, warmup=0, clock=clock)
+    times = interleaved({name: c.call for name, c in found.items()}, least, seconds, warmup=0, clock=clock)
     pairs = heads * (n * (n + 1) // 2 if causal else n * n)
     rows = []
     for name, ms in times.items():

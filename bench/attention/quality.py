@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from bench import activations, common
-from bench.attention import baselines, nodes, prefill, reference
-from bench.seed_table import gaussian_bound
+from bench import activations
+from bench.attention import prefill
+from qexport.profiling.timing import interleaved
 from qexport.recipe import defaults
+from qexport.scaling import baselines, nodes, reference
 
 DENSITIES = (32, 16, 8, 4, 2)  # n over the number of keys that `tree` reads exactly
 TOLERANCE = 0.1
@@ -77,7 +78,7 @@ def _rows(name, q, k, v, threads, seconds, least, clock) -> list[dict]:
         limit = prefill.LIMITS.get(contender.removeprefix("exact "), None)
         if limit is not None and not errors[contender].mean() <= limit:
             raise SystemExit(f"{contender} on {name}: mean error {errors[contender].mean():.2e} is above {limit}; not timed")
-    times = common.interleaved({key: c.call for key, c in found.items()}, least, seconds, warmup=0, clock=clock)
+    times = interleaved({key: c.call for key, c in found.items()}, least, seconds, warmup=0, clock=clock)
     rows = []
     for contender, ms in times.items():
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))
@@ -137,5 +138,5 @@ def gaussian(lengths, threads: int) -> list[dict]:
                 run.call()
                 error = reference.head_errors(run.output()[:, :, places], expected)
                 row = {"n": n, "samples": samples, "estimator": name, "error_mean": float(error.mean())}
-                rows.append(row | {"error_worst": float(error.max()), "bound": gaussian_bound(samples, n)})
+                rows.append(row | {"error_worst": float(error.max()), "bound": reference.gaussian_bound(samples, n)})
     return rows

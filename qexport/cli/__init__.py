@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "Turn a transformer into a bundle with sampled attention.",
     "validate": "Compare a bundle with its classical model: per layer, end to end, over seeds.",
     "profile": "Time a bundle and its classical model side by side.",
+    "scaling": "Measure time, memory and error of attention against the length.",
     "tune": "Find the fastest recipe that holds a tolerance on your inputs.",
     "attention": "Draw what each head looks at, and what sampling does to it.",
     "generate": "Continue a text with a bundle that has a KV cache.",

@@ -12,7 +12,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate
+from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
@@ -84,7 +84,7 @@ def profile(
         UsageError: a number below 1, a length above the model's limit, or a provider that is not available.
         QexportError: the bundle or the runtime is at fault.
     """
-    batches, lengths = _numbers("batch", batch), _numbers("seq", seq)
+    batches, lengths = numbers("batch", batch), numbers("seq", seq)
     for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} must be >= {least}, got {value}")
@@ -120,10 +120,11 @@ def profile(
         entries.append(entry)
     names = [p if isinstance(p, str) else p[0] for p in providers]
     settings = {"providers": names, "runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
-    return ProfileReport(str(opened.path), settings, _machine(), entries, _versions())
+    return ProfileReport(str(opened.path), settings, machine(), entries, versions())
 
 
-def _numbers(name: str, value) -> list[int]:
+def numbers(name: str, value) -> list[int]:
+    """A number or several as a list; UsageError for none and for those below 1."""
     values = [value] if isinstance(value, int) else list(value)
     if not values:
         raise UsageError(f"{name} must hold at least one number")
@@ -165,17 +166,7 @@ def session_options(threads: int | None):
 
 def interleaved(calls: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
     """Seconds of each run of each model; the models run in turn, and the order changes from one round to the next."""
-    order = list(calls)
-    for _ in range(warmup):
-        for which in order:
-            calls[which]()
-    seconds = {which: np.zeros(runs) for which in order}
-    for i in range(runs):
-        for which in order if i % 2 == 0 else reversed(order):
-            start = time.perf_counter()
-            calls[which]()
-            seconds[which][i] = time.perf_counter() - start
-    return seconds
+    return {which: ms / 1e3 for which, ms in timing.interleaved(calls, runs, warmup=warmup).items()}
 
 
 def _latency(seconds: np.ndarray, batch: int, tokens: int | None) -> dict:
@@ -289,7 +280,8 @@ def _memory(path, library, providers, threads, feed, shared=()) -> dict:
     return answer
 
 
-def _machine() -> dict:
+def machine() -> dict:
+    """Where a report was measured."""
     return {"platform": platform.platform(), "processor": _processor(), "cpu_count": os.cpu_count()}
 
 
@@ -302,7 +294,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict:
+def versions() -> dict:
+    """The versions of what a report measured."""
     from qexport import __version__
 
     return {"qexport": __version__, "onnxruntime": runtime.onnxruntime().__version__, "python": platform.python_version()}

@@ -12,20 +12,29 @@ from collections.abc import Callable
 BLOCK = 256  # queries whose scores are held at a time
 
 
-def performer(features: int | None, head_size: int, causal: bool) -> Callable:
-    """FAVOR+ of `performer-pytorch` with random orthogonal features, d log d of them when None."""
+@contextlib.contextmanager
+def _seeded(seed: int):
+    """torch's generator begins at `seed` inside, and goes on outside as if nothing had been drawn."""
     import torch
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that its causal form has no CUDA
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def performer(features: int | None, head_size: int, causal: bool, seed: int = 0) -> Callable:
+    """FAVOR+ of `performer-pytorch` with random orthogonal features, d log d of them when None."""
+    with _seeded(seed), contextlib.redirect_stdout(io.StringIO()):  # it prints that its causal form has no CUDA
         from performer_pytorch import FastAttention
 
-        torch.manual_seed(0)
         module = FastAttention(head_size, nb_features=features, causal=causal)
     return module.eval()
 
 
-def linformer(length: int, n: int, heads: int, head_size: int) -> Callable:
-    """Self-attention of `linformer` over `length` mixtures of the n keys and values, without its linear layers; not causal.
+def linformer(length: int, n: int, heads: int, head_size: int, seed: int = 0) -> Callable:
+    """Self-attention of `linformer` over `length` mixtures of the keys and values, without its linear layers; not causal.
+
+    n, the most keys, is fixed with the module. Of fewer keys it mixes those that are there, as if zeros filled the rest.
 
     The mixtures (n -> length) are meant to be learned together with the model. Trained heads come without them, so they
     are what the package starts from, uniform random: what Linformer is worth on a model that was not trained with it.
@@ -41,8 +50,8 @@ def linformer(length: int, n: int, heads: int, head_size: int) -> Callable:
         def forward(self, context):
             return context.chunk(2, -1)[self.place]
 
-    torch.manual_seed(0)
-    module = LinformerSelfAttention(heads * head_size, n, k=length, heads=heads).eval()
+    with _seeded(seed):
+        module = LinformerSelfAttention(heads * head_size, n, k=length, heads=heads).eval()
     module.to_q = module.to_out = torch.nn.Identity()
     module.to_k, module.to_v = Part(0), Part(1)
 
@@ -76,13 +85,13 @@ def top_k(count: int, tail: bool, causal: bool = False) -> Callable:
     return attend
 
 
-def uniform(count: int) -> Callable:
-    """Softmax over `count` keys drawn without replacement, the same ones for all queries; not causal."""
+def uniform(count: int, seed: int = 0) -> Callable:
+    """Softmax over `count` keys, or all there are, drawn without replacement, the same for all queries; not causal."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     def attend(q, k, v):
-        drawn = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(0))[:count].sort().values
+        drawn = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(seed))[:count].sort().values
         return scaled_dot_product_attention(q, k[:, :, drawn], v[:, :, drawn])
 
     return attend

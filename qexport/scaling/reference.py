@@ -1,4 +1,6 @@
-"""Softmax attention in float64, on all queries or on some, and errors against it."""
+"""Softmax attention in float64, on all queries or on some, errors against it, and the error that nobody can beat."""
+
+from statistics import NormalDist
 
 import numpy as np
 
@@ -24,5 +26,13 @@ def attention(q, k, v, rows, causal: bool) -> np.ndarray:
 
 
 def head_errors(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Relative Frobenius error of each head, (..., heads), from two (..., heads, rows, d)."""
-    return np.linalg.norm(found - expected, axis=(-2, -1)) / np.linalg.norm(expected, axis=(-2, -1))
+    """Relative Frobenius error of each head, (..., heads), from two (..., heads, rows, d); no number where a head is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.linalg.norm(found - expected, axis=(-2, -1)) / np.linalg.norm(expected, axis=(-2, -1))
+
+
+def gaussian_bound(samples: int, n: int) -> float:
+    """Least relative error for scores ~ N(0, 1) and independent values when S of n value rows are read and nothing is known
+    of the others, n large: error^2 >= Phi(t - 2) with 1 - Phi(t) = S / n (docs/math.md)."""
+    normal = NormalDist()
+    return 0.0 if samples >= n else normal.cdf(normal.inv_cdf(1 - samples / n) - 2) ** 0.5

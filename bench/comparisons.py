@@ -1,0 +1,76 @@
+"""The README's figures on other approximations of attention: in a real model, and against the length."""
+
+from bench.markdown import load, paragraph, source, table, times
+from qexport.cli.text import percent
+
+
+def baselines() -> str:
+    results = load("baselines")
+    found = {
+        name: {(row["attention"], row["runtime"]): row for row in results[name]} for name in ("sts_b", "reviews", "heads")
+    }
+    longest = max(row["n"] for row in results["runs"])
+    rows = []
+    for run in (row for row in results["runs"] if row["n"] == longest):
+        key = run["attention"], run["runtime"]
+        task, text, head = (found[name].get(key) for name in ("sts_b", "reviews", "heads"))
+        rows.append(
+            (
+                f"{key[0]}, {key[1]}" if key[0] == "classical" else key[0],
+                percent(head["mean"]) if head else "",
+                f"{task['spearman_x100']:.2f}" + (f" ± {task['ci95']:.2f}" if task["ci95"] else ""),
+                f"{text['cosine']:.4f}",
+                f"{text['accuracy_percent']:.1f} %",
+                f"{run['ms']:.0f} ms",
+                times(run["x_classical"]),
+                f"{run['memory_mb']:.0f} MB" if run["memory_mb"] is not None else "",
+            )
+        )
+    header = ("attention", "head", "STS-B", "cosine", "accuracy", "time", "classical takes", "memory")
+    parameters = results["parameters"]
+    return paragraph(f"""
+    **Other approximations in the same model.** all-MiniLM-L6-v2 with one attention in the place of all six, nothing
+    retrained: mean error of a head on reviews of {parameters["tokens"]} tokens; Spearman × 100 on STS-B (14 tokens: with 32
+    keys and more all is exact; {parameters["seeds"]} seeds with the 95 % interval); on {parameters["reviews"]} reviews of
+    {parameters["tokens"]} tokens the cosine with the classical embedding and the accuracy of a probe (a few points are
+    noise); time of a run at batch
+    1, {longest} tokens, how many times as long the classical model of the same runtime takes, and the memory that a run
+    needs beside the model {source("baselines", results)}. Ours and the first row are bundles in onnxruntime, the others
+    torch functions in the torch model. Performer and Linformer are meant for training with them; here their features and
+    projections are random, and Linformer's shorter texts are filled with zeros.
+    """) + table(header, rows)
+
+
+def scaling() -> str:
+    results = load("scaling")
+    settings = results["settings"]
+    rows = []
+    for contender in results["contenders"]:
+        if not contender["lengths"]:
+            continue
+        fit, last = contender["fit"], contender["lengths"][-1]
+        half = f" ± {(fit['ci95'][1] - fit['ci95'][0]) / 2:.2f}" if fit and fit["ci95"] else ""
+        rows.append(
+            (
+                contender["name"],
+                f"{fit['exponent']:.2f}{half}" if fit else "",
+                f"{fit['last_exponent']:.2f}" if fit else "",
+                last["n"],
+                f"{last['ms']:.3g} ms",
+                f"{last['memory_bytes'] / 1e6:.3g} MB" if last["memory_bytes"] is not None else "",
+                percent(last["error_mean"]),
+                percent(last["bound"]) if last["bound"] else "",
+            )
+        )
+    threads = f"{settings['threads']} thread" + "s" * (settings["threads"] > 1)
+    where = f"{results['machine']['processor']}, {threads}, onnxruntime {results['versions']['onnxruntime']}"
+    header = ("attention", "exponent", "last two", "longest", "time", "memory", "error", "bound")
+    return paragraph(f"""
+    **Against the length.** The exponent a of time ~ n^a with its 95 % interval, and between the last two lengths alone:
+    {settings["heads"]} heads of {settings["head_size"]}, {settings["lengths"][0]} to {settings["lengths"][-1]} tokens,
+    Gaussian inputs; and at the longest length that was run the time, the memory beside inputs and output, and the error
+    beside the least one of whoever reads as many values and nothing else ({where}, `qexport scaling`). What changes its way
+    with the length has a wide interval: exact attention is linear work in good part on short inputs. Gaussian inputs are
+    the hardest case for whoever leaves keys out; `--activations` takes others. The picture:
+    [bench/results/scaling.png](bench/results/scaling.png).
+    """) + table(header, rows)

@@ -1,0 +1,49 @@
+"""Queries, keys and values of any length up to some: random, or the heads of a file."""
+
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from qexport.errors import UsageError
+
+
+class Gaussian:
+    """`self(n)`: q, k, v ~ N(0, 1), (1, heads, n, head_size) float32; the same for the same n."""
+
+    def __init__(self, heads: int, head_size: int):
+        self.heads, self.head_size = heads, head_size
+
+    def __call__(self, n: int) -> tuple[np.ndarray, ...]:
+        return tuple(np.random.default_rng(n).standard_normal((3, 1, self.heads, n, self.head_size), dtype=np.float32))
+
+
+class Activations:
+    """`self(n)`: the first n positions of `heads` heads of an .npz file, evenly spaced among all it holds.
+
+    Raises:
+        UsageError: the file does not hold float arrays q, k, v of one shape (..., n, head_size) with that many heads and
+            positions.
+    """
+
+    def __init__(self, file, heads: int, longest: int):
+        try:
+            with np.load(Path(file), allow_pickle=False) as data:
+                arrays = [data[name] for name in ("q", "k", "v")]
+        except KeyError as error:
+            raise UsageError(f"{file}: no array {error.args[0].split()[0]}; needs q, k and v") from None
+        except (OSError, ValueError, BadZipFile, TypeError, AttributeError) as error:
+            reason = getattr(error, "strerror", None) or "not an .npz file with arrays q, k and v"
+            raise UsageError(f"{file}: {reason}") from None
+        shapes = [x.shape for x in arrays]
+        if len(set(shapes)) > 1 or len(shapes[0]) < 2 or any(x.dtype.kind != "f" for x in arrays):
+            raise UsageError(f"{file}: q, k and v must be floats of one shape (..., n, head_size), got {shapes}")
+        merged = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
+        count, n, self.head_size = merged[0].shape
+        if count < heads or n < longest:
+            raise UsageError(f"{file} holds {count} heads of {n} positions; {heads} heads of {longest} were asked for")
+        places = np.linspace(0, count - 1, heads).round().astype(int)
+        self._arrays = [x[None, places].astype(np.float32) for x in merged]
+
+    def __call__(self, n: int) -> tuple[np.ndarray, ...]:
+        return tuple(np.ascontiguousarray(x[:, :, :n]) for x in self._arrays)
