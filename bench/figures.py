@@ -71,6 +71,20 @@ def seed_table() -> str:
     median latency of the op in a session, beside the original claims {source("seed_table", results)}. With a sample per key
     nothing is left to estimate; sampling starts below.
     """)
+    modules = {(row["module"], row["n"], row["weights"]): row for row in results["module"]}
+    times = "; ".join(
+        f"n = {n}: {ours['x_torch']:.2f} and {modules[name, n, False]['x_torch']:.2f} ×"
+        for (name, n, weights), ours in modules.items()
+        if weights and name == "QuantumMultiheadAttention"
+    )
+    called = {name: modules[f"{name}MultiheadAttention", 32, True] for name in ("nn.", "Quantum")}
+    torch_module = paragraph(f"""
+    The same layer as a torch module: {called["nn."]["p50_ms"]:.2f} ms with nn.MultiheadAttention,
+    {called["Quantum"]["p50_ms"]:.2f} ms with QuantumMultiheadAttention and its defaults (claimed
+    {called["nn."]["claimed_ms"]} and {called["Quantum"]["claimed_ms"]}), error {percent(called["Quantum"]["error"])} (claimed
+    {percent(called["Quantum"]["claimed_error"])}). How many times as long torch's module takes, with and without the
+    attention weights as a second output: {times}.
+    """)
     last = paragraph(f"""
     A 512-D layer of 8 heads at length 32: {standard["p50_ms"]:.2f} ms with standard attention (claimed
     {standard["claimed_ms"]}), {sampled["p50_ms"]:.2f} ms with 32 samples (claimed {sampled["claimed_ms"]}), error
@@ -78,7 +92,14 @@ def seed_table() -> str:
     of `stratified` with 32 samples, against the least that any estimator could reach by reading 32 values and nothing else
     (in brackets `hybrid`, whose means of clusters hold all of them), is {bounds}.
     """)
-    return first + table(("strategy", "samples", "error", "claimed", "p50", "claimed"), op) + "\n" + last.rstrip("\n") + "\n"
+    return (
+        first
+        + table(("strategy", "samples", "error", "claimed", "p50", "claimed"), op)
+        + "\n"
+        + last
+        + torch_module.rstrip("\n")
+        + "\n"
+    )
 
 
 def minilm_error() -> str:

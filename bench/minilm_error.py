@@ -22,7 +22,7 @@ import qexport
 from bench import common
 from bench.data import reviews
 from bench.models import minilm, minilm_dir
-from bench.seed_table import softmax_attention
+from bench.seed_models import softmax_attention
 from qexport.ops import DOMAIN
 from qexport.ops.proto import function_proto, make_node
 from qexport.scaling.baselines import top_k

@@ -5,7 +5,8 @@
 Op: Q, K, V ~ N(0, 1), one head; error = relative Frobenius error against softmax attention in float64, mean over random
 inputs and draws; latency = median of session.run of a one-node model, and of the Python binding. Layer: 512-D, 8 heads,
 sequence 32, batch 1 (four projections with their biases around the attention), standard = ai.onnx Attention in the place of
-QuantumAttention, torch = nn.MultiheadAttention with the same weights.
+QuantumAttention, torch = nn.MultiheadAttention with the same weights. Module: that layer in torch, nn.MultiheadAttention and
+QuantumMultiheadAttention as it is by default (adaptive, 32 samples), also at greater lengths, which sample.
 
 `bound` is what no estimator that reads S of n value rows can beat as n grows, for such inputs, unless it knows more of the
 others (`hybrid`: the means of their clusters):
@@ -20,82 +21,30 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
 import qexport
 from bench import common
-from qexport.ops import DOMAIN
-from qexport.ops.proto import function_proto, make_node
+from bench.seed_models import (
+    EMBED,
+    HEADS,
+    D,
+    N,
+    layer_model,
+    layer_reference,
+    layer_weights,
+    op_model,
+    softmax_attention,
+    torch_layers,
+)
 from qexport.ops.quantum_attention import SPEC
 from qexport.profiling.timing import interleaved
 from qexport.scaling.reference import gaussian_bound
 
-N, D, HEADS, EMBED = 32, 64, 8, 512
 STRATEGIES = ("stratified", "adaptive", "hybrid", "naive")
 # What the seed document claims at 32 samples: error and milliseconds.
 CLAIMED_OP = {"stratified": (0.692, 28.4), "adaptive": (0.759, 33.8), "hybrid": (0.986, 20.7), "naive": (0.877, 1.2)}
 CLAIMED_LAYER = {"standard": (None, 14.3), "stratified": (1.775, 143.7)}
-
-
-def softmax_attention(Q, K, V):
-    """Classical attention in float64, (..., n, d)."""
-    Q, K, V = (np.asarray(x, dtype=np.float64) for x in (Q, K, V))
-    scores = Q @ np.swapaxes(K, -1, -2) / Q.shape[-1] ** 0.5
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ V
-
-
-def op_model(heads: int = 1, n: int = N, d: int = D, **attributes) -> onnx.ModelProto:
-    """One QuantumAttention node (or, with no attributes, one ai.onnx Attention) with inputs Q, K, V and, sampled, seed."""
-    inputs = [helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, heads, n, d]) for x in "QKV"]
-    return _model([_attention(["Q", "K", "V"], "Y", attributes)], inputs, [1, heads, n, d], [], bool(attributes))
-
-
-def layer_model(weights: dict[str, np.ndarray], **attributes) -> onnx.ModelProto:
-    """The multi-head layer: x (1, N, EMBED) -> Y, sampled or, with no attributes, standard."""
-    nodes = []
-    for name in "qkv":
-        nodes += [helper.make_node("MatMul", ["x", f"W{name}"], [f"x{name}"])]
-        nodes += [helper.make_node("Add", [f"x{name}", f"b{name}"], [name])]
-    heads = {"q_num_heads": HEADS, "kv_num_heads": HEADS}
-    nodes += [_attention(["q", "k", "v"], "attended", attributes, **heads)]
-    nodes += [
-        helper.make_node("MatMul", ["attended", "Wo"], ["projected"]),
-        helper.make_node("Add", ["projected", "bo"], ["Y"]),
-    ]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, N, EMBED])]
-    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    return _model(nodes, inputs, [1, N, EMBED], initializers, bool(attributes))
-
-
-def _attention(inputs, output, attributes, **heads):
-    if not attributes:
-        return helper.make_node("Attention", inputs, [output], **heads)
-    return make_node("QuantumAttention", [*inputs, "", "", "", "", "seed"], [output], **heads, **attributes)
-
-
-def _model(nodes, inputs, shape, initializers, sampled):
-    functions = []
-    if sampled:
-        inputs = [*inputs, helper.make_tensor_value_info("seed", TensorProto.INT64, [])]
-        functions = [function_proto("QuantumAttention")]
-    output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph(nodes, "bench", inputs, [output], initializers)
-    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
-
-
-def layer_weights(rng) -> dict[str, np.ndarray]:
-    """Weights ~ N(0, 1/EMBED), so that queries, keys and values are N(0, 1) like the op's inputs; biases 0.1 N(0, 1)."""
-    weights = {f"W{name}": rng.standard_normal((EMBED, EMBED), dtype=np.float32) / EMBED**0.5 for name in "qkvo"}
-    return weights | {f"b{name}": rng.standard_normal(EMBED, dtype=np.float32) / 10 for name in "qkvo"}
-
-
-def layer_reference(x, weights):
-    """The layer in float64."""
-    x, w = np.asarray(x, dtype=np.float64), {name: value.astype(np.float64) for name, value in weights.items()}
-    q, k, v = ((x @ w[f"W{n}"] + w[f"b{n}"]).reshape(1, N, HEADS, -1).swapaxes(1, 2) for n in "qkv")
-    return softmax_attention(q, k, v).swapaxes(1, 2).reshape(1, N, EMBED) @ w["Wo"] + w["bo"]
+MODULE_LENGTHS = (N, 128, 512, 2048)
 
 
 class Opened:
@@ -227,15 +176,15 @@ def layer_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
         key: lambda s=session, seed=None if key[0] == "standard" else 0: run(s, data[0], seed)
         for key, session in sessions.items()
     }
-    torch_layer = _torch_layer(weights, opened.threads)
-    calls["torch", None] = lambda: torch_layer(data[0]["x"])
+    torch_layer = _torch_call(torch_layers(weights)["nn.MultiheadAttention"], opened.threads, need_weights=False)
+    calls["torch", None] = lambda: torch_layer(**data[0])
     times = {name: float(np.median(ms)) for name, ms in interleaved(calls, runs, warmup=20).items()}
 
     rows = []
     for key in (("torch", None), *sessions):
         strategy, samples = key
         if strategy == "torch":
-            errors = [common.relative_error(torch_layer(f["x"]), ref) for f, ref in zip(data, references, strict=True)]
+            errors = [common.relative_error(torch_layer(**f), ref) for f, ref in zip(data, references, strict=True)]
         else:
             seeds = [None] if strategy == "standard" else range(draws)
             errors = [
@@ -257,23 +206,42 @@ def layer_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
     return rows
 
 
-def _torch_layer(weights, threads):
+def module_table(opened, inputs: int, draws: int, runs: int) -> list[dict]:
+    """torch's module and ours with its defaults in its place, as the seed document calls them and without weights."""
+    rng = np.random.default_rng(3)
+    weights = layer_weights(rng)
+    modules = torch_layers(weights)
+    rows = []
+    for n in MODULE_LENGTHS:
+        data = _gaussian(rng, max(1, inputs * N // n), (1, n, EMBED))
+        references = [layer_reference(x, weights) for x in data]
+        for need_weights in (True, False):
+            called = {name: _torch_call(module, opened.threads, need_weights) for name, module in modules.items()}
+            calls = {name: lambda call=call, x=data[0]: call(x) for name, call in called.items()}
+            times = interleaved(calls, max(10, runs * N // n), warmup=3)
+            for name, call in called.items():
+                quantum = name == "QuantumMultiheadAttention"
+                errors = []
+                for seed in range(draws if quantum and n > N else 1):
+                    if quantum:
+                        modules[name].seed.fill_(seed)
+                    errors += [common.relative_error(call(x), ref) for x, ref in zip(data, references, strict=True)]
+                claimed = CLAIMED_LAYER["stratified" if quantum else "standard"] if n == N and need_weights else (None, None)
+                row = {"module": name, "n": n, "weights": need_weights, "error": float(np.mean(errors))}
+                row |= {"claimed_error": claimed[0], "p50_ms": float(np.median(times[name])), "claimed_ms": claimed[1]}
+                rows.append(row | common.ratio("x_torch", times["nn.MultiheadAttention"], times[name]))
+    return rows
+
+
+def _torch_call(module, threads: int, need_weights: bool):
     import torch
 
     torch.set_num_threads(threads)
-    layer = torch.nn.MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
-    state = {
-        "in_proj_weight": np.concatenate([weights[f"W{n}"].T for n in "qkv"]),
-        "in_proj_bias": np.concatenate([weights[f"b{n}"] for n in "qkv"]),
-        "out_proj.weight": weights["Wo"].T.copy(),
-        "out_proj.bias": weights["bo"],
-    }
-    layer.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
 
     def call(x):
         with torch.inference_mode():
             x = torch.from_numpy(x)
-            return layer(x, x, x, need_weights=False)[0].numpy()
+            return module(x, x, x, need_weights=need_weights)[0].numpy()
 
     return call
 
@@ -285,6 +253,7 @@ def main():
         sizes = arguments.inputs, arguments.draws, arguments.runs
         tables = {"op": op_table(opened, *sizes), "layer": layer_table(opened, *sizes)}
         tables["gaussian"] = gaussian_table(opened, *sizes[:2])
+        tables["module"] = module_table(opened, *sizes)
     parameters = {"n": N, "head_size": D, "layer": f"{EMBED}-D, {HEADS} heads, batch 1", "random_inputs": arguments.inputs}
     common.report("seed_table", arguments.threads, parameters | {"draws": arguments.draws}, tables, arguments.json)
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench import common, packages
 from bench.data import read_png
-from bench.seed_table import softmax_attention
+from bench.seed_models import softmax_attention
 from qexport.errors import QexportError
 
 WEIGHTS = b"weights " * 100
