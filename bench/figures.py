@@ -81,9 +81,9 @@ def seed_table() -> str:
     torch_module = paragraph(f"""
     The same layer as a torch module: {called["nn."]["p50_ms"]:.2f} ms with nn.MultiheadAttention,
     {called["Quantum"]["p50_ms"]:.2f} ms with QuantumMultiheadAttention and its defaults (claimed
-    {called["nn."]["claimed_ms"]} and {called["Quantum"]["claimed_ms"]}), error {percent(called["Quantum"]["error"])} (claimed
-    {percent(called["Quantum"]["claimed_error"])}). How many times as long torch's module takes, with and without the
-    attention weights as a second output: {times}.
+    {called["nn."]["claimed_ms"]} and {called["Quantum"]["claimed_ms"]}), error {percent(called["Quantum"]["error"])}
+    (claimed {percent(called["Quantum"]["claimed_error"])}). How many times as long torch's module takes,
+    with and without the attention weights as a second output: {times}.
     """)
     last = paragraph(f"""
     A 512-D layer of 8 heads at length 32: {standard["p50_ms"]:.2f} ms with standard attention (claimed

@@ -119,8 +119,8 @@ def tokenize(bundle: Bundle, numbered, source: str, *, batch: int = DEFAULT_BATC
         feed, more = check_feed(bundle, _text_arrays(bundle, encodings[start : start + batch], pad_id), source)
         feeds.append(feed)
         notes += [note for note in more if note not in notes]
-    count = len(numbered)
-    return Inputs(feeds, f"{count} {source}" if source == GIVEN else f"{count} texts of {source}", notes)
+    texts = "1 text" if len(numbered) == 1 else f"{len(numbered)} texts"
+    return Inputs(feeds, texts if source == GIVEN else f"{texts} of {source}", notes)
 
 
 def open_tokenizer(bundle: Bundle):

@@ -171,7 +171,7 @@ def test_text_is_cut_when_asked_and_said_so(text_bundle, tmp_path):
 
 def test_a_list_of_texts(text_bundle):
     inputs = load_inputs(text_bundle, ["the cat", "the cat sat"])
-    assert inputs.source == "2 given texts"
+    assert inputs.source == "2 texts"
     np.testing.assert_array_equal(inputs.feeds[0]["input_ids"], [[2, 4, 5, 3, 0], [2, 4, 5, 6, 3]])
     for data in ([], [1, 2]):
         assert "a list of texts" in error_of(text_bundle, data)
