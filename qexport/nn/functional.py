@@ -106,9 +106,40 @@ def _exactly(attributes: dict) -> dict:
 
 
 def _compute(call: AttentionCall, backend: str):
+    _check(call)
     if _EXACT.get():
         call = replace(call, attributes=_exactly(call.attributes))
     return get_backend(chosen_backend(backend, call.Q, call.dropout_p))(call)
+
+
+def _check(call: AttentionCall) -> None:
+    """Raise ValueError for tensors that do not fit each other, before any backend sees them."""
+    Q, K, V, mask, a = call.Q, call.K, call.V, call.attn_mask, call.attributes
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("Q", Q), ("K", K), ("V", V)))
+    if not Q.is_floating_point() or not Q.dtype == K.dtype == V.dtype:
+        raise ValueError(f"Q, K and V must share one float type, got {Q.dtype}, {K.dtype} and {V.dtype}")
+    if Q.dim() not in (3, 4) or not Q.dim() == K.dim() == V.dim():
+        raise ValueError(f"Q, K and V must all have 4 dimensions, or all 3, got {shapes}")
+    if Q.dim() == 4:
+        q_heads, kv_heads, size, k_size = Q.shape[1], K.shape[1], Q.shape[3], K.shape[3]
+        fits = V.shape[1] == kv_heads
+    else:
+        q_heads, kv_heads = a["q_num_heads"], a["kv_num_heads"]
+        if q_heads is None or kv_heads is None:
+            raise ValueError(f"3-D inputs need q_num_heads and kv_num_heads, got {shapes}")
+        fits = Q.shape[2] % q_heads == 0 and K.shape[2] % kv_heads == 0 and V.shape[2] % kv_heads == 0
+        size, k_size = Q.shape[2] // q_heads, K.shape[2] // kv_heads
+    fits = fits and q_heads % kv_heads == 0 and size == k_size
+    if not fits or K.shape[-2] != V.shape[-2] or not Q.shape[0] == K.shape[0] == V.shape[0]:
+        heads = f" with {q_heads} and {kv_heads} heads" if Q.dim() == 3 else ""
+        raise ValueError(f"Q, K and V do not fit each other, got {shapes}{heads}")
+    if len(a["num_samples"]) not in (1, q_heads):
+        raise ValueError(f"num_samples must hold 1 number or {q_heads}, one per query head, got {len(a['num_samples'])}")
+    scores = Q.shape[0], q_heads, Q.shape[-2], K.shape[-2]
+    if mask is not None and (
+        mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False))
+    ):
+        raise ValueError(f"attn_mask must broadcast to {scores}, got {tuple(mask.shape)}")
 
 
 def _operator(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values):
@@ -177,14 +208,17 @@ def _backward(grad_Y, grad_weights, Q, K, V, attn_mask, seed, dropout_p, *values
 
 @_backward.register_fake
 def _(grad_Y, grad_weights, Q, K, V, attn_mask, seed, *more):
-    mask = torch.empty_like(attn_mask) if attn_mask is not None and attn_mask.dtype != torch.bool else Q.new_empty(0)
+    float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
+    mask = attn_mask.new_empty(attn_mask.shape) if float_mask else Q.new_empty(0)
     return *(x.new_empty(x.shape) for x in (Q, K, V)), mask
 
 
 def _setup_context(ctx, inputs, output):
-    Q, K, V, attn_mask, seed, _, dropout_p, need_weights, *attributes = inputs
+    Q, K, V, attn_mask, seed, _, dropout_p, need_weights, *values = inputs
+    if _EXACT.get():  # the backward may come after the context has ended
+        values = [_exactly(_attributes(values))[name] for name in ATTRIBUTES]
     ctx.save_for_backward(Q, K, V, attn_mask, seed)
-    ctx.more = dropout_p, *attributes
+    ctx.more = dropout_p, *values
     ctx.need_weights = need_weights
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from qexport.errors import UsageError
+from qexport.nn.backends import get_backend
 from qexport.nn.functional import quantum_attention
 from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.quantum_attention import STRATEGIES
@@ -81,8 +82,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         shared = locals()
         shared = {name: shared[name] for name in _PER_HEAD}
         self.head_groups = _head_groups(shared, heads, num_heads)
-        if heads is not None and quantum_backend == "classical":
-            raise UsageError("heads needs a quantum_backend that samples, got classical; name one, or leave heads out")
+        if backend != "auto":
+            get_backend(backend)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise UsageError(f"seed must be a whole number of 64 bits, got {seed!r}")
         self.quantum_backend = quantum_backend
         self.backend = backend
         self.layer = QUANTUM_ATTENTION.attribute("layer").check(layer, "QuantumMultiheadAttention")
@@ -197,16 +200,20 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         return torch._nested_tensor_from_mask(output, ~padding), None
 
     def _check_sizes(self, query, key, value):
-        for name, tensor, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if tensor.shape[-1] != size:
-                got = tensor.shape[-1]
-                raise AssertionError(f"{name}: was expecting embedding dimension of {size}, but got {got}")
-        if key.shape[:-1] != value.shape[:-1]:
+        """Raise what nn.MultiheadAttention raises for sizes that do not fit, naming the argument."""
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"query: was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        compared = slice(None) if self._packed else slice(-1)
+        if key.shape[compared] != value.shape[compared]:
             raise AssertionError(f"key shape {tuple(key.shape)} does not match value shape {tuple(value.shape)}")
+        for name, tensor, size in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if tensor.shape[-1] != size:
+                kind = RuntimeError if self._packed else AssertionError
+                raise kind(f"{name}: was expecting embedding dimension of {size}, but got {tensor.shape[-1]}")
         batch = 0 if self.batch_first else 1
         if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
             got = query.shape[batch], key.shape[batch]
-            raise AssertionError(f"query and key must have the same batch size, got {got[0]} and {got[1]}")
+            raise RuntimeError(f"query and key must have the same batch size, got {got[0]} and {got[1]}")
 
     def _project(self, query, key, value):
         """q, k, v of (batch, length, embed_dim)."""
@@ -273,15 +280,22 @@ def number_layers(model: nn.Module) -> None:
 
 def _head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[tuple[dict, list[int]]]:
     """(attributes of the op, heads that have them): heads that differ in num_samples alone are one call."""
+    name = shared["quantum_backend"]
+    if name not in ("classical", *STRATEGIES):
+        raise UsageError(f"quantum_backend must be one of classical, {', '.join(STRATEGIES)}, got {name!r}")
     if heads is None:
-        return [(_attributes(shared), list(range(num_heads)))] if shared["quantum_backend"] != "classical" else []
+        return [(_attributes(shared), list(range(num_heads)))] if name != "classical" else []
+    if name == "classical":
+        raise UsageError("heads needs a quantum_backend that samples, got classical; name one, or leave heads out")
+    if not isinstance(heads, (list, tuple)) or not all(isinstance(own, dict) for own in heads):
+        raise UsageError(f"heads must be a list with one dict per head, got {heads!r}")
     if len(heads) != num_heads:
         raise UsageError(f"heads must have one entry for each of the {num_heads} heads, got {len(heads)}")
     groups = {}
     for head, own in enumerate(heads):
         if unknown := set(own) - set(_PER_HEAD):
             raise UsageError(f"heads[{head}] has no key {min(unknown)!r}; known: {', '.join(_PER_HEAD)}")
-        attributes = _attributes(shared | own)
+        attributes = _attributes(shared | own, f"heads[{head}]: ")
         samples = attributes.pop("num_samples")
         _, members, counts = groups.setdefault(tuple(attributes.items()), (attributes, [], []))
         members.append(head)
@@ -289,25 +303,25 @@ def _head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list
     return [(attributes | {"num_samples": counts}, members) for attributes, members, counts in groups.values()]
 
 
-def _attributes(settings: dict) -> dict:
+def _attributes(settings: dict, where: str = "") -> dict:
     """The attributes of the op that the settings of a module, or of one head, mean.
 
     Raises:
         UsageError: a value outside its limits, or settings that do not fit each other.
     """
-    name = settings["quantum_backend"]
+    name, samples = settings["quantum_backend"], settings["num_samples"]
     if name not in STRATEGIES:
-        raise UsageError(f"quantum_backend must be one of classical, {', '.join(STRATEGIES)}, got {name!r}")
-    if isinstance(settings["num_samples"], bool) or not isinstance(settings["num_samples"], int):
-        raise UsageError(f"num_samples must be a whole number, got {settings['num_samples']!r}; heads takes one per head")
+        raise UsageError(f"{where}quantum_backend must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise UsageError(f"{where}num_samples must be a whole number, got {samples!r}; heads takes one per head")
     attributes = {key: settings[key] for key in ("precision", "error_tolerance", "residual")}
     attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
-    attributes |= {"num_samples": [settings["num_samples"]], "control_variate": int(settings["control_variate"])}
+    attributes |= {"num_samples": [samples], "control_variate": settings["control_variate"]}
     try:
-        QUANTUM_ATTENTION.resolve(attributes)
+        resolved = QUANTUM_ATTENTION.resolve(attributes)
     except UsageError as error:
-        raise UsageError(str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
-    return attributes
+        raise UsageError(where + str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
+    return {key: resolved[key] for key in attributes}
 
 
 def _heads(x, members, num_heads):

@@ -9,7 +9,6 @@ from qexport.errors import QexportError, UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import quantum_attention
 from qexport.nn.multihead import QuantumMultiheadAttention
-from qexport.recipe import SAMPLING, Recipe, make_recipe
 
 # The name under which the attention function stands in transformers' registry.
 INTERFACE = "qexport"
@@ -44,6 +43,8 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
     Raises:
         UsageError: a wrong recipe or backend, or a model that has neither kind of attention.
     """
+    from qexport.recipe import make_recipe
+
     recipe = make_recipe(recipe)
     if backend != "auto":
         get_backend(backend)
@@ -69,12 +70,14 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
     return names
 
 
-def _site(name: str, layer: int, recipe: Recipe, backend: str) -> Site:
+def _site(name: str, layer: int, recipe, backend: str) -> Site:
     attributes = recipe.resolve(name, "")
     return Site(name, attributes | {"num_samples": list(attributes["num_samples"]), "layer": layer}, backend, recipe.seed)
 
 
 def _exchange(model: nn.Module, module: nn.MultiheadAttention, site: Site) -> None:
+    from qexport.recipe import SAMPLING
+
     settings = {key: site.attributes[key] for key in SAMPLING}
     samples = settings.pop("num_samples")
     settings["quantum_backend"] = settings.pop("strategy")
