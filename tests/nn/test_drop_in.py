@@ -202,13 +202,11 @@ def test_copies(setting, tmp_path):
     """deepcopy, pickle and torch.save keep parameters, settings and draws."""
     _, module = modules(setting)
     sampled = QuantumMultiheadAttention(WIDTH, HEADS, num_samples=2, seed=9, layer=4, heads=[{"num_samples": 1}] * HEADS)
-    torch.save(sampled, tmp_path / "module.pt")
     x = torch.randn(BATCH, 4, WIDTH)
     for original in (module, sampled.eval()):
-        copies = copy.deepcopy(original), pickle.loads(pickle.dumps(original))
-        for other in (
-            copies if original is module else (*copies, torch.load(tmp_path / "module.pt", weights_only=False).eval())
-        ):
+        torch.save(original, tmp_path / "module.pt")
+        loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+        for other in (copy.deepcopy(original), pickle.loads(pickle.dumps(original)), loaded):
             assert torch.equal(other(x, x, x)[0], original(x, x, x)[0])
             assert (other.seed, other.layer, repr(other)) == (original.seed, original.layer, repr(original))
 
@@ -236,7 +234,7 @@ def test_queries_without_a_key_get_zero_where_torch_gives_nan(setting, kind):
 
 
 def test_dropout_in_training():
-    """`classical` drops as torch does; the others drop weights by the draw's seed, with the same expectation (test_gradients)."""
+    """`classical` drops as torch does; the others by the seed of the draw, with the same mean (test_gradients.py)."""
     theirs, ours = modules("classical", dropout=0.5)
     inputs, _ = call(theirs)
     torch.manual_seed(6)

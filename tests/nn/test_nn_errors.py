@@ -114,7 +114,7 @@ def test_constructor(arguments, words):
 def test_kernel_limits():
     x = rows(2, 5, WIDTH)
     module = QuantumMultiheadAttention(WIDTH, HEADS, dropout=0.1, backend="kernel", batch_first=True)
-    with pytest.raises(UsageError, match="backend kernel has no dropout, got dropout_p 0.1; take backend reference"):
+    with pytest.raises(UsageError, match=r"backend kernel has no dropout, got dropout_p 0\.1; take backend reference"):
         module(x, x, x)
     module.eval()(x, x, x)
     module.to(torch.float64)
@@ -175,11 +175,11 @@ def test_operator_types_and_attributes():
         quantum_attention(q, q.double(), q)
     with pytest.raises(ValueError, match=r"must share one float type, got torch.int64"):
         quantum_attention(*[q.long()] * 3)
-    with pytest.raises(UsageError, match="backend must be one of auto, .*kernel.*, got 'gpu'"):
+    with pytest.raises(UsageError, match=r"backend must be one of auto, .*kernel.*, got 'gpu'"):
         quantum_attention(q, q, q, backend="gpu")
     with pytest.raises(UsageError, match="has no attribute 'samples'"):
         quantum_attention(q, q, q, samples=3)
-    with pytest.raises(UsageError, match="strategy must be one of exact, .* got 'best'"):
+    with pytest.raises(UsageError, match=r"strategy must be one of exact, .* got 'best'"):
         quantum_attention(q, q, q, strategy="best")
 
 
