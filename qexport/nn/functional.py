@@ -179,6 +179,15 @@ def _(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *more):
     return Y, Q.new_empty(rows if need_weights else 0)
 
 
+@contextlib.contextmanager
+def _autograd(device: torch.device):
+    """Autograd inside an operator, which runs below it: its dispatch keys are kept out there, with those of autocast, which
+    stays off. (torch.func.vjp would do, but not in an operator that is called from a dispatch mode.)"""
+    included, nothing = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(included, nothing), torch.autocast(device.type, enabled=False), torch.enable_grad():
+        yield
+
+
 @torch.library.custom_op(
     "qexport::quantum_attention_backward",
     mutates_args=(),
@@ -189,19 +198,14 @@ def _backward(grad_Y, grad_weights, Q, K, V, attn_mask, seed, dropout_p, *values
     attributes = _attributes(values)
     if attributes["strategy"] in BLOCKWISE or _EXACT.get():
         attributes = _exactly(attributes)
-    with_weights = grad_weights is not None
-
-    def forward(Q, K, V, attn_mask):
-        outputs = get_backend("reference")(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), with_weights, dropout_p))
-        return outputs if with_weights else outputs[0]
-
-    grads = (grad_Y, grad_weights) if with_weights else grad_Y
     float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
-    # torch.func: an operator runs below autograd, which enable_grad does not bring back.
-    if float_mask:
-        found = torch.func.vjp(forward, Q, K, V, attn_mask)[1](grads)
-    else:
-        found = torch.func.vjp(lambda *x: forward(*x, attn_mask), Q, K, V)[1](grads)
+    with _autograd(Q.device):
+        leaves = [x.detach().requires_grad_() for x in (Q, K, V, *([attn_mask] if float_mask else []))]
+        mask = leaves[3] if float_mask else attn_mask
+        call = AttentionCall(*leaves[:3], mask, attributes, int(seed), grad_weights is not None, dropout_p)
+        outputs = get_backend("reference")(call)
+        count = 1 if grad_weights is None else 2
+        found = torch.autograd.grad(outputs[:count], leaves, (grad_Y, grad_weights)[:count], materialize_grads=True)
     # An operator returns no alias of an input, and no None.
     return tuple(x.contiguous() for x in found) + (() if float_mask else (Q.new_empty(0),))
 
