@@ -57,8 +57,13 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
             f"{type(model).__name__} has no attention that can be replaced: neither nn.MultiheadAttention "
             "nor a transformers model with a choice of attention functions"
         )
+    if isinstance(model, nn.MultiheadAttention):
+        raise UsageError(
+            "the model itself is an nn.MultiheadAttention: make it with QuantumMultiheadAttention.from_classical"
+        )
     recipe.check_matches([(name, "") for name in names])
-    sites = {name: _site(name, layer, recipe, backend) for layer, name in enumerate(names)}
+    found = enumerate((*modules, *functional))
+    sites = {name: _site(name, layer, recipe, backend, _heads(module)) for layer, (name, module) in found}
     for name, module in modules:
         _exchange(model, module, sites[name])
     for name, module in functional:
@@ -70,8 +75,13 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
     return names
 
 
-def _site(name: str, layer: int, recipe, backend: str) -> Site:
-    attributes = recipe.resolve(name, "")
+def _heads(module: nn.Module) -> int | None:
+    """How many query heads an attention has, where it or its config tells."""
+    return getattr(module, "num_heads", None) or getattr(getattr(module, "config", None), "num_attention_heads", None)
+
+
+def _site(name: str, layer: int, recipe, backend: str, heads: int | None) -> Site:
+    attributes = recipe.resolve(name, "", heads)
     return Site(name, attributes | {"num_samples": list(attributes["num_samples"]), "layer": layer}, backend, recipe.seed)
 
 
@@ -91,12 +101,10 @@ def _exchange(model: nn.Module, module: nn.MultiheadAttention, site: Site) -> No
         seed=site.seed,
         layer=site.attributes["layer"],
     )
-    parent, _, last = site.name.rpartition(".")
-    if not site.name:
-        raise UsageError(
-            "the model itself is an nn.MultiheadAttention: make it with QuantumMultiheadAttention.from_classical"
-        )
-    setattr(model.get_submodule(parent), last, new)
+    # under all its names, where several share it
+    for name in [name for name, found in model.named_modules(remove_duplicate=False) if found is module]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
 
 
 def _transformers_models(model: nn.Module) -> list[nn.Module]:
