@@ -134,6 +134,18 @@ def test_forward(name, setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+def test_added_keys_are_seen_by_causal_queries(setting):
+    """As torch does where it uses the mask; without weights and padding it goes by the flag, which hides added keys."""
+    theirs, ours = modules(setting, add_bias_kv=True, add_zero_attn=True)
+    inputs, masks = call(theirs, self=True, causal=True)
+    with torch.no_grad():
+        want = theirs(*inputs, **masks)
+        assert_same(ours(*inputs, **masks), want)
+        if setting != "classical":
+            assert_same(ours(*inputs, **masks, need_weights=False), (want[0], None))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["self", "kdim_vdim", "both_added", "both_float", "bool_mask_float_padding", "causal"])
 def test_gradients_where_every_key_is_read(name, setting):
     """Of all inputs and parameters, through the output and through the weights."""

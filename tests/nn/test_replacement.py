@@ -96,11 +96,15 @@ def test_decoding_with_a_cache():
 
 
 def test_training_of_transformers():
-    """A new seed in each call from torch's generator, dropout, and gradients everywhere."""
+    """A new seed in each call from torch's generator, and dropout; gradients everywhere."""
     model = hf_zoo.build("bert")
-    replace_attention(model, hf_zoo.RECIPE)
+    names = replace_attention(model, hf_zoo.RECIPE)
     model.train()
     values = hf_zoo.inputs("bert")
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert all(m.p > 0 for m in dropouts)
+    for dropout in dropouts:
+        dropout.p = 0.0
 
     def states():
         return model(**values).last_hidden_state
@@ -110,6 +114,10 @@ def test_training_of_transformers():
     torch.manual_seed(3)
     assert torch.equal(states(), first)
     assert not torch.equal(first, second)
+    for name in names:
+        model.get_submodule(name).dropout.p = 0.5
+    torch.manual_seed(3)
+    assert not torch.equal(states(), first), "attention has dropout"
     states().square().sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "attention" in n)
     model.eval()
