@@ -175,10 +175,12 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         _check_masks(attn_mask, key_padding_mask, query.shape[0], self.num_heads, query.shape[1], key.shape[1])
         q, k, v = self._project(query, key, value)
         k, v, added = self._add_keys(k, v)
-        # Keys that are added come last, where a causal query must see them: then the mask itself is used.
+        # Keys that are added come last, where a causal query must see them: then the mask itself is used, and no means of
+        # values, which hold later ones.
         causal = is_causal and not added
+        order = {"is_causal": 1} if causal else {"control_variate": 0} if is_causal else {}
         mask = _merged_mask(None if causal else attn_mask, key_padding_mask, q, self.num_heads, added)
-        output, weights = self._attend(q, k, v, mask, causal, need_weights)
+        output, weights = self._attend(q, k, v, mask, order, need_weights)
         output = self.out_proj(output)
         if need_weights and average_attn_weights:
             weights = weights.mean(1)
@@ -239,7 +241,7 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             return k, v, 0
         return torch.cat([k, *(a for a, _ in pairs)], 1), torch.cat([v, *(b for _, b in pairs)], 1), len(pairs)
 
-    def _attend(self, q, k, v, mask, causal, need_weights):
+    def _attend(self, q, k, v, mask, order, need_weights):
         seed = torch.randint(2**63 - 1, (), device=self.seed.device) if self.training else self.seed
         dropout_p = self.dropout if self.training else 0.0
         outputs, weights = [None] * self.num_heads, [None] * self.num_heads
@@ -253,11 +255,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
                 backend=self.backend,
                 dropout_p=dropout_p,
                 need_weights=need_weights,
-                is_causal=int(causal),
                 layer=self.layer + GROUP_STRIDE * number,
                 q_num_heads=len(members),
                 kv_num_heads=len(members),
-                **attributes,
+                **attributes | order,
             )
             Y, p = found if need_weights else (found, None)
             if len(members) == self.num_heads:

@@ -144,6 +144,8 @@ def _attention_function(
     if more.get("s_aux") is not None:
         raise QexportError(f"{site.name}: attention with learnt sinks cannot be sampled; keep its own attention function")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # An order that comes as a mask is not known to the op, but means of values hold later ones all the same.
+    attributes = site.attributes | ({"control_variate": 0} if causal else {})
     causal = causal and query.shape[2] > 1 and attention_mask is None
     if position_bias is not None:
         attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query, key), False
@@ -160,7 +162,7 @@ def _attention_function(
         is_causal=int(causal),
         scale=scaling,
         softcap=more.get("softcap") or 0.0,
-        **site.attributes,
+        **attributes,
     )
     output, weights = found if need_weights else (found, None)
     return output.transpose(1, 2).contiguous(), weights

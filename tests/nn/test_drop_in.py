@@ -145,6 +145,22 @@ def test_added_keys_are_seen_by_causal_queries(setting):
             assert_same(ours(*inputs, **masks, need_weights=False), (want[0], None))
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("strategy", ["stratified", "naive", "hybrid"])
+def test_causal_queries_do_not_look_ahead(strategy, added):
+    """Not by what they draw either: at one seed, later keys and values change nothing before them."""
+    torch.manual_seed(0)
+    settings = {"quantum_backend": strategy, "num_samples": 3, "adaptive_samples": False, "batch_first": True}
+    module = QuantumMultiheadAttention(WIDTH, HEADS, add_bias_kv=added, **settings).eval()
+    x = torch.randn(1, 30, WIDTH)
+    later = torch.cat([x[:, :20], torch.randn(1, 10, WIDTH)], 1)
+    mask = torch.ones(30, 30, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        a, b = (module(y, y, y, attn_mask=mask, is_causal=True, need_weights=False)[0] for y in (x, later))
+    torch.testing.assert_close(a[:, :20], b[:, :20], rtol=0, atol=1e-6)
+    assert (a - b)[:, 20:].abs().max() > 0.01
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["self", "kdim_vdim", "both_added", "both_float", "bool_mask_float_padding", "causal"])
 def test_gradients_where_every_key_is_read(name, setting):

@@ -14,6 +14,7 @@ from qexport.errors import QexportError
 from qexport.nn import exact_attention
 from qexport.runtime import session
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 ATOL = 1e-5
 CALLABLES = [
     *("plain", "length_first", "weights", "padded", "cross", "cross_float_mask", "causal", "added_keys"),

@@ -95,6 +95,21 @@ def test_decoding_with_a_cache():
     torch.testing.assert_close(torch.cat(found, 1), want, rtol=0, atol=2e-5 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("strategy", ["stratified", "naive", "hybrid"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_causal_models_do_not_look_ahead(name, strategy):
+    """Not by what they draw either, and although the padding makes their order a mask, of which the op knows nothing."""
+    model = hf_zoo.build(name)
+    replace_attention(model, hf_zoo.RECIPE | {"strategy": strategy})
+    values = hf_zoo.inputs(name)
+    other = values | {"input_ids": values["input_ids"].clone()}
+    other["input_ids"][:, 12:] += 1
+    with torch.no_grad():
+        a, b = (model(**v, use_cache=False).last_hidden_state for v in (values, other))
+    assert torch.equal(a[0, :12], b[0, :12])
+    assert not torch.equal(a[0, 12:], b[0, 12:])
+
+
 def test_training_of_transformers():
     """A new seed in each call from torch's generator, and dropout; gradients everywhere."""
     model = hf_zoo.build("bert")
