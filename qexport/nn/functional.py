@@ -115,31 +115,32 @@ def _compute(call: AttentionCall, backend: str):
 def _check(call: AttentionCall) -> None:
     """Raise ValueError for tensors that do not fit each other, before any backend sees them."""
     Q, K, V, mask, a = call.Q, call.K, call.V, call.attn_mask, call.attributes
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("Q", Q), ("K", K), ("V", V)))
     if not Q.is_floating_point() or not Q.dtype == K.dtype == V.dtype:
         raise ValueError(f"Q, K and V must share one float type, got {Q.dtype}, {K.dtype} and {V.dtype}")
     if Q.dim() not in (3, 4) or not Q.dim() == K.dim() == V.dim():
-        raise ValueError(f"Q, K and V must all have 4 dimensions, or all 3, got {shapes}")
+        raise ValueError(f"Q, K and V must all have 4 dimensions, or all 3, got {_shapes(call)}")
     if Q.dim() == 4:
-        q_heads, kv_heads, size, k_size = Q.shape[1], K.shape[1], Q.shape[3], K.shape[3]
-        fits = V.shape[1] == kv_heads
+        q_heads, kv_heads, v_heads = Q.shape[1], K.shape[1], V.shape[1]
+        fits = kv_heads == v_heads > 0 and q_heads % kv_heads == 0 and Q.shape[3] == K.shape[3]
     else:
         q_heads, kv_heads = a["q_num_heads"], a["kv_num_heads"]
         if q_heads is None or kv_heads is None:
-            raise ValueError(f"3-D inputs need q_num_heads and kv_num_heads, got {shapes}")
-        fits = Q.shape[2] % q_heads == 0 and K.shape[2] % kv_heads == 0 and V.shape[2] % kv_heads == 0
-        size, k_size = Q.shape[2] // q_heads, K.shape[2] // kv_heads
-    fits = fits and q_heads % kv_heads == 0 and size == k_size
+            raise ValueError(f"3-D inputs need q_num_heads and kv_num_heads, got {_shapes(call)}")
+        fits = q_heads % kv_heads == 0 and Q.shape[2] * kv_heads == K.shape[2] * q_heads
+        fits = fits and Q.shape[2] % q_heads == 0 and V.shape[2] % kv_heads == 0
     if not fits or K.shape[-2] != V.shape[-2] or not Q.shape[0] == K.shape[0] == V.shape[0]:
         heads = f" with {q_heads} and {kv_heads} heads" if Q.dim() == 3 else ""
-        raise ValueError(f"Q, K and V do not fit each other, got {shapes}{heads}")
+        raise ValueError(f"Q, K and V do not fit each other, got {_shapes(call)}{heads}")
     if len(a["num_samples"]) not in (1, q_heads):
         raise ValueError(f"num_samples must hold 1 number or {q_heads}, one per query head, got {len(a['num_samples'])}")
-    scores = Q.shape[0], q_heads, Q.shape[-2], K.shape[-2]
-    if mask is not None and (
-        mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False))
-    ):
-        raise ValueError(f"attn_mask must broadcast to {scores}, got {tuple(mask.shape)}")
+    if mask is not None:
+        scores = Q.shape[0], q_heads, Q.shape[-2], K.shape[-2]
+        if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False)):
+            raise ValueError(f"attn_mask must broadcast to {scores}, got {tuple(mask.shape)}")
+
+
+def _shapes(call: AttentionCall) -> str:
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("Q", call.Q), ("K", call.K), ("V", call.V)))
 
 
 def _operator(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values):

@@ -63,7 +63,7 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
         )
     recipe.check_matches([(name, "") for name in names])
     found = enumerate((*modules, *functional))
-    sites = {name: _site(name, layer, recipe, backend, _heads(module)) for layer, (name, module) in found}
+    sites = {name: _site(name, layer, recipe, backend, _head_count(module)) for layer, (name, module) in found}
     for name, module in modules:
         _exchange(model, module, sites[name])
     for name, module in functional:
@@ -75,7 +75,7 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
     return names
 
 
-def _heads(module: nn.Module) -> int | None:
+def _head_count(module: nn.Module) -> int | None:
     """How many query heads an attention has, where it or its config tells."""
     return getattr(module, "num_heads", None) or getattr(getattr(module, "config", None), "num_attention_heads", None)
 

@@ -145,6 +145,7 @@ OPERATOR = {
     "heads": ((Q4, (2, 3, 7, 8), (2, 3, 7, 8)), {}, "Q, K and V do not fit each other"),
     "value_heads": ((Q4, K4, (2, 4, 7, 8)), {}, "Q, K and V do not fit each other"),
     "head_size": ((Q4, (2, 2, 7, 9), K4), {}, "Q, K and V do not fit each other"),
+    "no_key_heads": ((Q4, (2, 0, 7, 8), (2, 0, 7, 8)), {}, "Q, K and V do not fit each other"),
     "lengths": ((Q4, K4, (2, 2, 6, 8)), {}, "Q, K and V do not fit each other"),
     "dimensions": ((Q4, (2, 7, 16), (2, 7, 16)), {}, "must all have 4 dimensions, or all 3"),
     "no_head_counts": (((2, 5, 32), (2, 7, 16), (2, 7, 16)), {}, "3-D inputs need q_num_heads and kv_num_heads"),
