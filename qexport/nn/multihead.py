@@ -6,20 +6,11 @@ from torch import nn
 from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import quantum_attention
+from qexport.nn.heads import PER_HEAD, columns_of, head_groups
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import STRATEGIES
 
 # Draws of the heads of one configuration must not repeat those of another: each group counts as a layer of its own.
 GROUP_STRIDE = 1 << 16
-_PER_HEAD = (
-    "quantum_backend",
-    "num_samples",
-    "adaptive_samples",
-    "control_variate",
-    "precision",
-    "error_tolerance",
-    "residual",
-)
 
 
 class QuantumMultiheadAttention(nn.MultiheadAttention):
@@ -80,8 +71,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             *(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         )
         shared = locals()
-        shared = {name: shared[name] for name in _PER_HEAD}
-        self.head_groups = _head_groups(shared, heads, num_heads)
+        shared = {name: shared[name] for name in PER_HEAD}
+        self.head_groups = head_groups(shared, heads, num_heads)
         if backend != "auto":
             get_backend(backend)
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
@@ -246,7 +237,7 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         outputs, weights = [None] * self.num_heads, [None] * self.num_heads
         for number, (attributes, members) in enumerate(self.head_groups):
-            rows = [_heads(x, members, self.num_heads) for x in (q, k, v)]
+            rows = [columns_of(x, members, self.num_heads) for x in (q, k, v)]
             per_head = mask is not None and mask.shape[1] > 1
             found = quantum_attention(
                 *rows,
@@ -277,62 +268,6 @@ def number_layers(model: nn.Module) -> None:
     modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
     for layer, module in enumerate(modules):
         module.layer = layer
-
-
-def _head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[tuple[dict, list[int]]]:
-    """(attributes of the op, heads that have them): heads that differ in num_samples alone are one call."""
-    name = shared["quantum_backend"]
-    if name not in ("classical", *STRATEGIES):
-        raise UsageError(f"quantum_backend must be one of classical, {', '.join(STRATEGIES)}, got {name!r}")
-    if heads is None:
-        return [(_attributes(shared), list(range(num_heads)))] if name != "classical" else []
-    if name == "classical":
-        raise UsageError("heads needs a quantum_backend that samples, got classical; name one, or leave heads out")
-    if not isinstance(heads, (list, tuple)) or not all(isinstance(own, dict) for own in heads):
-        raise UsageError(f"heads must be a list with one dict per head, got {heads!r}")
-    if len(heads) != num_heads:
-        raise UsageError(f"heads must have one entry for each of the {num_heads} heads, got {len(heads)}")
-    groups = {}
-    for head, own in enumerate(heads):
-        if unknown := set(own) - set(_PER_HEAD):
-            raise UsageError(f"heads[{head}] has no key {min(unknown)!r}; known: {', '.join(_PER_HEAD)}")
-        attributes = _attributes(shared | own, f"heads[{head}]: ")
-        samples = attributes.pop("num_samples")
-        _, members, counts = groups.setdefault(tuple(attributes.items()), (attributes, [], []))
-        members.append(head)
-        counts.extend(samples)
-    return [(attributes | {"num_samples": counts}, members) for attributes, members, counts in groups.values()]
-
-
-def _attributes(settings: dict, where: str = "") -> dict:
-    """The attributes of the op that the settings of a module, or of one head, mean.
-
-    Raises:
-        UsageError: a value outside its limits, or settings that do not fit each other.
-    """
-    name, samples = settings["quantum_backend"], settings["num_samples"]
-    if name not in STRATEGIES:
-        raise UsageError(f"{where}quantum_backend must be one of {', '.join(STRATEGIES)}, got {name!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int):
-        raise UsageError(f"{where}num_samples must be a whole number, got {samples!r}; heads takes one per head")
-    attributes = {key: settings[key] for key in ("precision", "error_tolerance", "residual")}
-    attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
-    attributes |= {"num_samples": [samples], "control_variate": settings["control_variate"]}
-    try:
-        resolved = QUANTUM_ATTENTION.resolve(attributes)
-    except UsageError as error:
-        raise UsageError(where + str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
-    return {key: resolved[key] for key in attributes}
-
-
-def _heads(x, members, num_heads):
-    """The columns of some heads of (batch, length, heads * size)."""
-    if len(members) == num_heads:
-        return x
-    size = x.shape[-1] // num_heads
-    if members == list(range(members[0], members[-1] + 1)):
-        return x[..., members[0] * size : (members[-1] + 1) * size]
-    return x.unflatten(-1, (num_heads, size))[:, :, members].flatten(2)
 
 
 def _check_masks(attn_mask, key_padding_mask, batch, num_heads, q_len, kv_len):
