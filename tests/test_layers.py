@@ -57,6 +57,27 @@ def test_the_op_table_needs_the_standard_library_alone(module):
     assert done.returncode == 0, done.stderr
 
 
+def test_torch_modules_need_torch_alone():
+    """To import, to train and to run them."""
+    names = [name for name in HEAVY if name not in ("torch", "psutil")] + ["onnx", "onnxruntime", "ml_dtypes"]
+    code = f"""
+import torch
+from qexport.nn import QuantumMultiheadAttention
+x = torch.randn(2, 9, 8, requires_grad=True)
+for backend in ("kernel", "reference"):
+    module = QuantumMultiheadAttention(8, 2, num_samples=3, batch_first=True, backend=backend)
+    module(x, x, x)[0].sum().backward()
+print([name for name in {names} if name in sys.modules])
+"""
+    done = run(code)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_qexport_itself_does_not_load_its_torch_modules():
+    done = run("import qexport; print([n for n in sys.modules if n == 'torch' or n.startswith('qexport.nn')])")
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
 def test_the_command_line_loads_nothing_heavy_for_help():
     code = """
 from qexport.cli import main

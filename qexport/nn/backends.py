@@ -86,9 +86,10 @@ def reference(call: AttentionCall):
 
     dtype = torch.float64 if call.Q.dtype == torch.float64 else torch.float32
     attributes = call.attributes | {"qk_matmul_output_mode": 3}
-    outputs = quantum_attention_ref(
-        call.Q, call.K, call.V, call.attn_mask, seed=call.seed, dtype=dtype, dropout_p=call.dropout_p, **attributes
-    )
+    with torch.autocast(call.Q.device.type, enabled=False):  # it would compute the probabilities in half precision
+        outputs = quantum_attention_ref(
+            call.Q, call.K, call.V, call.attn_mask, seed=call.seed, dtype=dtype, dropout_p=call.dropout_p, **attributes
+        )
     return outputs[0], outputs[3] if call.need_weights else None
 
 

@@ -106,9 +106,41 @@ def _exactly(attributes: dict) -> dict:
 
 
 def _compute(call: AttentionCall, backend: str):
+    _check(call)
     if _EXACT.get():
         call = replace(call, attributes=_exactly(call.attributes))
     return get_backend(chosen_backend(backend, call.Q, call.dropout_p))(call)
+
+
+def _check(call: AttentionCall) -> None:
+    """Raise ValueError for tensors that do not fit each other, before any backend sees them."""
+    Q, K, V, mask, a = call.Q, call.K, call.V, call.attn_mask, call.attributes
+    if not Q.is_floating_point() or not Q.dtype == K.dtype == V.dtype:
+        raise ValueError(f"Q, K and V must share one float type, got {Q.dtype}, {K.dtype} and {V.dtype}")
+    if Q.dim() not in (3, 4) or not Q.dim() == K.dim() == V.dim():
+        raise ValueError(f"Q, K and V must all have 4 dimensions, or all 3, got {_shapes(call)}")
+    if Q.dim() == 4:
+        q_heads, kv_heads, v_heads = Q.shape[1], K.shape[1], V.shape[1]
+        fits = kv_heads == v_heads > 0 and q_heads % kv_heads == 0 and Q.shape[3] == K.shape[3]
+    else:
+        q_heads, kv_heads = a["q_num_heads"], a["kv_num_heads"]
+        if q_heads is None or kv_heads is None:
+            raise ValueError(f"3-D inputs need q_num_heads and kv_num_heads, got {_shapes(call)}")
+        fits = q_heads % kv_heads == 0 and Q.shape[2] * kv_heads == K.shape[2] * q_heads
+        fits = fits and Q.shape[2] % q_heads == 0 and V.shape[2] % kv_heads == 0
+    if not fits or K.shape[-2] != V.shape[-2] or not Q.shape[0] == K.shape[0] == V.shape[0]:
+        heads = f" with {q_heads} and {kv_heads} heads" if Q.dim() == 3 else ""
+        raise ValueError(f"Q, K and V do not fit each other, got {_shapes(call)}{heads}")
+    if len(a["num_samples"]) not in (1, q_heads):
+        raise ValueError(f"num_samples must hold 1 number or {q_heads}, one per query head, got {len(a['num_samples'])}")
+    if mask is not None:
+        scores = Q.shape[0], q_heads, Q.shape[-2], K.shape[-2]
+        if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False)):
+            raise ValueError(f"attn_mask must broadcast to {scores}, got {tuple(mask.shape)}")
+
+
+def _shapes(call: AttentionCall) -> str:
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("Q", call.Q), ("K", call.K), ("V", call.V)))
 
 
 def _operator(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values):
@@ -148,6 +180,15 @@ def _(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *more):
     return Y, Q.new_empty(rows if need_weights else 0)
 
 
+@contextlib.contextmanager
+def _autograd(device: torch.device):
+    """Autograd inside an operator, which runs below it: its dispatch keys are kept out there, with those of autocast, which
+    stays off. (torch.func.vjp would do, but not in an operator that is called from a dispatch mode.)"""
+    included, nothing = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(included, nothing), torch.autocast(device.type, enabled=False), torch.enable_grad():
+        yield
+
+
 @torch.library.custom_op(
     "qexport::quantum_attention_backward",
     mutates_args=(),
@@ -158,33 +199,31 @@ def _backward(grad_Y, grad_weights, Q, K, V, attn_mask, seed, dropout_p, *values
     attributes = _attributes(values)
     if attributes["strategy"] in BLOCKWISE or _EXACT.get():
         attributes = _exactly(attributes)
-    with_weights = grad_weights is not None
-
-    def forward(Q, K, V, attn_mask):
-        outputs = get_backend("reference")(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), with_weights, dropout_p))
-        return outputs if with_weights else outputs[0]
-
-    grads = (grad_Y, grad_weights) if with_weights else grad_Y
     float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
-    # torch.func: an operator runs below autograd, which enable_grad does not bring back.
-    if float_mask:
-        found = torch.func.vjp(forward, Q, K, V, attn_mask)[1](grads)
-    else:
-        found = torch.func.vjp(lambda *x: forward(*x, attn_mask), Q, K, V)[1](grads)
+    with _autograd(Q.device):
+        leaves = [x.detach().requires_grad_() for x in (Q, K, V, *([attn_mask] if float_mask else []))]
+        mask = leaves[3] if float_mask else attn_mask
+        call = AttentionCall(*leaves[:3], mask, attributes, int(seed), grad_weights is not None, dropout_p)
+        outputs = get_backend("reference")(call)
+        count = 1 if grad_weights is None else 2
+        found = torch.autograd.grad(outputs[:count], leaves, (grad_Y, grad_weights)[:count], materialize_grads=True)
     # An operator returns no alias of an input, and no None.
     return tuple(x.contiguous() for x in found) + (() if float_mask else (Q.new_empty(0),))
 
 
 @_backward.register_fake
 def _(grad_Y, grad_weights, Q, K, V, attn_mask, seed, *more):
-    mask = torch.empty_like(attn_mask) if attn_mask is not None and attn_mask.dtype != torch.bool else Q.new_empty(0)
+    float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
+    mask = attn_mask.new_empty(attn_mask.shape) if float_mask else Q.new_empty(0)
     return *(x.new_empty(x.shape) for x in (Q, K, V)), mask
 
 
 def _setup_context(ctx, inputs, output):
-    Q, K, V, attn_mask, seed, _, dropout_p, need_weights, *attributes = inputs
+    Q, K, V, attn_mask, seed, _, dropout_p, need_weights, *values = inputs
+    if _EXACT.get():  # the backward may come after the context has ended
+        values = [_exactly(_attributes(values))[name] for name in ATTRIBUTES]
     ctx.save_for_backward(Q, K, V, attn_mask, seed)
-    ctx.more = dropout_p, *attributes
+    ctx.more = dropout_p, *values
     ctx.need_weights = need_weights
 
 

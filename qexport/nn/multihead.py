@@ -4,21 +4,13 @@ import torch
 from torch import nn
 
 from qexport.errors import UsageError
+from qexport.nn.backends import get_backend
 from qexport.nn.functional import quantum_attention
+from qexport.nn.heads import PER_HEAD, columns_of, head_groups
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import STRATEGIES
 
 # Draws of the heads of one configuration must not repeat those of another: each group counts as a layer of its own.
 GROUP_STRIDE = 1 << 16
-_PER_HEAD = (
-    "quantum_backend",
-    "num_samples",
-    "adaptive_samples",
-    "control_variate",
-    "precision",
-    "error_tolerance",
-    "residual",
-)
 
 
 class QuantumMultiheadAttention(nn.MultiheadAttention):
@@ -79,10 +71,12 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             *(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         )
         shared = locals()
-        shared = {name: shared[name] for name in _PER_HEAD}
-        self.head_groups = _head_groups(shared, heads, num_heads)
-        if heads is not None and quantum_backend == "classical":
-            raise UsageError("heads needs a quantum_backend that samples, got classical; name one, or leave heads out")
+        shared = {name: shared[name] for name in PER_HEAD}
+        self.head_groups = head_groups(shared, heads, num_heads)
+        if backend != "auto":
+            get_backend(backend)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise UsageError(f"seed must be a whole number of 64 bits, got {seed!r}")
         self.quantum_backend = quantum_backend
         self.backend = backend
         self.layer = QUANTUM_ATTENTION.attribute("layer").check(layer, "QuantumMultiheadAttention")
@@ -172,10 +166,12 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         _check_masks(attn_mask, key_padding_mask, query.shape[0], self.num_heads, query.shape[1], key.shape[1])
         q, k, v = self._project(query, key, value)
         k, v, added = self._add_keys(k, v)
-        # Keys that are added come last, where a causal query must see them: then the mask itself is used.
+        # Keys that are added come last, where a causal query must see them: then the mask itself is used, and no means of
+        # values, which hold later ones.
         causal = is_causal and not added
+        order = {"is_causal": 1} if causal else {"control_variate": 0} if is_causal else {}
         mask = _merged_mask(None if causal else attn_mask, key_padding_mask, q, self.num_heads, added)
-        output, weights = self._attend(q, k, v, mask, causal, need_weights)
+        output, weights = self._attend(q, k, v, mask, order, need_weights)
         output = self.out_proj(output)
         if need_weights and average_attn_weights:
             weights = weights.mean(1)
@@ -197,16 +193,20 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         return torch._nested_tensor_from_mask(output, ~padding), None
 
     def _check_sizes(self, query, key, value):
-        for name, tensor, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if tensor.shape[-1] != size:
-                got = tensor.shape[-1]
-                raise AssertionError(f"{name}: was expecting embedding dimension of {size}, but got {got}")
-        if key.shape[:-1] != value.shape[:-1]:
+        """Raise what nn.MultiheadAttention raises for sizes that do not fit, naming the argument."""
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"query: was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        compared = slice(None) if self._packed else slice(-1)
+        if key.shape[compared] != value.shape[compared]:
             raise AssertionError(f"key shape {tuple(key.shape)} does not match value shape {tuple(value.shape)}")
+        for name, tensor, size in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if tensor.shape[-1] != size:
+                kind = RuntimeError if self._packed else AssertionError
+                raise kind(f"{name}: was expecting embedding dimension of {size}, but got {tensor.shape[-1]}")
         batch = 0 if self.batch_first else 1
         if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
             got = query.shape[batch], key.shape[batch]
-            raise AssertionError(f"query and key must have the same batch size, got {got[0]} and {got[1]}")
+            raise RuntimeError(f"query and key must have the same batch size, got {got[0]} and {got[1]}")
 
     def _project(self, query, key, value):
         """q, k, v of (batch, length, embed_dim)."""
@@ -232,12 +232,12 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             return k, v, 0
         return torch.cat([k, *(a for a, _ in pairs)], 1), torch.cat([v, *(b for _, b in pairs)], 1), len(pairs)
 
-    def _attend(self, q, k, v, mask, causal, need_weights):
+    def _attend(self, q, k, v, mask, order, need_weights):
         seed = torch.randint(2**63 - 1, (), device=self.seed.device) if self.training else self.seed
         dropout_p = self.dropout if self.training else 0.0
         outputs, weights = [None] * self.num_heads, [None] * self.num_heads
         for number, (attributes, members) in enumerate(self.head_groups):
-            rows = [_heads(x, members, self.num_heads) for x in (q, k, v)]
+            rows = [columns_of(x, members, self.num_heads) for x in (q, k, v)]
             per_head = mask is not None and mask.shape[1] > 1
             found = quantum_attention(
                 *rows,
@@ -246,11 +246,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
                 backend=self.backend,
                 dropout_p=dropout_p,
                 need_weights=need_weights,
-                is_causal=int(causal),
                 layer=self.layer + GROUP_STRIDE * number,
                 q_num_heads=len(members),
                 kv_num_heads=len(members),
-                **attributes,
+                **attributes | order,
             )
             Y, p = found if need_weights else (found, None)
             if len(members) == self.num_heads:
@@ -269,55 +268,6 @@ def number_layers(model: nn.Module) -> None:
     modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
     for layer, module in enumerate(modules):
         module.layer = layer
-
-
-def _head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[tuple[dict, list[int]]]:
-    """(attributes of the op, heads that have them): heads that differ in num_samples alone are one call."""
-    if heads is None:
-        return [(_attributes(shared), list(range(num_heads)))] if shared["quantum_backend"] != "classical" else []
-    if len(heads) != num_heads:
-        raise UsageError(f"heads must have one entry for each of the {num_heads} heads, got {len(heads)}")
-    groups = {}
-    for head, own in enumerate(heads):
-        if unknown := set(own) - set(_PER_HEAD):
-            raise UsageError(f"heads[{head}] has no key {min(unknown)!r}; known: {', '.join(_PER_HEAD)}")
-        attributes = _attributes(shared | own)
-        samples = attributes.pop("num_samples")
-        _, members, counts = groups.setdefault(tuple(attributes.items()), (attributes, [], []))
-        members.append(head)
-        counts.extend(samples)
-    return [(attributes | {"num_samples": counts}, members) for attributes, members, counts in groups.values()]
-
-
-def _attributes(settings: dict) -> dict:
-    """The attributes of the op that the settings of a module, or of one head, mean.
-
-    Raises:
-        UsageError: a value outside its limits, or settings that do not fit each other.
-    """
-    name = settings["quantum_backend"]
-    if name not in STRATEGIES:
-        raise UsageError(f"quantum_backend must be one of classical, {', '.join(STRATEGIES)}, got {name!r}")
-    if isinstance(settings["num_samples"], bool) or not isinstance(settings["num_samples"], int):
-        raise UsageError(f"num_samples must be a whole number, got {settings['num_samples']!r}; heads takes one per head")
-    attributes = {key: settings[key] for key in ("precision", "error_tolerance", "residual")}
-    attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
-    attributes |= {"num_samples": [settings["num_samples"]], "control_variate": int(settings["control_variate"])}
-    try:
-        QUANTUM_ATTENTION.resolve(attributes)
-    except UsageError as error:
-        raise UsageError(str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
-    return attributes
-
-
-def _heads(x, members, num_heads):
-    """The columns of some heads of (batch, length, heads * size)."""
-    if len(members) == num_heads:
-        return x
-    size = x.shape[-1] // num_heads
-    if members == list(range(members[0], members[-1] + 1)):
-        return x[..., members[0] * size : (members[-1] + 1) * size]
-    return x.unflatten(-1, (num_heads, size))[:, :, members].flatten(2)
 
 
 def _check_masks(attn_mask, key_padding_mask, batch, num_heads, q_len, kv_len):

@@ -9,7 +9,6 @@ from qexport.errors import QexportError, UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import quantum_attention
 from qexport.nn.multihead import QuantumMultiheadAttention
-from qexport.recipe import SAMPLING, Recipe, make_recipe
 
 # The name under which the attention function stands in transformers' registry.
 INTERFACE = "qexport"
@@ -44,6 +43,8 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
     Raises:
         UsageError: a wrong recipe or backend, or a model that has neither kind of attention.
     """
+    from qexport.recipe import make_recipe
+
     recipe = make_recipe(recipe)
     if backend != "auto":
         get_backend(backend)
@@ -56,8 +57,13 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
             f"{type(model).__name__} has no attention that can be replaced: neither nn.MultiheadAttention "
             "nor a transformers model with a choice of attention functions"
         )
+    if isinstance(model, nn.MultiheadAttention):
+        raise UsageError(
+            "the model itself is an nn.MultiheadAttention: make it with QuantumMultiheadAttention.from_classical"
+        )
     recipe.check_matches([(name, "") for name in names])
-    sites = {name: _site(name, layer, recipe, backend) for layer, name in enumerate(names)}
+    found = enumerate((*modules, *functional))
+    sites = {name: _site(name, layer, recipe, backend, _head_count(module)) for layer, (name, module) in found}
     for name, module in modules:
         _exchange(model, module, sites[name])
     for name, module in functional:
@@ -69,12 +75,19 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
     return names
 
 
-def _site(name: str, layer: int, recipe: Recipe, backend: str) -> Site:
-    attributes = recipe.resolve(name, "")
+def _head_count(module: nn.Module) -> int | None:
+    """How many query heads an attention has, where it or its config tells."""
+    return getattr(module, "num_heads", None) or getattr(getattr(module, "config", None), "num_attention_heads", None)
+
+
+def _site(name: str, layer: int, recipe, backend: str, heads: int | None) -> Site:
+    attributes = recipe.resolve(name, "", heads)
     return Site(name, attributes | {"num_samples": list(attributes["num_samples"]), "layer": layer}, backend, recipe.seed)
 
 
 def _exchange(model: nn.Module, module: nn.MultiheadAttention, site: Site) -> None:
+    from qexport.recipe import SAMPLING
+
     settings = {key: site.attributes[key] for key in SAMPLING}
     samples = settings.pop("num_samples")
     settings["quantum_backend"] = settings.pop("strategy")
@@ -88,12 +101,10 @@ def _exchange(model: nn.Module, module: nn.MultiheadAttention, site: Site) -> No
         seed=site.seed,
         layer=site.attributes["layer"],
     )
-    parent, _, last = site.name.rpartition(".")
-    if not site.name:
-        raise UsageError(
-            "the model itself is an nn.MultiheadAttention: make it with QuantumMultiheadAttention.from_classical"
-        )
-    setattr(model.get_submodule(parent), last, new)
+    # under all its names, where several share it
+    for name in [name for name, found in model.named_modules(remove_duplicate=False) if found is module]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
 
 
 def _transformers_models(model: nn.Module) -> list[nn.Module]:
@@ -133,6 +144,8 @@ def _attention_function(
     if more.get("s_aux") is not None:
         raise QexportError(f"{site.name}: attention with learnt sinks cannot be sampled; keep its own attention function")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # An order that comes as a mask is not known to the op, but means of values hold later ones all the same.
+    attributes = site.attributes | ({"control_variate": 0} if causal else {})
     causal = causal and query.shape[2] > 1 and attention_mask is None
     if position_bias is not None:
         attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query, key), False
@@ -149,7 +162,7 @@ def _attention_function(
         is_causal=int(causal),
         scale=scaling,
         softcap=more.get("softcap") or 0.0,
-        **site.attributes,
+        **attributes,
     )
     output, weights = found if need_weights else (found, None)
     return output.transpose(1, 2).contiguous(), weights

@@ -38,7 +38,8 @@ def quantum_attention_ref(
         seed: int of 64 bits.
         key_summary: float32 tensor of `key_summary_shape`; with it, strategy tree decodes from the summary.
         dtype: what is computed in; the outputs are rounded to Q's type.
-        dropout_p: share of the probabilities that is dropped, by torch's generator at this seed; Y alone feels it.
+        dropout_p: share of the probabilities that is dropped, by torch's generator at this seed and layer; Y alone feels it.
+            Strategy tree, whose clusters have no single probabilities to drop, is then exact.
         attributes: those of the op table, with its defaults.
 
     Returns:
@@ -78,7 +79,7 @@ def quantum_attention_ref(
 
     error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
     kept = None
-    if a["strategy"] == "tree":
+    if a["strategy"] == "tree" and not dropout_p:
         kept = kept_keys(attn_mask, a, Q.shape[0], Q.shape[2], raw.shape[-1])
     if kept is None:
         Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a, dropout_p)
@@ -154,7 +155,9 @@ def _estimate(p, V, allowed, nonpad, seed, a, dropout_p=0.0):
     """Y from the probabilities p (batch, heads, q_len, keys) and V (batch, heads, keys, v_head_size)."""
     kept = None
     if dropout_p:
-        generator = torch.Generator(p.device).manual_seed(seed)
+        # Heads of other settings are other layers (qexport.nn), and must not drop alike; at a place where nothing is drawn.
+        word = philox4x32(seed, a["layer"], *torch.full((3,), -1))[0]
+        generator = torch.Generator(p.device).manual_seed(int(word))
         kept = (torch.rand(p.shape, generator=generator, device=p.device) >= dropout_p) / (1 - dropout_p)
     if a["strategy"] in BLOCKWISE:
         return (p if kept is None else p * kept) @ V

@@ -25,8 +25,6 @@ def restore_attention(model: ir.Model) -> None:
         if node.domain == DOMAIN and node.op_type == QUANTUM_ATTENTION.name:
             _restore(node)
     model.graph.opset_imports.pop(DOMAIN, None)
-    for identifier in [key for key in model.functions if key[0] == DOMAIN]:
-        del model.functions[identifier]
 
 
 def _restore(node: ir.Node) -> None:

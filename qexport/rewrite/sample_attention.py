@@ -5,6 +5,7 @@
 The classical body is attached as a model-local function afterwards (`attach_fallback`), because optimizers drop functions.
 """
 
+import itertools
 import json
 
 import numpy as np
@@ -57,9 +58,16 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     seeds = {own["seed"] for node in chosen if "seed" in (own := sampled_as(node))}
     seed = add_seed(model, min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed)
     n_outputs = max(len(node.outputs) for node in chosen)
-    sites = [_replace(node, layer, recipe, seed, n_outputs) for layer, node in enumerate(chosen)]
+    sites = [_replace(node, layer, recipe, seed, n_outputs) for layer, node in zip(_layers(chosen), chosen, strict=True)]
     model.graph.opset_imports[DOMAIN] = VERSION
     return sites, left_alone
+
+
+def _layers(nodes: list[ir.Node]) -> list[int]:
+    """The number of each site: the one that its module brought along, for the others the next that no module has."""
+    own = [sampled_as(node).get("layer") for node in nodes]
+    free = (layer for layer in itertools.count() if layer not in own)
+    return [next(free) if layer is None else layer for layer in own]
 
 
 def check(node: ir.Node) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import QexportError
+from qexport.ops import DOMAIN
 from qexport.rewrite.convert_opset import convert_opset
 from qexport.sources import InputSpec, Source
 from qexport.sources.modules import name_modules
@@ -75,6 +76,11 @@ def export_module(
     except Exception as error:
         raise QexportError(f"{name}: the model does not run on its example inputs: {reason_of(error)}") from error
     program = _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset, output_names, name)
+    if opset < 23 and any(node.domain == DOMAIN for node in program.model.graph.all_nodes()):
+        raise QexportError(
+            f"{name}: attention of qexport.nn needs opset 23 or newer, got {opset}; for an older one convert the model with "
+            'classical attention (quantum_backend="classical", or before replace_attention)'
+        )
     name_modules(program.model)
     notes = []
     if axes is not None:

@@ -89,6 +89,8 @@ def open_archive(path: Path, *, opset: int, dtype: str | None) -> Source:
     torch = import_torch()
     try:
         with quiet():
+            import qexport.nn  # noqa: F401  (the operators that an archive may hold)
+
             program = torch.export.load(path)
     except Exception as error:
         raise QexportError(f"{path}: not a .pt2 archive of torch.export.save, or cut short: {reason_of(error)}") from error
