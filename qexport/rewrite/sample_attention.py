@@ -58,13 +58,14 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     seeds = {own["seed"] for node in chosen if "seed" in (own := sampled_as(node))}
     seed = add_seed(model, min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed)
     n_outputs = max(len(node.outputs) for node in chosen)
-    sites = [_replace(node, layer, recipe, seed, n_outputs) for layer, node in zip(_layers(chosen), chosen, strict=True)]
+    places = enumerate(zip(chosen, _layers(chosen), strict=True))
+    sites = [_replace(node, number, layer, recipe, seed, n_outputs) for number, (node, layer) in places]
     model.graph.opset_imports[DOMAIN] = VERSION
     return sites, left_alone
 
 
 def _layers(nodes: list[ir.Node]) -> list[int]:
-    """The number of each site: the one that its module brought along, for the others the next that no module has."""
+    """The layer that each site draws as: the one that its module brought along, else the next that no module has."""
     own = [sampled_as(node).get("layer") for node in nodes]
     free = (layer for layer in itertools.count() if layer not in own)
     return [next(free) if layer is None else layer for layer in own]
@@ -110,13 +111,13 @@ def add_seed(model: ir.Model, default: int) -> ir.Value:
     return seed
 
 
-def _replace(node: ir.Node, layer: int, recipe: Recipe, seed: ir.Value, n_outputs: int) -> Site:
-    module, name = module_of(node), node.name or f"attention_{layer}"
+def _replace(node: ir.Node, number: int, layer: int, recipe: Recipe, seed: ir.Value, n_outputs: int) -> Site:
+    module, name = module_of(node), node.name or f"attention_{number}"
     q_heads, kv_heads, head_size = heads_of(node)
     own = sampled_as(node)
     sampling = recipe.resolve(module, name, q_heads, {key: own[key] for key in SAMPLING if key in own})
     copied = {key: attribute(node, key) for key in COPIED if key in node.attributes}
-    proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=own.get("layer", layer), **sampling, **copied)
+    proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=layer, **sampling, **copied)
     inputs = [*node.inputs, *[None] * (_SEED_INDEX - len(node.inputs)), seed]
     outputs = list(node.outputs)
     # every node has the outputs of the one function; a blank one would be dropped when the file is written
@@ -134,7 +135,7 @@ def _replace(node: ir.Node, layer: int, recipe: Recipe, seed: ir.Value, n_output
     take_over(node, new)
     return Site(
         name=name,
-        layer=layer,
+        layer=number,
         module=module,
         **sampling | {"num_samples": list(sampling["num_samples"])},
         q_heads=q_heads,
