@@ -207,7 +207,7 @@ def test_transformers_inside_a_torch_module_beside_multihead_attention():
         (lambda: hf_zoo.build("bert"), {"recipe": {"num_samples": [1, 2]}}, "num_samples .*2.*4"),
         (lambda: nn_zoo.encoder()[0], {"backend": "qpu"}, "backend must be one of auto, .*'qpu'"),
     ],
-    ids=str,
+    ids=lambda value: "model" if callable(value) else str(value),
 )
 def test_errors(model, arguments, words):
     """Nothing is changed by a call that fails."""
