@@ -60,13 +60,14 @@ def quantum_attention_ref(
     group = Q.shape[1] // K.shape[1]
     Q, K, V = Q.to(dtype), K.to(dtype), V.to(dtype)
     heads = K, V
-    K, V = K.repeat_interleave(group, 1), V.repeat_interleave(group, 1)
+    if group > 1:
+        K, V = K.repeat_interleave(group, 1), V.repeat_interleave(group, 1)
 
     raw = scale * (Q @ K.transpose(-1, -2))
     capped = a["softcap"] * torch.tanh(raw / a["softcap"]) if a["softcap"] else raw
     past_len = 0 if past_key is None else past_key.shape[2]
     allowed = _allowed(a, raw.shape[0], *raw.shape[2:], past_len, nonpad_kv_seqlen, raw.device)
-    bias = torch.zeros((), dtype=dtype, device=raw.device)
+    scores = capped
     if attn_mask is not None:
         short = raw.shape[-1] - attn_mask.shape[-1]
         if attn_mask.dtype == torch.bool:
@@ -74,15 +75,17 @@ def quantum_attention_ref(
         else:
             bias = torch.nn.functional.pad(attn_mask.to(dtype), (0, short), value=-torch.inf)
             allowed = allowed & (bias > -torch.inf)
-    scores = torch.where(allowed, capped + bias, -torch.inf)
-    p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row with no allowed key has no probability anywhere
+            scores = capped + bias
+    scores = torch.where(allowed, scores, -torch.inf)
+    p = torch.softmax(scores, -1)
+    p = p.masked_fill(p[..., :1].isnan(), 0)  # a row with no allowed key has no probability anywhere
 
     error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
     kept = None
     if a["strategy"] == "tree" and not dropout_p:
         kept = kept_keys(attn_mask, a, Q.shape[0], Q.shape[2], raw.shape[-1])
     if kept is None:
-        Y = _estimate(p, V, allowed.expand_as(p), nonpad_kv_seqlen, seed, a, dropout_p)
+        Y = _estimate(p, V, allowed, nonpad_kv_seqlen, seed, a, dropout_p)
     else:
         offset = torch.full((Q.shape[0],), past_len) if nonpad_kv_seqlen is None else nonpad_kv_seqlen - Q.shape[2]
         if nonpad_kv_seqlen is not None:
@@ -174,10 +177,12 @@ class Draws:
         1 / its inclusion probability where it was drawn, 0 where it was not.
     cluster: (batch, heads, keys) int64: keys with one number share the mean of their values as control variate; None where
         there is none.
+    one_mean: whether all keys in use are one cluster.
     """
 
     importance: torch.Tensor
     cluster: torch.Tensor | None
+    one_mean: bool = False
 
 
 def combine(p, V, draws: Draws, kept=None):
@@ -188,12 +193,15 @@ def combine(p, V, draws: Draws, kept=None):
     (Hajek).
     """
     weights = p * draws.importance
-    total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    if draws.cluster is None:
+        total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+        return (weights if kept is None else weights * kept) @ V / total
     if kept is not None:
         p, weights = p * kept, weights * kept
-    if draws.cluster is None:
-        return weights @ V / total
     centre = _centres(V, draws.cluster)
+    if draws.one_mean:  # c_j is the same for all keys with p_j > 0, and the second sum a product
+        centre = centre[:, :, :1]
+        return weights @ (V - centre) + p.sum(-1, keepdim=True) * centre
     return weights @ (V - centre) + p @ centre
 
 
@@ -203,29 +211,29 @@ def draw(p, V, allowed, valid, seed, a) -> Draws:
     Args:
         p: (batch, heads, q_len, keys), probabilities.
         V: (batch, heads, keys, v_head_size), 0 at the keys behind `valid`.
-        allowed: bool, as p.
+        allowed: bool, broadcastable to p.
         valid: (batch,) int64, how many keys are in use.
         a: attributes of the op table.
     """
     p, V = p.detach(), V.detach()
     batch, heads, q_len, n_keys = p.shape
-    n_allowed = allowed.sum(-1, keepdim=True)
+    n_allowed = allowed.sum(-1, keepdim=True).expand(batch, heads, q_len, 1)
     samples = torch.tensor(a["num_samples"], dtype=p.dtype, device=p.device).expand(heads)[None, :, None, None]
     samples = samples.expand(batch, heads, q_len, 1)
     # Means of values hold later ones, which a causal query must not see.
     centred = bool(a["control_variate"]) and not a["is_causal"]
-    in_use = (torch.arange(n_keys, device=p.device) < valid[:, None])[:, None].expand(batch, heads, n_keys)
     if a["strategy"] == "hybrid" and centred:
         cluster = _value_clusters(V, valid)
         size = p * torch.linalg.vector_norm(V - _centres(V, cluster), dim=-1)[:, :, None, :]
         read = _largest(size, samples) & (size > 0) | (samples >= n_allowed)
         return Draws(read.to(p.dtype), cluster)
-    cluster = torch.where(in_use, 0, 1) if centred else None
-    size = p * torch.linalg.vector_norm(V - _centres(V, cluster), dim=-1)[:, :, None, :] if centred else p
+    cluster, size = None, p
+    if centred:
+        cluster = (torch.arange(n_keys, device=p.device) >= valid[:, None]).long()[:, None].expand(batch, heads, n_keys)
+        size = p * torch.linalg.vector_norm(V - _centres(V, cluster), dim=-1)[:, :, None, :]
     if a["strategy"] == "naive":
-        return Draws(_naive_importance(p, size, a["num_samples"], seed, a["layer"], centred), cluster)
-    always = torch.zeros_like(allowed)
-    budget = samples
+        return Draws(_naive_importance(p, size, a["num_samples"], seed, a["layer"], centred), cluster, centred)
+    budget, always = samples, None
     if a["strategy"] == "adaptive":
         budget = _share_budget(p, samples, n_allowed)
     elif a["strategy"] == "hybrid":
@@ -234,7 +242,7 @@ def draw(p, V, allowed, valid, seed, a) -> Draws:
         budget = samples - top
     importance = _systematic_importance(size, budget, always, seed, a["layer"])
     total = samples if a["strategy"] == "hybrid" else budget
-    return Draws(torch.where(total >= n_allowed, 1, importance), cluster)
+    return Draws(importance.masked_fill(total >= n_allowed, 1), cluster, centred)
 
 
 def _largest(size, count):
@@ -288,43 +296,52 @@ def _naive_importance(p, size, num_samples, seed, layer, control_variate):
 def _inclusion_scale(size, budget):
     """c with sum_j min(1, c size_j) = budget, per row; inf where every key of positive size is taken."""
     c = budget / size.sum(-1, keepdim=True)
-    certain = torch.full_like(c, -1)
+    shape, size = c.shape, size.reshape(-1, size.shape[-1])
+    c, budget = c.flatten(), budget.expand(shape).flatten()
+    certain = torch.zeros_like(c)
+    moving = torch.arange(len(c), device=c.device)
     while True:
-        taken = c * size >= 1
-        count = taken.sum(-1, keepdim=True).to(c.dtype)
-        if (count == certain).all():
-            return c
-        rest = torch.where(taken, 0, size).sum(-1, keepdim=True)
+        taken = c[moving, None] * size >= 1
+        count = taken.sum(-1).to(c.dtype)
+        more = count > certain[moving]
+        if not more.any():
+            return c.reshape(shape)
+        moving, size, taken, count = moving[more], size[more], taken[more], count[more]
+        rest = size.masked_fill(taken, 0).sum(-1)
         # c only grows: certain keys may use the whole budget up while others of tiny size are left, which stay unlikely.
-        grown = torch.where(rest > 0, (budget - count) / rest, torch.inf).maximum(c)
-        c = torch.where(count == certain, c, grown)
-        certain = count
+        c[moving] = torch.where(rest > 0, (budget[moving] - count) / rest, torch.inf).maximum(c[moving])
+        certain[moving] = count
 
 
 def _systematic_importance(size, budget, always, seed, layer):
-    """1 / inclusion probability of one systematic sample without replacement, probability proportional to size."""
+    """1 / inclusion probability of one systematic sample without replacement, probability proportional to size.
+
+    always: bool, as size: keys that are taken for certain beside the budget; or None.
+    """
     row, query = _counter(size)
-    size = torch.where(always, 0, size)
+    if always is not None:
+        size = size.masked_fill(always, 0)
     c = _inclusion_scale(size, budget)
-    f = torch.where(size > 0, (c * size).clamp(max=1).mul(T).floor().clamp(max=T - 1) + 1, 0)
-    f = torch.where(always, T, f).long()
-    F = f.cumsum(-1)
+    # An int32 prefix sum wraps at 2^32 points, 256 strata: never between two neighbours.
+    f = (c * size).clamp_(max=1).mul_(T).floor_().clamp_(max=T - 1).add_(1).masked_fill_(size <= 0, 0)
+    if always is not None:
+        f = f.masked_fill_(always, T)
+    F = f.int().cumsum(-1, dtype=torch.int32)
     u = philox4x32(seed, layer, row, query, torch.tensor(0, device=size.device))[..., :1] >> 8
-    strata = (F + (T - 1) - u) >> 24
-    chosen = strata != torch.nn.functional.pad(strata, (1, 0))[..., :-1]
-    return torch.where(chosen, T / f.clamp(min=1).to(size.dtype), 0)
+    strata = (F + (T - 1 - u).int()) >> 24
+    chosen = strata.diff(dim=-1, prepend=torch.zeros_like(strata[..., :1])) != 0
+    return torch.where(chosen, T / f, 0)
 
 
 def _share_budget(p, samples, n_allowed):
     """Samples per row of `adaptive`: in proportion to sqrt(exp(entropy)), between 1 and the number of allowed keys."""
     entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
-    live = n_allowed > 0
-    want = torch.where(live, samples * (entropy / 2).exp(), 0).double()
+    want = (samples * (entropy / 2).exp()).double()
     n = n_allowed.double()
-    target = torch.where(live, torch.minimum(samples.double(), n), 0).sum((1, 2), keepdim=True)
+    target = torch.minimum(samples.double(), n).sum((1, 2), keepdim=True)
 
     def shares(c):
-        return torch.where(live, torch.minimum(n, (c * want).clamp(min=1)), 0)
+        return torch.minimum(n, (c * want).clamp(min=1))
 
     low, high = torch.zeros_like(target), n.amax((1, 2), keepdim=True).clamp(min=1)
     for _ in range(60):
