@@ -76,7 +76,8 @@ def quantum_attention_ref(
             bias = torch.nn.functional.pad(attn_mask.to(dtype), (0, short), value=-torch.inf)
             allowed = allowed & (bias > -torch.inf)
             scores = capped + bias
-    scores = torch.where(allowed, scores, -torch.inf)
+    if not allowed.all():
+        scores = scores.masked_fill(~allowed, -torch.inf)
     p = torch.softmax(scores, -1)
     p = p.masked_fill(p[..., :1].isnan(), 0)  # a row with no allowed key has no probability anywhere
 
@@ -328,9 +329,9 @@ def _systematic_importance(size, budget, always, seed, layer):
         f = f.masked_fill_(always, T)
     F = f.int().cumsum(-1, dtype=torch.int32)
     u = philox4x32(seed, layer, row, query, torch.tensor(0, device=size.device))[..., :1] >> 8
-    strata = (F + (T - 1 - u).int()) >> 24
-    chosen = strata.diff(dim=-1, prepend=torch.zeros_like(strata[..., :1])) != 0
-    return torch.where(chosen, T / f, 0)
+    strata = F.add_((T - 1 - u).int()) >> 24
+    chosen = torch.cat([strata[..., :1] != 0, strata[..., 1:] != strata[..., :-1]], -1)
+    return (T / f).masked_fill_(~chosen, 0)
 
 
 def _share_budget(p, samples, n_allowed):
