@@ -1,6 +1,6 @@
 """Training with sampled attention: accuracy and time of the classifier of examples/08_train_with_sampling.py.
 
-    python -m bench.training [--seeds 5] [--reviews 4000] [--judged 4000] [--json FILE]
+    python -m bench.training [--seeds 8] [--reviews 4000] [--judged 4000] [--json FILE]
 
 Per seed one classifier for each attention, from the same weights on the same batches of film reviews; it is judged on
 reviews that none has seen, with the attention that it was trained with. `read_percent` is the mean share of the keys that a
@@ -9,20 +9,19 @@ interval. `step_ms`: one training step, the median; `x_classical` how many times
 time, on one thread.
 """
 
-import importlib
+import runpy
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from bench import common
 
-example = importlib.import_module("examples.08_train_with_sampling")
-ATTENTIONS = {
-    "classical": None,
-    "adaptive, 16 samples": example.RECIPE,
-    "adaptive, 4 samples": example.RECIPE | {"num_samples": 4},
-}
+EXAMPLE = Path(__file__).parents[1] / "examples" / "08_train_with_sampling.py"
+example = SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
+ATTENTIONS = {"classical": None, "adaptive, 16 samples": example.RECIPE}
 STEPS = 8  # that a call which is timed takes
 
 
@@ -44,12 +43,12 @@ def step_times(vectors, known) -> dict[str, np.ndarray]:
     return {name: values / STEPS for name, values in times.items()}
 
 
-def rows(found: dict[str, np.ndarray], times: dict[str, np.ndarray]) -> list[dict]:
-    table = []
+def table(found: dict[str, np.ndarray], times: dict[str, np.ndarray]) -> list[dict]:
+    rows = []
     for name, recipe in ATTENTIONS.items():
         mean, ci95 = common.mean_interval(found[name])
         loss, loss_ci95 = common.mean_interval(100 * (found["classical"] - found[name]) / found["classical"].mean())
-        table.append(
+        rows.append(
             {
                 "attention": name,
                 "read_percent": 100 * (recipe["num_samples"] if recipe else example.LENGTH) / example.LENGTH,
@@ -61,15 +60,15 @@ def rows(found: dict[str, np.ndarray], times: dict[str, np.ndarray]) -> list[dic
                 "x_classical": float(np.median(times[name] / times["classical"])),
             }
         )
-    return table
+    return rows
 
 
 def main():
-    arguments = common.parser(__doc__.split("\n")[0], seeds=5, reviews=4000, judged=4000).parse_args()
+    arguments = common.parser(__doc__.split("\n")[0], seeds=8, reviews=4000, judged=4000).parse_args()
     torch.set_num_threads(arguments.threads)
     vectors, known, new = example.data(arguments.reviews, arguments.judged)
     times = step_times(vectors, known)
-    table = rows(accuracies(arguments.seeds, vectors, known, new), times)
+    rows = table(accuracies(arguments.seeds, vectors, known, new), times)
     parameters = {
         "reviews": arguments.reviews,
         "judged": arguments.judged,
@@ -77,7 +76,7 @@ def main():
         "batch": example.BATCH,
         "seeds": arguments.seeds,
     }
-    common.report("training", arguments.threads, parameters, {"training": table}, arguments.json)
+    common.report("training", arguments.threads, parameters, {"training": rows}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def quantum_attention_ref(
     if not allowed.all():
         scores = scores.masked_fill(~allowed, -torch.inf)
     p = torch.softmax(scores, -1)
-    p = p.masked_fill(p[..., :1].isnan(), 0)  # a row with no allowed key has no probability anywhere
+    lost = p[..., :1].isnan()
+    if lost.any():
+        p = p.masked_fill(lost, 0)  # a row with no allowed key has no probability anywhere
 
     error = torch.zeros(Q.shape[:2], dtype=torch.float32) if a["strategy"] in BLOCKWISE else None
     kept = None
@@ -243,7 +245,7 @@ def draw(p, V, allowed, valid, seed, a) -> Draws:
         budget = samples - top
     importance = _systematic_importance(size, budget, always, seed, a["layer"])
     total = samples if a["strategy"] == "hybrid" else budget
-    return Draws(importance.masked_fill(total >= n_allowed, 1), cluster, centred)
+    return Draws(importance.masked_fill_(total >= n_allowed, 1), cluster, centred)
 
 
 def _largest(size, count):
@@ -299,14 +301,15 @@ def _inclusion_scale(size, budget):
     c = budget / size.sum(-1, keepdim=True)
     shape, size = c.shape, size.reshape(-1, size.shape[-1])
     c, budget = c.flatten(), budget.expand(shape).flatten()
-    certain = torch.zeros_like(c)
+    certain = torch.zeros_like(c)  # how many keys were taken for certain when c was computed
     moving = torch.arange(len(c), device=c.device)
     while True:
         taken = c[moving, None] * size >= 1
-        count = taken.sum(-1).to(c.dtype)
+        count = taken.sum(-1, dtype=c.dtype)
         more = count > certain[moving]
         if not more.any():
             return c.reshape(shape)
+        # The rows that are done, most of them soon, are not looked at again.
         moving, size, taken, count = moving[more], size[more], taken[more], count[more]
         rest = size.masked_fill(taken, 0).sum(-1)
         # c only grows: certain keys may use the whole budget up while others of tiny size are left, which stay unlikely.
@@ -323,11 +326,10 @@ def _systematic_importance(size, budget, always, seed, layer):
     if always is not None:
         size = size.masked_fill(always, 0)
     c = _inclusion_scale(size, budget)
-    # An int32 prefix sum wraps at 2^32 points, 256 strata: never between two neighbours.
-    f = (c * size).clamp_(max=1).mul_(T).floor_().clamp_(max=T - 1).add_(1).masked_fill_(size <= 0, 0)
+    f = (c * size).mul_(T).clamp_(max=T - 1).floor_().add_(1).masked_fill_(~(size > 0), 0)
     if always is not None:
         f = f.masked_fill_(always, T)
-    F = f.int().cumsum(-1, dtype=torch.int32)
+    F = f.int().cumsum(-1, dtype=torch.int32)  # neighbours differ by T at most: what wraps at 2^32 keeps them apart
     u = philox4x32(seed, layer, row, query, torch.tensor(0, device=size.device))[..., :1] >> 8
     strata = F.add_((T - 1 - u).int()) >> 24
     chosen = torch.cat([strata[..., :1] != 0, strata[..., 1:] != strata[..., :-1]], -1)
