@@ -14,8 +14,8 @@ START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 def markdown() -> str:
     """All figures, as Markdown."""
-    sections = (sts_b(), training(), comparisons.baselines(), seed_table(), minilm_error(), generation(), comparisons.scaling())
-    sections += (attention(), kv_cache())
+    sections = (sts_b(), training(), comparisons.baselines(), seed_table(), minilm_error(), generation())
+    sections += (comparisons.scaling(), attention(), kv_cache())
     return "\n".join(section for section in sections)
 
 

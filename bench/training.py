@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from bench import common
+from qexport.profiling.timing import interleaved
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "08_train_with_sampling.py"
 example = SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
@@ -39,7 +40,7 @@ def step_times(vectors, known) -> dict[str, np.ndarray]:
     """Milliseconds of a training step of each attention, one per round."""
     few = [x[: STEPS * example.BATCH] for x in known]
     calls = {name: lambda r=recipe: example.train(0, vectors, *few, r, epochs=1) for name, recipe in ATTENTIONS.items()}
-    times = common.interleaved(calls, least=5, clock=time.process_time)
+    times = interleaved(calls, least=5, clock=time.process_time)
     return {name: values / STEPS for name, values in times.items()}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.training import table, example
+from bench.training import example, table
 from qexport.nn import QuantumMultiheadAttention, exact_attention
 
 LENGTH, WORDS = 24, 50
