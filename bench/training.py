@@ -22,14 +22,15 @@ from qexport.profiling.timing import interleaved
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "08_train_with_sampling.py"
 example = SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
-ATTENTIONS = {"classical": None, "adaptive, 16 samples": example.RECIPE}
+ATTENTIONS = {"classical": None}
+ATTENTIONS |= {f"adaptive, {samples} samples": example.RECIPE | {"num_samples": samples} for samples in (32, 16)}
 STEPS = 8  # that a call which is timed takes
 
 
-def accuracies(seeds: int, vectors, known, new) -> dict[str, np.ndarray]:
+def accuracies(seeds: range, vectors, known, new) -> dict[str, np.ndarray]:
     """Accuracy in percent of each attention, one per seed."""
     found = {name: [] for name in ATTENTIONS}
-    for seed in range(seeds):
+    for seed in seeds:
         for name, recipe in ATTENTIONS.items():
             model, _ = example.train(seed, vectors, *known, recipe)
             found[name].append(100 * example.accuracy(model, *new))
@@ -69,7 +70,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     vectors, known, new = example.data(arguments.reviews, arguments.judged)
     times = step_times(vectors, known)
-    rows = table(accuracies(arguments.seeds, vectors, known, new), times)
+    rows = table(accuracies(range(arguments.seeds), vectors, known, new), times)
     parameters = {
         "reviews": arguments.reviews,
         "judged": arguments.judged,

@@ -14,7 +14,7 @@ from torch import nn
 
 from qexport.nn import replace_attention
 
-LENGTH, SAMPLES, BATCH = 128, 16, 32
+LENGTH, SAMPLES, BATCH = 128, 32, 32
 RECIPE = {"strategy": "adaptive", "num_samples": SAMPLES, "control_variate": True}
 
 
