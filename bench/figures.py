@@ -14,8 +14,8 @@ START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 def markdown() -> str:
     """All figures, as Markdown."""
-    sections = (sts_b(), training(), comparisons.baselines(), seed_table(), minilm_error(), generation())
-    sections += (comparisons.scaling(), attention(), kv_cache())
+    sections = (sts_b(), comparisons.training(), comparisons.baselines(), seed_table(), minilm_error())
+    sections += (generation(), comparisons.scaling(), attention(), kv_cache())
     return "\n".join(section for section in sections)
 
 
@@ -42,27 +42,6 @@ def sts_b() -> str:
     {source("sts_b", results)}. Sentences average {parameters["mean_tokens"]:.0f} tokens: the last column is the share
     that is longer than the samples, all others are computed exactly.
     """) + table(("attention", "Spearman × 100", "loss", "sampled"), rows)
-
-
-def training() -> str:
-    results = load("training")
-    rows = [
-        (
-            row["attention"],
-            f"{row['read_percent']:.3g} %",
-            f"{row['accuracy_percent']:.2f} % ± {row['ci95']:.2f}",
-            f"{row['loss_percent']:.2f} % ± {row['loss_ci95']:.2f}" if row["loss_ci95"] else "",
-            f"{row['step_ms']:.0f} ms",
-        )
-        for row in results["training"]
-    ]
-    parameters = results["parameters"]
-    return paragraph(f"""
-    **Trained with sampling.** A classifier of film reviews by two encoder layers, trained on {parameters["reviews"]} reviews
-    of {parameters["tokens"]} tokens and judged on {parameters["judged"]} others with the attention that it was trained with:
-    keys read, accuracy, what is lost relative to the classical one (mean of {parameters["seeds"]} seeds, pairs of equal
-    seed, 95 % intervals) and processor time of a training step of {parameters["batch"]} {source("training", results)}.
-    """) + table(("attention", "keys read", "accuracy", "loss", "step"), rows)
 
 
 def seed_table() -> str:
