@@ -7,8 +7,9 @@ from attention_backends import run_binding
 from scipy import stats
 from test_statistics import LEVEL, inclusion
 
-from qexport.ops import quantum_attention_ref as reference
-from qexport.ops.quantum_attention_ref import T, combine
+from qexport.ops import draws_ref
+from qexport.ops.draws_ref import T, combine
+from qexport.ops.quantum_attention_ref import quantum_attention_ref
 
 S = 16
 
@@ -30,9 +31,9 @@ def every_draw(size, budget, monkeypatch):
     wide = np.diff(cuts) > len(size)  # others are of the steps of the fixed point, which rounds every key up
     u = torch.from_numpy((cuts[:-1] + cuts[1:])[wide] / 2).long()
     rows = size.expand(1, 1, len(u), -1)
-    monkeypatch.setattr(reference, "philox4x32", lambda *counter: (u << 8)[None, None, :, None])
+    monkeypatch.setattr(draws_ref, "philox4x32", lambda *counter: (u << 8)[None, None, :, None])
     budget = torch.full((1, 1, len(u), 1), float(budget), dtype=size.dtype)
-    importance = reference._systematic_importance(rows, budget, torch.zeros_like(rows, dtype=torch.bool), 0, 0)
+    importance = draws_ref._systematic_importance(rows, budget, torch.zeros_like(rows, dtype=torch.bool), 0, 0)
     return torch.from_numpy(np.diff(cuts)[wide] / T), importance[0, 0]
 
 
@@ -40,7 +41,7 @@ def estimates(scores, V, importance, centred):
     """The estimate of every outcome, (outcomes, d), and the sum of its weights, as the reference combines them."""
     p = torch.softmax(scores, 0).expand(1, 1, len(importance), -1)
     cluster = torch.zeros(1, 1, len(V), dtype=torch.long) if centred else None
-    found = combine(p, V[None, None], reference.Draws(importance[None, None], cluster))
+    found = combine(p, V[None, None], draws_ref.Draws(importance[None, None], cluster))
     return found[0, 0], (p * importance).sum(-1)[0, 0]
 
 
@@ -165,7 +166,7 @@ def test_the_gradient_of_naive_is_short_by_one_over_s():
     scores, V = problem(8, n=12, d=2)
     rows, S = 4000, 4
     every = scores.expand(rows, -1).clone().requires_grad_()
-    Y = reference.quantum_attention_ref(
+    Y = quantum_attention_ref(
         *(every[None, None], torch.eye(12, dtype=torch.float64)[None, None], V[None, None]),
         strategy="naive",
         num_samples=S,
@@ -185,9 +186,9 @@ def test_hybrid_keeps_its_bound():
     rng = np.random.default_rng(9)
     Q, K, V = (torch.from_numpy(rng.standard_normal((1, 2, n, 8))) for n in (20, 200, 200))
     p = torch.softmax(Q @ K.mT, -1)
-    Y = reference.quantum_attention_ref(Q, K, V, strategy="hybrid", num_samples=S, control_variate=1, scale=1.0)[0]
-    cluster = reference._value_clusters(V, torch.tensor([200]))
-    x = p * torch.linalg.vector_norm(V - reference._centres(V, cluster), dim=-1)[:, :, None]
+    Y = quantum_attention_ref(Q, K, V, strategy="hybrid", num_samples=S, control_variate=1, scale=1.0)[0]
+    cluster = draws_ref._value_clusters(V, torch.tensor([200]))
+    x = p * torch.linalg.vector_norm(V - draws_ref._centres(V, cluster), dim=-1)[:, :, None]
     bound = x.sort(-1, descending=True).values[..., S:].sum(-1)
     error = torch.linalg.vector_norm(Y - p @ V, dim=-1)
     assert (error <= bound).all()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from qexport.ops.clusters_ref import CHUNK, LEAF, Tree
+from qexport.ops.draws_ref import T, inclusion_scale
 from qexport.ops.philox import philox4x32
 
 TILE = 32  # queries
@@ -14,7 +15,6 @@ QUERIES_FOR_TOLERANCE, KEYS_FOR_TOLERANCE = 1024, 200
 MASKED = -1e4
 HALF_SAMPLE, PROBES, TRIALS, AUDIT_ROWS, AUDIT_DRAW = 4, 3, 2, 128, 2
 MARGIN = 0.8
-T = 1 << 24
 
 
 def kept_keys(attn_mask, a, batch, q_len, total_len):
@@ -214,11 +214,9 @@ class Head:
 
 def systematic_sample(x, size, word):
     """(place, 1 / pi) of a systematic pi-ps sample of `size` of x; as `stratified`."""
-    from qexport.ops.quantum_attention_ref import _inclusion_scale
-
     if not x.sum() > 0:
         return []
-    scale = _inclusion_scale(x, torch.tensor(float(size), dtype=x.dtype))
+    scale = inclusion_scale(x, torch.tensor(float(size), dtype=x.dtype))
     f = torch.where(x > 0, (scale * x).clamp(max=1).mul(T).floor().clamp(max=T - 1) + 1, 0).long()
     strata = (f.cumsum(0) + (T - 1) - (word >> 8)) >> 24
     chosen = strata != torch.nn.functional.pad(strata, (1, 0))[:-1]

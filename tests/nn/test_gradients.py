@@ -9,7 +9,8 @@ from scipy import stats
 
 from qexport.nn import QuantumMultiheadAttention, exact_attention, quantum_attention
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention_ref import combine, draw, quantum_attention_ref
+from qexport.ops.draws_ref import combine, draw
+from qexport.ops.quantum_attention_ref import quantum_attention_ref
 
 LEVEL = 1e-6  # of each test, two-sided and after Bonferroni
 BATCH, HEADS, QUERIES, KEYS, SIZE = 2, 2, 4, 24, 4
