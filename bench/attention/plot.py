@@ -45,6 +45,7 @@ def draw(tables: dict[str, list[dict]], file: str) -> None:
         axis.set_xlabel("queries and keys")
     decode = [row for row in tables.get("decode", []) if row["threads"] == 1 and row["data"] == "gaussian"]
     _lines(axes[1, 0], decode, DECODE, "past", "ms")
+    axes[1, 0].set_ylim(top=4 * axes[1, 0].get_ylim()[1])  # room for the legend above the lines
     axes[1, 0].set_title("Decoding one token, 8 heads of 64, one thread")
     axes[1, 0].set_ylabel("ms")
     axes[1, 0].set_xlabel("keys in the past")
