@@ -52,15 +52,20 @@ def quantum_attention(
         ValueError: shapes that do not fit each other.
     """
     a = QUANTUM_ATTENTION.resolve(attributes)
+    Y, weights = attend(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, a)
+    return (Y, weights) if need_weights else Y
+
+
+def attend(Q, K, V, attn_mask, seed, backend: str, dropout_p: float, need_weights: bool, attributes: dict):
+    """(output, weights or None) of `quantum_attention` with all attributes of the op, checked already."""
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype):
         attn_mask = attn_mask.to(Q.dtype)
     if _is_plain(Q, K, V, attn_mask):
-        Y, weights = _compute(AttentionCall(Q, K, V, attn_mask, a, int(seed), need_weights, dropout_p), backend)
-    else:
-        values = [a[name] for name in ATTRIBUTES]
-        seed = torch.as_tensor(seed, dtype=torch.int64)
-        Y, weights = _attention(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, *values)
-    return (Y, weights) if need_weights else Y
+        return _compute(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), need_weights, dropout_p), backend)
+    values = [attributes[name] for name in ATTRIBUTES]
+    seed = torch.as_tensor(seed, dtype=torch.int64)
+    Y, weights = _attention(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values)
+    return Y, weights if need_weights else None
 
 
 _EXACT = ContextVar("qexport_exact", default=False)

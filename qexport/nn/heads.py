@@ -42,7 +42,7 @@ def head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[
 
 
 def _attributes(settings: dict, where: str = "") -> dict:
-    """The attributes of the op that the settings of a module, or of one head, mean.
+    """All attributes of the op, as the settings of a module, or of one head, mean them.
 
     Raises:
         UsageError: a value outside its limits, or settings that do not fit each other.
@@ -56,10 +56,9 @@ def _attributes(settings: dict, where: str = "") -> dict:
     attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
     attributes |= {"num_samples": [samples], "control_variate": settings["control_variate"]}
     try:
-        resolved = QUANTUM_ATTENTION.resolve(attributes)
+        return QUANTUM_ATTENTION.resolve(attributes)
     except UsageError as error:
         raise UsageError(where + str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
-    return {key: resolved[key] for key in attributes}
 
 
 def columns_of(x, members, num_heads):

@@ -5,7 +5,7 @@ from torch import nn
 
 from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
-from qexport.nn.functional import quantum_attention
+from qexport.nn.functional import attend
 from qexport.nn.heads import PER_HEAD, columns_of, head_groups
 from qexport.ops import QUANTUM_ATTENTION
 
@@ -239,19 +239,21 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         for number, (attributes, members) in enumerate(self.head_groups):
             rows = [columns_of(x, members, self.num_heads) for x in (q, k, v)]
             per_head = mask is not None and mask.shape[1] > 1
-            found = quantum_attention(
+            Y, p = attend(
                 *rows,
                 mask[:, members] if per_head and len(members) < self.num_heads else mask,
                 seed,
-                backend=self.backend,
-                dropout_p=dropout_p,
-                need_weights=need_weights,
-                layer=self.layer + GROUP_STRIDE * number,
-                q_num_heads=len(members),
-                kv_num_heads=len(members),
-                **attributes | order,
+                self.backend,
+                dropout_p,
+                need_weights,
+                attributes
+                | order
+                | {
+                    "layer": self.layer + GROUP_STRIDE * number,
+                    "q_num_heads": len(members),
+                    "kv_num_heads": len(members),
+                },
             )
-            Y, p = found if need_weights else (found, None)
             if len(members) == self.num_heads:
                 return Y, p
             for place, head in enumerate(members):

@@ -42,7 +42,7 @@ def combine(p, V, draws: Draws, kept=None):
     if kept is not None:
         p, weights = p * kept, weights * kept
     centre = _centres(V, draws.cluster)
-    if draws.one_mean:  # c_j is the same for all keys with p_j > 0, and the second sum a product
+    if draws.one_mean and V.shape[2]:  # c_j is the same for all keys with p_j > 0, and the second sum a product
         centre = centre[:, :, :1]
         return weights @ (V - centre) + p.sum(-1, keepdim=True) * centre
     return weights @ (V - centre) + p @ centre
@@ -139,7 +139,7 @@ def _naive_importance(p, size, num_samples, seed, layer, control_variate):
 def inclusion_scale(size, budget):
     """c with sum_j min(1, c size_j) = budget, per row; inf where every key of positive size is taken."""
     c = budget / size.sum(-1, keepdim=True)
-    shape, size = c.shape, size.reshape(-1, size.shape[-1])
+    shape, size = c.shape, size.reshape(c.numel(), size.shape[-1])
     c, budget = c.flatten(), budget.expand(shape).flatten()
     certain = torch.zeros_like(c)  # how many keys were taken for certain when c was computed
     moving = torch.arange(len(c), device=c.device)
