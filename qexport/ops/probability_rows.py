@@ -18,7 +18,7 @@ def check_rows(op_name: str, probabilities, least: int) -> None:
         least: the smallest n that the op takes.
 
     Raises:
-        UsageError: not 1 to 4 axes, n too small, not floating point, a number that is negative or NaN, a sum that is not one.
+        UsageError: not 1 to 4 axes, n too small, not floating point, a number below 0 or NaN, a sum that is not one.
     """
     where = f"[{op_name}] probabilities"
     dtype = str(probabilities.dtype).removeprefix("torch.")

@@ -16,7 +16,9 @@ SPEC = OpSpec(
     outputs=(Param("frequencies", "T", "as probabilities", "Share of the shots that found each outcome."),),
     attributes=(
         Attr("shots", "int", "Measurements per row.", 1024, minimum=1, maximum=2**31 - 1),
-        Attr("layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0, maximum=2**32 - 1),
+        Attr(
+            "layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0, maximum=2**32 - 1
+        ),
     ),
     type_vars={"T": FLOATS, "I": ("tensor(int64)",)},
     fallback="Identity: the probabilities, as after infinitely many shots",

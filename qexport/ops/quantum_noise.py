@@ -22,7 +22,8 @@ def _check(values: dict) -> None:
     for name, plain in (("scope", "local"), ("convention", "replace")):
         if channel != "depolarizing" and values[name] != plain:
             raise UsageError(
-                f"[QuantumNoise] {name} must be {plain} with channel {channel}, got {values[name]}; only depolarizing has others"
+                f"[QuantumNoise] {name} must be {plain} with channel {channel}, got {values[name]}; only depolarizing has "
+                "others"
             )
 
 
@@ -51,7 +52,13 @@ SPEC = OpSpec(
     ),
     outputs=(
         Param("noisy", "T", "as probabilities", "Probabilities of measuring 0 .. n-1 after the noise."),
-        Param("leak", "P", "(...)", "Probability of measuring a state n .. 2^qubits - 1, that stands for nothing.", optional=True),
+        Param(
+            "leak",
+            "P",
+            "(...)",
+            "Probability of measuring a state n .. 2^qubits - 1, that stands for nothing.",
+            optional=True,
+        ),
     ),
     attributes=(
         Attr("channel", "string", "The channel; docs/noise.md.", "depolarizing", choices=CHANNELS),
@@ -65,8 +72,8 @@ SPEC = OpSpec(
         Attr(
             "convention",
             "string",
-            "depolarizing: level is the share that is replaced by the mixed state (Aer), or the probability of a Pauli error "
-            "(PennyLane, Cirq).",
+            "depolarizing: level is the share that is replaced by the mixed state (Aer), or the probability of a Pauli "
+            "error (PennyLane, Cirq).",
             "replace",
             choices=("replace", "error"),
         ),

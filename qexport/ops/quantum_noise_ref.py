@@ -15,9 +15,7 @@ PAULIS = torch.tensor([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], 
 TOLERANCE = 1e-10  # of what must be exact in float64: completeness of Kraus operators, the residual of a closed form
 
 
-def quantum_noise_ref(
-    probabilities, level, T1=None, T2=None, excited_population=None, *, dtype=torch.float64, **attributes
-):
+def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population=None, *, dtype=torch.float64, **attributes):
     """Probabilities of measuring a register that holds rows of probabilities, after noise, in closed form.
 
     Args:
@@ -39,10 +37,16 @@ def quantum_noise_ref(
     qubits = num_qubits(n)
     p = torch.nn.functional.pad(probabilities.to(dtype), (0, (1 << qubits) - n))
     parameters = level, T1, T2, excited_population
+    for name, value in (("T1", T1), ("T2", T2), ("excited_population", excited_population)):
+        if value is not None and a["channel"] != "thermal_relaxation":
+            raise UsageError(f"[QuantumNoise] {name} is for channel thermal_relaxation, got {a['channel']}; leave it out")
     if a["basis"] == "x":
         p = walsh_hadamard(p.sqrt()).square()
     if a["scope"] == "global":
-        strength = replaced_share(a["convention"], level, qubits, qubits)[0].to(dtype)
+        shares = replaced_share(a["convention"], level, qubits, qubits)
+        if (shares != shares[0]).any():
+            raise UsageError("[QuantumNoise] level must be one number with scope global, got one per qubit that differ")
+        strength = shares[0].to(dtype)
         p = (1 - strength) * p + strength * p.sum(-1, keepdim=True) / p.shape[-1]
     else:
         matrices = transition_matrices(a["channel"], qubits, *parameters, convention=a["convention"], basis=a["basis"])
@@ -261,7 +265,9 @@ def check_kraus(kraus: torch.Tensor) -> None:
     total = torch.einsum("...kji,...kjl->...il", kraus.conj(), kraus)
     off = float((total - torch.eye(2)).abs().max())
     if not off <= TOLERANCE:
-        raise UsageError(f"[QuantumNoise] Kraus operators must sum to the identity within {TOLERANCE:g}, they are off by {off:g}")
+        raise UsageError(
+            f"[QuantumNoise] Kraus operators must sum to the identity within {TOLERANCE:g}, they are off by {off:g}"
+        )
 
 
 def transitions_of(kraus: torch.Tensor) -> torch.Tensor:
@@ -270,8 +276,8 @@ def transitions_of(kraus: torch.Tensor) -> torch.Tensor:
 
 
 def residual_of(kraus: torch.Tensor) -> float:
-    """max |sum_k K_k[i, 0] conj K_k[i, 1]|: what coherences add to measured probabilities. Where it is 0, and only there, the
-    channel acts on the diagonal of a density matrix by itself, as `transitions_of` says."""
+    """max |sum_k K_k[i, 0] conj K_k[i, 1]|: what coherences add to measured probabilities. Where it is 0, and only there,
+    the channel acts on the diagonal of a density matrix by itself, as `transitions_of` says."""
     return float(torch.einsum("...ki,...ki->...i", kraus[..., 0], kraus[..., 1].conj()).abs().max())
 
 
