@@ -1,4 +1,5 @@
-"""Inputs of QuantumNoise and QuantumMeasure: every channel in every form that the op table allows; and the ways to compute them."""
+"""Inputs of QuantumNoise and QuantumMeasure, every channel in every form that the op table allows, and the ways to compute
+them."""
 
 import functools
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from noise_cases import BASES, CHANNELS, name_of, noise_binding, noise_ort, noise_ref, parameters, rows
 
+from qexport import _core
 from qexport.errors import UsageError
+from qexport.ops import QUANTUM_NOISE
 from qexport.ops import quantum_noise_ref as ref
 
 BACKENDS = {"binding": noise_binding, "ort": noise_ort}
 EXACT = 1e-12  # float64
-# Half an ulp of the output type at 1, and float32 inside.
+# An ulp of the type below 1, and what float32 inside leaves.
 TOLERANCE = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3, "float64": EXACT}
 
 
@@ -113,7 +115,9 @@ def test_any_kraus_operators(unitary):
     p = torch.from_numpy(rows(5, 4))
     for kraus in (wild, ref.kraus_operators("amplitude_damping", 2, 0.3), ref.kraus_operators("phase_flip", 2, 0.3)):
         given = {"none": None, "hadamard": ref.HADAMARD, "gate": gate, "whole": whole}[unitary]
-        turn = torch.eye(4, dtype=torch.complex128) if given is None else given if len(given) == 4 else torch.kron(given, given)
+        turn = (
+            torch.eye(4, dtype=torch.complex128) if given is None else given if len(given) == 4 else torch.kron(given, given)
+        )
         rho = turn @ ref.apply_kraus(ref.density_matrix(p), kraus) @ turn.conj().mT
         want = rho.diagonal(dim1=-2, dim2=-1).real
         assert (ref.channel_probabilities(p, kraus, given) - want).abs().max() <= EXACT
@@ -141,14 +145,14 @@ def test_kernel_is_the_reference(case, renormalize, basis, backend, dtype):
     attributes = {**attributes, "basis": basis, "renormalize": renormalize}
     p, given = rows(2, 3, 5, 50), parameters(attributes, per_qubit, 50)
     p[1, 2, 3] = 0  # a query that attends to nothing
-    p = p.astype(np.float32) if dtype == "float32" else torch.from_numpy(p).to(getattr(torch, dtype)).float().numpy()
+    typed = torch.from_numpy(p).to(getattr(torch, dtype))
     given = {name: value.astype(np.float32).astype(np.float64) for name, value in given.items()}
-    want, want_leak = ref.quantum_noise_ref(torch.from_numpy(p), **given, **attributes)
-    noisy, leak = BACKENDS[backend](p, given, attributes, dtype)
-    assert np.abs(noisy - want.numpy()).max() <= TOLERANCE[dtype]
+    want, want_leak = ref.quantum_noise_ref(typed, **given, **attributes)
+    noisy, leak = BACKENDS[backend](typed.double().numpy(), given, attributes, dtype)
+    assert np.abs(noisy - want.double().numpy()).max() <= TOLERANCE[dtype]
     assert np.abs(leak - want_leak.numpy()).max() <= TOLERANCE["float32"]
     assert not noisy[1, 2, 3].any()
-    if renormalize and leak.min() >= 0:
+    if renormalize:
         kept = np.delete(noisy.reshape(-1, 50).sum(-1), (1 * 3 + 2) * 5 + 3)
         assert np.abs(kept - 1).max() <= 50 * TOLERANCE[dtype]
 
@@ -200,19 +204,39 @@ def changed(place, value):
     ("p", "given", "attributes", "message"),
     [
         (GOOD, {"level": 1.5}, {}, r"level must be in 0 to 1\.33333 with convention replace on 1 qubit, got 1\.5"),
-        (GOOD, {"level": 1.1}, {"scope": "global"}, r"level must be in 0 to 1\.01587 with convention replace on 3 qubits, got 1\.1"),
+        (
+            GOOD,
+            {"level": 1.1},
+            {"scope": "global"},
+            r"level must be in 0 to 1\.01587 with convention replace on 3 qubits, got 1\.1",
+        ),
         (GOOD, {"level": [0.1, 0.2, 0.1]}, {"scope": "global"}, r"level must be one number with scope global"),
         (GOOD, {"level": 1.1}, {"convention": "error"}, r"level must be in 0 to 1, got 1\.1"),
         (GOOD, {"level": -0.1}, {"channel": "bit_flip"}, r"level must be in 0 to 1, got -0\.1"),
         (GOOD, {"level": np.nan}, {"channel": "amplitude_damping"}, r"level must be in 0 to 1, got nan"),
         (GOOD, {"level": [0.1, 0.2]}, {}, r"level has shape \(2,\), expected one number or \(3,\), one per qubit"),
-        (GOOD, {"level": np.zeros((2, 2))}, {"channel": "readout"}, r"level has shape \(2, 2\), expected one number, \(3,\), \(1, 2\)"),
+        (
+            GOOD,
+            {"level": np.zeros((2, 2))},
+            {"channel": "readout"},
+            r"level has shape \(2, 2\), expected one number, \(3,\), \(1, 2\)",
+        ),
         (GOOD, {"level": [[0.1, 1.2]]}, {"channel": "readout"}, r"level must be in 0 to 1, got 1\.2"),
         (GOOD, {"level": 0.1}, {"channel": "thermal_relaxation"}, r"T1 is missing; thermal_relaxation needs it"),
         (GOOD, THERMAL | {"T2": 2.5}, {"channel": "thermal_relaxation"}, r"T2 must be at most 2 T1 = 2, got 2\.5"),
         (GOOD, THERMAL | {"T1": 0.0}, {"channel": "thermal_relaxation"}, r"T1 must be > 0, got 0"),
-        (GOOD, THERMAL | {"level": -1}, {"channel": "thermal_relaxation"}, r"level must be a time >= 0 with thermal_relaxation, got -1"),
-        (GOOD, THERMAL | {"excited_population": 2}, {"channel": "thermal_relaxation"}, r"excited_population must be in 0 to 1, got 2"),
+        (
+            GOOD,
+            THERMAL | {"level": -1},
+            {"channel": "thermal_relaxation"},
+            r"level must be a time >= 0 with thermal_relaxation, got -1",
+        ),
+        (
+            GOOD,
+            THERMAL | {"excited_population": 2},
+            {"channel": "thermal_relaxation"},
+            r"excited_population must be in 0 to 1, got 2",
+        ),
         (GOOD, THERMAL, {"channel": "bit_flip"}, r"T1 is for channel thermal_relaxation, got bit_flip; leave it out"),
         (changed((2, 3), -0.5), {"level": 0.1}, {}, r"probabilities must be >= 0, got -0\.5 at place 3 of row 2"),
         (changed((1, 7), np.nan), {"level": 0.1}, {}, r"probabilities must be >= 0, got nan at place 7 of row 1"),
@@ -220,13 +244,18 @@ def changed(place, value):
         (changed(0, np.inf), {"level": 0.1}, {}, r"probabilities must sum to 1 within 1e-09, got inf in row 0"),
         (np.ones((3, 1)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 1"),
         (np.ones((3, 0)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 0"),
-        (GOOD, {"level": 0.1}, {"channel": "bit_flip", "scope": "global"}, r"scope must be local with channel bit_flip, got global"),
+        (
+            GOOD,
+            {"level": 0.1},
+            {"channel": "bit_flip", "scope": "global"},
+            r"scope must be local with channel bit_flip, got global",
+        ),
         (GOOD, {"level": 0.1}, {"channel": "leak"}, r"channel must be one of depolarizing, .*, got 'leak'"),
     ],
 )
 def test_what_is_refused(run, p, given, attributes, message):
     given = {name: np.asarray(value, np.float64) for name, value in given.items()}
-    with pytest.raises((UsageError, ValueError, Exception), match=rf"\[QuantumNoise\] {message}") as raised:
+    with pytest.raises(Exception, match=rf"\[QuantumNoise\] {message}") as raised:
         run(p, given, attributes)
     assert "\n" not in str(raised.value).strip()
 
@@ -244,9 +273,6 @@ def test_what_is_refused(run, p, given, attributes, message):
 )
 def test_the_kernel_checks_attributes_too(change, message):
     """As a node made by hand could have them."""
-    from qexport import _core
-    from qexport.ops import QUANTUM_NOISE
-
     with pytest.raises(ValueError, match=rf"\[QuantumNoise\] {message}"):
         _core.quantum_noise(GOOD, 0.1, **QUANTUM_NOISE.resolve({}) | change)
 
@@ -257,9 +283,6 @@ def test_more_that_is_refused():
     with pytest.raises(UsageError, match=r"\[QuantumNoise\] probabilities must have 1 to 4 dimensions, got 5"):
         noise_ref(rows(1, 1, 1, 1, 2), {"level": 0.1}, {})
     with pytest.raises(ValueError, match=r"\[QuantumNoise\] probabilities must be float32, .*, got int64"):
-        from qexport import _core
-        from qexport.ops import QUANTUM_NOISE
-
         _core.quantum_noise(np.ones((2, 2), np.int64), 0.1, **QUANTUM_NOISE.resolve({}))
     with pytest.raises(UsageError, match=r"Kraus operators must sum to the identity within 1e-10, they are off by 0\.19"):
         ref.channel_probabilities(torch.from_numpy(GOOD), 0.9 * torch.eye(2, dtype=torch.complex128).expand(3, 1, 2, 2))
