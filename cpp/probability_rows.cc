@@ -61,8 +61,8 @@ void fail_row(const char* op_name, const ProbabilityRows& rows, int64_t row) {
     }
     sum += value;
   }
-  throw std::invalid_argument(where + "sum to 1 within " + to_text(sum_tolerance(rows.type)) + ", got " + to_text(sum) +
-                              " in" + in_row + "; divide the row by its sum");
+  throw std::invalid_argument(where + "sum to 1 within " + to_text(sum_tolerance(rows.type)) + "," + in_row + " is off by " +
+                              to_text(sum - 1.0) + "; divide it by its sum");
 }
 
 std::string to_text(double value) {

@@ -114,7 +114,11 @@ GOOD = rows(4, 8)
     ("p", "attributes", "message"),
     [
         (-GOOD, {}, r"probabilities must be >= 0, got -.* at place 0 of row 0"),
-        (GOOD * [[1], [1], [1.5], [1]], {}, r"probabilities must sum to 1 within 1e-09, got 1\.5 in row 2; divide the row"),
+        (
+            GOOD * [[1], [1], [1.5], [1]],
+            {},
+            r"probabilities must sum to 1 within 1e-09, row 2 is off by 0\.5; divide it by its sum",
+        ),
         (np.ones((3, 0)), {}, r"probabilities must have rows of >= 1 numbers, got rows of 0"),
         (GOOD, {"shots": 0}, r"shots must be >= 1, got 0"),
         (GOOD, {"shots": 2**31}, r"shots must be <= 2147483647, got 2147483648"),

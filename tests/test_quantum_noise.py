@@ -240,8 +240,13 @@ def changed(place, value):
         (GOOD, THERMAL, {"channel": "bit_flip"}, r"T1 is for channel thermal_relaxation, got bit_flip; leave it out"),
         (changed((2, 3), -0.5), {"level": 0.1}, {}, r"probabilities must be >= 0, got -0\.5 at place 3 of row 2"),
         (changed((1, 7), np.nan), {"level": 0.1}, {}, r"probabilities must be >= 0, got nan at place 7 of row 1"),
-        (changed(3, 0.25), {"level": 0.1}, {}, r"probabilities must sum to 1 within 1e-09, got 2 in row 3; divide the row"),
-        (changed(0, np.inf), {"level": 0.1}, {}, r"probabilities must sum to 1 within 1e-09, got inf in row 0"),
+        (
+            changed(3, 0.25),
+            {"level": 0.1},
+            {},
+            r"probabilities must sum to 1 within 1e-09, row 3 is off by 1; divide it by its sum",
+        ),
+        (changed(0, np.inf), {"level": 0.1}, {}, r"probabilities must sum to 1 within 1e-09, row 0 is off by inf"),
         (np.ones((3, 1)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 1"),
         (np.ones((3, 0)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 0"),
         (

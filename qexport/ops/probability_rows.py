@@ -39,7 +39,7 @@ def check_rows(op_name: str, probabilities, least: int) -> None:
         if not value >= 0:
             raise UsageError(f"{where} must be >= 0, got {value:g} at place {j} of row {row}")
     raise UsageError(
-        f"{where} must sum to 1 within {tolerance:g}, got {float(sums[row]):g} in row {row}; divide the row by its sum"
+        f"{where} must sum to 1 within {tolerance:g}, row {row} is off by {float(sums[row]) - 1:g}; divide it by its sum"
     )
 
 

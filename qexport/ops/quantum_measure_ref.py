@@ -2,9 +2,9 @@
 
 import torch
 
+from qexport.ops.draws_ref import CDF_ONE
 from qexport.ops.philox import philox4x32
 from qexport.ops.probability_rows import check_rows
-from qexport.ops.quantum_attention_ref import CDF_ONE
 from qexport.ops.quantum_measure import SPEC
 
 
