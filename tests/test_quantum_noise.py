@@ -94,7 +94,7 @@ def random_state() -> torch.Tensor:
 def test_depolarizing_replaces_its_share(convention, share):
     rho = random_state()
     noisy = ref.apply_kraus(rho, ref.kraus_operators("depolarizing", 1, 0.3, convention=convention))
-    assert (noisy - ((1 - share) * rho + share * torch.eye(2) / 2)).abs().max() <= EXACT
+    assert (noisy - ((1 - share) * rho + share * torch.eye(2, dtype=torch.float64) / 2)).abs().max() <= EXACT
 
 
 def test_thermal_relaxation_follows_its_times():

@@ -30,15 +30,15 @@ uint32_t cumulate(const Real* p, int64_t n, uint32_t* cumulative) {
   return total;
 }
 
-// The first j with cumulative[j] > target; without branches, which no processor could foresee.
-int64_t outcome(const uint32_t* cumulative, int64_t n, uint32_t target) {
-  const uint32_t* base = cumulative;
+// found[i] = the first j with cumulative[j] > target[i]. Without branches, which no processor could foresee, and four at a
+// time, since each step waits for the one before.
+void outcomes(const uint32_t* cumulative, int64_t n, const uint32_t (&target)[4], int64_t (&found)[4]) {
+  for (int64_t& place : found) place = 0;
   while (n > 1) {
     const int64_t half = n / 2;
-    base += base[half - 1] <= target ? half : 0;
+    for (int i = 0; i < 4; ++i) found[i] += cumulative[found[i] + half - 1] <= target[i] ? half : 0;
     n -= half;
   }
-  return base - cumulative;
 }
 
 template <class Real>
@@ -48,14 +48,15 @@ void measure_row(const QuantumMeasureParams& p, int64_t row, const Real* probabi
   const uint32_t total = cumulate(probabilities, p.n, cumulative);
   if (total == 0) return;
   const uint64_t seed = static_cast<uint64_t>(p.seed);
-  PhiloxBlock random{};
-  for (int64_t shot = 0; shot < p.shots; ++shot) {
-    if (shot % 4 == 0) {
-      random = philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                          {{p.layer, static_cast<uint32_t>(row / p.queries), static_cast<uint32_t>(row % p.queries),
-                            static_cast<uint32_t>(shot / 4)}});
-    }
-    ++counts[outcome(cumulative, p.n, static_cast<uint32_t>((uint64_t{random.word[shot % 4]} * total) >> 32))];
+  for (int64_t shot = 0; shot < p.shots; shot += 4) {
+    const PhiloxBlock random = philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                                          {{p.layer, static_cast<uint32_t>(row / p.queries),
+                                            static_cast<uint32_t>(row % p.queries), static_cast<uint32_t>(shot / 4)}});
+    uint32_t target[4];
+    int64_t found[4];
+    for (int i = 0; i < 4; ++i) target[i] = static_cast<uint32_t>((uint64_t{random.word[i]} * total) >> 32);
+    outcomes(cumulative, p.n, target, found);
+    for (int64_t i = 0; i < std::min<int64_t>(4, p.shots - shot); ++i) ++counts[found[i]];
   }
 }
 
