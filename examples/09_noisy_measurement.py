@@ -1,4 +1,4 @@
-"""Attention as a noisy quantum device would measure it: Softmax, depolarizing noise on each qubit, and 32 shots per query."""
+"""Attention as a noisy quantum device would measure it: Softmax, depolarizing noise on each qubit, 32 shots per query."""
 
 import numpy as np
 import onnx
