@@ -77,6 +77,10 @@ HeadView head_view(const char* name, const TensorView& tensor, int64_t heads, co
 
 AttentionMask mask_view(const TensorView& mask, int64_t batch, int64_t heads, int64_t q_len, int64_t total_len) {
   if (!mask.present) return {nullptr, DType::f32, 0, 0, 0, 0};
+  if (mask.type == DType::i64 || mask.type == DType::f64) {
+    fail(std::string("attn_mask must be float, float16, bfloat16 or bool, got ") +
+         (mask.type == DType::i64 ? "int64" : "float64"));
+  }
   const int64_t full[4] = {batch, heads, q_len, total_len};
   const Shape wanted{4, {batch, heads, q_len, total_len}};
   if (mask.shape.rank < 1 || mask.shape.rank > 4) fail_shape("attn_mask", mask.shape, "1 to 4 dimensions");
@@ -98,12 +102,6 @@ AttentionMask mask_view(const TensorView& mask, int64_t batch, int64_t heads, in
 }
 
 }  // namespace
-
-std::string to_string(const Shape& shape) {
-  std::string text = "(";
-  for (int i = 0; i < shape.rank; ++i) text += (i ? ", " : "") + std::to_string(shape.dim[i]);
-  return text + (shape.rank == 1 ? ",)" : ")");
-}
 
 void check_attributes(const QuantumAttentionAttributes& a) {
   const Strategy strategy = strategy_of(a);

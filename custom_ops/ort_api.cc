@@ -48,8 +48,12 @@ TensorView ort_input(const OrtKernelContext* context, size_t index, const char* 
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
       view.type = DType::i64;
       break;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
+      view.type = DType::f64;
+      break;
     default:
-      throw std::invalid_argument(where() + " must be float, float16, bfloat16 or bool, got ONNX element type " +
+      throw std::invalid_argument(where() +
+                                  " must be float, float16, bfloat16, double, int64 or bool, got ONNX element type " +
                                   std::to_string(static_cast<int>(type)));
   }
   size_t rank = 0;
@@ -63,6 +67,17 @@ TensorView ort_input(const OrtKernelContext* context, size_t index, const char* 
   view.data = data;
   view.present = true;
   return view;
+}
+
+int64_t ort_seed(const TensorView& seed, const char* op_name) {
+  if (!seed.present) return 0;
+  for (int i = 0; i < seed.shape.rank; ++i) {
+    if (seed.shape.dim[i] != 1) {
+      throw std::invalid_argument("[" + std::string(op_name) + "] seed has shape " + to_string(seed.shape) +
+                                  ", expected a scalar");
+    }
+  }
+  return *static_cast<const int64_t*>(seed.data);
 }
 
 void* ort_output(OrtKernelContext* context, size_t index, const Shape& shape) {

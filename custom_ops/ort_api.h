@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "qexport/quantum_attention_check.h"
+#include "qexport/parallel.h"
+#include "qexport/tensor_view.h"
 
 namespace qexport {
 
@@ -95,6 +96,9 @@ class NodeAttributes {
 
 // An input as pointer, type and shape; absent where the node leaves it out.
 TensorView ort_input(const OrtKernelContext* context, size_t index, const char* op_name, const char* input_name);
+
+// The int64 scalar of an input `seed`; 0 where it is absent.
+int64_t ort_seed(const TensorView& seed, const char* op_name);
 
 // The data of an output of that shape, or null where the node leaves it out.
 void* ort_output(OrtKernelContext* context, size_t index, const Shape& shape);

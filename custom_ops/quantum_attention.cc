@@ -1,18 +1,27 @@
 #include "quantum_attention.h"
 
-#include <climits>
-
+#include "ort_op.h"
+#include "qexport/quantum_attention_check.h"
 #include "shape_inference.h"
 
 namespace qexport {
 namespace {
 
-constexpr const char* kName = "QuantumAttention";
 constexpr const char* kInputs[] = {"Q",    "K",          "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen",
                                    "seed", "key_summary"};
-constexpr size_t kInputCount = 9, kOutputCount = 6, kRequiredInputs = 3, kRequiredOutputs = 1;
 
 struct Kernel {
+  static constexpr const char* kName = "QuantumAttention";
+  static constexpr size_t kInputCount = 9, kOutputCount = 6, kRequiredInputs = 3, kRequiredOutputs = 1;
+  static OrtElementType input_type(OrtElementType type, size_t i) {
+    if (i == 3) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // attn_mask: any type, checked in resolve_call
+    if (i == 8) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return i >= 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
+  }
+  static OrtElementType output_type(OrtElementType type, size_t i) {
+    return i >= 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type;
+  }
+
   QuantumAttentionAttributes attributes;
 
   explicit Kernel(const OrtKernelInfo* info) {
@@ -41,19 +50,9 @@ struct Kernel {
   void compute(OrtKernelContext* context) const {
     const auto input = [&](size_t i) { return ort_input(context, i, kName, kInputs[i]); };
     QuantumAttentionInputs in{input(0), input(1), input(2), input(3), input(4), input(5), nullptr, {}, 0, input(8)};
-    if (in.attn_mask.present && in.attn_mask.type == DType::i64) {
-      throw std::invalid_argument("[QuantumAttention] attn_mask must be float, float16, bfloat16 or bool, got int64");
-    }
     const TensorView nonpad = input(6), seed = input(7);
     if (nonpad.present) in.nonpad_kv_seqlen = static_cast<const int64_t*>(nonpad.data), in.nonpad_shape = nonpad.shape;
-    if (seed.present) {
-      for (int i = 0; i < seed.shape.rank; ++i) {
-        if (seed.shape.dim[i] != 1) {
-          throw std::invalid_argument("[QuantumAttention] seed has shape " + to_string(seed.shape) + ", expected a scalar");
-        }
-      }
-      in.seed = *static_cast<const int64_t*>(seed.data);
-    }
+    in.seed = ort_seed(seed, kName);
     QuantumAttentionCall call = resolve_call(attributes, in);
     call.tensors.y = ort_output(context, 0, call.y);
     call.tensors.present_key = ort_output(context, 1, call.present_key);
@@ -69,61 +68,10 @@ struct Kernel {
   }
 };
 
-struct Op : OrtCustomOp {
-  ONNXTensorElementDataType type;
-};
-
-Op make_op(ONNXTensorElementDataType type) {
-  Op op{};
-  op.version = kOrtApiVersion;
-  op.type = type;
-  op.GetName = [](const OrtCustomOp*) { return kName; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputCount; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return kOutputCount; };
-  op.GetInputType = [](const OrtCustomOp* self, size_t i) {
-    if (i == 3) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // attn_mask: any type, checked in compute
-    if (i == 8) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    return i >= 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : static_cast<const Op*>(self)->type;
-  };
-  op.GetOutputType = [](const OrtCustomOp* self, size_t i) {
-    return i >= 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : static_cast<const Op*>(self)->type;
-  };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
-    return i < kRequiredInputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
-  };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) {
-    return i < kRequiredOutputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
-  };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-    return ort_guard([&] { *kernel = new Kernel(info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return ort_guard([&] { static_cast<const Kernel*>(kernel)->compute(context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return INT_MAX; };
-  return op;
-}
-
 }  // namespace
 
 const OrtCustomOp* quantum_attention_op(DType type, bool shape_inference) {
-  static Op ops[] = {make_op(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT), make_op(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16),
-                     make_op(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)};
-  Op& op = ops[type == DType::f32 ? 0 : type == DType::f16 ? 1 : 2];
-  if (shape_inference) {
-    op.InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      return ort_guard([&] { infer_attention_shapes(context); });
-    };
-  }
-  return &op;
+  return op_for<Kernel, infer_attention_shapes>(type, shape_inference);
 }
 
 }  // namespace qexport

@@ -2,6 +2,8 @@
 #include <cstdio>
 
 #include "quantum_attention.h"
+#include "quantum_measure.h"
+#include "quantum_noise.h"
 
 namespace qexport {
 namespace {
@@ -22,6 +24,10 @@ OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
   ort_check(ort->CreateCustomOpDomain("com.qexport", &domain));
   for (const DType type : {DType::f32, DType::f16, DType::bf16}) {
     ort_check(ort->CustomOpDomain_Add(domain, quantum_attention_op(type, infer)));
+  }
+  for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
+    ort_check(ort->CustomOpDomain_Add(domain, quantum_noise_op(type, infer)));
+    ort_check(ort->CustomOpDomain_Add(domain, quantum_measure_op(type, infer)));
   }
   return domain;
 }

@@ -163,4 +163,13 @@ void infer_attention_shapes(OrtShapeInferContext* context) {
   if (past.summary.known) set_output(context, 5, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, past.summary.dims);
 }
 
+void infer_row_shapes(OrtShapeInferContext* context) {
+  const InputInfo rows = input_info(context, 0), other = input_info(context, 1);
+  if (!rows.known) return;
+  set_output(context, 0, rows.type, rows.dims);
+  const bool with_leak =
+      other.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || other.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE;
+  if (with_leak) set_output(context, 1, other.type, Dims(rows.dims.begin(), rows.dims.end() - 1));
+}
+
 }  // namespace qexport

@@ -1,12 +1,15 @@
-// What onnxruntime is told about the shapes of QuantumAttention's outputs while it loads a model.
+// What onnxruntime is told about the shapes of outputs while it loads a model.
 #pragma once
 
 #include "ort_api.h"
 
 namespace qexport {
 
-// Sets the type and shape of each output of the node from those of its inputs, keeping symbolic dimensions. Outputs whose
-// rank cannot be told are left alone.
+// QuantumAttention. Sets the type and shape of each output of the node from those of its inputs, keeping symbolic
+// dimensions. Outputs whose rank cannot be told are left alone.
 void infer_attention_shapes(OrtShapeInferContext* context);
+
+// Ops on rows of probabilities: output 0 is like input 0, output 1 has a number per row, in the type of input 1.
+void infer_row_shapes(OrtShapeInferContext* context);
 
 }  // namespace qexport

@@ -11,6 +11,7 @@ from qexport.bundle import Bundle, sha256
 from qexport.errors import QexportError
 from qexport.external_data import check_external_data, external_files, load_structure
 from qexport.ops import DOMAIN
+from qexport.ops.proto import FALLBACK_KEY
 
 SCHEMA = "qexport.inspect"
 SCHEMA_VERSION = 1
@@ -77,6 +78,7 @@ def inspect(path) -> dict:
         "ops": dict(Counter(_op_name(node) for node in nodes).most_common()),
         "nodes": len(nodes),
         "functions": [f"{function.domain}:{function.name}" for function in model.functions],
+        "fallbacks": _fallbacks(nodes),
         "attention": [_attention(node) for node in nodes if (node.domain, node.op_type) in ATTENTION_OPS],
         "recipe": manifest.get("recipe"),
         "left_alone": manifest.get("left_alone"),
@@ -110,6 +112,16 @@ def _nodes(graph):
 
 def _op_name(node) -> str:
     return f"{node.domain}:{node.op_type}" if node.domain and node.domain != "ai.onnx" else node.op_type
+
+
+def _fallbacks(nodes) -> dict[str, str]:
+    """What each op of the domain com.qexport says that it computes without the op library."""
+    said = {}
+    for node in nodes:
+        texts = [entry.value for entry in node.metadata_props if entry.key == FALLBACK_KEY]
+        if node.domain == DOMAIN and texts:
+            said[_op_name(node)] = texts[0]
+    return said
 
 
 def _values(model, values) -> list[dict]:

@@ -137,6 +137,13 @@ def test_goals_of_at_most_look_the_other_way(pick, measured, monkeypatch, tmp_pa
     assert goals.judged({"t": ROWS}, "here")[0]["measured"] == measured
 
 
+def test_a_benchmark_judges_its_own_goals(monkeypatch, tmp_path):
+    _goals(monkeypatch, tmp_path, GOAL | {"file": "mine", "where": {"n": 16}})
+    (found,) = goals.judged({"t": ROWS}, "here", file="mine")
+    assert (found["measured"], found["verdict"], found["command"]) == (3.0, "met", "python -m bench.mine")
+    assert goals.judged({"t": ROWS}, "here", file="other") == []
+
+
 def _goals(monkeypatch, folder, goal):
     file = folder / "goals.toml"
     file.write_text("[[goal]]\n" + "\n".join(f"{key} = {_toml(value)}" for key, value in goal.items()))

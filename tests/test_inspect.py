@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qexport.errors import QexportError
 from qexport.inspection import inspect, oldest_runtime
+from qexport.ops import QUANTUM_ATTENTION
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def test_a_bundle(folder):
     assert found["ops"]["com.qexport:QuantumAttention"] == 2
     assert found["nodes"] == sum(found["ops"].values()) == len(onnx.load(folder / "model.onnx").graph.node)
     assert found["functions"] == ["com.qexport:QuantumAttention"]
+    assert found["fallbacks"] == {"com.qexport:QuantumAttention": QUANTUM_ATTENTION.fallback}
     assert [site["module"] for site in found["attention"]] == ["encoder.0.attention", "encoder.1.attention"]
     assert found["attention"][1]["attributes"]["num_samples"] == [3, 5]
     assert found["attention"][1]["attributes"]["strategy"] == "stratified"

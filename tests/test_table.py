@@ -3,15 +3,18 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from attention_backends import one_node_model, run_ort
 from attention_cases import CASES
+from noise_cases import CHANNELS, ELEMENTS, rows, run_node
+from noise_cases import one_node_model as rows_model
 
 from bench import figures
 from qexport import _core
 from qexport.errors import UsageError
-from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, VERSION
+from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, QUANTUM_NOISE, VERSION
 from qexport.ops.page import markdown_page, readme_table
 from qexport.ops.proto import function_proto, make_node, register_schemas
 
@@ -28,6 +31,8 @@ def test_every_op_is_whole(spec):
     assert f"## {spec.name}\n" in markdown_page()
     for opset in (17, 20, 23, 24):
         assert function_proto(spec.name, opset).node
+    with pytest.raises(UsageError, match=f"{spec.name}.*needs opset 17 or newer, got 16"):
+        function_proto(spec.name, 16)
 
 
 def test_every_attribute_is_exercised_by_a_case():
@@ -35,6 +40,15 @@ def test_every_attribute_is_exercised_by_a_case():
     by_every_test = {"strategy", "num_samples", "control_variate", "layer", "qk_matmul_output_mode", "softmax_precision"}
     by_every_test |= {"precision", "error_tolerance", "residual"}
     assert {attr.name for attr in QUANTUM_ATTENTION.attributes} == used | by_every_test
+
+
+def test_every_channel_is_exercised_by_a_case():
+    """In every scope and convention; bases and renormalization are swept over all of them."""
+    for name in ("channel", "scope", "convention"):
+        assert {a.get(name, QUANTUM_NOISE.attribute(name).default) for a, _ in CHANNELS} == set(
+            QUANTUM_NOISE.attribute(name).choices
+        )
+    assert {attr.name for attr in QUANTUM_NOISE.attributes} == {"channel", "scope", "convention", "basis", "renormalize"}
 
 
 def test_op_page_is_up_to_date():
@@ -62,6 +76,34 @@ def test_schema_accepts_and_infers_what_the_kernel_returns(case):
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     shapes = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in inferred.graph.output}
     assert shapes == {name: list(value.shape) for name, value in got.items()}
+
+
+@pytest.mark.parametrize("typed", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 5)])
+@pytest.mark.parametrize(("op", "outputs"), [("QuantumNoise", ("noisy", "leak")), ("QuantumMeasure", ("frequencies",))])
+def test_schema_accepts_and_infers_rows_of_probabilities(op, outputs, shape, typed):
+    register_schemas()
+    second = {"QuantumNoise": ("level", 0.5), "QuantumMeasure": ("seed", np.array(3))}[op]
+    feeds = {"probabilities": rows(*shape), second[0]: np.asarray(second[1])}
+    types = {"probabilities": typed} | (
+        {"level": "float64" if typed == "float64" else "float32"} if op == "QuantumNoise" else {}
+    )
+    got = run_node(op, feeds, types, outputs, {})
+    inferred = onnx.shape_inference.infer_shapes(rows_model(op, feeds, types, outputs, {}), strict_mode=True)
+    shapes = [tuple(d.dim_value for d in o.type.tensor_type.shape.dim) for o in inferred.graph.output]
+    assert shapes == [value.shape for value in got]
+    named = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    assert named[f"{outputs[0]}_typed"] == ELEMENTS[typed]
+    if op == "QuantumNoise":
+        assert named["leak_typed"] == ELEMENTS[types["level"]]
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_nodes_say_what_they_fall_back_to(spec):
+    needed = [[p.name for p in params if not p.optional] for params in (spec.inputs, spec.outputs)]
+    (entry,) = make_node(spec.name, *needed).metadata_props
+    assert (entry.key, entry.value) == ("qexport.fallback", spec.fallback)
+    assert spec.fallback in function_proto(spec.name, 23).doc_string
 
 
 def test_nodes_carry_every_default():
@@ -93,5 +135,3 @@ def test_wrong_calls():
         make_node("Attention", ["q", "k", "v"], ["y"])
     with pytest.raises(UsageError, match="takes 3 to 9 inputs, got 2"):
         make_node("QuantumAttention", ["q", "k"], ["y"])
-    with pytest.raises(UsageError, match="needs opset 17 or newer, got 16"):
-        function_proto("QuantumAttention", 16)

@@ -9,22 +9,27 @@ GOALS = Path(__file__).parents[1] / "goals.toml"
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def judged(tables: dict[str, list[dict]], isa: str) -> list[dict]:
+def judged(tables: dict[str, list[dict]], isa: str, file: str | None = None) -> list[dict]:
     """One row per goal: the goal, what was measured, the verdict, and the row of the table that decides it.
+
+    `file`: `tables` are fresh ones of that benchmark, and its own goals alone are judged.
 
     The verdict is "met", "missed", or says why there is none: no such row was measured, or not on this instruction set.
     """
-    return [_judge(goal, tables, isa) for goal in tomllib.loads(GOALS.read_text())["goal"]]
+    found = tomllib.loads(GOALS.read_text())["goal"]
+    return [_judge(goal, tables, isa, file) for goal in found if file is None or goal.get("file") == file]
 
 
-def _judge(goal: dict, tables: dict[str, list[dict]], isa: str) -> dict:
+def _judge(goal: dict, tables: dict[str, list[dict]], isa: str, fresh: str | None) -> dict:
     least = "at_least" in goal
     limit = goal["at_least" if least else "at_most"]
     row = {"goal": goal["text"], "limit": f"{'>=' if least else '<='} {limit:g}", "measured": None}
     command = "python -m bench.attention"
     if "file" in goal:
         file = RESULTS / f"{goal['file']}.json"
-        tables, command = json.loads(file.read_text()) if file.is_file() else {}, f"python -m bench.{goal['file']}"
+        command = f"python -m bench.{goal['file']}"
+        if fresh is None:
+            tables = json.loads(file.read_text()) if file.is_file() else {}
     if goal.get("isa", isa) != isa:
         return row | {"verdict": f"needs {goal['isa']}", "decided_by": "", "command": command}
     found = [r for r in tables.get(goal["table"], []) if matches(r, goal["where"]) and r.get(goal["value"]) is not None]

@@ -2,14 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
 #include "kernels.h"
+#include "workers.h"
 
 namespace qexport {
 
-// Runs body(block, scratch) over every block of at most `max_rows` query rows. A thread takes the next block when it is done
-// with the last one; what a block computes does not depend on who takes it.
+// Runs body(block, scratch) over every block of at most `max_rows` query rows.
 class BlockRunner {
  public:
   BlockRunner(const AttentionJob& job, char* scratch, size_t per_worker, const ParallelFor& parallel)
@@ -44,25 +43,7 @@ class BlockRunner {
   // body(i, scratch) for i in [0, total).
   template <class Body>
   void each(int64_t total, const Body& body) {
-    struct Shared {
-      const Body* body;
-      std::atomic<int64_t> next;
-      int64_t total;
-      char* scratch;
-      size_t per_worker;
-    } shared{&body, {0}, total, scratch_, per_worker_};
-    const auto work = [](void* data, size_t worker) {
-      Shared& s = *static_cast<Shared*>(data);
-      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.total;) {
-        (*s.body)(i, s.scratch + worker * s.per_worker);
-      }
-    };
-    const size_t workers = static_cast<size_t>(std::min<int64_t>(total, serial_ ? 1 : parallel_.max_threads));
-    if (workers <= 1) {
-      if (total > 0) work(&shared, 0);
-    } else {
-      parallel_.run(parallel_.pool, work, workers, &shared);
-    }
+    for_each_piece(total, serial_ ? 1 : parallel_.max_threads, scratch_, per_worker_, parallel_, body);
   }
 
   // Waking a thread pool costs tens of microseconds: small calls stay on the calling thread.

@@ -226,7 +226,7 @@ def show_inspection(found: dict, verbose: bool) -> None:
         "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items() if value != []),
         "nodes": f"{found['nodes']}: "
         + ", ".join(f"{count} {op}" for op, count in list(found["ops"].items())[: None if verbose else 8]),
-        "fallback": ", ".join(found["functions"]),
+        "fallback": "; ".join(f"{op.split(':')[-1]}: {text}" for op, text in found["fallbacks"].items()),
         "changed": ", ".join(found["changed_files"] or []),
     }
     for key, value in facts.items():

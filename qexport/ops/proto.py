@@ -9,6 +9,8 @@ from onnx import defs, helper
 from qexport.errors import UsageError
 from qexport.ops import DOMAIN, OPS, VERSION, OpSpec
 
+# Metadata of a node: what it computes where the op library is not there.
+FALLBACK_KEY = "qexport.fallback"
 _ATTR_TYPES = {
     "int": defs.OpSchema.AttrType.INT,
     "ints": defs.OpSchema.AttrType.INTS,
@@ -30,10 +32,11 @@ def spec_of(op_name: str) -> OpSpec:
 
 
 def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attributes) -> onnx.NodeProto:
-    """A node of the domain com.qexport with every default of the op table (docs/ops.md) written out.
+    """A node of the domain com.qexport with every default of the op table (docs/ops.md) written out, and with what it falls
+    back to without the op library as metadata `qexport.fallback`.
 
     Args:
-        op_name: `QuantumAttention`.
+        op_name: of the table, as `QuantumAttention`.
         inputs, outputs: value names in the order of the table; "" leaves an optional one out.
         name: of the node.
         attributes: as in the table; None leaves an optional one out.
@@ -50,7 +53,9 @@ def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name:
     inputs = list(inputs)
     while inputs and not inputs[-1]:  # onnxruntime before 1.24 crashes on "" inputs where it infers shapes
         inputs.pop()
-    return helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **values)
+    node = helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **values)
+    node.metadata_props.add(key=FALLBACK_KEY, value=spec.fallback)
+    return node
 
 
 def set_attributes(node: onnx.NodeProto, **attributes) -> None:
@@ -72,7 +77,7 @@ def function_proto(op_name: str, opset: int = 23, num_outputs: int = 1) -> onnx.
     An onnxruntime without the op library runs this body in place of the kernel.
 
     Args:
-        op_name: `QuantumAttention`.
+        op_name: of the table, as `QuantumAttention`.
         opset: version of the ai.onnx domain of the model that will hold the function.
         num_outputs: how many outputs of the op the function has. onnxruntime wants exactly as many on each node that
             calls it: pad shorter nodes with "".

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
-from qexport.ops.proto import function_proto, make_node
+from qexport.ops.proto import FALLBACK_KEY, function_proto, make_node
 from qexport.recipe import SAMPLING, Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
 from qexport.rewrite.graph import attribute, is_op
@@ -130,7 +130,7 @@ def _replace(node: ir.Node, number: int, layer: int, recipe: Recipe, seed: ir.Va
         [ir.serde.deserialize_attribute(a) for a in proto.attribute],
         outputs=fresh,
         name=name,
-        metadata_props={"qexport.fallback": QUANTUM_ATTENTION.fallback} | ({"qexport.module": module} if module else {}),
+        metadata_props={FALLBACK_KEY: QUANTUM_ATTENTION.fallback} | ({"qexport.module": module} if module else {}),
     )
     take_over(node, new)
     return Site(

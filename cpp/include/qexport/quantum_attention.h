@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "qexport/dtype.h"
 #include "qexport/parallel.h"
 
 namespace qexport {
 
-enum class DType : int32_t { f32, f16, bf16, boolean, i64 };
 enum class Strategy : int32_t { exact, naive, stratified, adaptive, hybrid, tree };
 // The lowest precision that products may use; a permission, float32 is used where the processor lacks the instructions.
 enum class Precision : int32_t { fp32, bf16, int8, automatic };

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "qexport/quantum_attention.h"
+#include "qexport/tensor_view.h"
 
 namespace qexport {
 
@@ -20,20 +21,6 @@ struct QuantumAttentionAttributes {
   bool has_scale;
   float scale;
   int64_t q_num_heads, kv_num_heads;  // 0: absent
-};
-
-struct Shape {
-  int rank;
-  int64_t dim[4];
-};
-std::string to_string(const Shape& shape);
-
-// One input: data null where it is absent.
-struct TensorView {
-  const void* data;
-  bool present;
-  DType type;
-  Shape shape;
 };
 
 struct QuantumAttentionInputs {

@@ -1,0 +1,48 @@
+// From attributes and tensors, as a framework hands them over, to checked params. Shared by the adapters.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "qexport/probability_rows.h"
+#include "qexport/quantum_measure.h"
+#include "qexport/quantum_noise.h"
+
+namespace qexport {
+
+// The attributes of a node, all of them given.
+struct QuantumNoiseAttributes {
+  std::string channel, scope, convention, basis;
+  int64_t renormalize;
+};
+
+// Parameters are of type f32 or f64.
+struct QuantumNoiseInputs {
+  TensorView probabilities, level, t1, t2, excited_population;
+};
+
+struct QuantumNoiseCall {
+  QuantumNoiseParams params;  // points into `transitions`
+  std::vector<double> transitions;
+  ProbabilityRows rows;
+  Shape noisy, leak;
+};
+
+// Errors, all std::invalid_argument with one line: "[QuantumNoise] level must be in 0 to 1, got 1.5".
+void check_attributes(const QuantumNoiseAttributes& attributes);
+QuantumNoiseCall resolve_call(const QuantumNoiseAttributes& attributes, const QuantumNoiseInputs& inputs);
+
+struct QuantumMeasureAttributes {
+  int64_t shots, layer;
+};
+
+struct QuantumMeasureCall {
+  QuantumMeasureParams params;
+  ProbabilityRows rows;
+  Shape frequencies;
+};
+
+void check_attributes(const QuantumMeasureAttributes& attributes);
+QuantumMeasureCall resolve_call(const QuantumMeasureAttributes& attributes, const TensorView& probabilities, int64_t seed);
+
+}  // namespace qexport

@@ -1,0 +1,70 @@
+#include "arrays.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace qexport {
+namespace {
+
+DType type_of(const py::array& array, const std::string& where) {
+  if (py::isinstance<py::array_t<float>>(array)) return DType::f32;
+  const std::string type = py::str(array.dtype());
+  if (type == "float16") return DType::f16;
+  if (type == "bfloat16") return DType::bf16;  // ml_dtypes
+  if (type == "float64") return DType::f64;
+  if (type == "bool") return DType::boolean;
+  throw std::invalid_argument(where + "must be float32, float16, bfloat16, float64 or bool, got " + type);
+}
+
+// Whether the last axis is contiguous and the others are made of whole elements, so that HeadRows can describe the array.
+bool is_rows(const py::array& array) {
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+    if (array.strides(axis) < 0 || array.strides(axis) % array.itemsize() != 0) return false;
+  }
+  return array.ndim() > 2 && array.strides(array.ndim() - 1) == array.itemsize();
+}
+
+void run_on_threads(void* pool, void (*body)(void*, size_t), size_t total, void* data) {
+  const size_t threads = std::min(total, static_cast<size_t>(*static_cast<int*>(pool)));
+  std::vector<std::thread> others;
+  for (size_t worker = 1; worker < threads; ++worker) {
+    others.emplace_back([=] {
+      for (size_t i = worker; i < total; i += threads) body(data, i);
+    });
+  }
+  for (size_t i = 0; i < total; i += threads) body(data, i);
+  for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace
+
+TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows) {
+  TensorView result{};
+  if (object.is_none()) return result;
+  const std::string where = "[" + std::string(op_name) + "] " + name + " ";
+  const py::module_ numpy = py::module_::import("numpy");
+  py::array array = numpy.attr("asarray")(object);
+  if (array.ndim() > 4) {
+    throw std::invalid_argument(where + "must have at most 4 dimensions, got " + std::to_string(array.ndim()));
+  }
+  if (!keep_rows || !is_rows(array)) array = numpy.attr("asarray")(array, py::arg("order") = "C");
+  object = array;
+  result = {array.data(), true, type_of(array, where), {static_cast<int>(array.ndim()), {}}};
+  std::copy_n(array.shape(), array.ndim(), result.shape.dim);
+  return result;
+}
+
+py::array empty(const Shape& shape, const py::object& dtype) {
+  py::tuple dims(shape.rank);
+  for (int i = 0; i < shape.rank; ++i) dims[i] = shape.dim[i];
+  return py::module_::import("numpy").attr("empty")(dims, dtype);
+}
+
+ParallelFor own_threads(int& threads) {
+  if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+  return {run_on_threads, &threads, threads};
+}
+
+}  // namespace qexport

@@ -1,0 +1,27 @@
+// numpy arrays as the kernels take them.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "qexport/parallel.h"
+#include "qexport/tensor_view.h"
+
+namespace qexport {
+
+namespace py = pybind11;
+
+// `object` becomes an array that stays alive as long as the caller's variable: contiguous, or with `keep_rows` of
+// contiguous rows. `name` is that of the argument of the op `op_name`, for messages.
+TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows = false);
+
+py::array empty(const Shape& shape, const py::object& dtype);
+
+// Threads of its own; `threads` must outlive it. Fails where there is less than one.
+ParallelFor own_threads(int& threads);
+
+void define_quantum_attention(py::module_& m);
+void define_quantum_noise(py::module_& m);  // and QuantumMeasure
+
+}  // namespace qexport

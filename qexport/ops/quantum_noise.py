@@ -1,0 +1,114 @@
+"""The op QuantumNoise: its table entry, its fallback, its shape inference."""
+
+from qexport.errors import UsageError
+from qexport.ops.probability_rows import give_like
+from qexport.ops.spec import Attr, OpSpec, Param
+
+# The channels, one qubit at a time; docs/noise.md has their Kraus operators.
+CHANNELS = (
+    "depolarizing",
+    "amplitude_damping",
+    "phase_damping",
+    "thermal_relaxation",
+    "bit_flip",
+    "phase_flip",
+    "readout",
+)
+FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
+
+
+def _check(values: dict) -> None:
+    channel = values["channel"]
+    for name, plain in (("scope", "local"), ("convention", "replace")):
+        if channel != "depolarizing" and values[name] != plain:
+            raise UsageError(
+                f"[QuantumNoise] {name} must be {plain} with channel {channel}, got {values[name]}; only depolarizing has "
+                "others"
+            )
+
+
+SPEC = OpSpec(
+    name="QuantumNoise",
+    stem="quantum_noise",
+    summary="What a noise channel on the qubits that hold rows of probabilities does to their measurement, exactly.",
+    inputs=(
+        Param("probabilities", "T", "(..., n), n >= 2, up to 4 axes", "Rows that sum to one, or of zeros, which stay so."),
+        Param(
+            "level",
+            "P",
+            "() or (qubits,); readout also (1, 2) or (qubits, 2)",
+            "Strength of the channel, one number or one per qubit; qubit k is bit k of the index. thermal_relaxation: the "
+            "time, in units of T1 and T2. readout with two columns: P(1 read | 0), P(0 read | 1).",
+        ),
+        Param("T1", "P", "() or (qubits,)", "Relaxation time; for thermal_relaxation, which needs it.", optional=True),
+        Param("T2", "P", "() or (qubits,)", "Dephasing time, at most 2 T1; as T1.", optional=True),
+        Param(
+            "excited_population",
+            "P",
+            "() or (qubits,)",
+            "Probability of 1 in equilibrium, for thermal_relaxation; 0 when absent.",
+            optional=True,
+        ),
+    ),
+    outputs=(
+        Param("noisy", "T", "as probabilities", "Probabilities of measuring 0 .. n-1 after the noise."),
+        Param(
+            "leak",
+            "P",
+            "(...)",
+            "Probability of measuring a state n .. 2^qubits - 1, that stands for nothing.",
+            optional=True,
+        ),
+    ),
+    attributes=(
+        Attr("channel", "string", "The channel; docs/noise.md.", "depolarizing", choices=CHANNELS),
+        Attr(
+            "scope",
+            "string",
+            "depolarizing: of each qubit by itself, or of all qubits as one system.",
+            "local",
+            choices=("local", "global"),
+        ),
+        Attr(
+            "convention",
+            "string",
+            "depolarizing: level is the share that is replaced by the mixed state (Aer), or the probability of a Pauli "
+            "error (PennyLane, Cirq).",
+            "replace",
+            choices=("replace", "error"),
+        ),
+        Attr(
+            "basis",
+            "string",
+            "z: measured as it is; x: every qubit behind a Hadamard gate, where phases count.",
+            "z",
+            choices=("z", "x"),
+        ),
+        Attr("renormalize", "int", "1: rows are divided by what did not leak.", 0, choices=(0, 1)),
+    ),
+    type_vars={"T": FLOATS, "P": ("tensor(float)", "tensor(double)")},
+    fallback="Identity: no noise, leak 0",
+    check=_check,
+)
+
+
+def fallback_nodes(opset: int, num_outputs: int):
+    """Standard nodes over the names of SPEC: the probabilities as they are, and a leak of zeros."""
+    from onnx import helper
+
+    if opset < 17:
+        raise UsageError(f"[QuantumNoise] the fallback needs opset 17 or newer, got {opset}")
+    nodes = [helper.make_node("Identity", ["probabilities"], ["noisy"])]
+    if num_outputs > 1:
+        nodes += [
+            helper.make_node("Shape", ["probabilities"], ["rows"], start=0, end=-1),
+            helper.make_node("ConstantOfShape", ["rows"], ["no_leak"]),
+            helper.make_node("CastLike", ["no_leak", "level"], ["leak"]),
+        ]
+    return nodes
+
+
+def infer_shapes(ctx) -> None:
+    """Type and shape inference for onnx (an `onnx.shape_inference.InferenceContext`)."""
+    give_like(ctx, 0, type_of=0)
+    give_like(ctx, 1, type_of=1, without_last=True)

@@ -1,0 +1,295 @@
+"""QuantumNoise: closed form against density matrices, kernel against reference, and what is refused."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from noise_cases import BASES, CHANNELS, name_of, noise_binding, noise_ort, noise_ref, parameters, rows
+
+from qexport import _core
+from qexport.errors import UsageError
+from qexport.ops import QUANTUM_NOISE
+from qexport.ops import quantum_noise_ref as ref
+
+BACKENDS = {"binding": noise_binding, "ort": noise_ort}
+EXACT = 1e-12  # float64
+# An ulp of the type below 1, and what float32 inside leaves.
+TOLERANCE = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3, "float64": EXACT}
+
+
+def global_paulis(rho: torch.Tensor, error: float) -> torch.Tensor:
+    """Depolarizing noise of all qubits as one: each of the 4^q - 1 Pauli strings other than the identity, equally likely."""
+    qubits = ref.num_qubits(rho.shape[-1])
+    strings = functools.reduce(lambda a, b: torch.stack([torch.kron(x, y) for x in a for y in b]), [ref.PAULIS] * qubits)
+    errors = torch.stack([s @ rho @ s.conj().mT for s in strings[1:]]).sum(0) / (len(strings) - 1)
+    return (1 - error) * rho + error * errors
+
+
+def hadamards(qubits: int) -> torch.Tensor:
+    return functools.reduce(torch.kron, [ref.HADAMARD] * qubits)
+
+
+def by_density_matrix(p: np.ndarray, given: dict, attributes: dict, basis: str) -> np.ndarray:
+    """Probabilities of all 2^q states for rows (..., n)."""
+    qubits = ref.num_qubits(p.shape[-1])
+    padded = torch.nn.functional.pad(torch.from_numpy(p), (0, (1 << qubits) - p.shape[-1]))
+    rho = ref.density_matrix(padded)
+    turn = hadamards(qubits) if basis == "x" else torch.eye(1 << qubits, dtype=torch.complex128)
+    channel, convention = attributes["channel"], attributes.get("convention", "replace")
+    if attributes.get("scope") == "global":
+        level = float(given["level"])
+        error = level if convention == "error" else level * (4**qubits - 1) / 4**qubits
+        rho = turn @ global_paulis(rho, error) @ turn
+    else:
+        kraus = ref.kraus_operators(channel, qubits, **given, convention=convention)
+        ref.check_kraus(kraus)
+        if channel == "readout":
+            rho = ref.apply_kraus(turn @ rho @ turn, kraus)
+        else:
+            rho = turn @ ref.apply_kraus(rho, kraus) @ turn
+    return rho.diagonal(dim1=-2, dim2=-1).real.numpy()
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("case", CHANNELS, ids=name_of)
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 16, 21, 32, 50, 64])
+def test_closed_form_is_the_density_matrix(case, basis, n):
+    """Reference and kernel, with what leaks, for one to six qubits."""
+    attributes, per_qubit = case
+    if attributes.get("scope") == "global" and n > 16:
+        n = n // 8  # 4^q Pauli strings
+    p, given = rows(3, n, seed=n), parameters(attributes, per_qubit, n, seed=n)
+    want = by_density_matrix(p, given, attributes, basis)
+    for run in (noise_ref, noise_binding, noise_ort):
+        noisy, leak = run(p, given, {**attributes, "basis": basis})
+        assert np.abs(noisy - want[..., :n]).max() <= EXACT, run.__name__
+        assert np.abs(leak - want[..., n:].sum(-1)).max() <= EXACT, run.__name__
+
+
+def test_qubit_k_is_bit_k():
+    """Kraus operators per qubit, as one Kronecker product each, the highest qubit first."""
+    kraus = ref.kraus_operators("amplitude_damping", 3, torch.tensor([0.1, 0.5, 0.9]))
+    rho = ref.density_matrix(torch.from_numpy(rows(8)))
+    want = torch.zeros_like(rho)
+    for a in kraus[2]:
+        for b in kraus[1]:
+            for c in kraus[0]:
+                whole = torch.kron(torch.kron(a, b), c)
+                want += whole @ rho @ whole.conj().mT
+    assert (ref.apply_kraus(rho, kraus) - want).abs().max() <= EXACT
+    only_first = np.eye(8)[7]  # state 111: damping qubit 0 for certain leaves 110
+    noisy, _ = noise_binding(only_first[None], {"level": np.array([1.0, 0, 0])}, {"channel": "amplitude_damping"})
+    assert noisy.tolist() == [np.eye(8)[6].tolist()]
+
+
+def random_state() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    amplitudes = torch.randn(2, dtype=torch.complex128, generator=generator)
+    amplitudes /= torch.linalg.vector_norm(amplitudes)
+    return torch.outer(amplitudes, amplitudes.conj())
+
+
+@pytest.mark.parametrize(("convention", "share"), [("replace", 0.3), ("error", 0.4)])
+def test_depolarizing_replaces_its_share(convention, share):
+    rho = random_state()
+    noisy = ref.apply_kraus(rho, ref.kraus_operators("depolarizing", 1, 0.3, convention=convention))
+    assert (noisy - ((1 - share) * rho + share * torch.eye(2, dtype=torch.float64) / 2)).abs().max() <= EXACT
+
+
+def test_thermal_relaxation_follows_its_times():
+    """Populations decay towards equilibrium with T1, coherences with T2, from any state."""
+    rho, T1, T2, t, excited = random_state(), 2.0, 3.0, 0.7, 0.2
+    noisy = ref.apply_kraus(rho, ref.kraus_operators("thermal_relaxation", 1, t, T1, T2, excited))
+    assert abs(noisy[1, 1] - (excited + (rho[1, 1] - excited) * np.exp(-t / T1))) <= EXACT
+    assert abs(noisy[0, 1] - rho[0, 1] * np.exp(-t / T2)) <= EXACT
+
+
+@pytest.mark.parametrize("unitary", ["none", "hadamard", "gate", "whole"])
+def test_any_kraus_operators(unitary):
+    """Random channels have no closed form; phases of damped qubits have one in the X basis alone."""
+    generator = torch.Generator().manual_seed(1)
+    wild = torch.linalg.qr(torch.randn(2, 6, 2, dtype=torch.complex128, generator=generator))[0].reshape(2, 3, 2, 2)
+    gate = torch.linalg.qr(torch.randn(2, 2, dtype=torch.complex128, generator=generator))[0]
+    whole = torch.linalg.qr(torch.randn(4, 4, dtype=torch.complex128, generator=generator))[0]
+    p = torch.from_numpy(rows(5, 4))
+    for kraus in (wild, ref.kraus_operators("amplitude_damping", 2, 0.3), ref.kraus_operators("phase_flip", 2, 0.3)):
+        given = {"none": None, "hadamard": ref.HADAMARD, "gate": gate, "whole": whole}[unitary]
+        turn = (
+            torch.eye(4, dtype=torch.complex128) if given is None else given if len(given) == 4 else torch.kron(given, given)
+        )
+        rho = turn @ ref.apply_kraus(ref.density_matrix(p), kraus) @ turn.conj().mT
+        want = rho.diagonal(dim1=-2, dim2=-1).real
+        assert (ref.channel_probabilities(p, kraus, given) - want).abs().max() <= EXACT
+    assert ref.residual_of(wild) > 0.01
+    assert ref.residual_of(ref.kraus_operators("amplitude_damping", 2, 0.3)) == 0
+
+
+@pytest.mark.parametrize("channel", ["phase_damping", "phase_flip"])
+def test_overlap_of_dephased_states(channel):
+    a, b = (torch.from_numpy(rows(8, seed=s)).sqrt() for s in (1, 2))
+    level = torch.tensor([0.1, 0.4, 0.8])
+    rho = ref.apply_kraus(ref.density_matrix(a.square()), ref.kraus_operators(channel, 3, level))
+    want = (b.to(rho.dtype) @ rho @ b.to(rho.dtype)).real
+    assert abs(ref.noisy_overlap(a * b, ref.coherence(channel, 3, level)) - want) <= EXACT
+    assert abs(ref.noisy_overlap(a * b, torch.ones(3)) - (a @ b) ** 2) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("renormalize", [0, 1])
+@pytest.mark.parametrize("case", CHANNELS, ids=name_of)
+def test_kernel_is_the_reference(case, renormalize, basis, backend, dtype):
+    attributes, per_qubit = case
+    attributes = {**attributes, "basis": basis, "renormalize": renormalize}
+    p, given = rows(2, 3, 5, 50), parameters(attributes, per_qubit, 50)
+    p[1, 2, 3] = 0  # a query that attends to nothing
+    typed = torch.from_numpy(p).to(getattr(torch, dtype))
+    given = {name: value.astype(np.float32).astype(np.float64) for name, value in given.items()}
+    want, want_leak = ref.quantum_noise_ref(typed, **given, **attributes)
+    noisy, leak = BACKENDS[backend](typed.double().numpy(), given, attributes, dtype)
+    assert np.abs(noisy - want.double().numpy()).max() <= TOLERANCE[dtype]
+    assert np.abs(leak - want_leak.numpy()).max() <= TOLERANCE["float32"]
+    assert not noisy[1, 2, 3].any()
+    if renormalize:
+        kept = np.delete(noisy.reshape(-1, 50).sum(-1), (1 * 3 + 2) * 5 + 3)
+        assert np.abs(kept - 1).max() <= 50 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("basis", BASES)
+def test_threads_do_not_change_the_result(backend, dtype, basis):
+    p, attributes = rows(301, 300), {"channel": "amplitude_damping", "basis": basis}  # large enough to be shared out
+    one = BACKENDS[backend](p, {"level": np.array(0.1)}, attributes, dtype, threads=1)
+    for threads in (2, 3):
+        many = BACKENDS[backend](p, {"level": np.array(0.1)}, attributes, dtype, threads=threads)
+        assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+@pytest.mark.parametrize("run", [noise_ref, noise_binding, noise_ort])
+def test_phases_do_not_show_in_the_z_basis(run):
+    p = rows(4, 16)
+    for channel in ("phase_damping", "phase_flip"):
+        noisy, leak = run(p, {"level": np.array(0.4)}, {"channel": channel})
+        assert np.array_equal(noisy, p)
+        assert not leak.any()
+
+
+def test_no_rows():
+    noisy, leak = noise_ort(np.zeros((0, 3, 8)), {"level": np.array(0.1)}, {})
+    assert (noisy.shape, leak.shape) == ((0, 3, 8), (0, 3))
+
+
+def test_fallback_has_no_noise_and_no_leak():
+    p = rows(2, 3, 8)
+    noisy, leak = noise_ort(p, {"level": np.array(0.1)}, {}, "float32", fallback=True)
+    assert np.array_equal(noisy, p.astype(np.float32))
+    assert np.array_equal(leak, np.zeros((2, 3)))
+
+
+GOOD = rows(4, 8)
+THERMAL = {"level": np.array(0.1), "T1": np.array(1.0), "T2": np.array(1.0)}
+
+
+def changed(place, value):
+    p = GOOD.copy()
+    p[place] = value
+    return p
+
+
+@pytest.mark.parametrize("run", [noise_ref, noise_binding, noise_ort])
+@pytest.mark.parametrize(
+    ("p", "given", "attributes", "message"),
+    [
+        (GOOD, {"level": 1.5}, {}, r"level must be in 0 to 1\.33333 with convention replace on 1 qubit, got 1\.5"),
+        (
+            GOOD,
+            {"level": 1.1},
+            {"scope": "global"},
+            r"level must be in 0 to 1\.01587 with convention replace on 3 qubits, got 1\.1",
+        ),
+        (GOOD, {"level": [0.1, 0.2, 0.1]}, {"scope": "global"}, r"level must be one number with scope global"),
+        (GOOD, {"level": 1.1}, {"convention": "error"}, r"level must be in 0 to 1, got 1\.1"),
+        (GOOD, {"level": -0.1}, {"channel": "bit_flip"}, r"level must be in 0 to 1, got -0\.1"),
+        (GOOD, {"level": np.nan}, {"channel": "amplitude_damping"}, r"level must be in 0 to 1, got nan"),
+        (GOOD, {"level": [0.1, 0.2]}, {}, r"level has shape \(2,\), expected one number or \(3,\), one per qubit"),
+        (
+            GOOD,
+            {"level": np.zeros((2, 2))},
+            {"channel": "readout"},
+            r"level has shape \(2, 2\), expected one number, \(3,\), \(1, 2\)",
+        ),
+        (GOOD, {"level": [[0.1, 1.2]]}, {"channel": "readout"}, r"level must be in 0 to 1, got 1\.2"),
+        (GOOD, {"level": 0.1}, {"channel": "thermal_relaxation"}, r"T1 is missing; thermal_relaxation needs it"),
+        (GOOD, THERMAL | {"T2": 2.5}, {"channel": "thermal_relaxation"}, r"T2 must be at most 2 T1 = 2, got 2\.5"),
+        (GOOD, THERMAL | {"T1": 0.0}, {"channel": "thermal_relaxation"}, r"T1 must be > 0, got 0"),
+        (
+            GOOD,
+            THERMAL | {"level": -1},
+            {"channel": "thermal_relaxation"},
+            r"level must be a time >= 0 with thermal_relaxation, got -1",
+        ),
+        (
+            GOOD,
+            THERMAL | {"excited_population": 2},
+            {"channel": "thermal_relaxation"},
+            r"excited_population must be in 0 to 1, got 2",
+        ),
+        (GOOD, THERMAL, {"channel": "bit_flip"}, r"T1 is for channel thermal_relaxation, got bit_flip; leave it out"),
+        (changed((2, 3), -0.5), {"level": 0.1}, {}, r"probabilities must be >= 0, got -0\.5 at place 3 of row 2"),
+        (changed((1, 7), np.nan), {"level": 0.1}, {}, r"probabilities must be >= 0, got nan at place 7 of row 1"),
+        (
+            changed(3, 0.25),
+            {"level": 0.1},
+            {},
+            r"probabilities must sum to 1 within 1e-09, row 3 is off by 1; divide it by its sum",
+        ),
+        (changed(0, np.inf), {"level": 0.1}, {}, r"probabilities must sum to 1 within 1e-09, row 0 is off by inf"),
+        (np.ones((3, 1)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 1"),
+        (np.ones((3, 0)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 0"),
+        (
+            GOOD,
+            {"level": 0.1},
+            {"channel": "bit_flip", "scope": "global"},
+            r"scope must be local with channel bit_flip, got global",
+        ),
+        (GOOD, {"level": 0.1}, {"channel": "leak"}, r"channel must be one of depolarizing, .*, got 'leak'"),
+    ],
+)
+def test_what_is_refused(run, p, given, attributes, message):
+    given = {name: np.asarray(value, np.float64) for name, value in given.items()}
+    with pytest.raises(Exception, match=rf"\[QuantumNoise\] {message}") as raised:
+        run(p, given, attributes)
+    assert "\n" not in str(raised.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channel": "leak"}, "channel must be one of depolarizing, .*, got 'leak'"),
+        ({"scope": "here"}, "scope must be one of local, global, got 'here'"),
+        ({"convention": "mine"}, "convention must be one of replace, error, got 'mine'"),
+        ({"basis": "y"}, "basis must be one of z, x, got 'y'"),
+        ({"renormalize": 2}, "renormalize must be one of 0, 1, got 2"),
+        ({"channel": "readout", "convention": "error"}, "convention must be replace with channel readout, got error"),
+    ],
+)
+def test_the_kernel_checks_attributes_too(change, message):
+    """As a node made by hand could have them."""
+    with pytest.raises(ValueError, match=rf"\[QuantumNoise\] {message}"):
+        _core.quantum_noise(GOOD, 0.1, **QUANTUM_NOISE.resolve({}) | change)
+
+
+def test_more_that_is_refused():
+    with pytest.raises(ValueError, match=r"\[QuantumNoise\] probabilities must have at most 4 dimensions, got 5"):
+        noise_binding(rows(1, 1, 1, 1, 2), {"level": 0.1}, {})
+    with pytest.raises(UsageError, match=r"\[QuantumNoise\] probabilities must have 1 to 4 dimensions, got 5"):
+        noise_ref(rows(1, 1, 1, 1, 2), {"level": 0.1}, {})
+    with pytest.raises(ValueError, match=r"\[QuantumNoise\] probabilities must be float32, .*, got int64"):
+        _core.quantum_noise(np.ones((2, 2), np.int64), 0.1, **QUANTUM_NOISE.resolve({}))
+    with pytest.raises(UsageError, match=r"Kraus operators must sum to the identity within 1e-10, they are off by 0\.19"):
+        ref.channel_probabilities(torch.from_numpy(GOOD), 0.9 * torch.eye(2, dtype=torch.complex128).expand(3, 1, 2, 2))
+    with pytest.raises(UsageError, match="readout acts on outcomes and has no coherence"):
+        ref.coherence("readout", 3, 0.1)
