@@ -17,10 +17,12 @@ from onnx import TensorProto, helper
 from bench import common
 from bench.attention import goals
 from qexport import _core
+from qexport.noise.channels import num_qubits
+from qexport.noise.density import apply_kraus, density_matrix, kraus_operators
 from qexport.ops import DOMAIN
 from qexport.ops.proto import make_node
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
-from qexport.ops.quantum_noise_ref import apply_kraus, density_matrix, kraus_operators, num_qubits, quantum_noise_ref
+from qexport.ops.quantum_noise_ref import quantum_noise_ref
 from qexport.profiling.timing import interleaved
 from qexport.runtime import create_session, get_library_path, register_library, run_bound
 

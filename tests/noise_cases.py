@@ -11,10 +11,11 @@ from onnx import TensorProto, helper
 
 import qexport
 from qexport import _core
+from qexport.noise.channels import num_qubits
 from qexport.ops import DOMAIN, QUANTUM_MEASURE, QUANTUM_NOISE, VERSION
 from qexport.ops.proto import function_proto, make_node
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
-from qexport.ops.quantum_noise_ref import num_qubits, quantum_noise_ref
+from qexport.ops.quantum_noise_ref import quantum_noise_ref
 
 TYPES = {**DTYPES, "float64": np.float64}
 ELEMENTS = {**ONNX_TYPES, "float64": TensorProto.DOUBLE}

@@ -9,8 +9,9 @@ from noise_cases import BASES, CHANNELS, name_of, noise_binding, noise_ort, nois
 
 from qexport import _core
 from qexport.errors import UsageError
+from qexport.noise import channels, density
 from qexport.ops import QUANTUM_NOISE
-from qexport.ops import quantum_noise_ref as ref
+from qexport.ops.quantum_noise_ref import quantum_noise_ref
 
 BACKENDS = {"binding": noise_binding, "ort": noise_ort}
 EXACT = 1e-12  # float64
@@ -20,21 +21,21 @@ TOLERANCE = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3, "float64": EXAC
 
 def global_paulis(rho: torch.Tensor, error: float) -> torch.Tensor:
     """Depolarizing noise of all qubits as one: each of the 4^q - 1 Pauli strings other than the identity, equally likely."""
-    qubits = ref.num_qubits(rho.shape[-1])
-    strings = functools.reduce(lambda a, b: torch.stack([torch.kron(x, y) for x in a for y in b]), [ref.PAULIS] * qubits)
+    qubits = channels.num_qubits(rho.shape[-1])
+    strings = functools.reduce(lambda a, b: torch.stack([torch.kron(x, y) for x in a for y in b]), [density.PAULIS] * qubits)
     errors = torch.stack([s @ rho @ s.conj().mT for s in strings[1:]]).sum(0) / (len(strings) - 1)
     return (1 - error) * rho + error * errors
 
 
 def hadamards(qubits: int) -> torch.Tensor:
-    return functools.reduce(torch.kron, [ref.HADAMARD] * qubits)
+    return functools.reduce(torch.kron, [channels.HADAMARD] * qubits)
 
 
 def by_density_matrix(p: np.ndarray, given: dict, attributes: dict, basis: str) -> np.ndarray:
     """Probabilities of all 2^q states for rows (..., n)."""
-    qubits = ref.num_qubits(p.shape[-1])
+    qubits = channels.num_qubits(p.shape[-1])
     padded = torch.nn.functional.pad(torch.from_numpy(p), (0, (1 << qubits) - p.shape[-1]))
-    rho = ref.density_matrix(padded)
+    rho = density.density_matrix(padded)
     turn = hadamards(qubits) if basis == "x" else torch.eye(1 << qubits, dtype=torch.complex128)
     channel, convention = attributes["channel"], attributes.get("convention", "replace")
     if attributes.get("scope") == "global":
@@ -42,12 +43,12 @@ def by_density_matrix(p: np.ndarray, given: dict, attributes: dict, basis: str) 
         error = level if convention == "error" else level * (4**qubits - 1) / 4**qubits
         rho = turn @ global_paulis(rho, error) @ turn
     else:
-        kraus = ref.kraus_operators(channel, qubits, **given, convention=convention)
-        ref.check_kraus(kraus)
+        kraus = density.kraus_operators(channel, qubits, **given, convention=convention)
+        density.check_kraus(kraus)
         if channel == "readout":
-            rho = ref.apply_kraus(turn @ rho @ turn, kraus)
+            rho = density.apply_kraus(turn @ rho @ turn, kraus)
         else:
-            rho = turn @ ref.apply_kraus(rho, kraus) @ turn
+            rho = turn @ density.apply_kraus(rho, kraus) @ turn
     return rho.diagonal(dim1=-2, dim2=-1).real.numpy()
 
 
@@ -69,15 +70,15 @@ def test_closed_form_is_the_density_matrix(case, basis, n):
 
 def test_qubit_k_is_bit_k():
     """Kraus operators per qubit, as one Kronecker product each, the highest qubit first."""
-    kraus = ref.kraus_operators("amplitude_damping", 3, torch.tensor([0.1, 0.5, 0.9]))
-    rho = ref.density_matrix(torch.from_numpy(rows(8)))
+    kraus = density.kraus_operators("amplitude_damping", 3, torch.tensor([0.1, 0.5, 0.9]))
+    rho = density.density_matrix(torch.from_numpy(rows(8)))
     want = torch.zeros_like(rho)
     for a in kraus[2]:
         for b in kraus[1]:
             for c in kraus[0]:
                 whole = torch.kron(torch.kron(a, b), c)
                 want += whole @ rho @ whole.conj().mT
-    assert (ref.apply_kraus(rho, kraus) - want).abs().max() <= EXACT
+    assert (density.apply_kraus(rho, kraus) - want).abs().max() <= EXACT
     only_first = np.eye(8)[7]  # state 111: damping qubit 0 for certain leaves 110
     noisy, _ = noise_binding(only_first[None], {"level": np.array([1.0, 0, 0])}, {"channel": "amplitude_damping"})
     assert noisy.tolist() == [np.eye(8)[6].tolist()]
@@ -93,14 +94,14 @@ def random_state() -> torch.Tensor:
 @pytest.mark.parametrize(("convention", "share"), [("replace", 0.3), ("error", 0.4)])
 def test_depolarizing_replaces_its_share(convention, share):
     rho = random_state()
-    noisy = ref.apply_kraus(rho, ref.kraus_operators("depolarizing", 1, 0.3, convention=convention))
+    noisy = density.apply_kraus(rho, density.kraus_operators("depolarizing", 1, 0.3, convention=convention))
     assert (noisy - ((1 - share) * rho + share * torch.eye(2, dtype=torch.float64) / 2)).abs().max() <= EXACT
 
 
 def test_thermal_relaxation_follows_its_times():
     """Populations decay towards equilibrium with T1, coherences with T2, from any state."""
     rho, T1, T2, t, excited = random_state(), 2.0, 3.0, 0.7, 0.2
-    noisy = ref.apply_kraus(rho, ref.kraus_operators("thermal_relaxation", 1, t, T1, T2, excited))
+    noisy = density.apply_kraus(rho, density.kraus_operators("thermal_relaxation", 1, t, T1, T2, excited))
     assert abs(noisy[1, 1] - (excited + (rho[1, 1] - excited) * np.exp(-t / T1))) <= EXACT
     assert abs(noisy[0, 1] - rho[0, 1] * np.exp(-t / T2)) <= EXACT
 
@@ -113,26 +114,26 @@ def test_any_kraus_operators(unitary):
     gate = torch.linalg.qr(torch.randn(2, 2, dtype=torch.complex128, generator=generator))[0]
     whole = torch.linalg.qr(torch.randn(4, 4, dtype=torch.complex128, generator=generator))[0]
     p = torch.from_numpy(rows(5, 4))
-    for kraus in (wild, ref.kraus_operators("amplitude_damping", 2, 0.3), ref.kraus_operators("phase_flip", 2, 0.3)):
-        given = {"none": None, "hadamard": ref.HADAMARD, "gate": gate, "whole": whole}[unitary]
+    for kraus in (wild, density.kraus_operators("amplitude_damping", 2, 0.3), density.kraus_operators("phase_flip", 2, 0.3)):
+        given = {"none": None, "hadamard": channels.HADAMARD, "gate": gate, "whole": whole}[unitary]
         turn = (
             torch.eye(4, dtype=torch.complex128) if given is None else given if len(given) == 4 else torch.kron(given, given)
         )
-        rho = turn @ ref.apply_kraus(ref.density_matrix(p), kraus) @ turn.conj().mT
+        rho = turn @ density.apply_kraus(density.density_matrix(p), kraus) @ turn.conj().mT
         want = rho.diagonal(dim1=-2, dim2=-1).real
-        assert (ref.channel_probabilities(p, kraus, given) - want).abs().max() <= EXACT
-    assert ref.residual_of(wild) > 0.01
-    assert ref.residual_of(ref.kraus_operators("amplitude_damping", 2, 0.3)) == 0
+        assert (density.channel_probabilities(p, kraus, given) - want).abs().max() <= EXACT
+    assert density.residual_of(wild) > 0.01
+    assert density.residual_of(density.kraus_operators("amplitude_damping", 2, 0.3)) == 0
 
 
 @pytest.mark.parametrize("channel", ["phase_damping", "phase_flip"])
 def test_overlap_of_dephased_states(channel):
     a, b = (torch.from_numpy(rows(8, seed=s)).sqrt() for s in (1, 2))
     level = torch.tensor([0.1, 0.4, 0.8])
-    rho = ref.apply_kraus(ref.density_matrix(a.square()), ref.kraus_operators(channel, 3, level))
+    rho = density.apply_kraus(density.density_matrix(a.square()), density.kraus_operators(channel, 3, level))
     want = (b.to(rho.dtype) @ rho @ b.to(rho.dtype)).real
-    assert abs(ref.noisy_overlap(a * b, ref.coherence(channel, 3, level)) - want) <= EXACT
-    assert abs(ref.noisy_overlap(a * b, torch.ones(3)) - (a @ b) ** 2) <= EXACT
+    assert abs(density.noisy_overlap(a * b, channels.coherence(channel, 3, level)) - want) <= EXACT
+    assert abs(density.noisy_overlap(a * b, torch.ones(3)) - (a @ b) ** 2) <= EXACT
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -147,7 +148,7 @@ def test_kernel_is_the_reference(case, renormalize, basis, backend, dtype):
     p[1, 2, 3] = 0  # a query that attends to nothing
     typed = torch.from_numpy(p).to(getattr(torch, dtype))
     given = {name: value.astype(np.float32).astype(np.float64) for name, value in given.items()}
-    want, want_leak = ref.quantum_noise_ref(typed, **given, **attributes)
+    want, want_leak = quantum_noise_ref(typed, **given, **attributes)
     noisy, leak = BACKENDS[backend](typed.double().numpy(), given, attributes, dtype)
     assert np.abs(noisy - want.double().numpy()).max() <= TOLERANCE[dtype]
     assert np.abs(leak - want_leak.numpy()).max() <= TOLERANCE["float32"]
@@ -290,6 +291,6 @@ def test_more_that_is_refused():
     with pytest.raises(ValueError, match=r"\[QuantumNoise\] probabilities must be float32, .*, got int64"):
         _core.quantum_noise(np.ones((2, 2), np.int64), 0.1, **QUANTUM_NOISE.resolve({}))
     with pytest.raises(UsageError, match=r"Kraus operators must sum to the identity within 1e-10, they are off by 0\.19"):
-        ref.channel_probabilities(torch.from_numpy(GOOD), 0.9 * torch.eye(2, dtype=torch.complex128).expand(3, 1, 2, 2))
+        density.channel_probabilities(torch.from_numpy(GOOD), 0.9 * torch.eye(2, dtype=torch.complex128).expand(3, 1, 2, 2))
     with pytest.raises(UsageError, match="readout acts on outcomes and has no coherence"):
-        ref.coherence("readout", 3, 0.1)
+        channels.coherence("readout", 3, 0.1)

@@ -1,0 +1,148 @@
+"""Channels by their Kraus operators, on density matrices: any operators, any unitary. Everything is complex128."""
+
+import torch
+
+from qexport.errors import UsageError
+from qexport.noise.channels import (
+    apply_transitions,
+    matrices_of,
+    per_qubit,
+    replaced_share,
+    thermal_factors,
+    transition_matrices,
+    within,
+)
+
+PAULIS = torch.tensor([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]], dtype=torch.complex128)
+TOLERANCE = 1e-10  # of what must be exact in float64: completeness of Kraus operators, the residual of a closed form
+
+
+def kraus_operators(
+    channel, qubits, level, T1=None, T2=None, excited_population=None, *, convention="replace"
+) -> torch.Tensor:
+    """The Kraus operators of a channel on each qubit: complex128 (qubits, operators, 2, 2). readout: its measurement,
+    which belongs behind the change of basis.
+
+    Raises:
+        UsageError: a parameter outside its limits.
+    """
+    if channel == "readout":
+        roots = transition_matrices(channel, qubits, level).sqrt()
+        places = torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)
+        return (places * roots[:, None]).to(torch.complex128)
+    if channel == "thermal_relaxation":
+        r, c, excited = thermal_factors(qubits, level, T1, T2, excited_population)
+        # Generalised amplitude damping leaves the coherence sqrt(1 - r) = exp(-t / 2 T1); phase damping takes the rest.
+        rest = torch.where(c > 0, c.square() / (1 - r).clamp(min=torch.finfo(r.dtype).tiny), 0).clamp(max=1)
+        up, down = (weight.sqrt()[:, None, None, None] for weight in (excited, 1 - excited))
+        damping = _damping(r)
+        damping = torch.cat([down * damping, up * damping.flip(-1, -2)], 1)
+        return torch.einsum("qaij,qbjk->qabik", _dephasing(1 - rest), damping).flatten(1, 2)
+    if channel == "depolarizing":
+        share = replaced_share(convention, level, qubits, 1)
+        weights = torch.stack([1 - 0.75 * share, *[share / 4] * 3], -1).clamp(min=0)
+        return weights.sqrt()[..., None, None] * PAULIS
+    level = within("level", per_qubit("level", level, qubits), 1)
+    if channel == "amplitude_damping":
+        return _damping(level)
+    if channel == "phase_damping":
+        return _dephasing(level)
+    weights = torch.stack([1 - level, level], -1)
+    return weights.sqrt()[..., None, None] * PAULIS[[0, 1 if channel == "bit_flip" else 3]]
+
+
+def _damping(g):
+    zero, one = torch.zeros_like(g), torch.ones_like(g)
+    kept, lost = matrices_of([[one, zero], [zero, (1 - g).sqrt()]]), matrices_of([[zero, g.sqrt()], [zero, zero]])
+    return torch.stack([kept, lost], 1).to(torch.complex128)
+
+
+def _dephasing(b):
+    zero, one = torch.zeros_like(b), torch.ones_like(b)
+    kept, lost = matrices_of([[one, zero], [zero, (1 - b).sqrt()]]), matrices_of([[zero, zero], [zero, b.sqrt()]])
+    return torch.stack([kept, lost], 1).to(torch.complex128)
+
+
+def check_kraus(kraus: torch.Tensor) -> None:
+    """Raise where sum_k K_k^dagger K_k is not the identity, for kraus (..., operators, 2, 2).
+
+    Raises:
+        UsageError: names the deviation.
+    """
+    total = torch.einsum("...kji,...kjl->...il", kraus.conj(), kraus)
+    off = float((total - torch.eye(2)).abs().max())
+    if not off <= TOLERANCE:
+        raise UsageError(
+            f"[QuantumNoise] Kraus operators must sum to the identity within {TOLERANCE:g}, they are off by {off:g}"
+        )
+
+
+def transitions_of(kraus: torch.Tensor) -> torch.Tensor:
+    """S_ij = sum_k |K_k[i, j]|^2 of kraus (..., operators, 2, 2): float64 (..., 2, 2)."""
+    return kraus.abs().square().sum(-3)
+
+
+def residual_of(kraus: torch.Tensor) -> float:
+    """max |sum_k K_k[i, 0] conj K_k[i, 1]|: what coherences add to measured probabilities. Where it is 0, and only there,
+    the channel acts on the diagonal of a density matrix by itself, as `transitions_of` says."""
+    return float(torch.einsum("...ki,...ki->...i", kraus[..., 0], kraus[..., 1].conj()).abs().max())
+
+
+def density_matrix(p: torch.Tensor) -> torch.Tensor:
+    """|psi><psi| of psi = sum_j sqrt(p_j) |j>: complex128 (..., d, d) from p (..., d)."""
+    amplitudes = p.to(torch.complex128).sqrt()
+    return amplitudes[..., :, None] * amplitudes[..., None, :].conj()
+
+
+def apply_kraus(rho: torch.Tensor, kraus: torch.Tensor) -> torch.Tensor:
+    """sum_k K_k rho K_k^dagger on every qubit: rho (..., 2^q, 2^q), kraus (q, operators, 2, 2)."""
+    for k, operators in enumerate(kraus):
+        split = -1, 2, 1 << k
+        rho = rho.unflatten(-1, split).unflatten(-4, split)  # axes -5 and -2 are bit k of row and column
+        rho = torch.einsum("aij,...jbdkf,alk->...ibdlf", operators, rho, operators.conj()).flatten(-3).flatten(-4, -2)
+    return rho
+
+
+def channel_probabilities(p: torch.Tensor, kraus: torch.Tensor, unitary: torch.Tensor | None = None) -> torch.Tensor:
+    """Probabilities of measuring sum_j sqrt(p_j) |j> after a channel, and a unitary behind it.
+
+    Takes the closed form where there is one: without a unitary, or with one of a single qubit, when `residual_of` says that
+    coherences do not count; else a density matrix.
+
+    Args:
+        p: (..., 2^q), rows that sum to one.
+        kraus: complex (q, operators, 2, 2), of each qubit.
+        unitary: complex (2, 2), a gate on every qubit; or (2^q, 2^q); None for none.
+
+    Returns:
+        float64 (..., 2^q).
+
+    Raises:
+        UsageError: Kraus operators that do not sum to the identity.
+    """
+    check_kraus(kraus)
+    if unitary is None or unitary.shape == (2, 2):
+        gate = torch.eye(2, dtype=torch.complex128) if unitary is None else unitary.to(torch.complex128)
+        turned = gate @ kraus @ gate.conj().mT
+        if residual_of(turned) <= TOLERANCE:
+            state = apply_transitions(p.to(torch.complex128).sqrt(), gate.expand(len(kraus), 2, 2))
+            return apply_transitions(state.abs().square(), transitions_of(turned))
+        unitary = torch.ones(1, 1, dtype=torch.complex128)
+        for _ in kraus:
+            unitary = torch.kron(gate, unitary)
+    rho = unitary @ apply_kraus(density_matrix(p), kraus) @ unitary.conj().mT
+    return rho.diagonal(dim1=-2, dim2=-1).real
+
+
+def noisy_overlap(w: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """|<a|b>|^2 as a SWAP test measures it when dephasing noise has met a: w^T [[1, c], [c, 1]]^(x q) w.
+
+    Args:
+        w: (..., 2^q), products a_j b_j of real amplitudes.
+        c: (q,), the factor of each qubit's coherences, of `coherence` for phase_damping or phase_flip.
+
+    Returns:
+        (...), (sum w)^2 where c is 1, sum w^2 where it is 0.
+    """
+    one = torch.ones_like(c)
+    return (w * apply_transitions(w, matrices_of([[one, c], [c, one]]).to(w.dtype))).sum(-1)
