@@ -1,0 +1,106 @@
+"""A noise model: a channel with its parameters, as users name it and as the op, the simulator and circuits take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from qexport.errors import UsageError
+from qexport.ops.quantum_noise import SPEC
+
+if TYPE_CHECKING:  # the command line parses noise without torch
+    import torch
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """A channel of docs/noise.md on every qubit of a register.
+
+    Attributes:
+        channel, scope, convention: as the attributes of QuantumNoise.
+        level: number, or tensor () or (qubits,); readout also (1, 2) or (qubits, 2).
+        T1, T2, excited_population: numbers or tensors () or (qubits,). thermal_relaxation takes T1 = T2 = 1 where they are
+            not given: `level` is then the time in units of T1.
+
+    Raises:
+        UsageError: an unknown channel, or settings that its channel does not have.
+    """
+
+    channel: str = "depolarizing"
+    level: float | torch.Tensor = 0.0
+    T1: float | torch.Tensor | None = None
+    T2: float | torch.Tensor | None = None
+    excited_population: float | torch.Tensor | None = None
+    scope: str = "local"
+    convention: str = "replace"
+
+    def __post_init__(self):
+        SPEC.resolve(self.attributes)
+        if self.channel == "thermal_relaxation":
+            for name in ("T1", "T2"):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, 1.0)
+            return
+        for name in ("T1", "T2", "excited_population"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"[QuantumNoise] {name} is for channel thermal_relaxation, got {self.channel}; leave it out"
+                )
+
+    @property
+    def attributes(self) -> dict:
+        """Those attributes of QuantumNoise that a model decides."""
+        return {"channel": self.channel, "scope": self.scope, "convention": self.convention}
+
+    @property
+    def inputs(self) -> dict:
+        """Those inputs of QuantumNoise that are given, `level` first."""
+        names = ("level", "T1", "T2", "excited_population")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def at(self, level) -> "NoiseModel":
+        """The same model at another level."""
+        return replace(self, level=level)
+
+    def __str__(self):
+        given = {**self.attributes, **self.inputs}
+        plain = {field.name: field.default for field in fields(self)}
+        more = [
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in given.items()
+            if name not in ("channel", "level") and value != plain[name]
+        ]
+        return ":".join([self.channel, f"{float(self.level):g}", *more])
+
+
+def parse_noise(text: str) -> tuple[NoiseModel, ...]:
+    """The models of a text such as `depolarizing:0.01,thermal_relaxation:0.1:T1=1:T2=0.8`, in the order they act.
+
+    Args:
+        text: MODEL:LEVEL, each with NAME=VALUE settings behind further colons, separated by commas.
+
+    Raises:
+        UsageError: the text has another form, or a model is refused.
+    """
+    return tuple(_parse_one(part.strip()) for part in text.split(","))
+
+
+def _parse_one(text: str) -> NoiseModel:
+    channel, *rest = text.split(":")
+    if not rest:
+        raise UsageError(f"noise must be MODEL:LEVEL, such as depolarizing:0.01, got {text!r}")
+    settings = {"channel": channel, "level": _number("level", rest[0], text)}
+    known = {field.name for field in fields(NoiseModel)} - set(settings)
+    for setting in rest[1:]:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in known:
+            raise UsageError(f"noise settings must be NAME=VALUE of {', '.join(sorted(known))}, got {setting!r} in {text!r}")
+        settings[name] = value if name in ("scope", "convention") else _number(name, value, text)
+    return NoiseModel(**settings)
+
+
+def _number(name: str, value: str, text: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"noise {name} must be a number, got {value!r} in {text!r}") from None
