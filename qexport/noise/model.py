@@ -58,7 +58,7 @@ class NoiseModel:
         names = ("level", "T1", "T2", "excited_population")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def at(self, level) -> "NoiseModel":
+    def at(self, level) -> NoiseModel:
         """The same model at another level."""
         return replace(self, level=level)
 
