@@ -62,6 +62,8 @@ def convert(
     precision: str | None = None,
     error_tolerance: float | None = None,
     residual: str | None = None,
+    noise: str | None = None,
+    shots: int | str | None = None,
     seed: int | None = None,
     opset: int | None = None,
     dtype: str | None = None,
@@ -77,6 +79,8 @@ def convert(
         output: folder of the bundle; an existing bundle there is replaced once the new one is complete.
         recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file.
         strategy, num_samples, control_variate, precision, error_tolerance, residual, seed: override the recipe's own.
+        noise, shots: likewise; attention as a noisy device computes it, such as "depolarizing:0.01", and how often each row is
+            measured, "inf" for the noisy probabilities themselves: docs/converting.md.
         opset: of the written models, 23 when None (24 with kv_cache); below 23 the fallback is spelled out in MatMul and
             Softmax, for older runtimes.
         dtype: float32, float16 or bfloat16: export torch models in that type.
@@ -114,8 +118,12 @@ def convert(
         precision=precision,
         error_tolerance=error_tolerance,
         residual=residual,
+        noise=noise,
+        shots=shots,
         seed=seed,
     )
+    if kv_cache is not None and resolved.has_noise:
+        raise UsageError("noise and kv_cache exclude each other: the register would hold the free room of the cache")
     if not dry_run:
         from qexport.bundle import check_output
 
@@ -267,6 +275,7 @@ def _report(path, source, recipe, sites, left_alone, difference) -> ConversionRe
         "ir_version": IR_VERSION,
         "min_onnxruntime": min_onnxruntime(source.model.opset_imports[""], source.cache is not None),
         "seed_input": source.model.graph.inputs[-1].name,
+        "noise": _noise(source.model.graph, sites),
         "sites": [site.to_dict() for site in sites],
         "left_alone": [entry.to_dict() for entry in left_alone],
         "inputs": [spec.to_dict() for spec in source.inputs],
@@ -283,6 +292,14 @@ def _report(path, source, recipe, sites, left_alone, difference) -> ConversionRe
         "metrics": {} if difference is None else {"max_difference_to_source": difference},
     }
     return ConversionReport(path, manifest["sites"], manifest["left_alone"], manifest, source.notes, difference)
+
+
+def _noise(graph, sites) -> dict | None:
+    """manifest["noise"]: the input that levels are multiplied by, and what a run without the op library leaves out."""
+    count = sum(site.noise is not None for site in sites)
+    if not count:
+        return None
+    return {"scale_input": graph.inputs[-2].name, "sites": count, "without_library": "no noise, no measurement"}
 
 
 def min_onnxruntime(opset: int, kv_cache: bool = False) -> str:

@@ -17,10 +17,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qexport.errors import UsageError
-from qexport.ops import QUANTUM_ATTENTION
+from qexport.noise.model import parse_noise
+from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
 from qexport.ops.quantum_attention import BLOCKWISE, PRECISIONS, RESIDUALS, STRATEGIES
 
 SAMPLING = ("strategy", "num_samples", "control_variate", "precision", "error_tolerance", "residual")
+NOISE = ("noise", "shots")
+NO_NOISE = "none"
+INFINITE = "inf"
 DEFAULT_STRATEGY = "tree"
 # What a model converted without a word promises: at most so much relative error at each attention.
 DEFAULT_TOLERANCE = 0.01
@@ -73,6 +77,29 @@ def _error_tolerance(value: Any) -> float:
     return float(value)
 
 
+def _noise(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be {NO_NOISE} or MODEL:LEVEL[,MODEL:LEVEL...], such as depolarizing:0.01, got {value!r}")
+    text = value.strip()
+    if text == NO_NOISE:
+        return text
+    try:
+        for model in parse_noise(text):
+            model.check_limits()
+    except UsageError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    return text
+
+
+def _shots(value: Any) -> int | str:
+    if value == INFINITE or (isinstance(value, float) and value == math.inf):
+        return INFINITE
+    most = QUANTUM_MEASURE.attribute("shots").maximum
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"must be a whole number from 1 to {most}, or {INFINITE} for no measurement, got {value!r}")
+    return value
+
+
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise ValueError(f"must be a whole number of 64 bits, got {value!r}")
@@ -85,11 +112,13 @@ ControlVariate = Annotated[int, BeforeValidator(_control_variate)]
 Precision = Annotated[str, _one_of(PRECISIONS)]
 ErrorTolerance = Annotated[float, BeforeValidator(_error_tolerance)]
 Residual = Annotated[str, _one_of(RESIDUALS)]
+Noise = Annotated[str, BeforeValidator(_noise)]
+Shots = Annotated[int | str, BeforeValidator(_shots)]
 Seed = Annotated[int, BeforeValidator(_seed)]
 
 
 class _Entry(BaseModel):
-    """The keys of SAMPLING that somebody named; the others are None."""
+    """The keys of SAMPLING and NOISE that somebody named; the others are None."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,10 +128,12 @@ class _Entry(BaseModel):
     precision: Precision | None = None
     error_tolerance: ErrorTolerance | None = None
     residual: Residual | None = None
+    noise: Noise | None = None
+    shots: Shots | None = None
 
     def named(self) -> dict:
         """The keys with a value."""
-        return {key: getattr(self, key) for key in SAMPLING if getattr(self, key) is not None}
+        return {key: getattr(self, key) for key in (*SAMPLING, *NOISE) if getattr(self, key) is not None}
 
 
 class LayerRecipe(_Entry):
@@ -123,10 +154,11 @@ class Recipe(_Entry):
     layers: tuple[LayerRecipe, ...] = ()
 
     def resolve(self, module: str, name: str, q_heads: int | None = None, own: dict | None = None) -> dict:
-        """How one site samples: a dict of strategy, num_samples, control_variate, precision, error_tolerance and residual.
+        """How one site is computed: a dict of the keys in SAMPLING, noise and shots (both None where there is no noise).
 
         A layer that names another strategy inherits what that strategy takes: a tolerance or a low precision from above
-        ends at a layer that draws.
+        ends at a layer that draws. Noise acts on exact probabilities, so it takes the place of a strategy from above, and
+        ends at a layer that says how to sample.
 
         Args:
             module: torch module name of the site, may be empty.
@@ -142,7 +174,16 @@ class Recipe(_Entry):
             named = entry.named()
             strategy = named.get("strategy")
             inherited = {k: v for k, v in values.items() if not strategy or _takes(strategy, k, v)}
+            if any(key != "shots" for key in named):
+                inherited = {k: v for k, v in inherited.items() if k not in NOISE}
             values = inherited | named
+        noise, shots = (values.pop(key, None) for key in NOISE)
+        if noise in (None, NO_NOISE):
+            _check_shots(noise, shots, module or name)
+            noise = None
+        else:
+            values = {"strategy": "exact"}
+            shots = QUANTUM_MEASURE.attribute("shots").default if shots is None else shots
         values |= defaults(values)
         _check_together(values, module or name)
         count = len(values["num_samples"])
@@ -150,7 +191,12 @@ class Recipe(_Entry):
             raise UsageError(
                 f"num_samples lists {count} numbers, but {module or name} has {q_heads} query heads; give 1 or {q_heads}"
             )
-        return values
+        return values | {"noise": noise, "shots": shots}
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether any entry names noise."""
+        return any(entry.noise not in (None, NO_NOISE) for entry in (self, *self.layers))
 
     def check_matches(self, sites: list[tuple[str, str]]) -> None:
         """Check that every `match` fits at least one of the (module, name) pairs, so that a typo is no silent no-op.
@@ -175,10 +221,27 @@ def _takes(strategy: str, key: str, value) -> bool:
     return key != "error_tolerance" or strategy == "tree" or value == 0
 
 
+def _check_shots(noise: str | None, shots, where: str) -> None:
+    """Check that shots come with noise; `where` names the layer."""
+    if shots is not None and noise in (None, NO_NOISE):
+        raise UsageError(
+            f"{where}: shots {shots} need noise, such as depolarizing:0.01; shots alone are strategy naive with num_samples"
+        )
+
+
+def _check_noise(named: dict, where: str) -> None:
+    """Check that an entry with noise does not say how to sample, too."""
+    if named.get("noise", NO_NOISE) == NO_NOISE:
+        return
+    for key, value in named.items():
+        if key in SAMPLING and (key, value) != ("strategy", "exact"):
+            raise UsageError(f"{where}: noise acts on exact probabilities; leave {key} out, got {value!r} beside noise")
+
+
 def _check_together(values: dict, where: str) -> None:
     """Check values of SAMPLING against each other, by the op table; `where` names the layer."""
     try:
-        QUANTUM_ATTENTION.resolve(values)
+        QUANTUM_ATTENTION.resolve({key: value for key, value in values.items() if key not in NOISE})
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).removeprefix(f'[{QUANTUM_ATTENTION.name}] ')}") from None
 
@@ -207,7 +270,13 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
     given = {key: value for key, value in overrides.items() if value is not None}
     strategy = _checked(given, "convert").strategy
     kept = {key: value for key, value in data.items() if not strategy or _takes(strategy, key, value)}
-    return _checked({**kept, **given}, where)
+    if given.get("noise", NO_NOISE) != NO_NOISE:
+        kept = {key: value for key, value in kept.items() if key not in SAMPLING}
+    elif any(key in given for key in (*SAMPLING, "noise")):
+        kept = {key: value for key, value in kept.items() if key not in NOISE}
+    recipe = _checked({**kept, **given}, where)
+    _check_shots(recipe.noise, recipe.shots, where)
+    return recipe
 
 
 def load_recipe(path) -> Recipe:
@@ -243,7 +312,9 @@ def _checked(data: dict, where: str) -> Recipe:
         raise UsageError(f"{where}: {_first_problem(error)}") from None
     # what an entry says by itself is checked before a model is read
     _check_together(recipe.named() | defaults(recipe.named()), where)
+    _check_noise(recipe.named(), where)
     for index, layer in enumerate(recipe.layers):
+        _check_noise(layer.named(), f"{where}: layers[{index}] ({layer.match})")
         if layer.strategy:
             _check_together(layer.named() | defaults(layer.named()), f"{where}: layers[{index}] ({layer.match})")
     return recipe

@@ -98,6 +98,20 @@ class Share(click.ParamType):
             self.fail(f"{value!r} is not a relative error such as 0.01 or 1%", param, ctx)
 
 
+class Shots(click.ParamType):
+    """A number of measurements, or inf: infinitely many."""
+
+    name = "S|inf"
+
+    def convert(self, value, param, ctx):
+        if value == "inf" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or inf", param, ctx)
+
+
 def common_options(function):
     """--json, -q and -v of every command that reports something."""
     for option in (

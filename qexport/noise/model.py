@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qexport.errors import UsageError
 from qexport.ops.quantum_noise import SPEC
 
@@ -57,6 +59,23 @@ class NoiseModel:
         """Those inputs of QuantumNoise that are given, `level` first."""
         names = ("level", "T1", "T2", "excited_population")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def check_limits(self) -> None:
+        """Check numbers of the model against the limits of its channel (docs/noise.md), by the op itself; needs no torch.
+
+        With scope global the limit of convention replace depends on the qubits; what is checked holds up to ten.
+
+        Raises:
+            UsageError: one is outside.
+        """
+        from qexport import _core
+
+        nothing = np.zeros((1, 1 << 10))  # a row that attends to nothing: limits are checked, nothing is computed
+        parameters = [self.inputs.get(param.name) for param in SPEC.inputs[1:]]
+        try:
+            _core.quantum_noise(nothing, *parameters, **SPEC.resolve(self.attributes), threads=1)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def at(self, level) -> NoiseModel:
         """The same model at another level."""

@@ -143,18 +143,16 @@ def fallback_nodes(opset: int, num_outputs: int):
 
     From opset 23 on it is one `Attention` node. Below, Attention does not exist and the body is spelled out in MatMul and
     Softmax; it then needs 4-D Q, K, V, a float attn_mask (add zeros where there is none) and `scale` on the node, and
-    knows no past, softcap, causal flag or window: the rewrite gives such nodes only. The sixth output needs the input
-    key_summary on every node: it is that, unchanged.
+    knows no past, softcap, causal flag or window, and of qk_matmul_output the probabilities alone: the rewrite gives such
+    nodes only. The sixth output needs the input key_summary on every node: it is that, unchanged.
     """
     if opset < 17:
         raise UsageError(f"[QuantumAttention] the fallback needs opset 17 or newer, got {opset}")
     if opset >= 23:
         return _attention_body(opset, num_outputs)
-    if num_outputs > 1:
-        raise UsageError(
-            f"[QuantumAttention] the fallback below opset 23 has the output Y only, got num_outputs {num_outputs}"
-        )
-    return _decomposed_body()
+    if num_outputs > 4:
+        raise UsageError(f"[QuantumAttention] the fallback below opset 23 has 4 outputs, got num_outputs {num_outputs}")
+    return _decomposed_body(num_outputs)
 
 
 def _attention_body(opset: int, num_outputs: int):
@@ -199,7 +197,7 @@ def _no_error(attention):
     ]
 
 
-def _decomposed_body():
+def _decomposed_body(num_outputs: int):
     """Grouped heads without repeating K and V: the G query heads of a kv head are stacked along the rows of one MatMul."""
     from onnx import AttributeProto, helper
 
@@ -209,6 +207,7 @@ def _decomposed_body():
     scale = helper.make_node("Constant", [], ["scale_f32"])
     scale.attribute.append(AttributeProto(name="value_float", type=AttributeProto.FLOAT, ref_attr_name="scale"))
     make = helper.make_node
+    present = [("K", "present_key"), ("V", "present_value"), ("probabilities", "qk_matmul_output")]
     return [
         scale,
         make("CastLike", ["scale_f32", "Q"], ["scale_t"]),
@@ -233,6 +232,7 @@ def _decomposed_body():
         make("MatMul", ["probabilities_grouped", "V"], ["Y_grouped"]),
         make("Concat", ["q_rows", "v_head_size"], ["Y_shape"], axis=0),
         make("Reshape", ["Y_grouped", "Y_shape"], ["Y"]),
+        *(make("Identity", [x], [y]) for x, y in present[: num_outputs - 1]),
     ]
 
 

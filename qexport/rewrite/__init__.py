@@ -20,7 +20,7 @@ class LeftAlone:
 class Site:
     """A converted attention. `layer` numbers the sites in graph order; `output` names the value both models share.
 
-    Head counts and size are None where the graph does not tell them.
+    Head counts and size are None where the graph does not tell them, `noise` and `shots` where there is none.
     """
 
     name: str
@@ -32,6 +32,8 @@ class Site:
     precision: str
     error_tolerance: float
     residual: str
+    noise: str | None
+    shots: int | str | None
     q_heads: int | None
     kv_heads: int | None
     head_size: int | None

@@ -3,6 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
+from qexport.ops import DOMAIN
+
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Where", "Softmax", "Cast", "Identity", "Dropout", "Not", "Pow", "MatMul"}
 # Ops of onnxruntime, unknown to onnx's shape inference, whose first output has the shape of the first input.
 RUNTIME_SAME_SHAPE = {
@@ -186,6 +188,23 @@ class Builder:
             result.shape = ir.Shape(shape)
         node = ir.Node(
             "", op_type, values, ir.convenience.convert_attributes(attributes), outputs=[result], name=f"{name}_node"
+        )
+        return self._add(node)
+
+    def ours(self, op_name: str, *inputs: ir.Value | None, like: ir.Value, **attributes) -> ir.Value:
+        """The first output, with type and shape of `like`, of a node of the domain com.qexport as the op table writes it."""
+        from qexport.ops.proto import make_node
+
+        proto = make_node(op_name, ["x" if value is not None else "" for value in inputs], ["y"], **attributes)
+        name = self._name(op_name)
+        node = ir.Node(
+            DOMAIN,
+            op_name,
+            inputs,
+            [ir.serde.deserialize_attribute(a) for a in proto.attribute],
+            outputs=[ir.Value(name=name, type=like.type, shape=like.shape)],
+            name=f"{name}_node",
+            metadata_props={entry.key: entry.value for entry in proto.metadata_props},
         )
         return self._add(node)
 

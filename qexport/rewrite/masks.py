@@ -56,7 +56,7 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
         flag = _aligned(builder, flag, where, heads, q, k)
         keep = flag if keep is None else builder.node("And", keep, flag, dtype=ir.DataType.BOOL)
     if keep is not None and bias is not None:
-        return builder.node("Where", keep, bias, _number_like(builder, _LOWEST[dtype], q), like=q)
+        return builder.node("Where", keep, bias, number_like(builder, _LOWEST[dtype], q), like=q)
     return keep if keep is not None else bias
 
 
@@ -75,7 +75,7 @@ def _padding_flag(value: ir.Value, factor: float) -> ir.Value | None:
     return None
 
 
-def _number_like(builder: Builder, value: float, q: ir.Value) -> ir.Value:
+def number_like(builder: Builder, value: float, q: ir.Value) -> ir.Value:
     """A number in the type of Q."""
     return builder.node("CastLike", builder.const(np.float32(value)), q, like=q, shape=[])
 
@@ -94,7 +94,7 @@ def _typed(builder: Builder, value: ir.Value, q: ir.Value, dtype: ir.DataType) -
     if value.dtype == dtype:
         return value
     if dtype == ir.DataType.FLOAT16 and value.dtype in (ir.DataType.FLOAT, None):
-        value = builder.node("Max", value, _number_like(builder, _LOWEST[dtype], value), like=value, shape=value.shape)
+        value = builder.node("Max", value, number_like(builder, _LOWEST[dtype], value), like=value, shape=value.shape)
     return builder.node("CastLike", value, q, like=q, shape=value.shape)
 
 
@@ -192,11 +192,11 @@ def float_masks(model: ir.Model) -> None:
         if mask is not None and mask.dtype != ir.DataType.BOOL:
             continue
         builder = Builder(node)
-        zero = _number_like(builder, 0.0, q)
+        zero = number_like(builder, 0.0, q)
         if mask is None:
             new = builder.node("Expand", zero, builder.concat([1], builder.axes(k, 2, 3)), like=q, shape=[1, None])
         else:
-            lowest = _number_like(builder, _LOWEST[q.dtype or ir.DataType.FLOAT], q)
+            lowest = number_like(builder, _LOWEST[q.dtype or ir.DataType.FLOAT], q)
             new = builder.node("Where", mask, zero, lowest, like=q, shape=mask.shape)
         node.resize_inputs(max(4, len(node.inputs)))
         node.replace_input_with(3, new)

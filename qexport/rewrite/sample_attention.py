@@ -2,7 +2,8 @@
 
     Attention(Q, K, V, mask, past_key, past_value, nonpad) -> QuantumAttention(..., seed)
 
-The classical body is attached as a model-local function afterwards (`attach_fallback`), because optimizers drop functions.
+Where the recipe has noise, QuantumAttention gives the exact probabilities and `measure_attention` goes on from there. The
+classical bodies are attached as model-local functions afterwards (`attach_fallback`), because optimizers drop functions.
 """
 
 import itertools
@@ -15,7 +16,8 @@ from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import FALLBACK_KEY, function_proto, make_node
 from qexport.recipe import SAMPLING, Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
-from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.graph import Builder, attribute, is_op
+from qexport.rewrite.measure_attention import PROBABILITIES_MODE, PROBABILITY_OUTPUTS, Levels, check_noise, measured_output
 from qexport.rewrite.sizes import known_size
 
 COPIED = (
@@ -49,19 +51,39 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     for node in nodes:
         try:
             check(node)
-            chosen.append(node)
+            sampling = _sampling(node, len(chosen), recipe)
+            if sampling["noise"]:
+                check_noise(node)
+            chosen.append((node, sampling))
         except DeclinedError as reason:
             left_alone.append(LeftAlone(node.name or "", module_of(node), str(reason)))
     if not chosen:
         return [], left_alone
-    recipe.check_matches([(module_of(node), node.name or "") for node in chosen])
-    seeds = {own["seed"] for node in chosen if "seed" in (own := sampled_as(node))}
-    seed = add_seed(model, min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed)
-    n_outputs = max(len(node.outputs) for node in chosen)
-    places = enumerate(zip(chosen, _layers(chosen), strict=True))
-    sites = [_replace(node, number, layer, recipe, seed, n_outputs) for number, (node, layer) in places]
+    recipe.check_matches([(module_of(node), node.name or "") for node, _ in chosen])
+    levels = Levels(model, add_input(model, "noise_scale", np.asarray(1, np.float32))) if any(sampling["noise"] for _, sampling in chosen) else None
+    seeds = {own["seed"] for node, _ in chosen if "seed" in (own := sampled_as(node))}
+    seed = add_input(
+        model, "seed", np.asarray(min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed, np.int64)
+    )
+    n_outputs = max(PROBABILITY_OUTPUTS if sampling["noise"] else len(node.outputs) for node, sampling in chosen)
+    layers = _layers([node for node, _ in chosen])
+    sites = [
+        _replace(node, number, layer, sampling, seed, levels, n_outputs)
+        for number, ((node, sampling), layer) in enumerate(zip(chosen, layers, strict=True))
+    ]
     model.graph.opset_imports[DOMAIN] = VERSION
     return sites, left_alone
+
+
+def _sampling(node: ir.Node, number: int, recipe: Recipe) -> dict:
+    """How the attention of this number among the sites is computed: what `Recipe.resolve` says."""
+    own = sampled_as(node)
+    name = _name_of(node, number)
+    return recipe.resolve(module_of(node), name, heads_of(node)[0], {key: own[key] for key in SAMPLING if key in own})
+
+
+def _name_of(node: ir.Node, number: int) -> str:
+    return node.name or f"attention_{number}"
 
 
 def _layers(nodes: list[ir.Node]) -> list[int]:
@@ -99,68 +121,83 @@ def heads_of(node: ir.Node) -> tuple[int | None, int | None, int | None]:
     return known_size(q, 1) or known_size(node.outputs[0], 1), known_size(k, 1), head_size
 
 
-def add_seed(model: ir.Model, default: int) -> ir.Value:
-    """A scalar int64 graph input with a default value, named seed (or qexport_seed when that name is taken)."""
+def add_input(model: ir.Model, stem: str, default: np.ndarray) -> ir.Value:
+    """A graph input with a default value, of this name (or behind qexport_ when that name is taken)."""
     taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
     taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
-    name = next(n for n in ("seed", "qexport_seed", *(f"qexport_seed_{i}" for i in range(len(taken)))) if n not in taken)
-    tensor = ir.tensor(np.asarray(default, np.int64), name=name)
-    seed = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]), const_value=tensor)
-    model.graph.inputs.append(seed)
-    model.graph.register_initializer(seed)
-    return seed
+    names = (stem, f"qexport_{stem}", *(f"qexport_{stem}_{i}" for i in range(len(taken))))
+    name = next(n for n in names if n not in taken)
+    tensor = ir.tensor(default, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    model.graph.inputs.append(value)
+    model.graph.register_initializer(value)
+    return value
 
 
-def _replace(node: ir.Node, number: int, layer: int, recipe: Recipe, seed: ir.Value, n_outputs: int) -> Site:
-    module, name = module_of(node), node.name or f"attention_{number}"
+def _replace(node: ir.Node, number: int, layer: int, sampling: dict, seed: ir.Value, levels, n_outputs: int) -> Site:
+    module, name = module_of(node), _name_of(node, number)
     q_heads, kv_heads, head_size = heads_of(node)
-    own = sampled_as(node)
-    sampling = recipe.resolve(module, name, q_heads, {key: own[key] for key in SAMPLING if key in own})
+    noise, shots = sampling["noise"], sampling["shots"]
+    how = {key: sampling[key] for key in SAMPLING}
     copied = {key: attribute(node, key) for key in COPIED if key in node.attributes}
-    proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=layer, **sampling, **copied)
+    if noise:
+        copied["qk_matmul_output_mode"] = PROBABILITIES_MODE
+    proto = make_node("QuantumAttention", ["Q", "K", "V"], ["Y"], layer=layer, **how, **copied)
     inputs = [*node.inputs, *[None] * (_SEED_INDEX - len(node.inputs)), seed]
-    outputs = list(node.outputs)
     # every node has the outputs of the one function; a blank one would be dropped when the file is written
-    unused = [f"{outputs[0].name}/qexport_unused_{i}" for i in range(len(outputs), n_outputs)]
-    fresh = [ir.Value() for _ in outputs] + [ir.Value(name=name) for name in unused]
+    stem, given = node.outputs[0].name, 0 if noise else len(node.outputs)
     new = ir.Node(
         DOMAIN,
         "QuantumAttention",
         inputs,
         [ir.serde.deserialize_attribute(a) for a in proto.attribute],
-        outputs=fresh,
+        outputs=[ir.Value(name=None if i < given else f"{stem}/qexport_unused_{i}") for i in range(n_outputs)],
         name=name,
         metadata_props={FALLBACK_KEY: QUANTUM_ATTENTION.fallback} | ({"qexport.module": module} if module else {}),
     )
-    take_over(node, new)
+    node.graph.insert_before(node, new)
+    if noise:
+        output = measured_output(Builder(node), node, new, seed, levels, noise, shots, layer)
+        hand_over(node, [output, *new.outputs[1:3]])
+    else:
+        output = new.outputs[0]
+        hand_over(node, new.outputs)
     return Site(
         name=name,
         layer=number,
         module=module,
-        **sampling | {"num_samples": list(sampling["num_samples"])},
+        **how | {"num_samples": list(how["num_samples"])},
+        noise=noise,
+        shots=shots,
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_size=head_size,
-        output=new.outputs[0].name,
+        output=output.name,
         node=new,
     )
 
 
 def take_over(node: ir.Node, new: ir.Node) -> None:
     """Put `new` in the place of `node`: its outputs get the names, types and uses of the old ones."""
-    graph = node.graph
-    graph.insert_before(node, new)
-    for old, value in zip(node.outputs, new.outputs, strict=False):
+    node.graph.insert_before(node, new)
+    hand_over(node, new.outputs)
+
+
+def hand_over(node: ir.Node, values) -> None:
+    """Give the names, types and uses of a node's outputs to other values, one after the other, and remove the node."""
+    for old, value in zip(node.outputs, values, strict=False):
+        if not old.name and value.name:
+            continue  # nobody asked for it
         name, value.type, value.shape = old.name, old.type, old.shape
         old.replace_all_uses_with(value, replace_graph_outputs=True)
         old.name = f"{name}_replaced" if name else name
         value.name = name
-    graph.remove(node, safe=True)
+    node.graph.remove(node, safe=True)
 
 
 def attach_fallback(model: ir.Model, sites: list[Site]) -> None:
-    """Attach the classical body of QuantumAttention to a model that holds sites; call it after every other pass."""
-    if sites:
-        proto = function_proto("QuantumAttention", model.opset_imports[""], len(sites[0].node.outputs))
-        function = ir.serde.deserialize_function(proto)
+    """Attach the classical bodies of the ops to a model that holds sites; call it after every other pass."""
+    outputs = {node.op_type: len(node.outputs) for node in model.graph.all_nodes() if node.domain == DOMAIN} if sites else {}
+    for op_name, count in outputs.items():
+        function = ir.serde.deserialize_function(function_proto(op_name, model.opset_imports[""], count))
         model.functions[function.identifier()] = function

@@ -1,0 +1,128 @@
+"""measure_attention: attention as a noisy device would compute it, from probabilities to measured frequencies to values.
+
+    QuantumAttention(Q, K, V, ...) -> present_value, P          strategy exact, P its probabilities
+    QuantumNoise(P, level * noise_scale)                        one per model, in the order of the recipe
+    what the query does not see is discarded                    where a mask, a causal order or a window hides keys
+    QuantumMeasure(., seed)                                     unless shots are infinite
+    MatMul(., present_value)                                    grouped heads stacked along the rows
+
+Outcomes that stand for nothing are discarded and measured again, as whoever reads the device can tell them: states
+n .. 2^q - 1 (`renormalize` = 1, so that rows sum to one) and keys that the query must not see. Otherwise a causal model would
+learn of later tokens through the noise.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.noise.model import NoiseModel, parse_noise
+from qexport.ops import QUANTUM_ATTENTION, QUANTUM_NOISE
+from qexport.recipe import INFINITE
+from qexport.rewrite import DeclinedError
+from qexport.rewrite.graph import Builder, attribute
+from qexport.rewrite.masks import number_like
+from qexport.rewrite.sizes import known_size
+
+PROBABILITIES_MODE = 3
+_OUTPUTS = [param.name for param in QUANTUM_ATTENTION.outputs]
+_PRESENT_VALUE, _PROBABILITIES = _OUTPUTS.index("present_value"), _OUTPUTS.index("qk_matmul_output")
+PROBABILITY_OUTPUTS = _PROBABILITIES + 1
+_NONPAD = [param.name for param in QUANTUM_ATTENTION.inputs].index("nonpad_kv_seqlen")
+
+
+def check_noise(node: ir.Node) -> None:
+    """Raise DeclinedError, with the reason, for an Attention whose probabilities cannot be measured."""
+    scores = node.outputs[_PROBABILITIES] if len(node.outputs) > _PROBABILITIES else None
+    if scores is not None and (scores.uses() or scores.is_graph_output()):
+        raise DeclinedError("its scores are used elsewhere too, where noise would not reach them")
+    if len(node.inputs) > _NONPAD and node.inputs[_NONPAD] is not None:
+        raise DeclinedError("its keys lie in a cache that is appended in place, whose free room would be part of the register")
+
+
+class Levels:
+    """The parameters of noise models as values at the head of the graph, levels multiplied by the graph input `scale`."""
+
+    def __init__(self, model: ir.Model, scale: ir.Value):
+        self.scale = scale
+        self._builder = Builder(model.graph[0], stem=scale.name)
+        self._made: dict[tuple, ir.Value] = {}
+
+    def of(self, noise: NoiseModel) -> list[ir.Value | None]:
+        """The inputs of QuantumNoise behind the probabilities."""
+        given = noise.inputs
+        return [self._value(p.name, given[p.name]) if p.name in given else None for p in QUANTUM_NOISE.inputs[1:]]
+
+    def _value(self, name: str, number: float) -> ir.Value:
+        key = (name == "level", number)
+        if key not in self._made:
+            value = self._builder.const(np.float32(number))
+            if name == "level":
+                value = self._builder.node("Mul", value, self.scale, like=value, shape=[])
+            self._made[key] = value
+        return self._made[key]
+
+
+def measured_output(
+    builder: Builder, node: ir.Node, probabilities: ir.Node, seed: ir.Value, levels: Levels, noise: str, shots, layer: int
+) -> ir.Value:
+    """The output of a noisy attention.
+
+    Args:
+        node: the Attention that is replaced.
+        probabilities: the QuantumAttention with PROBABILITY_OUTPUTS outputs on the same inputs.
+        noise, shots: of the recipe.
+    """
+    q, v = node.inputs[0], node.inputs[2]
+    present, rows = probabilities.outputs[_PRESENT_VALUE], probabilities.outputs[_PROBABILITIES]
+    present.type = rows.type = q.type
+    q_heads, kv_heads = attribute(node, "q_num_heads"), attribute(node, "kv_num_heads")
+    width = known_size(v, 2)
+    joined = q_heads is not None
+    q_heads, kv_heads = (q_heads, kv_heads) if joined else (known_size(q, 1), known_size(v, 1))
+    head_size = (width // kv_heads if width else None) if joined else known_size(v, 3)
+    present.shape = ir.Shape([None, kv_heads, None, head_size])
+    rows.shape = ir.Shape([None, q_heads, None, None])
+
+    found = rows
+    for model in parse_noise(noise):
+        found = builder.ours("QuantumNoise", found, *levels.of(model), like=rows, renormalize=1, **model.attributes)
+    if _hides_keys(node):
+        found = _discard(builder, found, rows)
+    if shots != INFINITE:
+        found = builder.ours("QuantumMeasure", found, seed, like=rows, shots=shots, layer=layer)
+    output = _weighed(builder, found, present, q_heads is not None and q_heads == kv_heads)
+    if joined:
+        output = builder.transpose(output, [0, 2, 1, 3])
+        output = builder.node("Reshape", output, builder.const(np.array([0, 0, -1])), like=rows, shape=[None, None, None])
+    return output
+
+
+def _hides_keys(node: ir.Node) -> bool:
+    """Whether a query may not see all keys."""
+    masked = len(node.inputs) > 3 and node.inputs[3] is not None
+    window = any(attribute(node, f"{side}_window_size", -1) >= 0 for side in ("left", "right"))
+    return masked or window or bool(attribute(node, "is_causal", 0))
+
+
+def _discard(builder: Builder, noisy: ir.Value, rows: ir.Value) -> ir.Value:
+    """`noisy` without what lies on keys of probability 0, divided by what is left; zeros where nothing is."""
+    kept = builder.node("Mul", noisy, builder.node("Sign", rows, like=rows, shape=rows.shape), like=rows, shape=rows.shape)
+    total_shape = [*rows.shape[:3], 1]
+    total = builder.node("ReduceSum", kept, [-1], like=rows, shape=total_shape, keepdims=1)
+    some = builder.node("Cast", total, to=ir.DataType.BOOL.value, dtype=ir.DataType.BOOL, shape=total_shape)
+    divisor = builder.node("Where", some, total, number_like(builder, 1.0, rows), like=rows, shape=total_shape)
+    return builder.node("Div", kept, divisor, like=rows, shape=rows.shape)
+
+
+def _weighed(builder: Builder, frequencies: ir.Value, values: ir.Value, equal_heads: bool) -> ir.Value:
+    """(batch, q_heads, q_len, kv_len) times (batch, kv_heads, kv_len, head_size); the query heads of a group are stacked along
+    the rows of one product."""
+    batch, q_heads, q_len, _ = frequencies.shape
+    shape = [batch, q_heads, q_len, values.shape[3]]
+    if equal_heads:
+        return builder.node("MatMul", frequencies, values, like=values, shape=shape)
+    kv_heads = values.shape[1]
+    grouped = builder.concat([0], builder.axes(values, 1, 2), [-1], builder.axes(frequencies, 3, 4))
+    stacked = builder.node("Reshape", frequencies, grouped, like=values, shape=[batch, kv_heads, None, None])
+    product = builder.node("MatMul", stacked, values, like=values, shape=[batch, kv_heads, None, values.shape[3]])
+    back = builder.concat(builder.axes(frequencies, 0, 3), builder.axes(values, 3, 4))
+    return builder.node("Reshape", product, back, like=values, shape=shape)
