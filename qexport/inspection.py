@@ -36,6 +36,8 @@ ATTENTION_OPS = {
     (DOMAIN, "QuantumAttention"),
 }
 
+NOISE_OPS = {(DOMAIN, "QuantumNoise"), (DOMAIN, "QuantumMeasure")}
+
 
 def inspect(path) -> dict:
     """Describe a bundle (its converted model) or an .onnx file.
@@ -80,6 +82,7 @@ def inspect(path) -> dict:
         "functions": [f"{function.domain}:{function.name}" for function in model.functions],
         "fallbacks": _fallbacks(nodes),
         "attention": [_attention(node) for node in nodes if (node.domain, node.op_type) in ATTENTION_OPS],
+        "noise": [_attention(node) for node in nodes if (node.domain, node.op_type) in NOISE_OPS],
         "recipe": manifest.get("recipe"),
         "left_alone": manifest.get("left_alone"),
         "limits": manifest.get("limits"),

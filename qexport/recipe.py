@@ -154,7 +154,7 @@ class Recipe(_Entry):
     layers: tuple[LayerRecipe, ...] = ()
 
     def resolve(self, module: str, name: str, q_heads: int | None = None, own: dict | None = None) -> dict:
-        """How one site is computed: a dict of the keys in SAMPLING, noise and shots (both None where there is no noise).
+        """How one site is computed: a dict of the keys in SAMPLING and, where there is noise, in NOISE.
 
         A layer that names another strategy inherits what that strategy takes: a tolerance or a low precision from above
         ends at a layer that draws. Noise acts on exact probabilities, so it takes the place of a strategy from above, and
@@ -178,12 +178,10 @@ class Recipe(_Entry):
                 inherited = {k: v for k, v in inherited.items() if k not in NOISE}
             values = inherited | named
         noise, shots = (values.pop(key, None) for key in NOISE)
-        if noise in (None, NO_NOISE):
-            _check_shots(noise, shots, module or name)
-            noise = None
-        else:
-            values = {"strategy": "exact"}
+        _check_shots(noise, shots, module or name)
+        if noise not in (None, NO_NOISE):
             shots = QUANTUM_MEASURE.attribute("shots").default if shots is None else shots
+            return {"strategy": "exact", **defaults({"strategy": "exact"}), "noise": noise, "shots": shots}
         values |= defaults(values)
         _check_together(values, module or name)
         count = len(values["num_samples"])
@@ -191,7 +189,7 @@ class Recipe(_Entry):
             raise UsageError(
                 f"num_samples lists {count} numbers, but {module or name} has {q_heads} query heads; give 1 or {q_heads}"
             )
-        return values | {"noise": noise, "shots": shots}
+        return values
 
     @property
     def has_noise(self) -> bool:

@@ -221,7 +221,7 @@ def test_a_site_is_fed_with_the_classical_values(tmp_path):
     make_bundle(tmp_path / "b")
     bundle = Bundle.open(tmp_path / "b")
     model = onnx.load(bundle.model_path)
-    hybrid, local, _ = beside(bundle.classical_path, model, bundle.manifest["sites"], "seed")
+    hybrid, local, _ = beside(bundle.classical_path, model, bundle.manifest["sites"])
     assert local == {f"layer{i}.attention": site_output(i) + LOCAL for i in range(2)}
     added = [n for n in hybrid.graph.node if n.op_type == "QuantumAttention"]
     classical = [n for n in hybrid.graph.node if n.op_type == "Attention"]
@@ -234,7 +234,7 @@ def test_a_site_is_fed_with_the_classical_values(tmp_path):
         if node.name == "layer1.attention":
             node.op_type = "Identity"
     onnx.save(classical_model, tmp_path / "c.onnx")
-    assert list(beside(tmp_path / "c.onnx", model, bundle.manifest["sites"], "seed")[1]) == ["layer0.attention"]
+    assert list(beside(tmp_path / "c.onnx", model, bundle.manifest["sites"])[1]) == ["layer0.attention"]
 
 
 def test_values_of_the_converted_model_alone_are_brought_along(tmp_path):
@@ -256,7 +256,7 @@ def test_values_of_the_converted_model_alone_are_brought_along(tmp_path):
     classical = onnx.load(bundle.classical_path)
     next(n for n in classical.graph.node if n.name == "layer1.attention").domain = "com.example"  # not ai.onnx Attention
     onnx.save(classical, tmp_path / "c.onnx")
-    hybrid, local, _ = beside(tmp_path / "c.onnx", onnx.load(bundle.model_path), bundle.manifest["sites"], "seed")
+    hybrid, local, _ = beside(tmp_path / "c.onnx", onnx.load(bundle.model_path), bundle.manifest["sites"])
     assert set(local) == {"layer0.attention", "layer1.attention"}
     assert [n.op_type for n in hybrid.graph.node if "turned" in str(n.output)] == ["Transpose", "Transpose"]
     report = validate(tmp_path / "b")

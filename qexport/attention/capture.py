@@ -34,7 +34,7 @@ def capture(
     structure, classical = load_structure(bundle.model_path), load_structure(bundle.classical_path)
     chosen = _chosen(bundle, layers)
     sites = ordered_sites(structure, ordered_sites(classical, chosen))
-    hybrid, local, _ = beside(bundle.classical_path, structure, sites, bundle.seed_input)
+    hybrid, local, _ = beside(bundle.classical_path, structure, sites)
     sites = [site for site in sites if site["name"] in local]
     if not sites:
         raise QexportError(f"{bundle.path}: has no attention that can be observed, outside of subgraphs; map another bundle")

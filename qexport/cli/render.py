@@ -133,7 +133,10 @@ def _head_text(worst: dict | None) -> str:
 
 def _show_verdict(found: dict) -> None:
     limit = found["max_error"]["library"] or found["max_error"]["fallback"]
-    if found["passed"] and found["sensitivity"]:
+    noisy = any(site["noise"] for site in found["sites"])
+    if found["passed"] and noisy and found["max_error"]["library"] is None:
+        click.echo(f"PASSED without the library, within {percent(limit)}; what the noise does is above")
+    elif found["passed"] and found["sensitivity"]:
         click.echo("PASSED: no attention is wrong by itself, and the outputs move no more than rounding can explain")
     elif found["passed"]:
         click.echo(f"PASSED: every output is within {percent(limit)}")
@@ -235,6 +238,10 @@ def show_inspection(found: dict, verbose: bool) -> None:
     if found["attention"]:
         rows = [(site_label(site), site["op"], recipe_text(**site["attributes"])) for site in found["attention"]]
         table("Attention", ("site", "op", "recipe"), rows, text_columns=3)
+    if found["noise"]:
+        rows = [(n["name"], n["op"], ", ".join(f"{k} {v}" for k, v in n["attributes"].items())) for n in found["noise"]]
+        table("Noise and measurement", ("node", "op", "attributes"), rows if verbose else rows[:6], text_columns=3)
+        click.echo("without the op library this model has no noise and no measurement: it is the classical one")
     for site in found["left_alone"] or []:
         click.echo(f"left alone {site_label(site)}: {site['reason']}")
 

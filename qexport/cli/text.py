@@ -65,9 +65,19 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def recipe_text(strategy: str = "", num_samples=(), precision: str = "fp32", error_tolerance: float = 0.0, **_) -> str:
-    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16", or blank for attention
-    that is not ours."""
+def recipe_text(
+    strategy: str = "",
+    num_samples=(),
+    precision: str = "fp32",
+    error_tolerance: float = 0.0,
+    noise: str | None = None,
+    shots=None,
+    **_,
+) -> str:
+    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16", "depolarizing:0.01, 1024
+    shots", or blank for attention that is not ours."""
+    if noise:
+        return f"{noise}, {shots} shots"
     parts = [strategy]
     if error_tolerance:
         parts.append(f"error up to {percent(error_tolerance)}")

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import FALLBACK_KEY, function_proto, make_node
-from qexport.recipe import SAMPLING, Recipe
+from qexport.recipe import NOISE, SAMPLING, Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
 from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.measure_attention import PROBABILITIES_MODE, PROBABILITY_OUTPUTS, Levels, check_noise, measured_output
@@ -52,7 +52,7 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
         try:
             check(node)
             sampling = _sampling(node, len(chosen), recipe)
-            if sampling["noise"]:
+            if "noise" in sampling:
                 check_noise(node)
             chosen.append((node, sampling))
         except DeclinedError as reason:
@@ -60,12 +60,12 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     if not chosen:
         return [], left_alone
     recipe.check_matches([(module_of(node), node.name or "") for node, _ in chosen])
-    levels = Levels(model, add_input(model, "noise_scale", np.asarray(1, np.float32))) if any(sampling["noise"] for _, sampling in chosen) else None
+    levels = Levels(model, add_input(model, "noise_scale", np.asarray(1, np.float32))) if any("noise" in sampling for _, sampling in chosen) else None
     seeds = {own["seed"] for node, _ in chosen if "seed" in (own := sampled_as(node))}
     seed = add_input(
         model, "seed", np.asarray(min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed, np.int64)
     )
-    n_outputs = max(PROBABILITY_OUTPUTS if sampling["noise"] else len(node.outputs) for node, sampling in chosen)
+    n_outputs = max(PROBABILITY_OUTPUTS if "noise" in sampling else len(node.outputs) for node, sampling in chosen)
     layers = _layers([node for node, _ in chosen])
     sites = [
         _replace(node, number, layer, sampling, seed, levels, n_outputs)
@@ -137,7 +137,7 @@ def add_input(model: ir.Model, stem: str, default: np.ndarray) -> ir.Value:
 def _replace(node: ir.Node, number: int, layer: int, sampling: dict, seed: ir.Value, levels, n_outputs: int) -> Site:
     module, name = module_of(node), _name_of(node, number)
     q_heads, kv_heads, head_size = heads_of(node)
-    noise, shots = sampling["noise"], sampling["shots"]
+    noise, shots = (sampling.get(key) for key in NOISE)
     how = {key: sampling[key] for key in SAMPLING}
     copied = {key: attribute(node, key) for key in COPIED if key in node.attributes}
     if noise:

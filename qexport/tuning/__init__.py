@@ -106,6 +106,8 @@ def tune(
             f"{opened.path}: its steps read summaries of the cache, which tune cannot measure; convert with another recipe, "
             "such as --strategy exact, and tune that"
         )
+    if opened.manifest.get("noise"):
+        raise QexportError(f"{opened.path}: its attention is noisy, which no recipe mends; convert without noise and tune that")
     inputs, notes = _inputs(opened, data, batch, seq)
     timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
     sites = _sites(opened)
@@ -177,7 +179,7 @@ def _sites(bundle: Bundle) -> list[dict]:
     """The sites that can be watched, in the order of the graph; `causal`: whether each is."""
     model = load_structure(bundle.model_path)
     sites = ordered_sites(model, ordered_sites(load_structure(bundle.classical_path), bundle.manifest["sites"]))
-    _, local, _ = beside(bundle.classical_path, model, sites, bundle.seed_input)
+    _, local, _ = beside(bundle.classical_path, model, sites)
     causal = {node.output[0] for node in model.graph.node if any(a.name == "is_causal" and a.i for a in node.attribute)}
     sites = [site | {"causal": site["output"] in causal} for site in sites if site["name"] in local and site["q_heads"]]
     if not sites:

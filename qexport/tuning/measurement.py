@@ -51,7 +51,7 @@ class SiteTable:
 
 def key_counts(bundle: Bundle, sites: list[dict], feed: dict) -> list[int]:
     """How many keys each site has with these inputs, those of a past included."""
-    model, local, _ = beside(bundle.classical_path, load_structure(bundle.model_path), sites, bundle.seed_input)
+    model, local, _ = beside(bundle.classical_path, load_structure(bundle.model_path), sites)
     nodes = {node.output[0]: node for node in model.graph.node if node.name.endswith(LOCAL)}
     names = {}
     for site in sites:
@@ -133,7 +133,7 @@ def build_probe(bundle: Bundle, sites: list[dict], settings: list[list[Setting]]
     Outputs are, for a site and for each of its trials, `_squares(name)`: the squared norm of each row of the classical
     output, and of the trial's difference from it, (batch, heads, positions).
     """
-    model, local, _ = beside(bundle.classical_path, load_structure(bundle.model_path), sites, bundle.seed_input)
+    model, local, _ = beside(bundle.classical_path, load_structure(bundle.model_path), sites)
     graph = model.graph
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     graph.initializer.append(numpy_helper.from_array(np.array([-1]), _squares("axis")))

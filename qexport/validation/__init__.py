@@ -74,7 +74,8 @@ def validate(
         bundle: a folder, or a `Bundle`.
         data: .npz or .txt file, a dict of arrays or a list of texts; the bundle's stored samples when None.
         max_error: largest relative Frobenius error of any output, mean over the seeds; when None what the recipe allows: the
-            error tolerance of `tree`, the rounding of its precision for `exact`, else 0.05, and the largest of the sites';
+            error tolerance of `tree`, the rounding of its precision for `exact`, any for a noisy attention, else 0.05, and
+            the largest of the sites';
             more for a model that quantises its activations as it runs.
         seeds: number of seeds, 0 .. seeds - 1, that the library runs with.
         batch, seq: items per run and sequence length; see `qexport.data.load_inputs`.
@@ -147,7 +148,7 @@ def _site_entry(site: dict, found, level: float) -> dict:
         "propagated": (found.sites.get("library", {}).get(site["name"]), rounding),
         "local": (found.local.get(site["name"]), rounding),
     }
-    keys = ("name", "layer", "module", "strategy", "num_samples", "precision", "error_tolerance", "output")
+    keys = ("name", "layer", "module", "strategy", "num_samples", "precision", "error_tolerance", "noise", "shots", "output")
     entry = {key: site.get(key) for key in keys}
     entry |= {mode: errors.metrics(limit, level) if errors else None for mode, (errors, limit) in modes.items()}
     certificate = found.certificates.get(site["name"])
@@ -251,6 +252,10 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
         interval = metrics["relative_error_ci95"]
         if interval and interval[0] <= report.max_error["library"] <= interval[1]:
             notes.append(f"the limit lies inside the confidence interval of output {name!r}: more seeds settle it")
+    if bundle.manifest.get("noise"):
+        notes.append("without the library attention has no noise and no measurement: those figures are the classical model's")
+        if math.isinf(report.max_error["library"] or 0):
+            notes.append("noise has no limit of its own, so only the fallback is judged; give --max-error to judge the noise")
     unseen = len(bundle.manifest["sites"]) - len(report.sites)
     if unseen:
         notes.append(f"{unseen} sites lie inside subgraphs and are compared end to end only")

@@ -155,7 +155,7 @@ def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes) -> 
 
 def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result: Comparison) -> None:
     """The sites' errors when each is fed with the classical model's values; sites that cannot be are left out."""
-    hybrid, local, estimates = beside(bundle.classical_path, structure, sites, bundle.seed_input)
+    hybrid, local, estimates = beside(bundle.classical_path, structure, sites)
     sites = [site for site in sites if site["name"] in local]
     if not sites:
         return

@@ -1,5 +1,6 @@
 """What errors the recipe of a bundle and the element types of its values allow."""
 
+import math
 from collections.abc import Iterable
 
 from qexport.bundle import Bundle
@@ -32,7 +33,10 @@ def low_precision(site: dict) -> float:
 
 
 def allowed(site: dict, rounding: float) -> float:
-    """The error that a site's recipe allows: rounding, its tolerance, or DEFAULT_MAX_ERROR where it samples without one."""
+    """The error that a site's recipe allows: rounding, its tolerance, DEFAULT_MAX_ERROR where it samples without one, or any
+    where it is noisy: what noise does is to be measured, not promised."""
+    if site.get("noise"):
+        return math.inf
     rounding = max(rounding, low_precision(site))
     return rounding if site["strategy"] == "exact" else max(rounding, site.get("error_tolerance") or DEFAULT_MAX_ERROR)
 

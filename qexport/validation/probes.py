@@ -51,9 +51,10 @@ def watch(path, sites: list[dict]) -> onnx.ModelProto:
 
 
 def beside(
-    classical_path, model: onnx.ModelProto, sites: list[dict], seed_input: str
+    classical_path, model: onnx.ModelProto, sites: list[dict]
 ) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
-    """The classical model with each site's QuantumAttention beside its classical attention, fed with the same values.
+    """The classical model with each site's QuantumAttention, and the noise and measurement behind it, beside its classical
+    attention, fed with the same values.
 
     Args:
         model: the converted model.
@@ -64,51 +65,74 @@ def beside(
     """
     classical = load_structure(classical_path)
     makers = {name: node for node in classical.graph.node for name in node.output}
-    graft = _Graft(classical, model, seed_input)
-    quantum = {name: node for node in model.graph.node if node.domain == DOMAIN for name in node.output}
+    _add_inputs(classical, model)
+    graft = _Graft(classical, model)
     local, estimates = {}, {}
     for site in sites:
-        source = quantum.get(site["output"])
-        if source is None or site["output"] not in makers:
+        steps = site_nodes(model, site)
+        if not steps or site["output"] not in makers:
             continue
-        inputs = _classical_inputs(source, makers[site["output"]])
-        if not all(graft.bring(name) for name in inputs):
+        inputs = _classical_inputs(steps[0], makers[site["output"]])
+        inside = {name for step in steps for name in step.output if name}
+        read = [*inputs, *(name for step in steps[1:] for name in step.input if name not in inside)]
+        if not all([graft.bring(name) for name in read]):
             continue
-        node = onnx.NodeProto()
-        node.CopyFrom(source)
-        node.name = source.name + LOCAL
-        del node.input[:], node.output[:]
-        node.input.extend(inputs)
-        node.output.append(site["output"] + LOCAL)
-        local[site["name"]] = node.output[0]
+        used = {site["output"], *(name for step in steps[1:] for name in step.input)}
+        for step in steps:
+            node = classical.graph.node.add()
+            node.CopyFrom(step)
+            node.name = step.name + LOCAL
+            names = inputs if step is steps[0] else [name + LOCAL if name in inside else name for name in step.input]
+            del node.input[:], node.output[:]
+            node.input.extend(names)
+            node.output.extend(name + LOCAL if name in used or i == 0 else "" for i, name in enumerate(step.output))
+            while not node.output[-1]:
+                del node.output[-1]
+        local[site["name"]] = site["output"] + LOCAL
         if site["strategy"] == "tree":
             node.output.extend([*[""] * (_ESTIMATE_INDEX - 1), site["output"] + ESTIMATE])
             estimates[site["name"]] = node.output[_ESTIMATE_INDEX]
-        classical.graph.node.append(node)
-    _add_seed(classical, model, seed_input)
     watched = [name for site in sites if site["name"] in local for name in (site["output"], local[site["name"]])]
     _add_outputs(classical, [*watched, *estimates.values()])
     return classical, local, estimates
 
 
+def site_nodes(model: onnx.ModelProto, site: dict) -> list[onnx.NodeProto]:
+    """The nodes of the converted model that compute a site's output from its queries, keys and values, in the order of the
+    graph: its QuantumAttention and, where there is noise, what follows it; none when they lie in a subgraph."""
+    steps, reached = [], set()
+    for node in model.graph.node:
+        is_first = (node.domain, node.op_type, node.name) == (DOMAIN, QUANTUM_ATTENTION.name, site["name"])
+        if is_first or reached & set(node.input):
+            steps.append(node)
+            reached |= set(node.output) - {""}
+        if site["output"] in reached:
+            break
+    needed, found = {site["output"]}, []
+    for node in reversed(steps):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            found.append(node)
+    return found[::-1]
+
+
 def add_probabilities(model: onnx.ModelProto, value_of: dict[str, str], heads: list[int] | None) -> dict[str, str]:
     """Make the attention probabilities of sites graph outputs; the names of these values by site name.
 
-    Each site gets a node of strategy `exact` on the same inputs, so that what the site itself gives stays as it is. The
+    These are the probabilities before a site's own noise. Each site gets a node of strategy `exact` on the same inputs, so that what the site itself gives stays as it is. The
     functions of the domain go: onnxruntime wants as many outputs on each node as they have. It takes the op library then.
 
     Args:
         model: from `watch` of a converted model, or from `beside`.
-        value_of: the output of each site's QuantumAttention node, by site name.
+        value_of: the output of each site, by site name.
         heads: the query heads to keep, all when None.
     """
-    makers = {name: node for node in model.graph.node if node.domain == DOMAIN for name in node.output}
     if heads is not None:
         chosen = onnx.numpy_helper.from_array(np.array(heads, np.int64), f"{PROBABILITIES}_heads")
         model.graph.initializer.append(chosen)
     found = {}
     for site, output in value_of.items():
-        source, name = makers[output], output + PROBABILITIES
+        source, name = _first_node(model, site, output), output + PROBABILITIES
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in source.attribute}
         attributes |= {"strategy": "exact", "precision": "fp32", "error_tolerance": 0.0, "qk_matmul_output_mode": 3}
         everyone = name if heads is None else f"{name}_of_all_heads"
@@ -136,15 +160,14 @@ def sized(hybrid: onnx.ModelProto, local: dict[str, str]) -> tuple[onnx.ModelPro
     """
     model = onnx.ModelProto()
     model.CopyFrom(hybrid)
-    sites = [node for node in model.graph.node if node.domain == DOMAIN]
-    rest = [node for node in model.graph.node if node.domain != DOMAIN]
+    rest = [node for node in model.graph.node if not node.name.endswith(LOCAL)]
     del model.graph.node[:], model.graph.output[:]
     model.graph.node.extend(rest)
-    nodes, found, shapes = {node.output[0]: node for node in sites}, {}, {}
+    found, shapes = {}, {}
     makers = {name: node for node in rest for name in node.output}
     inputs = {value.name for value in model.graph.input}
     for site, output in local.items():
-        node = nodes[output]
+        node = _first_node(hybrid, site, output)
         read = {key: node.input[i] if i < len(node.input) else "" for key, i in _INPUTS.items()}
         for name in (read["Q"], read["K"], read["past_key"]):
             if name and name not in shapes:
@@ -181,14 +204,20 @@ def _classical_inputs(source, maker) -> list[str]:
     return names
 
 
+def _first_node(model: onnx.ModelProto, site: str, output: str) -> onnx.NodeProto:
+    """The QuantumAttention of a site, in the converted model or as `beside` puts it into the classical one."""
+    name = site + LOCAL if output.endswith(LOCAL) else site
+    return site_nodes(model, {"name": name, "output": output})[0]
+
+
 class _Graft:
     """Brings values that only the converted model has (a transposed key, say) into the classical one, with the nodes that
     make them from values that both have. Values of one name are the same in both: rewrites give new values new names.
     """
 
-    def __init__(self, classical: onnx.ModelProto, model: onnx.ModelProto, seed_input: str):
+    def __init__(self, classical: onnx.ModelProto, model: onnx.ModelProto):
         self.graph = classical.graph
-        self.available = {"", seed_input, *(v.name for v in classical.graph.input)}
+        self.available = {"", *(v.name for v in classical.graph.input)}
         self.available |= {t.name for t in classical.graph.initializer}
         self.available |= {name for node in classical.graph.node for name in node.output}
         self.makers = {name: node for node in model.graph.node for name in node.output}
@@ -209,10 +238,13 @@ class _Graft:
         return True
 
 
-def _add_seed(classical: onnx.ModelProto, model: onnx.ModelProto, seed_input: str) -> None:
-    """The seed input and its default, and the domain, as in the converted model."""
-    classical.graph.input.extend(v for v in model.graph.input if v.name == seed_input)
-    classical.graph.initializer.extend(t for t in model.graph.initializer if t.name == seed_input)
+def _add_inputs(classical: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """The seed and the scale of the noise with their defaults, and the domain, as in the converted model."""
+    present = {value.name for value in classical.graph.input}
+    added = [value for value in model.graph.input if value.name not in present]
+    names = {value.name for value in added}
+    classical.graph.input.extend(added)
+    classical.graph.initializer.extend(t for t in model.graph.initializer if t.name in names)
     classical.opset_import.extend(entry for entry in model.opset_import if entry.domain == DOMAIN)
 
 
