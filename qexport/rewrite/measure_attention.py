@@ -43,6 +43,7 @@ class Levels:
 
     def __init__(self, model: ir.Model, scale: ir.Value):
         self.scale = scale
+        self._graph = model.graph
         self._builder = Builder(model.graph[0], stem=scale.name)
         self._made: dict[tuple, ir.Value] = {}
 
@@ -54,6 +55,7 @@ class Levels:
     def _value(self, name: str, number: float) -> ir.Value:
         key = (name == "level", number)
         if key not in self._made:
+            self._builder.anchor = self._graph[0]  # the one before may have been replaced
             value = self._builder.const(np.float32(number))
             if name == "level":
                 value = self._builder.node("Mul", value, self.scale, like=value, shape=[])
