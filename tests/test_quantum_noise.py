@@ -126,16 +126,6 @@ def test_any_kraus_operators(unitary):
     assert density.residual_of(density.kraus_operators("amplitude_damping", 2, 0.3)) == 0
 
 
-@pytest.mark.parametrize("channel", ["phase_damping", "phase_flip"])
-def test_overlap_of_dephased_states(channel):
-    a, b = (torch.from_numpy(rows(8, seed=s)).sqrt() for s in (1, 2))
-    level = torch.tensor([0.1, 0.4, 0.8])
-    rho = density.apply_kraus(density.density_matrix(a.square()), density.kraus_operators(channel, 3, level))
-    want = (b.to(rho.dtype) @ rho @ b.to(rho.dtype)).real
-    assert abs(density.noisy_overlap(a * b, channels.coherence(channel, 3, level)) - want) <= EXACT
-    assert abs(density.noisy_overlap(a * b, torch.ones(3)) - (a @ b) ** 2) <= EXACT
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("basis", BASES)

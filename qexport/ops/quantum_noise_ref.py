@@ -3,7 +3,14 @@
 import torch
 
 from qexport.errors import UsageError
-from qexport.noise.channels import apply_transitions, num_qubits, replaced_share, transition_matrices, walsh_hadamard
+from qexport.noise.channels import (
+    amplitudes_of,
+    apply_transitions,
+    global_share,
+    num_qubits,
+    transition_matrices,
+    walsh_hadamard,
+)
 from qexport.ops.probability_rows import check_rows
 from qexport.ops.quantum_noise import SPEC
 
@@ -34,12 +41,9 @@ def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population
         if value is not None and a["channel"] != "thermal_relaxation":
             raise UsageError(f"[QuantumNoise] {name} is for channel thermal_relaxation, got {a['channel']}; leave it out")
     if a["basis"] == "x":
-        p = walsh_hadamard(p.sqrt()).square()
+        p = walsh_hadamard(amplitudes_of(p)).square()
     if a["scope"] == "global":
-        shares = replaced_share(a["convention"], level, qubits, qubits)
-        if (shares != shares[0]).any():
-            raise UsageError("[QuantumNoise] level must be one number with scope global, got one per qubit that differ")
-        strength = shares[0].to(dtype)
+        strength = global_share(a["convention"], level, qubits).to(dtype)
         p = (1 - strength) * p + strength * p.sum(-1, keepdim=True) / p.shape[-1]
     else:
         matrices = transition_matrices(a["channel"], qubits, *parameters, convention=a["convention"], basis=a["basis"])
