@@ -3,7 +3,15 @@
 import torch
 
 from qexport.errors import UsageError
-from qexport.noise.channels import apply_transitions, num_qubits, replaced_share, transition_matrices, walsh_hadamard
+from qexport.noise.channels import (
+    apply_transitions,
+    inverse_matrices,
+    kept_strength,
+    num_qubits,
+    replaced_share,
+    transition_matrices,
+    walsh_hadamard,
+)
 from qexport.ops.probability_rows import check_rows
 from qexport.ops.quantum_noise import SPEC
 
@@ -33,17 +41,21 @@ def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population
     for name, value in (("T1", T1), ("T2", T2), ("excited_population", excited_population)):
         if value is not None and a["channel"] != "thermal_relaxation":
             raise UsageError(f"[QuantumNoise] {name} is for channel thermal_relaxation, got {a['channel']}; leave it out")
-    if a["basis"] == "x":
+    if a["basis"] == "x" and not a["inverse"]:
         p = walsh_hadamard(p.sqrt()).square()
     if a["scope"] == "global":
         shares = replaced_share(a["convention"], level, qubits, qubits)
         if (shares != shares[0]).any():
             raise UsageError("[QuantumNoise] level must be one number with scope global, got one per qubit that differ")
         strength = shares[0].to(dtype)
-        p = (1 - strength) * p + strength * p.sum(-1, keepdim=True) / p.shape[-1]
+        spread = p.sum(-1, keepdim=True) / p.shape[-1]
+        if a["inverse"]:
+            p = (p - strength * spread) / kept_strength(1 - strength, "the register")
+        else:
+            p = (1 - strength) * p + strength * spread
     else:
         matrices = transition_matrices(a["channel"], qubits, *parameters, convention=a["convention"], basis=a["basis"])
-        p = apply_transitions(p, matrices.to(dtype))
+        p = apply_transitions(p, (inverse_matrices(matrices) if a["inverse"] else matrices).to(dtype))
     noisy, leak = p[..., :n], p[..., n:].sum(-1)
     if a["renormalize"]:
         kept = noisy.sum(-1, keepdim=True)
