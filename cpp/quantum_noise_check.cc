@@ -118,6 +118,15 @@ std::vector<Effect> effects_of(const QuantumNoiseAttributes& a, const QuantumNoi
   return effects;
 }
 
+// Inverting noise that leaves less of a state's strength would leave rounding errors alone.
+constexpr double kLeastKept = 1e-6;
+
+double kept_strength(double strength, const std::string& what) {
+  if (std::fabs(strength) >= kLeastKept) return strength;
+  fail("inverse does not exist: " + what + " keeps " + to_text(strength) + " of its state, the least is " +
+       to_text(kLeastKept) + "; take another level");
+}
+
 int num_qubits(int64_t n) {
   int qubits = 0;
   while ((int64_t{1} << qubits) < n) ++qubits;
@@ -140,9 +149,11 @@ void check_attributes(const QuantumNoiseAttributes& a) {
   };
   only_plain("scope", a.scope, "local");
   only_plain("convention", a.convention, "replace");
-  if (a.renormalize != 0 && a.renormalize != 1) {
-    fail("renormalize must be one of 0, 1, got " + std::to_string(a.renormalize));
-  }
+  const auto flag = [](const char* name, int64_t value) {
+    if (value != 0 && value != 1) fail(std::string(name) + " must be one of 0, 1, got " + std::to_string(value));
+  };
+  flag("inverse", a.inverse);
+  flag("renormalize", a.renormalize);
 }
 
 QuantumNoiseCall resolve_call(const QuantumNoiseAttributes& a, const QuantumNoiseInputs& in) {
@@ -158,19 +169,23 @@ QuantumNoiseCall resolve_call(const QuantumNoiseAttributes& a, const QuantumNois
   }
   const int qubits = num_qubits(call.rows.n);
   QuantumNoiseParams& p = call.params;
-  p = {call.rows.type, call.rows.rows, call.rows.n, qubits, a.basis == "x", nullptr, 0.0, a.renormalize != 0};
+  p = {call.rows.type, call.rows.rows, call.rows.n, qubits, a.basis == "x" && !a.inverse, nullptr, 0.0, a.renormalize != 0};
   if (a.scope == "global") {
     const std::vector<double> level = per_qubit("level", in.level, qubits);
     for (const double l : level) {
       if (l != level[0]) fail("level must be one number with scope global, got one per qubit that differ");
     }
     p.uniform = replaced_share(a, level[0], qubits);
+    if (a.inverse) p.uniform = -p.uniform / kept_strength(1.0 - p.uniform, "the register");
     return call;
   }
   for (const Effect& effect : effects_of(a, in, qubits)) {
     const bool flips = a.basis == "x" && a.channel != "readout";
-    call.transitions.push_back(flips ? (1.0 - effect.coherence) / 2.0 : effect.up);
-    call.transitions.push_back(flips ? (1.0 - effect.coherence) / 2.0 : effect.down);
+    const double flip = (1.0 - effect.coherence) / 2.0, up = flips ? flip : effect.up, down = flips ? flip : effect.down;
+    // The inverse of [[1 - up, down], [up, 1 - down]] has the same form.
+    const double qubit = static_cast<double>(call.transitions.size() / 2);
+    const double divisor = a.inverse ? -kept_strength(1.0 - up - down, "qubit " + to_text(qubit)) : 1.0;
+    call.transitions.insert(call.transitions.end(), {up / divisor, down / divisor});
   }
   p.transitions = call.transitions.data();
   return call;

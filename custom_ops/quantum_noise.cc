@@ -21,8 +21,8 @@ struct Kernel {
 
   explicit Kernel(const OrtKernelInfo* info) {
     const NodeAttributes node(info, kName);
-    attributes = {node.text("channel"), node.text("scope"), node.text("convention"), node.text("basis"),
-                  node.integer("renormalize")};
+    attributes = {node.text("channel"), node.text("scope"),      node.text("convention"),
+                  node.text("basis"),   node.integer("inverse"), node.integer("renormalize")};
     check_attributes(attributes);
   }
 

@@ -148,6 +148,50 @@ def test_kernel_is_the_reference(case, renormalize, basis, backend, dtype):
         assert np.abs(kept - 1).max() <= 50 * TOLERANCE[dtype]
 
 
+def mild(given: dict) -> dict:
+    """Noise that leaves at least a half of each qubit's strength: six of them amplify rounding by at most 2^6."""
+    return {name: value * (0.25 if name == "level" else 1) for name, value in given.items()}
+
+
+@pytest.mark.parametrize("run", [noise_ref, noise_binding, noise_ort])
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("case", CHANNELS, ids=name_of)
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_inverse_takes_the_noise_off(case, basis, n, run):
+    """What is left are the probabilities of the same measurement without noise: in basis x no gate comes twice."""
+    attributes, per_qubit = case
+    attributes = {**attributes, "basis": basis}
+    p, given = rows(3, n, seed=n), mild(parameters(attributes, per_qubit, n, seed=n))
+    if attributes["channel"] == "thermal_relaxation":
+        given["T2"] = given["T1"] = np.ones_like(given["T1"])
+    noisy, _ = run(p, given, attributes)
+    clean, _ = run(p, {"level": np.array(0.0)}, {"basis": basis})
+    found, leak = run(noisy, given, {**attributes, "inverse": 1})
+    assert np.abs(found - clean).max() <= 100 * EXACT
+    assert not leak.any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("renormalize", [0, 1])
+def test_inverse_kernel_is_the_reference(renormalize, basis, backend, dtype):
+    """On frequencies, for which nothing says that the result has no numbers below 0."""
+    typed = torch.from_numpy(np.eye(50)[[3, 9, 40]] / 2 + np.eye(50)[[7, 9, 41]] / 2).to(getattr(torch, dtype))
+    attributes = {"inverse": 1, "basis": basis, "renormalize": renormalize}
+    for more, given in (
+        ({"channel": "readout"}, {"level": np.array([[0.125, 0.0625]])}),
+        ({"channel": "depolarizing", "scope": "global"}, {"level": np.array(0.25)}),
+        ({"channel": "amplitude_damping"}, {"level": np.array([0.125, 0, 0.25, 0.5, 0.0625, 0.25])}),
+    ):
+        want, want_leak = quantum_noise_ref(typed, **given, **attributes, **more)
+        noisy, leak = BACKENDS[backend](typed.double().numpy(), given, {**attributes, **more}, dtype)
+        assert want.min() < -0.001
+        size = max(1.0, float(want.abs().max()))
+        assert np.abs(noisy - want.double().numpy()).max() <= 2 * size * TOLERANCE[dtype]
+        assert np.abs(leak - want_leak.numpy()).max() <= 2 * size * (EXACT if dtype == "float64" else 1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("basis", BASES)
@@ -242,6 +286,15 @@ def changed(place, value):
         (np.ones((3, 0)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 0"),
         (
             GOOD,
+            {"level": [0.1, 0.5, 0.1]},
+            {"channel": "bit_flip", "inverse": 1},
+            r"inverse does not exist: qubit 1 keeps 0 of its state, the least is 1e-06; take another level",
+        ),
+        (GOOD, {"level": [[0.3, 0.7]]}, {"channel": "readout", "inverse": 1}, r"inverse does not exist: qubit 0 keeps"),
+        (GOOD, {"level": 1}, {"channel": "phase_damping", "basis": "x", "inverse": 1}, r"inverse .*: qubit 0 keeps 0 of"),
+        (GOOD, {"level": 1}, {"scope": "global", "inverse": 1}, r"inverse does not exist: the register keeps 0 of its"),
+        (
+            GOOD,
             {"level": 0.1},
             {"channel": "bit_flip", "scope": "global"},
             r"scope must be local with channel bit_flip, got global",
@@ -263,6 +316,7 @@ def test_what_is_refused(run, p, given, attributes, message):
         ({"scope": "here"}, "scope must be one of local, global, got 'here'"),
         ({"convention": "mine"}, "convention must be one of replace, error, got 'mine'"),
         ({"basis": "y"}, "basis must be one of z, x, got 'y'"),
+        ({"inverse": -1}, "inverse must be one of 0, 1, got -1"),
         ({"renormalize": 2}, "renormalize must be one of 0, 1, got 2"),
         ({"channel": "readout", "convention": "error"}, "convention must be replace with channel readout, got error"),
     ],

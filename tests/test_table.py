@@ -48,7 +48,8 @@ def test_every_channel_is_exercised_by_a_case():
         assert {a.get(name, QUANTUM_NOISE.attribute(name).default) for a, _ in CHANNELS} == set(
             QUANTUM_NOISE.attribute(name).choices
         )
-    assert {attr.name for attr in QUANTUM_NOISE.attributes} == {"channel", "scope", "convention", "basis", "renormalize"}
+    swept = {"channel", "scope", "convention", "basis", "inverse", "renormalize"}
+    assert {attr.name for attr in QUANTUM_NOISE.attributes} == swept
 
 
 def test_op_page_is_up_to_date():

@@ -15,8 +15,9 @@ TensorView parameter(py::object& object, const char* name) {
 
 py::tuple quantum_noise(py::object probabilities, py::object level, py::object T1, py::object T2,
                         py::object excited_population, const std::string& channel, const std::string& scope,
-                        const std::string& convention, const std::string& basis, int64_t renormalize, int threads) {
-  const QuantumNoiseAttributes attributes{channel, scope, convention, basis, renormalize};
+                        const std::string& convention, const std::string& basis, int64_t inverse, int64_t renormalize,
+                        int threads) {
+  const QuantumNoiseAttributes attributes{channel, scope, convention, basis, inverse, renormalize};
   check_attributes(attributes);
   const QuantumNoiseInputs in{view(probabilities, "QuantumNoise", "probabilities"), parameter(level, "level"),
                               parameter(T1, "T1"), parameter(T2, "T2"), parameter(excited_population, "excited_population")};
@@ -58,7 +59,7 @@ py::array quantum_measure(py::object probabilities, int64_t seed, int64_t shots,
 void define_quantum_noise(py::module_& m) {
   using namespace pybind11::literals;
   m.def("quantum_noise", quantum_noise, "probabilities"_a, "level"_a, "T1"_a = py::none(), "T2"_a = py::none(),
-        "excited_population"_a = py::none(), py::kw_only(), "channel"_a, "scope"_a, "convention"_a, "basis"_a,
+        "excited_population"_a = py::none(), py::kw_only(), "channel"_a, "scope"_a, "convention"_a, "basis"_a, "inverse"_a,
         "renormalize"_a, "threads"_a = 1,
         "(noisy, leak) of QuantumNoise. Probabilities are float32, float16, ml_dtypes.bfloat16 or float64; attributes as in "
         "qexport.ops.quantum_noise.SPEC. Raises ValueError.");

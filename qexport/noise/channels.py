@@ -8,6 +8,7 @@ import torch
 from qexport.errors import UsageError
 
 HADAMARD = torch.tensor([[1, 1], [1, -1]], dtype=torch.complex128) / 2**0.5
+LEAST_KEPT = 1e-6  # of a state's strength, where noise is inverted: dividing by less leaves rounding errors alone
 
 
 def num_qubits(n: int) -> int:
@@ -133,6 +134,31 @@ def transition_matrices(
         up = level if channel == "bit_flip" else torch.zeros_like(level)
         down = level if channel in ("bit_flip", "amplitude_damping") else torch.zeros_like(level)
     return matrices_of([[1 - up, down], [up, 1 - down]])
+
+
+def kept_strength(strength: torch.Tensor, what: str) -> torch.Tensor:
+    """`strength`, what noise leaves of the difference of two states' outcomes: the divisor of its inverse.
+
+    Raises:
+        UsageError: less than LEAST_KEPT of it, so that there is nothing to invert; the message names `what`.
+    """
+    if not strength.abs() >= LEAST_KEPT:
+        raise UsageError(
+            f"[QuantumNoise] inverse does not exist: {what} keeps {float(strength):g} of its state, the least is "
+            f"{LEAST_KEPT:g}; take another level"
+        )
+    return strength
+
+
+def inverse_matrices(matrices: torch.Tensor) -> torch.Tensor:
+    """The inverse of each of the transition matrices (qubits, 2, 2); columns sum to one, elements may be below 0.
+
+    Raises:
+        UsageError: a matrix whose outcomes hardly depend on the state, such as a flip of 1/2.
+    """
+    for k, matrix in enumerate(matrices):
+        kept_strength(1 - matrix[1, 0] - matrix[0, 1], f"qubit {k}")
+    return torch.linalg.inv(matrices)
 
 
 def coherence(channel, qubits, level, T1=None, T2=None, excited_population=None, *, convention="replace") -> torch.Tensor:

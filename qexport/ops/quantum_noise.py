@@ -51,7 +51,12 @@ SPEC = OpSpec(
         ),
     ),
     outputs=(
-        Param("noisy", "T", "as probabilities", "Probabilities of measuring 0 .. n-1 after the noise."),
+        Param(
+            "noisy",
+            "T",
+            "as probabilities",
+            "Probabilities of measuring 0 .. n-1 after the noise, or without it with inverse 1.",
+        ),
         Param(
             "leak",
             "P",
@@ -83,6 +88,14 @@ SPEC = OpSpec(
             "z: measured as it is; x: every qubit behind a Hadamard gate, where phases count.",
             "z",
             choices=("z", "x"),
+        ),
+        Attr(
+            "inverse",
+            "int",
+            "1: the rows are outcomes that were measured with the noise, in that basis; it is taken off them. The result "
+            "sums to one and may have numbers below 0.",
+            0,
+            choices=(0, 1),
         ),
         Attr("renormalize", "int", "1: rows are divided by what did not leak.", 0, choices=(0, 1)),
     ),

@@ -7,6 +7,8 @@ from qexport.noise.channels import (
     amplitudes_of,
     apply_transitions,
     global_share,
+    inverse_matrices,
+    kept_strength,
     num_qubits,
     transition_matrices,
     walsh_hadamard,
@@ -40,14 +42,18 @@ def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population
     for name, value in (("T1", T1), ("T2", T2), ("excited_population", excited_population)):
         if value is not None and a["channel"] != "thermal_relaxation":
             raise UsageError(f"[QuantumNoise] {name} is for channel thermal_relaxation, got {a['channel']}; leave it out")
-    if a["basis"] == "x":
+    if a["basis"] == "x" and not a["inverse"]:
         p = walsh_hadamard(amplitudes_of(p)).square()
     if a["scope"] == "global":
         strength = global_share(a["convention"], level, qubits).to(dtype)
-        p = (1 - strength) * p + strength * p.sum(-1, keepdim=True) / p.shape[-1]
+        spread = p.sum(-1, keepdim=True) / p.shape[-1]
+        if a["inverse"]:
+            p = (p - strength * spread) / kept_strength(1 - strength, "the register")
+        else:
+            p = (1 - strength) * p + strength * spread
     else:
         matrices = transition_matrices(a["channel"], qubits, *parameters, convention=a["convention"], basis=a["basis"])
-        p = apply_transitions(p, matrices.to(dtype))
+        p = apply_transitions(p, (inverse_matrices(matrices) if a["inverse"] else matrices).to(dtype))
     noisy, leak = p[..., :n], p[..., n:].sum(-1)
     if a["renormalize"]:
         kept = noisy.sum(-1, keepdim=True)

@@ -15,6 +15,7 @@ struct QuantumNoiseParams {
   int qubits;       // ceil(log2 n)
   bool hadamard;    // basis x: a Hadamard gate on every qubit first
   // (qubits, 2): probability that the qubit is measured as 1 where it would be 0, and as 0 where it would be 1; or null.
+  // Inverses of noise have such numbers too, which may be below 0 or above 1, and so may `uniform`.
   const double* transitions;
   double uniform;  // share of a row that is spread over all 2^qubits states
   bool renormalize;

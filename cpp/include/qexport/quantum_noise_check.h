@@ -13,7 +13,7 @@ namespace qexport {
 // The attributes of a node, all of them given.
 struct QuantumNoiseAttributes {
   std::string channel, scope, convention, basis;
-  int64_t renormalize;
+  int64_t inverse, renormalize;
 };
 
 // Parameters are of type f32 or f64.
