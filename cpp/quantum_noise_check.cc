@@ -158,7 +158,7 @@ void check_attributes(const QuantumNoiseAttributes& a) {
 
 QuantumNoiseCall resolve_call(const QuantumNoiseAttributes& a, const QuantumNoiseInputs& in) {
   QuantumNoiseCall call{};
-  call.rows = probability_rows(kNoise, in.probabilities, 2);
+  call.rows = probability_rows(kNoise, in.probabilities, 1);
   call.noisy = call.leak = in.probabilities.shape;
   --call.leak.rank;
   const std::pair<const char*, const TensorView*> thermal_only[] = {
@@ -170,6 +170,7 @@ QuantumNoiseCall resolve_call(const QuantumNoiseAttributes& a, const QuantumNois
   const int qubits = num_qubits(call.rows.n);
   QuantumNoiseParams& p = call.params;
   p = {call.rows.type, call.rows.rows, call.rows.n, qubits, a.basis == "x" && !a.inverse, nullptr, 0.0, a.renormalize != 0};
+  if (qubits == 0) return call;
   if (a.scope == "global") {
     const std::vector<double> level = per_qubit("level", in.level, qubits);
     for (const double l : level) {

@@ -212,6 +212,16 @@ def test_phases_do_not_show_in_the_z_basis(run):
         assert not leak.any()
 
 
+@pytest.mark.parametrize("run", [noise_ref, noise_binding, noise_ort])
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("case", [case for case in CHANNELS if not case[1]], ids=name_of)
+def test_one_state_needs_no_qubit_and_has_no_noise(case, basis, run):
+    attributes = {**case[0], "basis": basis}
+    noisy, leak = run(np.array([[1.0], [0.0]]), parameters(*case, 2), attributes)
+    np.testing.assert_array_equal(noisy, [[1.0], [0.0]])
+    np.testing.assert_array_equal(leak, [0.0, 0.0])
+
+
 def test_no_rows():
     noisy, leak = noise_ort(np.zeros((0, 3, 8)), {"level": np.array(0.1)}, {})
     assert (noisy.shape, leak.shape) == ((0, 3, 8), (0, 3))
@@ -282,8 +292,7 @@ def changed(place, value):
             r"probabilities must sum to 1 within 1e-09, row 3 is off by 1; divide it by its sum",
         ),
         (changed(0, np.inf), {"level": 0.1}, {}, r"probabilities must sum to 1 within 1e-09, row 0 is off by inf"),
-        (np.ones((3, 1)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 1"),
-        (np.ones((3, 0)), {"level": 0.1}, {}, r"probabilities must have rows of >= 2 numbers, got rows of 0"),
+        (np.ones((3, 0)), {"level": 0.1}, {}, r"probabilities must have rows of >= 1 numbers, got rows of 0"),
         (
             GOOD,
             {"level": [0.1, 0.5, 0.1]},

@@ -32,7 +32,7 @@ SPEC = OpSpec(
     stem="quantum_noise",
     summary="What a noise channel on the qubits that hold rows of probabilities does to their measurement, exactly.",
     inputs=(
-        Param("probabilities", "T", "(..., n), n >= 2, up to 4 axes", "Rows that sum to one, or of zeros, which stay so."),
+        Param("probabilities", "T", "(..., n), n >= 1, up to 4 axes", "Rows that sum to one, or of zeros, which stay so."),
         Param(
             "level",
             "P",

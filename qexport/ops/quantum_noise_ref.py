@@ -34,7 +34,7 @@ def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population
         UsageError: an attribute, a parameter of the channel or a row outside its limits.
     """
     a = SPEC.resolve(attributes)
-    check_rows(SPEC.name, probabilities, least=2)
+    check_rows(SPEC.name, probabilities, least=1)
     n = probabilities.shape[-1]
     qubits = num_qubits(n)
     p = torch.nn.functional.pad(probabilities.to(dtype), (0, (1 << qubits) - n))
@@ -44,7 +44,7 @@ def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population
             raise UsageError(f"[QuantumNoise] {name} is for channel thermal_relaxation, got {a['channel']}; leave it out")
     if a["basis"] == "x" and not a["inverse"]:
         p = walsh_hadamard(amplitudes_of(p)).square()
-    if a["scope"] == "global":
+    if a["scope"] == "global" and qubits:
         strength = global_share(a["convention"], level, qubits).to(dtype)
         spread = p.sum(-1, keepdim=True) / p.shape[-1]
         if a["inverse"]:

@@ -11,7 +11,7 @@ namespace qexport {
 
 struct QuantumNoiseParams {
   DType type;       // of the rows: f32, f16, bf16 or f64
-  int64_t rows, n;  // n >= 2
+  int64_t rows, n;  // n >= 1; one state needs no qubit, so no noise reaches it
   int qubits;       // ceil(log2 n)
   bool hadamard;    // basis x: a Hadamard gate on every qubit first
   // (qubits, 2): probability that the qubit is measured as 1 where it would be 0, and as 0 where it would be 1; or null.
