@@ -17,6 +17,7 @@ _LAZY = {
     "get_library_path": "qexport.runtime",
     "inspect": "qexport.inspection",
     "map_attention": "qexport.attention",
+    "measure_resilience": "qexport.resilience",
     "profile": "qexport.profiling",
     "session": "qexport.runtime",
     "sweep": "qexport.scaling",

@@ -79,8 +79,8 @@ def convert(
         output: folder of the bundle; an existing bundle there is replaced once the new one is complete.
         recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file.
         strategy, num_samples, control_variate, precision, error_tolerance, residual, seed: override the recipe's own.
-        noise, shots: likewise; attention as a noisy device computes it, such as "depolarizing:0.01", and how often each row is
-            measured, "inf" for the noisy probabilities themselves: docs/converting.md.
+        noise, shots: likewise; attention as a noisy device computes it, such as "depolarizing:0.01", and how often each row
+            is measured, "inf" for the noisy probabilities themselves: docs/converting.md.
         opset: of the written models, 23 when None (24 with kv_cache); below 23 the fallback is spelled out in MatMul and
             Softmax, for older runtimes.
         dtype: float32, float16 or bfloat16: export torch models in that type.

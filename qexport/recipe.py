@@ -9,22 +9,29 @@ layers:
 `defaults` below says what keys that are left out mean.
 """
 
-import math
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qexport.errors import UsageError
-from qexport.noise.model import parse_noise
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
-from qexport.ops.quantum_attention import BLOCKWISE, PRECISIONS, RESIDUALS, STRATEGIES
+from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.recipe_values import (
+    NO_NOISE,
+    ControlVariate,
+    ErrorTolerance,
+    Noise,
+    NumSamples,
+    Precision,
+    Residual,
+    Seed,
+    Shots,
+    Strategy,
+)
 
 SAMPLING = ("strategy", "num_samples", "control_variate", "precision", "error_tolerance", "residual")
 NOISE = ("noise", "shots")
-NO_NOISE = "none"
-INFINITE = "inf"
 DEFAULT_STRATEGY = "tree"
 # What a model converted without a word promises: at most so much relative error at each attention.
 DEFAULT_TOLERANCE = 0.01
@@ -43,78 +50,6 @@ def defaults(named: dict) -> dict:
         tolerance = 0.0 if "num_samples" in named else DEFAULT_TOLERANCE
         values |= {"num_samples": (STARTING_BUDGET,), "precision": "auto", "error_tolerance": tolerance}
     return {key: value for key, value in values.items() if key not in named}
-
-
-def _one_of(choices: tuple[str, ...]) -> BeforeValidator:
-    def check(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _num_samples(value: Any) -> tuple[int, ...]:
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise ValueError(f"must be a whole number, or a list with one per query head, got {value!r}")
-    for n in numbers:
-        if not 1 <= n < 2**31:
-            raise ValueError(f"must be between 1 and {2**31 - 1}, got {n}")
-    return tuple(numbers)
-
-
-def _control_variate(value: Any) -> int:
-    if value not in (0, 1):
-        raise ValueError(f"must be true or false, got {value!r}")
-    return int(value)
-
-
-def _error_tolerance(value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or math.isnan(value):
-        raise ValueError(f"must be a number from 0 (off) to 1, such as 0.01 for 1 %, got {value!r}")
-    return float(value)
-
-
-def _noise(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be {NO_NOISE} or MODEL:LEVEL[,MODEL:LEVEL...], such as depolarizing:0.01, got {value!r}")
-    text = value.strip()
-    if text == NO_NOISE:
-        return text
-    try:
-        for model in parse_noise(text):
-            model.check_limits()
-    except UsageError as error:
-        raise ValueError(f"{text!r}: {error}") from None
-    return text
-
-
-def _shots(value: Any) -> int | str:
-    if value == INFINITE or (isinstance(value, float) and value == math.inf):
-        return INFINITE
-    most = QUANTUM_MEASURE.attribute("shots").maximum
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"must be a whole number from 1 to {most}, or {INFINITE} for no measurement, got {value!r}")
-    return value
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise ValueError(f"must be a whole number of 64 bits, got {value!r}")
-    return value
-
-
-Strategy = Annotated[str, _one_of(STRATEGIES)]
-NumSamples = Annotated[tuple[int, ...], BeforeValidator(_num_samples)]
-ControlVariate = Annotated[int, BeforeValidator(_control_variate)]
-Precision = Annotated[str, _one_of(PRECISIONS)]
-ErrorTolerance = Annotated[float, BeforeValidator(_error_tolerance)]
-Residual = Annotated[str, _one_of(RESIDUALS)]
-Noise = Annotated[str, BeforeValidator(_noise)]
-Shots = Annotated[int | str, BeforeValidator(_shots)]
-Seed = Annotated[int, BeforeValidator(_seed)]
 
 
 class _Entry(BaseModel):

@@ -21,6 +21,7 @@ COMMANDS = {
     "scaling": "Measure time, memory and error of attention against the length.",
     "tune": "Find the fastest recipe that holds a tolerance on your inputs.",
     "attention": "Draw what each head looks at, and what sampling does to it.",
+    "resilience": "Measure how noisy a quantum device may be before the model breaks.",
     "generate": "Continue a text with a bundle that has a KV cache.",
     "inspect": "Show what a bundle or an .onnx file contains.",
     "ops": "List the ops of the domain com.qexport.",
@@ -99,17 +100,36 @@ class Share(click.ParamType):
 
 
 class Shots(click.ParamType):
-    """A number of measurements, or inf: infinitely many."""
+    """A number of measurements, or inf, infinitely many; with `several` a tuple of those that commas separate."""
 
-    name = "S|inf"
+    def __init__(self, several: bool = False):
+        self.several = several
+        self.name = "S,..." if several else "S"
 
     def convert(self, value, param, ctx):
-        if value == "inf" or isinstance(value, int):
+        if not isinstance(value, str):
             return value
         try:
-            return int(value)
+            found = tuple(part if part == "inf" else int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not a whole number or inf", param, ctx)
+        if not self.several and len(found) > 1:
+            self.fail(f"takes one number, got {value!r}", param, ctx)
+        return found if self.several else found[0]
+
+
+class Levels(click.ParamType):
+    """Numbers >= 0, several with commas."""
+
+    name = "L,..."
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of levels, such as 0.001,0.01", param, ctx)
 
 
 def common_options(function):

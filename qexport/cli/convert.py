@@ -26,7 +26,9 @@ def choices(attribute: str) -> click.Choice:
 )
 @click.option("--residual", type=choices("residual"), help="tree: what becomes of the keys left unread [verify_only].")
 @click.option("--control-variate/--no-control-variate", default=None, help="Draw around the mean of V [on].")
-@click.option("--noise", metavar="MODEL:LEVEL,...", help="Attention as a noisy device computes it, such as depolarizing:0.01.")
+@click.option(
+    "--noise", metavar="MODEL:LEVEL,...", help="Attention as a noisy device computes it, such as depolarizing:0.01."
+)
 @click.option("--shots", type=Shots(), help="Measurements of each row with --noise; inf for none [1024].")
 @click.option("--seed", type=int, help="Default of the model's seed input [0].")
 @click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file; 17 to 22 for older runtimes [23].")

@@ -74,8 +74,8 @@ def recipe_text(
     shots=None,
     **_,
 ) -> str:
-    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16", "depolarizing:0.01, 1024
-    shots", or blank for attention that is not ours."""
+    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16",
+    "depolarizing:0.01, 1024 shots", or blank for attention that is not ours."""
     if noise:
         return f"{noise}, {shots} shots"
     parts = [strategy]

@@ -104,13 +104,29 @@ def parse_noise(text: str) -> tuple[NoiseModel, ...]:
     return tuple(_parse_one(part.strip()) for part in text.split(","))
 
 
+def parse_channels(text: str) -> tuple[NoiseModel, ...]:
+    """The models, at level 0, of a text without levels, such as `depolarizing,thermal_relaxation:T1=1:T2=0.8`.
+
+    Args:
+        text: MODEL, each with NAME=VALUE settings behind colons, separated by commas.
+
+    Raises:
+        UsageError: as `parse_noise`.
+    """
+    return tuple(_with_settings(*part.strip().split(":"), level=0.0, text=part.strip()) for part in text.split(","))
+
+
 def _parse_one(text: str) -> NoiseModel:
     channel, *rest = text.split(":")
     if not rest:
         raise UsageError(f"noise must be MODEL:LEVEL, such as depolarizing:0.01, got {text!r}")
-    settings = {"channel": channel, "level": _number("level", rest[0], text)}
+    return _with_settings(channel, *rest[1:], level=_number("level", rest[0], text), text=text)
+
+
+def _with_settings(channel: str, *rest: str, level: float, text: str) -> NoiseModel:
+    settings = {"channel": channel, "level": level}
     known = {field.name for field in fields(NoiseModel)} - set(settings)
-    for setting in rest[1:]:
+    for setting in rest:
         name, equals, value = setting.partition("=")
         if not equals or name not in known:
             raise UsageError(f"noise settings must be NAME=VALUE of {', '.join(sorted(known))}, got {setting!r} in {text!r}")

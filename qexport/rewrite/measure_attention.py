@@ -7,8 +7,8 @@
     MatMul(., present_value)                                    grouped heads stacked along the rows
 
 Outcomes that stand for nothing are discarded and measured again, as whoever reads the device can tell them: states
-n .. 2^q - 1 (`renormalize` = 1, so that rows sum to one) and keys that the query must not see. Otherwise a causal model would
-learn of later tokens through the noise.
+n .. 2^q - 1 (`renormalize` = 1, so that rows sum to one) and keys that the query must not see. Otherwise a causal model
+would learn of later tokens through the noise.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qexport.noise.model import NoiseModel, parse_noise
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_NOISE
-from qexport.recipe import INFINITE
+from qexport.recipe_values import INFINITE
 from qexport.rewrite import DeclinedError
 from qexport.rewrite.graph import Builder, attribute
 from qexport.rewrite.masks import number_like
@@ -26,7 +26,8 @@ PROBABILITIES_MODE = 3
 _OUTPUTS = [param.name for param in QUANTUM_ATTENTION.outputs]
 _PRESENT_VALUE, _PROBABILITIES = _OUTPUTS.index("present_value"), _OUTPUTS.index("qk_matmul_output")
 PROBABILITY_OUTPUTS = _PROBABILITIES + 1
-_NONPAD = [param.name for param in QUANTUM_ATTENTION.inputs].index("nonpad_kv_seqlen")
+_INPUTS = [param.name for param in QUANTUM_ATTENTION.inputs]
+_NONPAD, _SEED = _INPUTS.index("nonpad_kv_seqlen"), _INPUTS.index("seed")
 
 
 def check_noise(node: ir.Node) -> None:
@@ -35,7 +36,7 @@ def check_noise(node: ir.Node) -> None:
     if scores is not None and (scores.uses() or scores.is_graph_output()):
         raise DeclinedError("its scores are used elsewhere too, where noise would not reach them")
     if len(node.inputs) > _NONPAD and node.inputs[_NONPAD] is not None:
-        raise DeclinedError("its keys lie in a cache that is appended in place, whose free room would be part of the register")
+        raise DeclinedError("its keys lie in a cache that is appended in place; the register would hold its free room")
 
 
 class Levels:
@@ -64,38 +65,69 @@ class Levels:
 
 
 def measured_output(
-    builder: Builder, node: ir.Node, probabilities: ir.Node, seed: ir.Value, levels: Levels, noise: str, shots, layer: int
+    builder: Builder, node: ir.Node, probabilities: ir.Node, levels: Levels, noise: str, shots, *, invert: bool = False
 ) -> ir.Value:
     """The output of a noisy attention.
 
     Args:
         node: the Attention that is replaced.
-        probabilities: the QuantumAttention with PROBABILITY_OUTPUTS outputs on the same inputs.
+        probabilities: the QuantumAttention with PROBABILITY_OUTPUTS outputs on the same inputs, with the seed and the layer.
         noise, shots: of the recipe.
+        invert: the noise, one model, is taken off the frequencies of all 2^q states by its inverse; what it says of keys
+            that the query does not see, which is 0 in the mean, is dropped.
     """
-    q, v = node.inputs[0], node.inputs[2]
+    q, seed = node.inputs[0], probabilities.inputs[_SEED]
+    joined = attribute(node, "q_num_heads") is not None
     present, rows = probabilities.outputs[_PRESENT_VALUE], probabilities.outputs[_PROBABILITIES]
     present.type = rows.type = q.type
-    q_heads, kv_heads = attribute(node, "q_num_heads"), attribute(node, "kv_num_heads")
-    width = known_size(v, 2)
-    joined = q_heads is not None
-    q_heads, kv_heads = (q_heads, kv_heads) if joined else (known_size(q, 1), known_size(v, 1))
-    head_size = (width // kv_heads if width else None) if joined else known_size(v, 3)
+    q_heads, kv_heads, head_size = _sizes(node)
     present.shape = ir.Shape([None, kv_heads, None, head_size])
     rows.shape = ir.Shape([None, q_heads, None, None])
 
-    found = rows
-    for model in parse_noise(noise):
-        found = builder.ours("QuantumNoise", found, *levels.of(model), like=rows, renormalize=1, **model.attributes)
-    if _hides_keys(node):
+    models = parse_noise(noise)
+    found = _all_states(builder, rows) if invert else rows
+    for model in models:
+        kept = {"renormalize": int(not invert), **model.attributes}
+        found = builder.ours("QuantumNoise", found, *levels.of(model), like=rows, **kept)
+    if _hides_keys(node) and not invert:
         found = _discard(builder, found, rows)
     if shots != INFINITE:
-        found = builder.ours("QuantumMeasure", found, seed, like=rows, shots=shots, layer=layer)
+        found = builder.ours("QuantumMeasure", found, seed, like=rows, shots=shots, layer=attribute(probabilities, "layer"))
+    if invert:
+        (model,) = models
+        found = builder.ours("QuantumNoise", found, *levels.of(model), like=rows, inverse=1, **model.attributes)
+        found = builder.node("Slice", found, [0], builder.axes(rows, 3, 4), [3], like=rows, shape=rows.shape)
+        found = _seen(builder, found, rows)
     output = _weighed(builder, found, present, q_heads is not None and q_heads == kv_heads)
     if joined:
         output = builder.transpose(output, [0, 2, 1, 3])
         output = builder.node("Reshape", output, builder.const(np.array([0, 0, -1])), like=rows, shape=[None, None, None])
     return output
+
+
+def _sizes(node: ir.Node) -> tuple[int | None, int | None, int | None]:
+    """(q_heads, kv_heads, size of a value) of an Attention, None where the graph does not tell."""
+    q, v = node.inputs[0], node.inputs[2]
+    q_heads, kv_heads = attribute(node, "q_num_heads"), attribute(node, "kv_num_heads")
+    if q_heads is None:
+        return known_size(q, 1), known_size(v, 1), known_size(v, 3)
+    width = known_size(v, 2)
+    return q_heads, kv_heads, width // kv_heads if width else None
+
+
+def _all_states(builder: Builder, rows: ir.Value) -> ir.Value:
+    """(.., n) filled up with zeros to (.., 2^q), q = ceil(log2 n)."""
+    double = {"dtype": ir.DataType.DOUBLE, "shape": [1]}
+    n = builder.axes(rows, 3, 4)
+    log = builder.node("Log", builder.node("Cast", n, to=ir.DataType.DOUBLE.value, **double), **double)
+    log2 = builder.node("Mul", log, builder.const(np.array([1 / np.log(2)])), **double)
+    # rounding must not turn a whole number into the next one; no n has a logarithm so little above one
+    qubits = builder.node("Ceil", builder.node("Sub", log2, builder.const(np.array([1e-9])), **double), **double)
+    states = builder.node("Pow", builder.const(np.array([2.0])), qubits, **double)
+    states = builder.node("Cast", states, to=ir.DataType.INT64.value, dtype=ir.DataType.INT64, shape=[1])
+    missing = builder.node("Sub", states, n, dtype=ir.DataType.INT64, shape=[1])
+    pads = builder.concat([0] * 7, missing)
+    return builder.node("Pad", rows, pads, like=rows, shape=[*rows.shape[:3], None])
 
 
 def _hides_keys(node: ir.Node) -> bool:
@@ -107,7 +139,7 @@ def _hides_keys(node: ir.Node) -> bool:
 
 def _discard(builder: Builder, noisy: ir.Value, rows: ir.Value) -> ir.Value:
     """`noisy` without what lies on keys of probability 0, divided by what is left; zeros where nothing is."""
-    kept = builder.node("Mul", noisy, builder.node("Sign", rows, like=rows, shape=rows.shape), like=rows, shape=rows.shape)
+    kept = _seen(builder, noisy, rows)
     total_shape = [*rows.shape[:3], 1]
     total = builder.node("ReduceSum", kept, [-1], like=rows, shape=total_shape, keepdims=1)
     some = builder.node("Cast", total, to=ir.DataType.BOOL.value, dtype=ir.DataType.BOOL, shape=total_shape)
@@ -115,9 +147,15 @@ def _discard(builder: Builder, noisy: ir.Value, rows: ir.Value) -> ir.Value:
     return builder.node("Div", kept, divisor, like=rows, shape=rows.shape)
 
 
+def _seen(builder: Builder, found: ir.Value, rows: ir.Value) -> ir.Value:
+    """`found` where the probability is not 0, else 0."""
+    sign = builder.node("Sign", rows, like=rows, shape=rows.shape)
+    return builder.node("Mul", found, sign, like=rows, shape=rows.shape)
+
+
 def _weighed(builder: Builder, frequencies: ir.Value, values: ir.Value, equal_heads: bool) -> ir.Value:
-    """(batch, q_heads, q_len, kv_len) times (batch, kv_heads, kv_len, head_size); the query heads of a group are stacked along
-    the rows of one product."""
+    """(batch, q_heads, q_len, kv_len) times (batch, kv_heads, kv_len, head_size); the query heads of a group are stacked
+    along the rows of one product."""
     batch, q_heads, q_len, _ = frequencies.shape
     shape = [batch, q_heads, q_len, values.shape[3]]
     if equal_heads:

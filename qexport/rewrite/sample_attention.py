@@ -37,8 +37,11 @@ _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SEED_INDEX = [param.name for param in QUANTUM_ATTENTION.inputs].index("seed")
 
 
-def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[LeftAlone]]:
+def sample_attention(model: ir.Model, recipe: Recipe, *, invert: bool = False) -> tuple[list[Site], list[LeftAlone]]:
     """Replace every Attention of `model` in place.
+
+    Args:
+        invert: take the noise of the recipe off what was measured, as `measured_output` says.
 
     Returns:
         The sites in graph order, and the Attention nodes that stay with the reason.
@@ -60,7 +63,8 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     if not chosen:
         return [], left_alone
     recipe.check_matches([(module_of(node), node.name or "") for node, _ in chosen])
-    levels = Levels(model, add_input(model, "noise_scale", np.asarray(1, np.float32))) if any("noise" in sampling for _, sampling in chosen) else None
+    noisy = any("noise" in sampling for _, sampling in chosen)
+    levels = Levels(model, add_input(model, "noise_scale", np.asarray(1, np.float32))) if noisy else None
     seeds = {own["seed"] for node, _ in chosen if "seed" in (own := sampled_as(node))}
     seed = add_input(
         model, "seed", np.asarray(min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed, np.int64)
@@ -68,7 +72,7 @@ def sample_attention(model: ir.Model, recipe: Recipe) -> tuple[list[Site], list[
     n_outputs = max(PROBABILITY_OUTPUTS if "noise" in sampling else len(node.outputs) for node, sampling in chosen)
     layers = _layers([node for node, _ in chosen])
     sites = [
-        _replace(node, number, layer, sampling, seed, levels, n_outputs)
+        _replace(node, number, layer, sampling, seed, levels, n_outputs, invert)
         for number, ((node, sampling), layer) in enumerate(zip(chosen, layers, strict=True))
     ]
     model.graph.opset_imports[DOMAIN] = VERSION
@@ -134,7 +138,7 @@ def add_input(model: ir.Model, stem: str, default: np.ndarray) -> ir.Value:
     return value
 
 
-def _replace(node: ir.Node, number: int, layer: int, sampling: dict, seed: ir.Value, levels, n_outputs: int) -> Site:
+def _replace(node: ir.Node, number: int, layer: int, sampling: dict, seed: ir.Value, levels, n_outputs, invert) -> Site:
     module, name = module_of(node), _name_of(node, number)
     q_heads, kv_heads, head_size = heads_of(node)
     noise, shots = (sampling.get(key) for key in NOISE)
@@ -157,7 +161,8 @@ def _replace(node: ir.Node, number: int, layer: int, sampling: dict, seed: ir.Va
     )
     node.graph.insert_before(node, new)
     if noise:
-        output = measured_output(Builder(node), node, new, seed, levels, noise, shots, layer)
+        builder = Builder(node, f"{stem}/measured")
+        output = measured_output(builder, node, new, levels, noise, shots, invert=invert)
         hand_over(node, [output, *new.outputs[1:3]])
     else:
         output = new.outputs[0]

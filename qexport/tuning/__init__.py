@@ -107,7 +107,7 @@ def tune(
             "such as --strategy exact, and tune that"
         )
     if opened.manifest.get("noise"):
-        raise QexportError(f"{opened.path}: its attention is noisy, which no recipe mends; convert without noise and tune that")
+        raise QexportError(f"{opened.path}: its attention is noisy, which no recipe mends; convert it without noise")
     inputs, notes = _inputs(opened, data, batch, seq)
     timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
     sites = _sites(opened)

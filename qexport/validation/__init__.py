@@ -253,9 +253,9 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
         if interval and interval[0] <= report.max_error["library"] <= interval[1]:
             notes.append(f"the limit lies inside the confidence interval of output {name!r}: more seeds settle it")
     if bundle.manifest.get("noise"):
-        notes.append("without the library attention has no noise and no measurement: those figures are the classical model's")
+        notes.append("without the library there is no noise and no measurement: those figures are the classical model's")
         if math.isinf(report.max_error["library"] or 0):
-            notes.append("noise has no limit of its own, so only the fallback is judged; give --max-error to judge the noise")
+            notes.append("noise has no limit of its own, so the fallback alone is judged; --max-error judges the noise, too")
     unseen = len(bundle.manifest["sites"]) - len(report.sites)
     if unseen:
         notes.append(f"{unseen} sites lie inside subgraphs and are compared end to end only")

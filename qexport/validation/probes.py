@@ -75,7 +75,7 @@ def beside(
         inputs = _classical_inputs(steps[0], makers[site["output"]])
         inside = {name for step in steps for name in step.output if name}
         read = [*inputs, *(name for step in steps[1:] for name in step.input if name not in inside)]
-        if not all([graft.bring(name) for name in read]):
+        if not all(graft.bring(name) for name in read):
             continue
         used = {site["output"], *(name for step in steps[1:] for name in step.input)}
         for step in steps:
@@ -119,8 +119,9 @@ def site_nodes(model: onnx.ModelProto, site: dict) -> list[onnx.NodeProto]:
 def add_probabilities(model: onnx.ModelProto, value_of: dict[str, str], heads: list[int] | None) -> dict[str, str]:
     """Make the attention probabilities of sites graph outputs; the names of these values by site name.
 
-    These are the probabilities before a site's own noise. Each site gets a node of strategy `exact` on the same inputs, so that what the site itself gives stays as it is. The
-    functions of the domain go: onnxruntime wants as many outputs on each node as they have. It takes the op library then.
+    Each site gets a node of strategy `exact` on the same inputs, so that what the site itself gives stays as it is; of a
+    noisy one these are the probabilities before its own noise. The functions of the domain go: onnxruntime wants as many
+    outputs on each node as they have. It takes the op library then.
 
     Args:
         model: from `watch` of a converted model, or from `beside`.

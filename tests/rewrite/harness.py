@@ -53,6 +53,15 @@ def run(model: onnx.ModelProto, inputs: dict) -> list[np.ndarray]:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, inputs)
 
 
+def lowered(source: onnx.ModelProto, opset: int) -> ir.Model:
+    """The classical form of a model."""
+    model = convert_opset(ir.from_proto(source), opset, "test")
+    infer_shapes(model)
+    to_classical(model, opset)
+    model.ir_version = 10
+    return model
+
+
 class Rewritten:
     """A model on its way through the passes at `opset`: `classical` and `sampled` protos, sites and left_alone."""
 

@@ -1,17 +1,19 @@
-"""measure_attention: the converted model against the references of its ops, for attention in every form; what it declines."""
+"""measure_attention: the converted model against the references of its ops, for every form of attention."""
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from harness import Rewritten, assert_same, feeds, parse, run
+from harness import SIZES, Rewritten, assert_same, feeds, lowered, parse, run
 
 from qexport.errors import UsageError
 from qexport.noise.model import parse_noise
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 from qexport.recipe import Recipe
+from qexport.rewrite.sample_attention import sample_attention
 from qexport.runtime import get_library_path
 
 NOISE = "depolarizing:0.05,amplitude_damping:0.1,readout:0.02"
@@ -205,6 +207,13 @@ def test_layers_choose_their_noise():
     assert_same(run(source, given), run(done.sampled, given))
 
 
+def test_a_single_key_has_no_noise(monkeypatch):
+    monkeypatch.setitem(SIZES, "s", 1)
+    source, done = converted("grouped", NOISE, 4)
+    given = feeds(source)
+    assert_same(run(source, given), with_library(done.sampled, given))
+
+
 def test_what_cannot_be_measured_is_left_alone():
     noisy = Recipe(noise="depolarizing:0.01")
     text = f"({FOUR}) => (float[b,4,l,8] y, float[b,4,l,s] p)"
@@ -220,3 +229,24 @@ def test_the_fallback_below_opset_23_has_no_summaries():
 
     with pytest.raises(UsageError, match="4 outputs, got num_outputs 5"):
         function_proto("QuantumAttention", 22, 5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("noise", ["depolarizing:0.1", "amplitude_damping:0.3", "depolarizing:0.2:scope=global"])
+def test_inverted_noise_leaves_nothing_but_shots(form, noise):
+    source, opset = source_of(form)
+    given = inputs_of(form, source)
+
+    def converted(shots):
+        recipe, model = Recipe(noise=noise, shots=shots), lowered(source, opset)
+        sites, _ = sample_attention(model, recipe, invert=True)
+        assert len(sites) == 1
+        return with_library(ir.to_proto(model), given)[0]
+
+    rows = sees(source, given)
+    plain = Rewritten(source, opset=opset, recipe=Recipe(noise="depolarizing:0", shots="inf"))
+    exact = with_library(plain.sampled, given)[0]
+    tolerance = 1e-2 if exact.dtype == np.float16 else 1e-5
+    np.testing.assert_allclose(converted("inf"), exact, rtol=tolerance, atol=tolerance)
+    few, many = (np.abs(converted(shots) - exact)[..., rows, :].mean() for shots in (2**7, 2**15))
+    assert 8 < few / many < 32  # 16 in the mean: shots are all that is left

@@ -1,0 +1,89 @@
+"""What each cell of a sweep runs: how mitigation turns a level and a number of shots into runs of a noisy model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qexport.errors import UsageError
+from qexport.noise.model import NoiseModel
+from qexport.recipe_values import INFINITE
+
+NO_MITIGATION = "none"
+# Channels that flip a measured qubit either way at one rate, so that several of them are one flip.
+FLIPS = ("depolarizing", "bit_flip", "readout")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a model: `scale` multiplies its levels, which are 1, and the outputs count `weight` times."""
+
+    scale: float
+    weight: float
+    shots: int | str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mitigation at one level and number of shots.
+
+    Attributes:
+        noise: of the model, levels 1, as a recipe takes it.
+        runs: their weighted outputs add up to the cell's.
+        invert: the noise is taken off what was measured, in the model.
+    """
+
+    mitigation: str
+    level: float
+    shots: int | str
+    noise: str
+    runs: tuple[Run, ...]
+    invert: bool = False
+
+
+def make_cell(mitigation: str, models: Sequence[NoiseModel], level: float, shots: int | str) -> Cell:
+    """The cell of a mitigation, as `qexport.noise.mitigation` names it.
+
+    Raises:
+        UsageError: the mitigation is unknown or does not apply to the noise, a level that it needs is outside the limits of
+            its channel, or the shots are too few.
+    """
+    if mitigation == NO_MITIGATION:
+        return Cell(mitigation, level, shots, _text(models), (Run(_checked(models, level), 1.0, shots),))
+    from qexport.noise.measured import MeasuredNoise
+    from qexport.noise.mitigation import ReadoutInversion, RepetitionCode, ZeroNoiseExtrapolation, majority, parse_mitigation
+
+    method = parse_mitigation(mitigation)
+    measured = MeasuredNoise([model.at(_checked(models, level)) for model in models], 2)
+    experiments = method.experiments(measured, None if shots == INFINITE else shots)
+    if isinstance(method, ZeroNoiseExtrapolation):
+        parts = zip(method.scales, method.coefficients, experiments, strict=True)
+        runs = [Run(_checked(models, x * level), c, e.shots or INFINITE) for x, c, e in parts]
+        return Cell(mitigation, level, shots, _text(models), tuple(runs))
+    if isinstance(method, RepetitionCode):
+        rate = majority(measured.local(mitigation)[0, 1, 0], method.distance)
+        return Cell(mitigation, level, shots, "bit_flip:1", (Run(float(rate), 1.0, shots),))
+    if isinstance(method, ReadoutInversion) and not method.project:
+        if len(models) == 1:
+            return Cell(mitigation, level, shots, _text(models), (Run(level, 1.0, shots),), invert=True)
+        if all(model.channel in FLIPS and model.scope == "local" for model in models):
+            rate = float(measured.local(mitigation)[0, 1, 0])
+            return Cell(mitigation, level, shots, "bit_flip:1", (Run(rate, 1.0, shots),), invert=True)
+        raise UsageError(f"{mitigation} takes one noise model here, or several of {', '.join(FLIPS)}; give one")
+    raise UsageError(
+        f"mitigation {mitigation} is not swept in models; give {NO_MITIGATION}, zne, repetition:3 or readout_inversion"
+    )
+
+
+def _text(models: Sequence[NoiseModel]) -> str:
+    return ",".join(str(model.at(1.0)) for model in models)
+
+
+def _checked(models: Sequence[NoiseModel], level: float) -> float:
+    """`level`, which every model allows."""
+    for model in models:
+        try:
+            model.at(level).check_limits()
+        except UsageError as error:
+            raise UsageError(f"noise {model.channel} at level {level:g}: {error}") from None
+    return level

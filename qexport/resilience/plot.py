@@ -1,0 +1,94 @@
+"""The picture of a sweep: what the model loses and how far its attention is off, against the level of noise."""
+
+from __future__ import annotations
+
+from qexport.errors import QexportError
+from qexport.scaling.plot import check
+
+COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d9822b", "#17807e", "#7f9f3f")
+STYLES = ("-", "--", ":", "-.")
+MARKERS = "osD^v"
+
+__all__ = ["check", "draw"]
+
+
+def draw(report: dict, file) -> None:
+    """Draw a report, as `ResilienceReport.to_dict()` gives it, to a .png, .svg or .pdf.
+
+    Raises:
+        QexportError: the file cannot be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+    with rc_context(style):
+        figure = Figure(figsize=(11, 5.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        loss, attention = figure.subplots(1, 2)
+        settings, name = report["settings"], report["metric"]["name"]
+        for line, look in _lines(report):
+            _band(loss, line, "loss", look)
+            _band(attention, line, "attention_error", look)
+        tolerance = 100 * settings["tolerance"]
+        loss.axhline(tolerance, color="black", lw=0.8)
+        loss.annotate(f"tolerance {tolerance:g} %", (0, tolerance), (3, 3), textcoords="offset points", fontsize=9)
+        for found, (_, look) in zip(report["thresholds"], _lines(report), strict=True):
+            if found["level"] is not None:
+                loss.plot([found["level"]], [tolerance], marker="x", color=look["color"], ms=8, mew=2, ls="none")
+        _scales(loss, settings["levels"], f"loss of {name}, %", tolerance / 10)
+        _scales(attention, settings["levels"], "error of an attention's output, %", 1.0)
+        figure.suptitle(
+            f"{settings['noise']}, {report['data']['samples']} items, classical {name} {report['metric']['classical']:.4g}; "
+            "bands: 95 % over seeds",
+            fontsize=11,
+        )
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        try:
+            figure.savefig(file, dpi=100)
+        except OSError as error:
+            raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error
+
+
+def _lines(report: dict):
+    """(the cells of one line, how it looks): a colour for each mitigation, a dash and a marker for each number of shots."""
+    settings = report["settings"]
+    for m, mitigation in enumerate(settings["mitigation"]):
+        for s, shots in enumerate(settings["shots"]):
+            cells = [c for c in report["cells"] if (c["mitigation"], c["shots"]) == (mitigation, shots)]
+            yield (
+                cells,
+                {
+                    "color": COLOURS[m % len(COLOURS)],
+                    "ls": STYLES[s % len(STYLES)],
+                    "marker": MARKERS[s % len(MARKERS)],
+                    "label": f"{mitigation}, {shots} shots",
+                    "lw": 1.4,
+                    "ms": 4.5,
+                },
+            )
+
+
+def _band(axis, cells: list[dict], key: str, look: dict) -> None:
+    """The means in percent with their intervals."""
+    levels = [cell["level"] for cell in cells]
+    axis.plot(levels, [100 * cell[key]["mean"] for cell in cells], **look)
+    intervals = [cell[key]["ci95"] or [cell[key]["mean"]] * 2 for cell in cells]
+    low, high = zip(*intervals, strict=True)
+    axis.fill_between(levels, [100 * x for x in low], [100 * x for x in high], color=look["color"], alpha=0.15, lw=0)
+
+
+def _scales(axis, levels: list[float], title: str, linear: float) -> None:
+    """Axes that are logarithmic but for what lies around 0; the ticks are the levels that were measured."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+    axis.set_title(title)
+    axis.set_xlabel("level of noise")
+    axis.set_xscale("symlog", linthresh=min((level for level in levels if level), default=1.0))
+    axis.set_xticks(levels, [f"{level:g}" for level in levels], rotation=45)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_yscale("symlog", linthresh=linear)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.25, lw=0.5)
