@@ -3,7 +3,7 @@
 import pytest
 
 from qexport.errors import UsageError
-from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
 from qexport.ops.quantum_attention import STRATEGIES
 from qexport.recipe import Recipe, load_recipe, make_recipe
 
@@ -194,3 +194,72 @@ def test_a_match_that_fits_nothing_is_an_error():
     with pytest.raises(UsageError, match=r"layers\[0\].match: 'decoder.\*' fits no attention site"):
         recipe.check_matches([("encoder.0", "a")])
     recipe.check_matches([("decoder.0", "a")])
+
+
+def test_noise_takes_the_place_of_a_strategy():
+    values = resolved(noise="depolarizing:0.01,readout:0.02")
+    assert (values["strategy"], values["precision"], values["error_tolerance"]) == ("exact", "fp32", 0)
+    assert (values["noise"], values["shots"]) == (
+        "depolarizing:0.01,readout:0.02",
+        QUANTUM_MEASURE.attribute("shots").default,
+    )
+    assert resolved(noise="depolarizing:0", shots=7)["shots"] == 7
+    assert resolved(noise="depolarizing:0", shots=float("inf"))["shots"] == "inf"  # YAML's .inf
+    assert set(resolved(noise="none")) == set(resolved())
+
+
+def test_layers_have_noise_of_their_own():
+    layers = [
+        {"match": "encoder.0", "strategy": "stratified"},
+        {"match": "encoder.1", "noise": "readout:0.1", "shots": "inf"},
+        {"match": "encoder.2", "shots": 5},
+        {"match": "encoder.3", "noise": "none"},
+    ]
+    recipe = make_recipe({"noise": "depolarizing:0.01", "layers": layers})
+    found = [recipe.resolve(f"encoder.{i}", "n") for i in range(5)]
+    assert [one.get("noise") for one in found] == [
+        None,
+        "readout:0.1",
+        "depolarizing:0.01",
+        None,
+        "depolarizing:0.01",
+    ]
+    assert [one.get("shots") for one in found] == [None, "inf", 5, None, 1024]
+    assert [one["strategy"] for one in found] == ["stratified", "exact", "exact", "tree", "exact"]
+    assert recipe.has_noise
+    assert make_recipe(recipe.to_dict()) == recipe
+    assert not make_recipe({"noise": "none"}).has_noise
+
+
+def test_noise_on_the_command_line_wins_over_a_file(write):
+    tree = write("strategy: tree\nnum_samples: 64\n")
+    assert make_recipe(tree, noise="depolarizing:0.01").to_dict() == {"noise": "depolarizing:0.01", "seed": 0, "layers": []}
+    noisy = write("noise: depolarizing:0.01\nshots: 32\n")
+    assert make_recipe(noisy, shots=64).shots == 64
+    assert make_recipe(noisy, strategy="exact").to_dict() == {"strategy": "exact", "seed": 0, "layers": []}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"noise": "depolarizing"}, r"noise: 'depolarizing': noise must be MODEL:LEVEL, such as depolarizing:0.01"),
+        ({"noise": "depolarizing:1.5"}, r"noise: 'depolarizing:1.5': .*level must be in 0 to 1.33333 .*, got 1.5"),
+        ({"noise": "bit_flip:nan"}, r"level must be in 0 to 1, got nan"),
+        ({"noise": "thermal_relaxation:0.1:T1=1:T2=2.5"}, r"T2 must be at most 2 T1 = 2, got 2.5"),
+        ({"noise": "hum:0.1"}, r"channel must be one of depolarizing, .*, got 'hum'"),
+        ({"noise": 0.1}, r"noise: must be none or MODEL:LEVEL"),
+        ({"noise": "bit_flip:0.1", "shots": 0}, r"shots: must be a whole number from 1 to 2147483647, or inf .*, got 0"),
+        ({"noise": "bit_flip:0.1", "shots": "many"}, r"shots: must be a whole number .*, got 'many'"),
+        ({"shots": 8}, r"recipe: shots 8 need noise, .*; shots alone are strategy naive with num_samples"),
+        ({"noise": "none", "shots": 8}, r"shots 8 need noise"),
+        ({"noise": "bit_flip:0.1", "strategy": "tree"}, r"recipe: noise acts on exact .*; leave strategy out, got 'tree'"),
+        ({"noise": "bit_flip:0.1", "num_samples": 8}, r"leave num_samples out, got \(8,\) beside noise"),
+        (
+            {"layers": [{"match": "a", "noise": "bit_flip:0.1", "precision": "bf16"}]},
+            r"layers\[0\] \(a\): noise acts on exact probabilities; leave precision out",
+        ),
+    ],
+)
+def test_noise_that_is_refused(recipe, message):
+    with pytest.raises(UsageError, match=message):
+        make_recipe(recipe)

@@ -52,15 +52,17 @@ def draw(report: dict, file) -> None:
 
 
 def _lines(report: dict):
-    """(the cells of one line, how it looks): a colour for each mitigation, a dash and a marker for each number of shots."""
+    """(the cells of one line, how it looks): a colour for each mitigation, or number of shots where there is but one, a dash
+    and a marker for each number of shots."""
     settings = report["settings"]
+    single = len(settings["mitigation"]) == 1
     for m, mitigation in enumerate(settings["mitigation"]):
         for s, shots in enumerate(settings["shots"]):
             cells = [c for c in report["cells"] if (c["mitigation"], c["shots"]) == (mitigation, shots)]
             yield (
                 cells,
                 {
-                    "color": COLOURS[m % len(COLOURS)],
+                    "color": COLOURS[(s if single else m) % len(COLOURS)],
                     "ls": STYLES[s % len(STYLES)],
                     "marker": MARKERS[s % len(MARKERS)],
                     "label": f"{mitigation}, {shots} shots",
@@ -89,6 +91,7 @@ def _scales(axis, levels: list[float], title: str, linear: float) -> None:
     axis.set_xticks(levels, [f"{level:g}" for level in levels], rotation=45)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yscale("symlog", linthresh=linear)
+    axis.set_ylim(bottom=min(0, axis.dataLim.y0))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25, lw=0.5)
