@@ -273,7 +273,9 @@ def _report(path, source, recipe, sites, left_alone, difference) -> ConversionRe
         "recipe": recipe.to_dict(),
         "opset": source.model.opset_imports[""],
         "ir_version": IR_VERSION,
-        "min_onnxruntime": min_onnxruntime(source.model.opset_imports[""], source.cache is not None),
+        "min_onnxruntime": min_onnxruntime(
+            source.model.opset_imports[""], source.cache is not None, any(site.noise for site in sites)
+        ),
         "seed_input": source.model.graph.inputs[-1].name,
         "noise": _noise(source.model.graph, sites),
         "sites": [site.to_dict() for site in sites],
@@ -302,15 +304,16 @@ def _noise(graph, sites) -> dict | None:
     return {"scale_input": graph.inputs[-2].name, "sites": count, "without_library": "no noise, no measurement"}
 
 
-def min_onnxruntime(opset: int, kv_cache: bool = False) -> str:
+def min_onnxruntime(opset: int, kv_cache: bool = False, noise: bool = False) -> str:
     """The oldest onnxruntime that runs a bundle's model of this opset, as tests/test_convert_runtimes.py measures it: what
-    reads the file, and no older than what the op library loads on, or than what a KV cache runs on."""
+    reads the file, and no older than what the op library loads on, or than what a KV cache or noise's fallback runs on."""
     from qexport.inspection import oldest_runtime
     from qexport.kv_cache import MIN_ONNXRUNTIME as CACHE_RUNTIME
+    from qexport.rewrite.measure_attention import MIN_ONNXRUNTIME as NOISE_RUNTIME
     from qexport.runtime import OLDEST, version_tuple
 
-    reader = oldest_runtime(opset, IR_VERSION)
-    return ".".join(map(str, max(version_tuple(reader), CACHE_RUNTIME if kv_cache else OLDEST)))
+    least = CACHE_RUNTIME if kv_cache else NOISE_RUNTIME if noise and opset >= 23 else OLDEST
+    return ".".join(map(str, max(version_tuple(oldest_runtime(opset, IR_VERSION)), least)))
 
 
 def _version(package: str) -> str | None:

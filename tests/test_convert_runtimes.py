@@ -39,21 +39,22 @@ for name, use in (("classical", False), ("model", False), ("model", True)):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Bundles of one encoder by opset, each with its inputs and outputs in io.npz."""
+    """Bundles of one encoder by opset and recipe, each with its inputs and outputs in io.npz."""
     root = tmp_path_factory.mktemp("runtimes")
     source = save(root)
     made = {}
 
-    def make(opset):
-        if opset not in made:
-            report = convert(source, root / str(opset), opset=opset, strategy="stratified", num_samples=POSITIONS)
-            assert report.manifest["min_onnxruntime"] == min_onnxruntime(opset)
+    def make(opset, **recipe):
+        key = str(opset) + "".join(recipe)
+        if key not in made:
+            report = convert(source, root / key, opset=opset, **recipe)
+            assert report.manifest["min_onnxruntime"] == min_onnxruntime(opset, noise="noise" in recipe)
             from qexport.runtime import session
 
             hidden = session(source, library=False).run(None, feeds())[0]
-            np.savez(root / str(opset) / "io.npz", hidden=hidden, **feeds())
-            made[opset] = root / str(opset)
-        return made[opset]
+            np.savez(root / key / "io.npz", hidden=hidden, **feeds())
+            made[key] = root / key
+        return made[key]
 
     return make
 
@@ -64,12 +65,18 @@ def run_in(version, folder):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
+# What each of them computes is the classical model: all keys are read, or there is no noise.
+RECIPES = ({"strategy": "stratified", "num_samples": POSITIONS}, {"noise": "depolarizing:0", "shots": "inf"})
+
+
 @pytest.mark.registry
+@pytest.mark.parametrize("recipe", RECIPES, ids=["sampled", "noisy"])
 @pytest.mark.parametrize("opset", RUNTIMES)
-def test_the_oldest_runtime_runs_it_and_the_one_before_does_not(folders, opset):
-    oldest, refuses = RUNTIMES[opset]
-    folder = folders(opset)
-    assert oldest.startswith(min_onnxruntime(opset))
+def test_the_oldest_runtime_runs_it_and_the_one_before_does_not(folders, opset, recipe):
+    noise = "noise" in recipe
+    oldest, refuses = ("1.24.4", "1.23.2") if noise and opset == 23 else RUNTIMES[opset]
+    folder = folders(opset, **recipe)
+    assert oldest.startswith(min_onnxruntime(opset, noise=noise))
     done = run_in(oldest, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]

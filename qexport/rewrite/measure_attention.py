@@ -22,6 +22,8 @@ from qexport.rewrite.graph import Builder, attribute
 from qexport.rewrite.masks import number_like
 from qexport.rewrite.sizes import known_size
 
+# The first release whose Attention gives the values on although it got no past ones.
+MIN_ONNXRUNTIME = (1, 24)
 PROBABILITIES_MODE = 3
 _OUTPUTS = [param.name for param in QUANTUM_ATTENTION.outputs]
 _PRESENT_VALUE, _PROBABILITIES = _OUTPUTS.index("present_value"), _OUTPUTS.index("qk_matmul_output")

@@ -7,9 +7,11 @@ import onnxruntime
 import pytest
 import torch
 from harness import SIZES, Rewritten, assert_same, feeds, lowered, parse, run
+from spellings import FUSED
 
 from qexport.errors import UsageError
 from qexport.noise.model import parse_noise
+from qexport.ops.proto import function_proto, register_schemas
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 from qexport.recipe import Recipe
@@ -160,6 +162,20 @@ def test_noise_and_measurement_are_those_of_the_references(form):
     np.testing.assert_allclose(y, expected, atol=2e-2 if half else 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "opset"), [(name, opset) for name, one in FUSED.items() for opset in (17, 23) if opset >= one.opset]
+)
+def test_every_spelling_can_be_noisy(name, opset):
+    source = parse(FUSED[name].text)
+    given = feeds(source)
+    done = Rewritten(source, opset=opset, recipe=Recipe(noise="bit_flip:0", shots="inf"))
+    assert (len(done.sites), done.left_alone) == (FUSED[name].sites, [])
+    assert "QuantumNoise" in done.ops("sampled")
+    register_schemas()
+    onnx.checker.check_model(done.sampled, full_check=True)
+    assert_same(run(source, given), with_library(done.sampled, given))
+
+
 def test_the_scale_multiplies_every_level_and_is_an_input():
     _, done = converted("plain", "depolarizing:0.02,bit_flip:0.01", "inf")
     given = inputs_of("plain", done.sampled) | {"noise_scale": np.array(2, np.float32), "seed": np.array(0)}
@@ -225,8 +241,6 @@ def test_what_cannot_be_measured_is_left_alone():
 
 
 def test_the_fallback_below_opset_23_has_no_summaries():
-    from qexport.ops.proto import function_proto
-
     with pytest.raises(UsageError, match="4 outputs, got num_outputs 5"):
         function_proto("QuantumAttention", 22, 5)
 
