@@ -133,7 +133,7 @@ def measure_resilience(
         },
         data={"source": inputs.source, "samples": inputs.samples, "notes": inputs.notes},
         metric={"name": chosen.name, "output": chosen.output, "classical": found.classical},
-        sites=len(found.sites),
+        sites=found.sites,
         left_alone=[entry.to_dict() for entry in found.left_alone],
         cells=[_cell_entry(cell, values) for cell, values in zip(cells, found.values, strict=True)],
         thresholds=_thresholds(cells, found.values, levels, tolerance),

@@ -103,11 +103,13 @@ def _surprise(ids: np.ndarray, logits: np.ndarray, padded) -> tuple[float, int]:
     """Negative log likelihood of every token behind the first one, and their number."""
     keep = np.ones(ids.shape, bool) if padded is None else padded[1]
     counted = keep[:, 1:] & keep[:, :-1]
-    x = logits[:, :-1].astype(np.float64)
-    top = x.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(x - top).sum(-1)) + top[..., 0]
-    chosen = np.take_along_axis(x, ids[:, 1:, None].astype(np.int64), -1)[..., 0]
-    return float((log_sum - chosen)[counted].sum()), int(counted.sum())
+    total = 0.0
+    for tokens, x, kept in zip(ids[:, 1:], logits[:, :-1], counted, strict=True):  # one item at a time: logits are large
+        x = x[kept].astype(np.float64)
+        top = x.max(-1, keepdims=True)
+        log_sum = np.log(np.exp(x - top).sum(-1)) + top[:, 0]
+        total += float((log_sum - x[np.arange(len(x)), tokens[kept]]).sum())
+    return total, int(counted.sum())
 
 
 def _embeddings(value: np.ndarray, padded) -> np.ndarray:

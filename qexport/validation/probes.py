@@ -46,7 +46,7 @@ def ordered_sites(model: onnx.ModelProto, sites: list[dict]) -> list[dict]:
 def watch(path, sites: list[dict]) -> onnx.ModelProto:
     """The model at `path`, its external data not read, with the outputs of the sites as graph outputs."""
     model = load_structure(path)
-    _add_outputs(model, [site["output"] for site in sites])
+    add_outputs(model, [site["output"] for site in sites])
     return model
 
 
@@ -93,7 +93,7 @@ def beside(
             node.output.extend([*[""] * (_ESTIMATE_INDEX - 1), site["output"] + ESTIMATE])
             estimates[site["name"]] = node.output[_ESTIMATE_INDEX]
     watched = [name for site in sites if site["name"] in local for name in (site["output"], local[site["name"]])]
-    _add_outputs(classical, [*watched, *estimates.values()])
+    add_outputs(classical, [*watched, *estimates.values()])
     return classical, local, estimates
 
 
@@ -147,7 +147,7 @@ def add_probabilities(model: onnx.ModelProto, value_of: dict[str, str], heads: l
     kept = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
     model.functions.extend(kept)
-    _add_outputs(model, list(found.values()))
+    add_outputs(model, list(found.values()))
     return found
 
 
@@ -179,7 +179,7 @@ def sized(hybrid: onnx.ModelProto, local: dict[str, str]) -> tuple[onnx.ModelPro
         found[site]["key_sources"] = inputs & _ancestors(makers, read["K"])
         found[site]["q_num_heads"] = next((a.i for a in node.attribute if a.name == "q_num_heads"), None)
         found[site]["is_cached"] = bool(read["past_key"] or read["nonpad_kv_seqlen"])
-    _add_outputs(model, list(shapes.values()))
+    add_outputs(model, list(shapes.values()))
     return model, found
 
 
@@ -249,7 +249,8 @@ def _add_inputs(classical: onnx.ModelProto, model: onnx.ModelProto) -> None:
     classical.opset_import.extend(entry for entry in model.opset_import if entry.domain == DOMAIN)
 
 
-def _add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
+def add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
+    """Make values of the main graph outputs of the model."""
     present = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in present)
 
