@@ -85,8 +85,8 @@ def test_a_mitigation_has_its_own_runs():
 @pytest.mark.parametrize(
     ("mitigation", "noise", "level", "shots", "message"),
     [
-        ("none", "depolarizing", 1.5, 9, r"noise depolarizing at level 1\.5: .*must be in 0 to 1\.33333"),
-        ("zne", "depolarizing", 0.5, 9, r"noise depolarizing at level 1\.5: .*must be in 0 to 1\.33333"),
+        ("none", "depolarizing", 1.5, 9, r"noise depolarizing at level 1\.5 is refused: .* in 0 to 1\.33333 .*; lower it"),
+        ("zne", "depolarizing", 0.5, 9, r"at level 1\.5, 3 times 0\.5, is refused: .* in 0 to 1\.33333"),
         ("none", "thermal_relaxation:T2=3", 0.1, 9, r"T2 must be at most 2 T1 = 2, got 3"),
         ("zne", "depolarizing", 0.1, 2, r"zne with 3 scales needs at least 3 shots, got 2"),
         ("repetition:3", "amplitude_damping", 0.1, 9, r"repetition corrects flips .*, got amplitude_damping"),
@@ -282,7 +282,7 @@ def test_the_command_its_table_and_its_picture(encoder, tmp_path, capsys):
     assert (code, found["schema"], len(found["cells"])) == (0, SCHEMA, 2 * 2 * 3)
     code, out, err = qexport("--levels", "0.1,2")
     assert (code, out) == (2, "")
-    assert err.startswith("qexport: error: noise depolarizing at level 2:")
+    assert err.startswith("qexport: error: noise depolarizing at level 2 is refused:")
     assert err.count("\n") == 1
     code, _, err = qexport("--levels", "much")
     assert code == 2

@@ -58,7 +58,7 @@ def make_cell(mitigation: str, models: Sequence[NoiseModel], level: float, shots
     experiments = method.experiments(measured, None if shots == INFINITE else shots)
     if isinstance(method, ZeroNoiseExtrapolation):
         parts = zip(method.scales, method.coefficients, experiments, strict=True)
-        runs = [Run(_checked(models, x * level), c, e.shots or INFINITE) for x, c, e in parts]
+        runs = [Run(_checked(models, x * level, f", {x:g} times {level:g},"), c, e.shots or INFINITE) for x, c, e in parts]
         return Cell(mitigation, level, shots, _text(models), tuple(runs))
     if isinstance(method, RepetitionCode):
         rate = majority(measured.local(mitigation)[0, 1, 0], method.distance)
@@ -79,11 +79,11 @@ def _text(models: Sequence[NoiseModel]) -> str:
     return ",".join(str(model.at(1.0)) for model in models)
 
 
-def _checked(models: Sequence[NoiseModel], level: float) -> float:
-    """`level`, which every model allows."""
+def _checked(models: Sequence[NoiseModel], level: float, origin: str = "") -> float:
+    """`level`, which every model allows; `origin` says in a message where it comes from."""
     for model in models:
         try:
             model.at(level).check_limits()
         except UsageError as error:
-            raise UsageError(f"noise {model.channel} at level {level:g}: {error}") from None
+            raise UsageError(f"noise {model.channel} at level {level:g}{origin} is refused: {error}; lower it") from None
     return level
