@@ -256,10 +256,11 @@ void check_choice(const char* op_name, const char* attribute, const std::string&
                               value + "'");
 }
 
-void check_attributes(const char* op_name, const NoiseChannelAttributes& a) {
-  check_choice(op_name, "channel", a.channel,
-               {"depolarizing", "amplitude_damping", "phase_damping", "thermal_relaxation", "bit_flip", "phase_flip",
-                "readout", "kraus"});
+void check_attributes(const char* op_name, const NoiseChannelAttributes& a, bool has_outcomes) {
+  std::vector<const char*> channels = {"depolarizing", "amplitude_damping", "phase_damping", "thermal_relaxation",
+                                       "bit_flip",     "phase_flip",        "readout",       "kraus"};
+  if (!has_outcomes) channels.erase(channels.end() - 2);
+  check_choice(op_name, "channel", a.channel, channels);
   check_choice(op_name, "scope", a.scope, {"local", "global"});
   check_choice(op_name, "convention", a.convention, {"replace", "error"});
   const auto only_plain = [&](const char* name, const std::string& value, const char* plain) {
@@ -276,6 +277,14 @@ NoiseChannel resolve_channel(const char* op_name, const NoiseChannelAttributes& 
   const Resolver resolver(op_name, attributes, inputs, qubits);
   resolver.check_inputs();
   return resolver.channel();
+}
+
+void check_density_qubits(const char* op_name, const std::string& what, int qubits, const std::string& instead) {
+  constexpr int kMost = 12;
+  if (qubits <= kMost) return;
+  throw std::invalid_argument("[" + std::string(op_name) + "] " + what +
+                              " needs a density matrix, which takes 268 MB of double a thread for " + std::to_string(kMost) +
+                              " qubits, the most, got " + std::to_string(qubits) + "; " + instead);
 }
 
 }  // namespace qexport

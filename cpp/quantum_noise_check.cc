@@ -137,11 +137,7 @@ double deviation(const Real* u, int64_t d) {
 void measure_behind(QuantumNoiseCall& call, const TensorView& unitary) {
   QuantumNoiseParams& p = call.params;
   const int64_t d = int64_t{1} << p.qubits;
-  if (p.qubits > kMaxDensityQubits) {
-    fail("unitary of all qubits needs a density matrix, which takes 268 MB a thread for " +
-         std::to_string(kMaxDensityQubits) + " qubits, the most, got " + std::to_string(p.qubits) +
-         "; a gate (2, 2, 2) on every qubit has no limit");
-  }
+  check_density_qubits(kNoise, "unitary of all qubits", p.qubits, "a gate (2, 2, 2) on every qubit has no limit");
   const Shape& shape = unitary.shape;
   if (shape.rank != 3 || shape.dim[0] != d || shape.dim[1] != d || shape.dim[2] != 2) {
     const std::string states = std::to_string(d);
@@ -159,7 +155,7 @@ void measure_behind(QuantumNoiseCall& call, const TensorView& unitary) {
 }  // namespace
 
 void check_attributes(const QuantumNoiseAttributes& a) {
-  check_attributes(kNoise, a.channel);
+  check_attributes(kNoise, a.channel, true);
   check_choice(kNoise, "basis", a.basis, {"z", "x"});
   const auto flag = [](const char* name, int64_t value) {
     if (value != 0 && value != 1) fail(std::string(name) + " must be one of 0, 1, got " + std::to_string(value));

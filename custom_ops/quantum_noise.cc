@@ -2,6 +2,7 @@
 
 #include "ort_channel.h"
 #include "ort_op.h"
+#include "qexport/quantum_attention.h"
 #include "qexport/quantum_noise_check.h"
 #include "shape_inference.h"
 
@@ -21,6 +22,7 @@ struct Kernel {
   QuantumNoiseAttributes attributes;
 
   explicit Kernel(const OrtKernelInfo* info) {
+    if (const char* error = isa_error()) throw std::invalid_argument(error);
     const NodeAttributes node(info, kName);
     attributes = {{node.text("channel"), node.text("scope"), node.text("convention")},
                   node.text("basis"),

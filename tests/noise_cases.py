@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 import qexport
 from qexport import _core
 from qexport.noise.channels import num_qubits
-from qexport.ops import DOMAIN, QUANTUM_MEASURE, QUANTUM_NOISE, VERSION
-from qexport.ops.proto import function_proto, make_node
+from qexport.ops import DOMAIN, QUANTUM_NOISE, VERSION
+from qexport.ops.proto import function_proto, make_node, spec_of
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 
@@ -91,7 +91,7 @@ def noise_binding(p, given: dict, attributes: dict, dtype: str = "float64", thre
 
 
 def measure_binding(p, seed: int, dtype: str = "float64", threads: int = 1, **attributes):
-    resolved = QUANTUM_MEASURE.resolve(attributes)
+    resolved = spec_of("QuantumMeasure").resolve(attributes)
     return _core.quantum_measure(p.astype(TYPES[dtype]), seed, **resolved, threads=threads).astype(np.float64)
 
 
@@ -113,7 +113,7 @@ def measure_ort(p, seed: int, dtype: str = "float64", threads: int = 1, fallback
 
 def one_node_model(op_name: str, feeds: dict, types: dict, outputs, attributes: dict, fallback: bool = False):
     """A model around one node. Inputs and outputs are double, with casts to and from `types` inside."""
-    spec = {"QuantumNoise": QUANTUM_NOISE, "QuantumMeasure": QUANTUM_MEASURE}[op_name]
+    spec = spec_of(op_name)
     nodes = [helper.make_node("Cast", [name], [f"{name}_typed"], to=ELEMENTS[types[name]]) for name in types]
     names = [f"{param.name}_typed" if param.name in types else param.name for param in spec.inputs]
     names = [name if name.removesuffix("_typed") in feeds else "" for name in names]

@@ -239,7 +239,7 @@ def test_what_is_refused(run, p, given, attributes, message):
 def test_unitaries_of_many_qubits_are_refused(run):
     p = np.eye(1, 4097)
     with pytest.raises(
-        Exception, match=r"a density matrix, which takes 268 MB a thread for 12 qubits, the most, got 13; a gate"
+        Exception, match=r"a density matrix, which takes 268 MB of double a thread for 12 qubits, the most, got 13; a gate"
     ):
         run(p, {"level": np.array(0.1), "unitary": isometries(4, 4)}, {})
     noisy, _ = run(p, {"level": np.array(0.1), "unitary": HADAMARD}, {})

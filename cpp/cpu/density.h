@@ -20,6 +20,10 @@ struct DensityKernels {
   // out[s] = v^dagger rho v of the `width` states v of a panel. rho is Hermitian, im null: real. panel_im null: the states
   // are real. Panels are d * width.
   void (*forms)(int64_t d, const Real* re, const Real* im, const Real* panel_re, const Real* panel_im, Real* out);
+
+  // out[s] = sum over j of weights[j] (WHT w)_j^2 with w_j = state_j v_j, for the states v of a panel, which are real; WHT
+  // is the Walsh-Hadamard transform without a factor. Weights null: (sum of w)^2. products: d * width / 2.
+  void (*dephased)(int qubits, const Real* weights, const Real* state, const Real* panel, Real* products, Real* out);
 };
 
 }  // namespace qexport

@@ -214,12 +214,53 @@ void forms(int64_t d, const Real* re, const Real* im, const Real* panel_re, cons
   if (panel_im) forms_of<Real, kRows, false>(d, re, nullptr, panel_im, nullptr, out);
 }
 
+// (a, b, c, d) -> (a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d), places `bit` apart: two qubits at a time.
+template <class Real>
+void hadamards(int qubits, V<Real>* w) {
+  const int64_t d = int64_t{1} << qubits;
+  int k = 0;
+  for (; k + 1 < qubits; k += 2) {
+    const int64_t bit = int64_t{1} << k;
+    for (int64_t base = 0; base < d; base += 4 * bit) {
+      for (int64_t j = base; j < base + bit; ++j) {
+        const V<Real> low = w[j] + w[j + bit], low_less = w[j] - w[j + bit];
+        const V<Real> high = w[j + 2 * bit] + w[j + 3 * bit], high_less = w[j + 2 * bit] - w[j + 3 * bit];
+        w[j] = low + high, w[j + bit] = low_less + high_less;
+        w[j + 2 * bit] = low - high, w[j + 3 * bit] = low_less - high_less;
+      }
+    }
+  }
+  for (int64_t j = 0; k < qubits && j < d / 2; ++j) {
+    const V<Real> low = w[j], high = w[j + d / 2];
+    w[j] = low + high, w[j + d / 2] = low - high;
+  }
+}
+
+template <class Real>
+void dephased(int qubits, const Real* weights, const Real* state, const Real* panel, Real* products, Real* out) {
+  constexpr int kWidth = 2 * kWide<Real>;
+  const int64_t d = int64_t{1} << qubits;
+  V<Real>* w = reinterpret_cast<V<Real>*>(products);
+  for (int half = 0; half < kWidth; half += kWide<Real>) {
+    V<Real> sum{};
+    if (weights) {
+      for (int64_t j = 0; j < d; ++j) w[j] = load<V<Real>>(panel + j * kWidth + half) * state[j];
+      hadamards<Real>(qubits, w);
+      for (int64_t j = 0; j < d; ++j) sum += w[j] * w[j] * weights[j];
+    } else {
+      for (int64_t j = 0; j < d; ++j) sum += load<V<Real>>(panel + j * kWidth + half) * state[j];
+      sum *= sum;
+    }
+    store(out + half, sum);
+  }
+}
+
 }  // namespace
 
 extern const DensityKernels<float> density_f32;
 extern const DensityKernels<double> density_f64;
-const DensityKernels<float> density_f32 = {2 * kWide<float>, evolve<float>, forms<float>};
-const DensityKernels<double> density_f64 = {2 * kWide<double>, evolve<double>, forms<double>};
+const DensityKernels<float> density_f32 = {2 * kWide<float>, evolve<float>, forms<float>, dephased<float>};
+const DensityKernels<double> density_f64 = {2 * kWide<double>, evolve<double>, forms<double>, dephased<double>};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

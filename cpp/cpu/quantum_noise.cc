@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "kernels.h"
+#include "density_access.h"
 #include "probability_kernel.h"
 
 namespace qexport {
@@ -93,15 +93,6 @@ void sums(const Real* x, int64_t begin, int64_t end, Real* sum) {
   for (int r = 0; r < kWide; ++r) sum[r] = 0;
   for (int64_t j = begin; j < end; ++j) {
     for (int r = 0; r < kWide; ++r) sum[r] += x[j * kWide + r];
-  }
-}
-
-template <class Real>
-const DensityKernels<Real>& density() {
-  if constexpr (sizeof(Real) == sizeof(double)) {
-    return *kernels().density_f64;
-  } else {
-    return *kernels().density_f32;
   }
 }
 

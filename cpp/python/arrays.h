@@ -23,5 +23,6 @@ ParallelFor own_threads(int& threads);
 
 void define_quantum_attention(py::module_& m);
 void define_quantum_noise(py::module_& m);  // and QuantumMeasure
+void define_quantum_overlap(py::module_& m);
 
 }  // namespace qexport

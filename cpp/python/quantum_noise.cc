@@ -1,36 +1,24 @@
+#include <stdexcept>
 #include <vector>
 
 #include "arrays.h"
+#include "channel_inputs.h"
+#include "qexport/quantum_attention.h"
 #include "qexport/quantum_noise_check.h"
 
 namespace qexport {
 namespace {
 
-// A parameter of a channel, as numbers of double precision.
-TensorView parameter(py::object& object, const char* name, int most = 4) {
-  if (object.is_none()) return {};
-  object = py::module_::import("numpy").attr("asarray")(object, py::str("float64"));
-  return view(object, "QuantumNoise", name, false, most);
-}
-
-// Matrices, in single precision where they come in it: they are held to what their type can say.
-TensorView matrices(py::object& object, const char* name, int most) {
-  if (object.is_none()) return {};
-  object = py::module_::import("numpy").attr("asarray")(object);
-  if (py::isinstance<py::array_t<float>>(object)) return view(object, "QuantumNoise", name, false, most);
-  return parameter(object, name, most);
-}
-
 py::tuple quantum_noise(py::object probabilities, py::object level, py::object T1, py::object T2,
                         py::object excited_population, py::object kraus, py::object unitary, const std::string& channel,
                         const std::string& scope, const std::string& convention, const std::string& basis, int64_t inverse,
                         int64_t renormalize, int threads) {
+  if (const char* error = isa_error()) throw std::invalid_argument(error);
   const QuantumNoiseAttributes attributes{{channel, scope, convention}, basis, inverse, renormalize};
   check_attributes(attributes);
   const QuantumNoiseInputs in{view(probabilities, "QuantumNoise", "probabilities"),
-                              {parameter(level, "level"), parameter(T1, "T1"), parameter(T2, "T2"),
-                               parameter(excited_population, "excited_population"), matrices(kraus, "kraus", 5)},
-                              matrices(unitary, "unitary", 4)};
+                              channel_inputs("QuantumNoise", level, T1, T2, excited_population, kraus),
+                              matrices(unitary, "QuantumNoise", "unitary", 4)};
   const QuantumNoiseCall call = resolve_call(attributes, in);
   py::array noisy = empty(call.noisy, probabilities.attr("dtype"));
   py::array leak = empty(call.leak, py::str(call.params.type == DType::f64 ? "float64" : "float32"));

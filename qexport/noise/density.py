@@ -182,7 +182,9 @@ def channel_probabilities(
     return rho.diagonal(dim1=-2, dim2=-1).real
 
 
-def overlap_probabilities(a: torch.Tensor, b: torch.Tensor, kraus: torch.Tensor) -> torch.Tensor:
+def overlap_probabilities(
+    a: torch.Tensor, b: torch.Tensor, kraus: torch.Tensor, tolerance: float = TOLERANCE
+) -> torch.Tensor:
     """<b| E(|a><a|) |b>: the probability of finding b in a state that was prepared as a and met a channel E.
 
     Operators that are all diagonal multiply element (i, j) of |a><a| by C = C_{q-1} x ... x C_0, C_k[i, j] = sum_a K_a[i, i]
@@ -193,6 +195,7 @@ def overlap_probabilities(a: torch.Tensor, b: torch.Tensor, kraus: torch.Tensor)
         a: (..., m, d) amplitudes, real or complex, of norm one; d = 2^q.
         b: (..., k, d), as a.
         kraus: complex (q, operators, 2, 2), of each qubit.
+        tolerance: how far the operators may be from summing to the identity.
 
     Returns:
         float64 (..., m, k).
@@ -200,7 +203,7 @@ def overlap_probabilities(a: torch.Tensor, b: torch.Tensor, kraus: torch.Tensor)
     Raises:
         UsageError: Kraus operators that do not sum to the identity, or amplitudes of another length than 2^q.
     """
-    check_kraus(kraus)
+    check_kraus(kraus, tolerance)
     d = 1 << len(kraus)
     if not a.shape[-1] == b.shape[-1] == d:
         raise UsageError(

@@ -51,8 +51,12 @@ int num_qubits(int64_t n);
 // Errors, all std::invalid_argument with one line: "[QuantumNoise] level must be in 0 to 1, got 1.5".
 void check_choice(const char* op_name, const char* attribute, const std::string& value,
                   const std::vector<const char*>& choices);
-void check_attributes(const char* op_name, const NoiseChannelAttributes& attributes);
+// An op without outcomes has no channel readout.
+void check_attributes(const char* op_name, const NoiseChannelAttributes& attributes, bool has_outcomes);
 NoiseChannel resolve_channel(const char* op_name, const NoiseChannelAttributes& attributes, const NoiseChannelInputs& inputs,
                              int qubits);
+// Fails where a density matrix of that many qubits is more than a thread is trusted to hold. `what` needs it, and `instead`
+// does not.
+void check_density_qubits(const char* op_name, const std::string& what, int qubits, const std::string& instead);
 
 }  // namespace qexport

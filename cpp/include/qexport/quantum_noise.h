@@ -30,9 +30,6 @@ struct QuantumNoiseParams {
   DType unitary_type;   // f32 or f64
 };
 
-// Qubits whose density matrix a thread is trusted to hold: 268 MB of double.
-constexpr int kMaxDensityQubits = 12;
-
 struct QuantumNoiseTensors {
   // Input
   const void* probabilities;  // (rows, n)
