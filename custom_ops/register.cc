@@ -4,6 +4,7 @@
 #include "quantum_attention.h"
 #include "quantum_measure.h"
 #include "quantum_noise.h"
+#include "quantum_overlap.h"
 
 namespace qexport {
 namespace {
@@ -28,6 +29,7 @@ OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
   for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
     ort_check(ort->CustomOpDomain_Add(domain, quantum_noise_op(type, infer)));
     ort_check(ort->CustomOpDomain_Add(domain, quantum_measure_op(type, infer)));
+    ort_check(ort->CustomOpDomain_Add(domain, quantum_overlap_op(type, infer)));
   }
   return domain;
 }

@@ -172,4 +172,12 @@ void infer_row_shapes(OrtShapeInferContext* context) {
   if (with_leak) set_output(context, 1, other.type, Dims(rows.dims.begin(), rows.dims.end() - 1));
 }
 
+void infer_overlap_shapes(OrtShapeInferContext* context) {
+  const InputInfo queries = input_info(context, 0), keys = input_info(context, 1);
+  if (!queries.known || !keys.known || queries.dims.size() < 2 || queries.dims.size() != keys.dims.size()) return;
+  Dims dims = queries.dims;
+  dims.back() = keys.dims[keys.dims.size() - 2];
+  set_output(context, 0, queries.type, dims);
+}
+
 }  // namespace qexport

@@ -12,4 +12,7 @@ void infer_attention_shapes(OrtShapeInferContext* context);
 // Ops on rows of probabilities: output 0 is like input 0, output 1 has a number per row, in the type of input 1.
 void infer_row_shapes(OrtShapeInferContext* context);
 
+// QuantumOverlap: (..., m, d) and (..., k, d) give (..., m, k).
+void infer_overlap_shapes(OrtShapeInferContext* context);
+
 }  // namespace qexport

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 import qexport
 from qexport import _core
 from qexport.noise.channels import num_qubits
-from qexport.ops import DOMAIN, QUANTUM_MEASURE, QUANTUM_NOISE, VERSION
-from qexport.ops.proto import function_proto, make_node
+from qexport.ops import DOMAIN, QUANTUM_NOISE, VERSION
+from qexport.ops.proto import function_proto, make_node, spec_of
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 
@@ -47,6 +47,18 @@ def rows(*shape: int, seed: int = 0) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
+def isometries(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random (..., rows, columns) complex matrices with orthonormal columns, as (..., rows, columns, 2)."""
+    parts = np.random.default_rng(seed).standard_normal((2, *shape))
+    matrices = np.linalg.qr(parts[0] + 1j * parts[1])[0]
+    return np.stack([matrices.real, matrices.imag], -1)
+
+
+def random_kraus(*shape: int, operators: int = 3, seed: int = 0) -> np.ndarray:
+    """Random Kraus operators (..., operators, 2, 2, 2): of no named channel, and with complex maps of density matrices."""
+    return isometries(*shape, 2 * operators, 2, seed=seed).reshape(*shape, operators, 2, 2, 2)
+
+
 def parameters(attributes: dict, per_qubit: bool, n: int, seed: int = 0) -> dict:
     """float64 inputs of the channel, within its limits."""
     rng = np.random.default_rng(seed)
@@ -54,6 +66,8 @@ def parameters(attributes: dict, per_qubit: bool, n: int, seed: int = 0) -> dict
     if attributes["channel"] == "readout" and per_qubit:
         shape = (*shape, 2)
     level = {"level": rng.random(shape)}
+    if attributes["channel"] == "kraus":
+        return {**level, "kraus": random_kraus(*shape, seed=seed)}
     if attributes["channel"] != "thermal_relaxation":
         return level
     T1 = rng.uniform(0.5, 2, shape)
@@ -77,7 +91,7 @@ def noise_binding(p, given: dict, attributes: dict, dtype: str = "float64", thre
 
 
 def measure_binding(p, seed: int, dtype: str = "float64", threads: int = 1, **attributes):
-    resolved = QUANTUM_MEASURE.resolve(attributes)
+    resolved = spec_of("QuantumMeasure").resolve(attributes)
     return _core.quantum_measure(p.astype(TYPES[dtype]), seed, **resolved, threads=threads).astype(np.float64)
 
 
@@ -99,7 +113,7 @@ def measure_ort(p, seed: int, dtype: str = "float64", threads: int = 1, fallback
 
 def one_node_model(op_name: str, feeds: dict, types: dict, outputs, attributes: dict, fallback: bool = False):
     """A model around one node. Inputs and outputs are double, with casts to and from `types` inside."""
-    spec = {"QuantumNoise": QUANTUM_NOISE, "QuantumMeasure": QUANTUM_MEASURE}[op_name]
+    spec = spec_of(op_name)
     nodes = [helper.make_node("Cast", [name], [f"{name}_typed"], to=ELEMENTS[types[name]]) for name in types]
     names = [f"{param.name}_typed" if param.name in types else param.name for param in spec.inputs]
     names = [name if name.removesuffix("_typed") in feeds else "" for name in names]

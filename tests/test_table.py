@@ -99,6 +99,19 @@ def test_schema_accepts_and_infers_rows_of_probabilities(op, outputs, shape, typ
         assert named["leak_typed"] == ELEMENTS[types["level"]]
 
 
+@pytest.mark.parametrize("typed", ["float16", "float64"])
+def test_schema_accepts_and_infers_overlaps(typed):
+    register_schemas()
+    feeds = {"queries": rows(2, 3, 5), "keys": rows(2, 4, 5), "level": np.asarray(0.5)}
+    types = {"queries": typed, "keys": typed, "level": "float64" if typed == "float64" else "float32"}
+    (got,) = run_node("QuantumOverlap", feeds, types, ("overlaps",), {})
+    model = rows_model("QuantumOverlap", feeds, types, ("overlaps",), {})
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    assert tuple(d.dim_value for d in inferred.graph.output[0].type.tensor_type.shape.dim) == got.shape == (2, 3, 4)
+    named = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    assert named["overlaps_typed"] == ELEMENTS[typed]
+
+
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_nodes_say_what_they_fall_back_to(spec):
     needed = [[p.name for p in params if not p.optional] for params in (spec.inputs, spec.outputs)]

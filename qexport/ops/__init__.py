@@ -3,8 +3,20 @@
 from qexport.ops.quantum_attention import SPEC as QUANTUM_ATTENTION
 from qexport.ops.quantum_measure import SPEC as QUANTUM_MEASURE
 from qexport.ops.quantum_noise import SPEC as QUANTUM_NOISE
+from qexport.ops.quantum_overlap import SPEC as QUANTUM_OVERLAP
 from qexport.ops.spec import DOMAIN, VERSION, Attr, OpSpec, Param
 
-OPS: tuple[OpSpec, ...] = (QUANTUM_ATTENTION, QUANTUM_NOISE, QUANTUM_MEASURE)
+OPS: tuple[OpSpec, ...] = (QUANTUM_ATTENTION, QUANTUM_NOISE, QUANTUM_MEASURE, QUANTUM_OVERLAP)
 
-__all__ = ["DOMAIN", "OPS", "QUANTUM_ATTENTION", "QUANTUM_MEASURE", "QUANTUM_NOISE", "VERSION", "Attr", "OpSpec", "Param"]
+__all__ = [
+    "DOMAIN",
+    "OPS",
+    "QUANTUM_ATTENTION",
+    "QUANTUM_MEASURE",
+    "QUANTUM_NOISE",
+    "QUANTUM_OVERLAP",
+    "VERSION",
+    "Attr",
+    "OpSpec",
+    "Param",
+]
