@@ -4,9 +4,11 @@ from qexport.nn.backends import AttentionCall, backend_names
 from qexport.nn.functional import exact_attention, quantum_attention
 from qexport.nn.multihead import QuantumMultiheadAttention, number_layers
 from qexport.nn.replacement import replace_attention
+from qexport.nn.simulator import QuantumAttentionSimulator
 
 __all__ = [
     "AttentionCall",
+    "QuantumAttentionSimulator",
     "QuantumMultiheadAttention",
     "backend_names",
     "exact_attention",

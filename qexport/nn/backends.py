@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from qexport.errors import QexportError, UsageError
+from qexport.ops.kernels import kernels
 
 GROUP = "qexport.backends"
 
@@ -76,7 +77,7 @@ def chosen_backend(backend: str, tensor: torch.Tensor, dropout_p: float) -> str:
     """What `auto` is for a call: the kernel for float32, float16 and bfloat16 on the CPU, the reference otherwise."""
     if backend != "auto":
         return backend
-    fits = tensor.device.type == "cpu" and tensor.dtype in _KERNEL_TYPES and dropout_p == 0 and _core() is not None
+    fits = tensor.device.type == "cpu" and tensor.dtype in _KERNEL_TYPES and dropout_p == 0 and kernels() is not None
     return "kernel" if fits else "reference"
 
 
@@ -95,7 +96,7 @@ def reference(call: AttentionCall):
 
 def kernel(call: AttentionCall):
     """The C++ kernels on the memory of CPU tensors, with as many threads as torch has; no gradient flows through it."""
-    core = _core()
+    core = kernels()
     if core is None:
         raise QexportError("backend kernel: qexport was installed without its kernels; take backend reference, or reinstall")
     if call.Q.device.type != "cpu" or call.Q.dtype not in _KERNEL_TYPES:
@@ -122,15 +123,6 @@ def kernel(call: AttentionCall):
 
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OWN = {"kernel": kernel, "reference": reference}
-
-
-@functools.cache
-def _core():
-    try:
-        from qexport import _core
-    except ImportError:  # a source tree that was never built
-        return None
-    return _core
 
 
 @functools.cache

@@ -78,6 +78,18 @@ def thermal_factors(qubits, time, T1, T2, excited_population):
     return -torch.expm1(-time / T1), torch.exp(-time / T2), within("excited_population", excited, 1)
 
 
+def global_share(convention: str, level, qubits: int) -> torch.Tensor:
+    """`replaced_share` of a channel on all qubits as one system: float64 ().
+
+    Raises:
+        UsageError: as `replaced_share`, or levels that differ between qubits.
+    """
+    shares = replaced_share(convention, level, qubits, qubits)
+    if (shares != shares[0]).any():
+        raise UsageError("[QuantumNoise] level must be one number with scope global, got one per qubit that differ")
+    return shares[0]
+
+
 def _readout(qubits, level):
     """P(1 read | 0) and P(0 read | 1) of each qubit: float64 (qubits, 2)."""
     level = torch.as_tensor(level, dtype=torch.float64)
@@ -176,6 +188,12 @@ def apply_transitions(p: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         pairs = p.unflatten(-1, (-1, 2, 1 << k))  # axis -2 is bit k
         p = torch.einsum("ij,...jl->...il", matrix, pairs).flatten(-3)
     return p
+
+
+def amplitudes_of(p: torch.Tensor) -> torch.Tensor:
+    """sqrt p, with the gradient 0 where p is 0: the limit for whoever reaches p through a softmax, which is flat there,
+    instead of an infinity that becomes NaN."""
+    return torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), 0)
 
 
 def walsh_hadamard(amplitudes: torch.Tensor) -> torch.Tensor:

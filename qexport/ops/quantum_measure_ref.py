@@ -30,8 +30,9 @@ def quantum_measure_ref(probabilities, seed=0, **attributes):
     f = torch.where(p > 0, (p * (CDF_ONE / total)).floor() + 1, 0).long()
     F = f.cumsum(-1)
     queries = probabilities.shape[-2] if probabilities.ndim > 1 else 1
-    place = torch.arange(len(p))[:, None]
-    words = philox4x32(seed, a["layer"], place // queries, place % queries, torch.arange((shots + 3) // 4))
+    place = torch.arange(len(p), device=p.device)[:, None]
+    block = torch.arange((shots + 3) // 4, device=p.device)
+    words = philox4x32(seed, a["layer"], place // queries, place % queries, block)
     target = words.flatten(1)[:, :shots] * F[:, -1:] >> 32
     outcome = torch.searchsorted(F, target, right=True).clamp(max=n - 1)
     counts = torch.zeros_like(p).scatter_add(-1, outcome, torch.ones_like(target, dtype=p.dtype))

@@ -4,11 +4,12 @@ import torch
 
 from qexport.errors import UsageError
 from qexport.noise.channels import (
+    amplitudes_of,
     apply_transitions,
+    global_share,
     inverse_matrices,
     kept_strength,
     num_qubits,
-    replaced_share,
     transition_matrices,
     walsh_hadamard,
 )
@@ -42,12 +43,9 @@ def quantum_noise_ref(probabilities, level, T1=None, T2=None, excited_population
         if value is not None and a["channel"] != "thermal_relaxation":
             raise UsageError(f"[QuantumNoise] {name} is for channel thermal_relaxation, got {a['channel']}; leave it out")
     if a["basis"] == "x" and not a["inverse"]:
-        p = walsh_hadamard(p.sqrt()).square()
+        p = walsh_hadamard(amplitudes_of(p)).square()
     if a["scope"] == "global":
-        shares = replaced_share(a["convention"], level, qubits, qubits)
-        if (shares != shares[0]).any():
-            raise UsageError("[QuantumNoise] level must be one number with scope global, got one per qubit that differ")
-        strength = shares[0].to(dtype)
+        strength = global_share(a["convention"], level, qubits).to(dtype)
         spread = p.sum(-1, keepdim=True) / p.shape[-1]
         if a["inverse"]:
             p = (p - strength * spread) / kept_strength(1 - strength, "the register")

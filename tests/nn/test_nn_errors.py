@@ -130,7 +130,7 @@ def test_kernel_limits():
 def test_a_tree_without_kernels(monkeypatch):
     from qexport.nn import backends
 
-    monkeypatch.setattr(backends, "_core", lambda: None)
+    monkeypatch.setattr(backends, "kernels", lambda: None)
     q = rows(1, 2, 3, 4)
     with pytest.raises(QexportError, match="installed without its kernels; take backend reference, or reinstall"):
         quantum_attention(q, q, q, backend="kernel")
