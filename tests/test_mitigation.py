@@ -72,7 +72,7 @@ def test_sequences_of_models_are_the_density_matrix(basis):
 @pytest.mark.parametrize("channel", ["depolarizing", "amplitude_damping", "phase_flip", "thermal_relaxation"])
 def test_noise_times_k_is_the_channel_k_times(channel, basis):
     p, noise = tensor(2, 8), MeasuredNoise([NoiseModel(channel, 0.2)], 8, basis)
-    kraus = density.kraus_operators(channel, 3, **noise.models[0].inputs)
+    kraus = density.kraus_operators(channel, 3, **noise.channels[0].inputs)
     rho = density.density_matrix(p)
     for _ in range(3):
         rho = density.apply_kraus(rho, kraus)
@@ -81,6 +81,19 @@ def test_noise_times_k_is_the_channel_k_times(channel, basis):
     assert (noise.through(p, noise.repeated(3)) - want).abs().max() <= EXACT
     half = noise.repeated(1.5)
     assert (noise.through(p, [*half, *half]) - want).abs().max() <= EXACT, "powers that are no whole numbers"
+
+
+def test_readout_is_repeated_behind_the_channels():
+    """As many times, at the measurement: what a device can do."""
+    noise = MeasuredNoise(parse_noise("amplitude_damping:0.2,readout:0.1"), 8)
+    models = noise.repeated_models(2)
+    assert [model.channel for model in models] == ["amplitude_damping"] * 2 + ["readout"] * 2
+    p = tensor(2, 8)
+    want = MeasuredNoise(models, 8).probabilities(p)
+    assert (noise.through(p, noise.repeated(2)) - want).abs().max() <= EXACT
+    half = noise.repeated(1.5)
+    want = noise.through(noise.through(p, [half[0], half[0]]), [half[1], half[1]])
+    assert (noise.through(p, noise.repeated(3)) - want).abs().max() <= EXACT
 
 
 def test_extrapolation_removes_the_first_orders():
@@ -104,7 +117,7 @@ def test_cancellation_is_the_average_over_operations(channel, basis):
     one = torch.eye(2, dtype=torch.complex128)
     reset = torch.stack([one[:1].T @ one[:1], one[:1].T @ one[1:]])
     operations = [*(pauli[None] for pauli in density.PAULIS), reset]
-    kraus = density.kraus_operators(channel, 2, **noise.models[0].inputs)
+    kraus = density.kraus_operators(channel, 2, **noise.channels[0].inputs)
     turn = torch.kron(channels.HADAMARD, channels.HADAMARD) if basis == "x" else torch.eye(4, dtype=torch.complex128)
     want = {1: 0, -1: 0}
     for a, b in itertools.product(range(5), repeat=2):

@@ -8,6 +8,7 @@ from qexport.nn import QuantumAttentionSimulator
 from qexport.noise.comparison import METHODS
 from qexport.ops import QUANTUM_NOISE
 
+REFUSED = "repetition:3", "x"
 NAMES = QUANTUM_NOISE.attribute("channel").choices
 
 

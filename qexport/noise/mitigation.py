@@ -222,8 +222,8 @@ class RepetitionCode(Mitigation):
             raise UsageError(f"repetition distance must be an odd number >= 1, got {self.distance}")
 
     def experiments(self, noise, shots):
-        for model in noise.models:
-            if model.channel not in ("depolarizing", "bit_flip", "readout"):
+        for model in noise.channels:
+            if model.channel not in ("depolarizing", "bit_flip"):
                 raise UsageError(
                     f"repetition corrects flips (depolarizing, bit_flip, readout), got {model.channel}; take "
                     "readout_inversion"
@@ -295,7 +295,7 @@ def _on_device(device, mitigation, experiment, noise, p, seed):
     if experiment.times is None:
         raise UsageError(f"hardware cannot do mitigation {mitigation}; take zne with whole scales, or backend auto")
     padded = torch.nn.functional.pad(p.detach(), (0, (1 << noise.qubits) - p.shape[-1]))
-    found = device(padded, experiment.shots, noise.models * experiment.times, basis=noise.basis, seed=seed)
+    found = device(padded, experiment.shots, noise.repeated_models(experiment.times), basis=noise.basis, seed=seed)
     rows = experiment.rows(p) if torch.is_grad_enabled() else p.detach()
     return with_gradient(found.to(p), rows)
 

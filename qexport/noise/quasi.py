@@ -23,9 +23,9 @@ def quasi_probabilities(noise: MeasuredNoise) -> torch.Tensor:
     """
     x = y = torch.ones(noise.qubits, dtype=torch.float64)
     z, t = x, torch.zeros_like(x)
-    for model in noise.models:
-        if model.channel == "readout":
-            raise UsageError("pec undoes noise of states, and readout acts on outcomes; take readout_inversion")
+    if noise.readouts:
+        raise UsageError("pec undoes noise of states, and readout acts on outcomes; take readout_inversion")
+    for model in noise.channels:
         if model.scope == "global":
             raise UsageError("pec takes noise of single qubits, got scope global; take readout_inversion")
         step = MeasuredNoise([model], noise.n).steps[0]
