@@ -22,6 +22,10 @@ from qexport.noise.channels import (
 from qexport.noise.model import NoiseModel
 from qexport.ops.kernels import kernels
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
+from qexport.ops.quantum_noise import SPEC
+
+# `readout` with two rates per qubit is any transition matrix, in either basis.
+ANY_MATRIX = {basis: SPEC.resolve({"channel": "readout", "basis": basis}) for basis in ("z", "x")}
 
 
 class MeasuredNoise:
@@ -116,11 +120,8 @@ class MeasuredNoise:
         asked = torch.is_grad_enabled() and (p.requires_grad or matrices.requires_grad)
         if self.kernel and not asked and self.qubits:
             flips = torch.stack([matrices[:, 1, 0], matrices[:, 0, 1]], -1).detach().clamp(0, 1)
-            # `readout` with two rates per qubit is any transition matrix, in either basis.
-            attributes = {"channel": "readout", "scope": "local", "convention": "replace", "basis": basis, "renormalize": 0}
-            noisy, _ = kernels().quantum_noise(
-                p.detach().numpy(), flips.numpy(), **attributes, threads=torch.get_num_threads()
-            )
+            threads = torch.get_num_threads()
+            noisy, _ = kernels().quantum_noise(p.detach().numpy(), flips.numpy(), **ANY_MATRIX[basis], threads=threads)
             return torch.from_numpy(noisy)
         if basis == "x":
             p = walsh_hadamard(amplitudes_of(p)).square()

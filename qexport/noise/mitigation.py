@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from qexport.errors import UsageError
-from qexport.noise.channels import apply_transitions, matrices_of
+from qexport.noise.channels import apply_transitions, inverse_matrices, kept_strength, matrices_of
 from qexport.noise.measured import MeasuredNoise, measured, with_gradient
 from qexport.noise.quasi import gamma, noisy_operations, quasi_probabilities
-
-SMALLEST = 1e-9  # of what noise must leave of an outcome so that it can be inverted
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,16 @@ class ReadoutInversion(Mitigation):
         return not self.project
 
     def experiments(self, noise, shots):
-        for step in noise.steps:
-            _check_invertible("readout_inversion", 1 - step if not step.ndim else 1 - step[:, 1, 0] - step[:, 0, 1])
+        inverses = [inverse_matrices(step) if step.ndim else step for step in reversed(noise.steps)]
 
         def read(frequencies):
-            for step in reversed(noise.steps):
+            for step in inverses:
                 step = step.to(frequencies.device)
                 if step.ndim:
-                    frequencies = apply_transitions(frequencies, torch.linalg.inv(step))
+                    frequencies = apply_transitions(frequencies, step)
                 else:
                     uniform = frequencies.sum(-1, keepdim=True) / frequencies.shape[-1]
-                    frequencies = (frequencies - step * uniform) / (1 - step)
+                    frequencies = (frequencies - step * uniform) / kept_strength(1 - step, "the register")
             return frequencies
 
         return [Experiment(shots, noise.probabilities, read, 1)]
@@ -313,11 +310,6 @@ def project_on_simplex(x: torch.Tensor) -> torch.Tensor:
     t = (ordered.cumsum(-1) - 1) / torch.arange(1, x.shape[-1] + 1, device=x.device)
     last = (ordered > t).sum(-1, keepdim=True) - 1
     return (x - t.gather(-1, last)).clamp(min=0)
-
-
-def _check_invertible(name: str, kept: torch.Tensor) -> None:
-    if (kept.abs() < SMALLEST).any():
-        raise UsageError(f"{name} cannot invert noise that leaves nothing of an outcome (S is singular); take a lower level")
 
 
 def _listed(scales) -> str:
