@@ -151,6 +151,15 @@ def test_a_query_that_sees_no_key_has_no_weights():
                 assert weights[[0, 1, 3]].any(-1).all()
 
 
+def test_no_queries():
+    Q, K, V = qkv(2, 0, 8, keys=5)
+    for backend in ("kernel", "reference"):
+        for mitigation in ("none", "pec"):
+            sim = QuantumAttentionSimulator(backend=backend, mitigation=mitigation)
+            output, weights = sim.simulate_attention(Q, K, V, 10, 0.3)
+            assert (output.shape, weights.shape) == ((2, 0, 3), (2, 0, 5))
+
+
 def test_one_key_is_certain():
     Q, K, V = qkv(4, 8, keys=1)
     for backend in ("kernel", "reference"):
@@ -322,8 +331,8 @@ Q, K, V = qkv(4, 8, keys=6)
 @pytest.mark.parametrize(
     ("settings", "call", "more", "message"),
     [
-        ({}, (Q, K, V, 0), {}, "num_samples must be an int >= 1, or None for infinitely many shots, got 0"),
-        ({}, (Q, K, V, 2.5), {}, r"num_samples must be an int >= 1, .*, got 2\.5"),
+        ({}, (Q, K, V, 0), {}, "num_samples must be an int in 1 to 2147483647, or None for infinitely many, got 0"),
+        ({}, (Q, K, V, 2.5), {}, r"num_samples must be an int in 1 to .*, got 2\.5"),
         ({}, (Q, K, V, 32, 1.5), {}, r"level must be in 0 to 1\.33333 .*, got 1\.5"),
         ({}, (Q, K, V, 32, torch.ones(2)), {}, r"level has shape \(2,\), expected one number or \(3,\), one per qubit"),
         (
@@ -338,6 +347,8 @@ Q, K, V = qkv(4, 8, keys=6)
         ({}, (Q[None], K, V), {}, r"must all have the same 2 to 4 dimensions, got Q \(1, 4, 8\)"),
         ({}, (Q.float(), K, V), {}, r"must share one float type, got torch\.float32"),
         ({}, (Q, K, V), {"attn_mask": torch.ones(3, 6, dtype=torch.bool)}, r"must broadcast to \(4, 6\), got \(3, 6\)"),
+        ({}, (Q, K, V, 2**31), {}, "num_samples must be an int in 1 to .*, got 2147483648"),
+        ({}, (Q, K, V), {"attn_mask": torch.ones(4, 6, dtype=torch.int64)}, r"attn_mask must be bool .*, got torch\.int64"),
         ({"mitigation": "zne"}, (Q, K, V, 2), {}, "zne with 3 scales needs at least 3 shots, got 2"),
         ({"mitigation": "repetition", "noise_model": "phase_flip"}, (Q, K, V), {}, "repetition corrects flips"),
         ({"basis": "overlap"}, (Q, K, V), {"scale": 0.5}, "basis overlap has no scores"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch.nn import functional
@@ -14,9 +15,11 @@ from qexport.noise.density import kraus_operators, overlap_probabilities
 from qexport.noise.measured import MeasuredNoise, measured
 from qexport.noise.mitigation import Mitigation, mitigated, parse_mitigation
 from qexport.noise.model import NoiseModel, parse_noise
+from qexport.ops import QUANTUM_MEASURE
 from qexport.ops.kernels import kernels
 
 BASES = ("z", "x", "overlap")
+MOST_SHOTS = QUANTUM_MEASURE.attribute("shots").maximum
 LEVEL = 0.01  # of a noise model that is given by its name alone
 
 
@@ -228,8 +231,8 @@ def _checked(Q, K, V, num_samples, enable_gqa):
         raise UsageError(
             f"Q, K and V must be (..., q_len, d), (..., n, d), (..., n, v_head_size) with n, d >= 1, got {shapes}"
         )
-    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
-        raise UsageError(f"num_samples must be an int >= 1, or None for infinitely many shots, got {num_samples}")
+    if num_samples is not None and not (isinstance(num_samples, Integral) and 1 <= num_samples <= MOST_SHOTS):
+        raise UsageError(f"num_samples must be an int in 1 to {MOST_SHOTS}, or None for infinitely many, got {num_samples}")
     return K, V
 
 
@@ -239,6 +242,8 @@ def _mask(attn_mask, is_causal, Q, K):
         fits = attn_mask.dim() <= len(rows) and all(
             a in (1, b) for a, b in zip(attn_mask.shape[::-1], rows[::-1], strict=False)
         )
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise UsageError(f"attn_mask must be bool (true = attend) or float, got {attn_mask.dtype}")
         if not fits:
             raise UsageError(f"attn_mask must broadcast to {rows}, got {tuple(attn_mask.shape)}")
     if not is_causal:
