@@ -1,122 +1,20 @@
-// The one place where the parameters of channels are checked and become transition probabilities; the kernels behind it take
-// them as given.
+// Checks of QuantumNoise and QuantumMeasure, and how a qubit is measured behind a channel; the kernels take it as given.
 #include "qexport/quantum_noise_check.h"
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <stdexcept>
-#include <utility>
 
 namespace qexport {
 namespace {
+
+using Complex = std::complex<double>;
 
 constexpr const char* kNoise = "QuantumNoise";
 constexpr const char* kMeasure = "QuantumMeasure";
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument("[QuantumNoise] " + message); }
-
-void check_choice(const char* attribute, const std::string& value, const std::vector<const char*>& choices) {
-  std::string known;
-  for (const char* choice : choices) {
-    if (value == choice) return;
-    known += (known.empty() ? "" : ", ") + std::string(choice);
-  }
-  fail(std::string(attribute) + " must be one of " + known + ", got '" + value + "'");
-}
-
-double number(const TensorView& tensor, int64_t i) {
-  if (tensor.type == DType::f64) return static_cast<const double*>(tensor.data)[i];
-  return static_cast<const float*>(tensor.data)[i];
-}
-
-double within(const char* name, double value, double most, const std::string& why = "") {
-  if (value >= 0.0 && value <= most) return value;
-  fail(std::string(name) + " must be in 0 to " + to_text(most) + why + ", got " + to_text(value));
-}
-
-// A parameter of each qubit: one number for all, or one for each.
-std::vector<double> per_qubit(const char* name, const TensorView& tensor, int qubits) {
-  if (!tensor.present) fail(std::string(name) + " is missing; thermal_relaxation needs it");
-  const Shape& shape = tensor.shape;
-  const int64_t count = shape.rank == 0 ? 1 : shape.dim[0];
-  if (shape.rank > 1 || (count != 1 && count != qubits)) {
-    const std::string q = std::to_string(qubits);
-    fail(std::string(name) + " has shape " + to_string(shape) + ", expected one number or (" + q + ",), one per qubit");
-  }
-  std::vector<double> values(static_cast<size_t>(qubits));
-  for (size_t k = 0; k < values.size(); ++k) values[k] = number(tensor, count == 1 ? 0 : static_cast<int64_t>(k));
-  return values;
-}
-
-// The share l of (1 - l) rho + l I / 2^width that a depolarizing level means, for a channel on `width` qubits.
-double replaced_share(const QuantumNoiseAttributes& a, double level, int width) {
-  const double states = std::ldexp(1.0, 2 * width), most = states / (states - 1.0);
-  if (a.convention == "error") return within("level", level, 1.0) * most;
-  return within("level", level, most,
-                " with convention replace on " + std::to_string(width) + (width > 1 ? " qubits" : " qubit"));
-}
-
-// P(1 | 0) and P(0 | 1) of a qubit's measurement, and the factor c of its coherence.
-struct Effect {
-  double up, down, coherence;
-};
-
-std::vector<Effect> thermal(const QuantumNoiseInputs& in, int qubits) {
-  const std::vector<double> time = per_qubit("level", in.level, qubits);
-  const std::vector<double> t1 = per_qubit("T1", in.t1, qubits), t2 = per_qubit("T2", in.t2, qubits);
-  std::vector<double> excited(time.size(), 0.0);
-  if (in.excited_population.present) excited = per_qubit("excited_population", in.excited_population, qubits);
-  std::vector<Effect> effects;
-  for (size_t k = 0; k < time.size(); ++k) {
-    if (!(t1[k] > 0.0)) fail("T1 must be > 0, got " + to_text(t1[k]));
-    if (!(t2[k] > 0.0)) fail("T2 must be > 0, got " + to_text(t2[k]));
-    if (t2[k] > 2.0 * t1[k]) fail("T2 must be at most 2 T1 = " + to_text(2.0 * t1[k]) + ", got " + to_text(t2[k]));
-    if (!(time[k] >= 0.0 && std::isfinite(time[k]))) {
-      fail("level must be a time >= 0 with thermal_relaxation, got " + to_text(time[k]));
-    }
-    within("excited_population", excited[k], 1.0);
-    const double relaxed = -std::expm1(-time[k] / t1[k]);
-    effects.push_back({excited[k] * relaxed, (1.0 - excited[k]) * relaxed, std::exp(-time[k] / t2[k])});
-  }
-  return effects;
-}
-
-std::vector<Effect> readout(const TensorView& level, int qubits) {
-  const Shape& shape = level.shape;
-  const bool two = shape.rank == 2 && shape.dim[1] == 2 && (shape.dim[0] == 1 || shape.dim[0] == qubits);
-  if (shape.rank > 1 && !two) {
-    const std::string q = std::to_string(qubits);
-    fail("level has shape " + to_string(shape) + ", expected one number, (" + q + ",), (1, 2) or (" + q + ", 2)");
-  }
-  std::vector<Effect> effects;
-  const std::vector<double> same = two ? std::vector<double>() : per_qubit("level", level, qubits);
-  for (int k = 0; k < qubits; ++k) {
-    const int64_t row = shape.rank == 2 && shape.dim[0] > 1 ? k : 0;
-    const double up = two ? number(level, 2 * row) : same[static_cast<size_t>(k)];
-    const double down = two ? number(level, 2 * row + 1) : up;
-    effects.push_back({within("level", up, 1.0), within("level", down, 1.0), 0.0});
-  }
-  return effects;
-}
-
-std::vector<Effect> effects_of(const QuantumNoiseAttributes& a, const QuantumNoiseInputs& in, int qubits) {
-  if (a.channel == "thermal_relaxation") return thermal(in, qubits);
-  if (a.channel == "readout") return readout(in.level, qubits);
-  std::vector<Effect> effects;
-  for (double l : per_qubit("level", in.level, qubits)) {
-    if (a.channel == "depolarizing") {
-      l = replaced_share(a, l, 1);
-      effects.push_back({l / 2.0, l / 2.0, 1.0 - l});
-      continue;
-    }
-    within("level", l, 1.0);
-    if (a.channel == "amplitude_damping") effects.push_back({0.0, l, std::sqrt(1.0 - l)});
-    if (a.channel == "phase_damping") effects.push_back({0.0, 0.0, std::sqrt(1.0 - l)});
-    if (a.channel == "bit_flip") effects.push_back({l, l, 1.0});
-    if (a.channel == "phase_flip") effects.push_back({0.0, 0.0, 1.0 - 2.0 * l});
-  }
-  return effects;
-}
 
 // Inverting noise that leaves less of a state's strength would leave rounding errors alone.
 constexpr double kLeastKept = 1e-6;
@@ -127,28 +25,142 @@ double kept_strength(double strength, const std::string& what) {
        to_text(kLeastKept) + "; take another level");
 }
 
-int num_qubits(int64_t n) {
-  int qubits = 0;
-  while ((int64_t{1} << qubits) < n) ++qubits;
-  return qubits;
+// What finds 0 behind a map: the operator E with P(0) = Tr(E rho), E = (1 + shift + x X + y Y + z Z) / 2. That of 1 is I -
+// E, which commutes with it: along their common direction (x, y, z) outcomes turn into each other with probabilities that
+// depend on nothing else.
+struct Found {
+  double shift, x, y, z;
+
+  explicit Found(const QubitMap& map) {
+    const double zero = map.at[0][0].real(), one = map.at[0][3].real();
+    const Complex coherence = map.at[0][1];
+    shift = zero + one - 1.0, z = zero - one;
+    x = 2.0 * coherence.real(), y = 2.0 * coherence.imag();
+  }
+  // P(1 | 0) and P(0 | 1) along an axis on which (x, y, z) is `length`.
+  double up(double length) const { return std::clamp((1.0 - shift - length) / 2.0, 0.0, 1.0); }
+  double down(double length) const { return std::clamp((1.0 + shift - length) / 2.0, 0.0, 1.0); }
+};
+
+// The channel takes outcomes of the basis to outcomes, which is all that is inverted. [[1 - up, down], [up, 1 - down]] has
+// an inverse of the same form.
+void invert(QuantumNoiseCall& call, const std::vector<QubitMap>& maps, bool basis_x) {
+  for (size_t k = 0; k < maps.size(); ++k) {
+    const Found found(maps[k]);
+    const double across = std::hypot(basis_x ? found.z : found.x, found.y) / 2.0;
+    if (!(across <= call.channel.tolerance)) {
+      fail("inverse needs a channel that acts on outcomes alone, coherences add up to " + to_text(across) +
+           " to those of qubit " + std::to_string(k) + "; take another basis");
+    }
+    const double length = basis_x ? found.x : found.z, up = found.up(length), down = found.down(length);
+    const double divisor = -kept_strength(1.0 - up - down, "qubit " + std::to_string(k));
+    call.transitions.insert(call.transitions.end(), {up / divisor, down / divisor});
+  }
+  call.params.transitions = call.transitions.data();
+}
+
+void measure(QuantumNoiseCall& call, const std::vector<QubitMap>& maps) {
+  bool turned = false, twisted = false;
+  for (const QubitMap& map : maps) {
+    const Found found(map);
+    // The one of the two opposite directions in which Z and X are along themselves.
+    const double sign = found.x + found.z < 0.0 ? -1.0 : 1.0;
+    const double length = sign * std::sqrt(found.x * found.x + found.y * found.y + found.z * found.z);
+    double angle = 0.0, azimuth = 0.0;
+    if (found.y != 0.0) {
+      angle = std::atan2(std::hypot(found.x, found.y), sign * found.z);
+      azimuth = std::atan2(sign * found.y, sign * found.x);
+    } else if (found.x != 0.0) {
+      angle = std::atan2(sign * found.x, sign * found.z);
+    }
+    turned = turned || angle != 0.0, twisted = twisted || azimuth != 0.0;
+    call.directions.insert(call.directions.end(), {std::cos(angle / 2.0), std::sin(angle / 2.0)});
+    call.azimuths.push_back(azimuth);
+    call.transitions.insert(call.transitions.end(), {found.up(length), found.down(length)});
+  }
+  call.params.directions = turned ? call.directions.data() : nullptr;
+  call.params.azimuths = twisted ? call.azimuths.data() : nullptr;
+  call.params.transitions = call.transitions.data();
+}
+
+void check_unitary(double off, DType type) {
+  if (off <= exactness(type)) return;
+  fail("unitary must be one within " + to_text(exactness(type)) + ", U^dagger U is off the identity by " + to_text(off));
+}
+
+QubitMap gate_map(const TensorView& unitary) {
+  Complex gate[4];
+  for (int i = 0; i < 4; ++i) gate[i] = {number(unitary, 2 * i), number(unitary, 2 * i + 1)};
+  double off = 0.0;
+  for (int i = 0; i < 4; ++i) {
+    const Complex product = std::conj(gate[i / 2]) * gate[i % 2] + std::conj(gate[2 + i / 2]) * gate[2 + i % 2];
+    const double wrong = std::abs(product - (i % 3 ? 0.0 : 1.0));
+    off = wrong > off || std::isnan(wrong) ? wrong : off;
+  }
+  check_unitary(off, unitary.type);
+  return map_of_gate(gate);
+}
+
+// U^dagger (U v) = v for two vectors of signs, which no difference from a unitary is likely to keep: d^2 steps, where
+// U^dagger U takes d^3.
+template <class Real>
+double deviation(const Real* u, int64_t d) {
+  double off = 0.0;
+  for (uint64_t trial = 1; trial <= 2; ++trial) {
+    std::vector<double> sign(static_cast<size_t>(d)), re(sign.size()), im(sign.size());
+    uint64_t random = trial * 0x9E3779B97F4A7C15u;
+    for (double& s : sign) {
+      random = random * 6364136223846793005u + 1442695040888963407u;
+      s = random >> 63 ? 1.0 : -1.0;
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      double real = 0.0, imaginary = 0.0;
+      for (int64_t j = 0; j < d; ++j) {
+        real += static_cast<double>(u[2 * (i * d + j)]) * sign[static_cast<size_t>(j)];
+        imaginary += static_cast<double>(u[2 * (i * d + j) + 1]) * sign[static_cast<size_t>(j)];
+      }
+      for (int64_t j = 0; j < d; ++j) {
+        const double a = static_cast<double>(u[2 * (i * d + j)]), b = static_cast<double>(u[2 * (i * d + j) + 1]);
+        re[static_cast<size_t>(j)] += a * real + b * imaginary;
+        im[static_cast<size_t>(j)] += a * imaginary - b * real;
+      }
+    }
+    for (size_t j = 0; j < sign.size(); ++j) {
+      const double wrong = std::hypot(re[j] - sign[j], im[j]);
+      off = wrong > off || std::isnan(wrong) ? wrong : off;
+    }
+  }
+  return off;
+}
+
+// A unitary of all qubits, behind the channel.
+void measure_behind(QuantumNoiseCall& call, const TensorView& unitary) {
+  QuantumNoiseParams& p = call.params;
+  const int64_t d = int64_t{1} << p.qubits;
+  if (p.qubits > kMaxDensityQubits) {
+    fail("unitary of all qubits needs a density matrix, which takes 268 MB a thread for " +
+         std::to_string(kMaxDensityQubits) + " qubits, the most, got " + std::to_string(p.qubits) +
+         "; a gate (2, 2, 2) on every qubit has no limit");
+  }
+  const Shape& shape = unitary.shape;
+  if (shape.rank != 3 || shape.dim[0] != d || shape.dim[1] != d || shape.dim[2] != 2) {
+    const std::string states = std::to_string(d);
+    fail("unitary has shape " + to_string(shape) + ", expected (2, 2, 2) or (" + states + ", " + states +
+         ", 2), real and imaginary parts last");
+  }
+  check_unitary(unitary.type == DType::f64 ? deviation(static_cast<const double*>(unitary.data), d)
+                                           : deviation(static_cast<const float*>(unitary.data), d),
+                unitary.type);
+  p.maps = reinterpret_cast<const double*>(call.channel.maps.data());
+  p.real_maps = is_real(call.channel.maps);
+  p.unitary = unitary.data, p.unitary_type = unitary.type;
 }
 
 }  // namespace
 
 void check_attributes(const QuantumNoiseAttributes& a) {
-  check_choice(
-      "channel", a.channel,
-      {"depolarizing", "amplitude_damping", "phase_damping", "thermal_relaxation", "bit_flip", "phase_flip", "readout"});
-  check_choice("scope", a.scope, {"local", "global"});
-  check_choice("convention", a.convention, {"replace", "error"});
-  check_choice("basis", a.basis, {"z", "x"});
-  const auto only_plain = [&](const char* name, const std::string& value, const char* plain) {
-    if (a.channel == "depolarizing" || value == plain) return;
-    fail(std::string(name) + " must be " + plain + " with channel " + a.channel + ", got " + value +
-         "; only depolarizing has others");
-  };
-  only_plain("scope", a.scope, "local");
-  only_plain("convention", a.convention, "replace");
+  check_attributes(kNoise, a.channel);
+  check_choice(kNoise, "basis", a.basis, {"z", "x"});
   const auto flag = [](const char* name, int64_t value) {
     if (value != 0 && value != 1) fail(std::string(name) + " must be one of 0, 1, got " + std::to_string(value));
   };
@@ -161,33 +173,34 @@ QuantumNoiseCall resolve_call(const QuantumNoiseAttributes& a, const QuantumNois
   call.rows = probability_rows(kNoise, in.probabilities, 2);
   call.noisy = call.leak = in.probabilities.shape;
   --call.leak.rank;
-  const std::pair<const char*, const TensorView*> thermal_only[] = {
-      {"T1", &in.t1}, {"T2", &in.t2}, {"excited_population", &in.excited_population}};
-  for (const auto& [name, tensor] : thermal_only) {
-    if (!tensor->present || a.channel == "thermal_relaxation") continue;
-    fail(std::string(name) + " is for channel thermal_relaxation, got " + a.channel + "; leave it out");
-  }
   const int qubits = num_qubits(call.rows.n);
+  call.channel = resolve_channel(kNoise, a.channel, in.channel, qubits);
   QuantumNoiseParams& p = call.params;
-  p = {call.rows.type, call.rows.rows, call.rows.n, qubits, a.basis == "x" && !a.inverse, nullptr, 0.0, a.renormalize != 0};
-  if (a.scope == "global") {
-    const std::vector<double> level = per_qubit("level", in.level, qubits);
-    for (const double l : level) {
-      if (l != level[0]) fail("level must be one number with scope global, got one per qubit that differ");
-    }
-    p.uniform = replaced_share(a, level[0], qubits);
-    if (a.inverse) p.uniform = -p.uniform / kept_strength(1.0 - p.uniform, "the register");
+  p.type = call.rows.type, p.rows = call.rows.rows, p.n = call.rows.n, p.qubits = qubits;
+  p.uniform = call.channel.uniform;
+  p.renormalize = a.renormalize != 0;
+  const bool basis_x = a.basis == "x", readout = a.channel.channel == "readout", gate = in.unitary.present;
+  if (gate && basis_x) fail("basis must be z with a unitary, got x; multiply the Hadamard gates into it");
+  if (gate && a.inverse) fail("inverse takes noise off outcomes, which have no unitary behind them; leave it out");
+  const bool one_qubit = gate && in.unitary.shape.rank == 3 && in.unitary.shape.dim[0] == 2 &&
+                         in.unitary.shape.dim[1] == 2 && in.unitary.shape.dim[2] == 2;
+  if (gate && !one_qubit) {
+    if (readout) fail("unitary of all qubits is behind the channel, and readout behind it; give it a node of its own");
+    measure_behind(call, in.unitary);
     return call;
   }
-  for (const Effect& effect : effects_of(a, in, qubits)) {
-    const bool flips = a.basis == "x" && a.channel != "readout";
-    const double flip = (1.0 - effect.coherence) / 2.0, up = flips ? flip : effect.up, down = flips ? flip : effect.down;
-    // The inverse of [[1 - up, down], [up, 1 - down]] has the same form.
-    const double qubit = static_cast<double>(call.transitions.size() / 2);
-    const double divisor = a.inverse ? -kept_strength(1.0 - up - down, "qubit " + to_text(qubit)) : 1.0;
-    call.transitions.insert(call.transitions.end(), {up / divisor, down / divisor});
+  std::vector<QubitMap>& maps = call.channel.maps;
+  if (gate || (basis_x && !(readout && a.inverse))) {
+    const double root = std::sqrt(0.5);
+    const QubitMap turn = gate ? gate_map(in.unitary) : map_of_gate({root, root, root, -root});
+    for (QubitMap& map : maps) map = readout ? composed(map, turn) : composed(turn, map);
   }
-  p.transitions = call.transitions.data();
+  if (!a.inverse) {
+    measure(call, maps);
+    return call;
+  }
+  if (p.uniform != 0.0) p.uniform = -p.uniform / kept_strength(1.0 - p.uniform, "the register");
+  invert(call, maps, basis_x && !readout);
   return call;
 }
 

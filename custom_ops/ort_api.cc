@@ -20,7 +20,8 @@ struct TensorInfo {
 
 }  // namespace
 
-TensorView ort_input(const OrtKernelContext* context, size_t index, const char* op_name, const char* input_name) {
+TensorView ort_input(const OrtKernelContext* context, size_t index, const char* op_name, const char* input_name,
+                     size_t most) {
   TensorView view{};
   size_t count = 0;
   ort_check(ort->KernelContext_GetInputCount(context, &count));
@@ -58,7 +59,10 @@ TensorView ort_input(const OrtKernelContext* context, size_t index, const char* 
   }
   size_t rank = 0;
   ort_check(ort->GetDimensionsCount(tensor.info, &rank));
-  if (rank > 4) throw std::invalid_argument(where() + " must have at most 4 dimensions, got " + std::to_string(rank));
+  if (rank > most) {
+    throw std::invalid_argument(where() + " must have at most " + std::to_string(most) + " dimensions, got " +
+                                std::to_string(rank));
+  }
   view.shape.rank = static_cast<int>(rank);
   ort_check(ort->GetDimensions(tensor.info, view.shape.dim, rank));
   // The data of an input is only read; the C API has no const accessor.

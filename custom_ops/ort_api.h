@@ -94,8 +94,9 @@ class NodeAttributes {
   std::string op_name_;
 };
 
-// An input as pointer, type and shape; absent where the node leaves it out.
-TensorView ort_input(const OrtKernelContext* context, size_t index, const char* op_name, const char* input_name);
+// An input as pointer, type and shape, of at most `most` dimensions; absent where the node leaves it out.
+TensorView ort_input(const OrtKernelContext* context, size_t index, const char* op_name, const char* input_name,
+                     size_t most = 4);
 
 // The int64 scalar of an input `seed`; 0 where it is absent.
 int64_t ort_seed(const TensorView& seed, const char* op_name);

@@ -1,5 +1,6 @@
 #include "quantum_noise.h"
 
+#include "ort_channel.h"
 #include "ort_op.h"
 #include "qexport/quantum_noise_check.h"
 #include "shape_inference.h"
@@ -9,7 +10,7 @@ namespace {
 
 struct Kernel {
   static constexpr const char* kName = "QuantumNoise";
-  static constexpr size_t kInputCount = 5, kOutputCount = 2, kRequiredInputs = 2, kRequiredOutputs = 1;
+  static constexpr size_t kInputCount = 7, kOutputCount = 2, kRequiredInputs = 2, kRequiredOutputs = 1;
   // Parameters and the leak are double where the rows are, else float.
   static OrtElementType parameter_type(OrtElementType type) {
     return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE ? type : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -21,15 +22,16 @@ struct Kernel {
 
   explicit Kernel(const OrtKernelInfo* info) {
     const NodeAttributes node(info, kName);
-    attributes = {node.text("channel"), node.text("scope"),      node.text("convention"),
-                  node.text("basis"),   node.integer("inverse"), node.integer("renormalize")};
+    attributes = {{node.text("channel"), node.text("scope"), node.text("convention")},
+                  node.text("basis"),
+                  node.integer("inverse"),
+                  node.integer("renormalize")};
     check_attributes(attributes);
   }
 
   void compute(OrtKernelContext* context) const {
-    const auto input = [&](size_t i, const char* name) { return ort_input(context, i, kName, name); };
-    const QuantumNoiseInputs in{input(0, "probabilities"), input(1, "level"), input(2, "T1"), input(3, "T2"),
-                                input(4, "excited_population")};
+    const QuantumNoiseInputs in{ort_input(context, 0, kName, "probabilities"), ort_channel(context, 1, kName),
+                                ort_input(context, 6, kName, "unitary")};
     const QuantumNoiseCall call = resolve_call(attributes, in);
     void* noisy = ort_output(context, 0, call.noisy);
     const QuantumNoiseTensors tensors{in.probabilities.data, noisy, ort_output(context, 1, call.leak)};

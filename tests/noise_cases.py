@@ -47,6 +47,18 @@ def rows(*shape: int, seed: int = 0) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
+def isometries(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random (..., rows, columns) complex matrices with orthonormal columns, as (..., rows, columns, 2)."""
+    parts = np.random.default_rng(seed).standard_normal((2, *shape))
+    matrices = np.linalg.qr(parts[0] + 1j * parts[1])[0]
+    return np.stack([matrices.real, matrices.imag], -1)
+
+
+def random_kraus(*shape: int, operators: int = 3, seed: int = 0) -> np.ndarray:
+    """Random Kraus operators (..., operators, 2, 2, 2): of no named channel, and with complex maps of density matrices."""
+    return isometries(*shape, 2 * operators, 2, seed=seed).reshape(*shape, operators, 2, 2, 2)
+
+
 def parameters(attributes: dict, per_qubit: bool, n: int, seed: int = 0) -> dict:
     """float64 inputs of the channel, within its limits."""
     rng = np.random.default_rng(seed)
@@ -54,6 +66,8 @@ def parameters(attributes: dict, per_qubit: bool, n: int, seed: int = 0) -> dict
     if attributes["channel"] == "readout" and per_qubit:
         shape = (*shape, 2)
     level = {"level": rng.random(shape)}
+    if attributes["channel"] == "kraus":
+        return {**level, "kraus": random_kraus(*shape, seed=seed)}
     if attributes["channel"] != "thermal_relaxation":
         return level
     T1 = rng.uniform(0.5, 2, shape)

@@ -11,7 +11,7 @@ from qexport import _core
 from qexport.errors import UsageError
 from qexport.noise import channels, density
 from qexport.ops import QUANTUM_NOISE
-from qexport.ops.quantum_noise_ref import quantum_noise_ref
+from qexport.ops.quantum_noise_ref import as_complex, quantum_noise_ref
 
 BACKENDS = {"binding": noise_binding, "ort": noise_ort}
 EXACT = 1e-12  # float64
@@ -43,6 +43,7 @@ def by_density_matrix(p: np.ndarray, given: dict, attributes: dict, basis: str) 
         error = level if convention == "error" else level * (4**qubits - 1) / 4**qubits
         rho = turn @ global_paulis(rho, error) @ turn
     else:
+        given = {name: as_complex(value) if name == "kraus" else value for name, value in given.items()}
         kraus = density.kraus_operators(channel, qubits, **given, convention=convention)
         density.check_kraus(kraus)
         if channel == "readout":
@@ -137,7 +138,7 @@ def test_kernel_is_the_reference(case, renormalize, basis, backend, dtype):
     p, given = rows(2, 3, 5, 50), parameters(attributes, per_qubit, 50)
     p[1, 2, 3] = 0  # a query that attends to nothing
     typed = torch.from_numpy(p).to(getattr(torch, dtype))
-    given = {name: value.astype(np.float32).astype(np.float64) for name, value in given.items()}
+    given = {name: value.astype(np.float32) for name, value in given.items()}
     want, want_leak = quantum_noise_ref(typed, **given, **attributes)
     noisy, leak = BACKENDS[backend](typed.double().numpy(), given, attributes, dtype)
     assert np.abs(noisy - want.double().numpy()).max() <= TOLERANCE[dtype]
@@ -155,7 +156,7 @@ def mild(given: dict) -> dict:
 
 @pytest.mark.parametrize("run", [noise_ref, noise_binding, noise_ort])
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("case", CHANNELS, ids=name_of)
+@pytest.mark.parametrize("case", [case for case in CHANNELS if case[0]["channel"] != "kraus"], ids=name_of)
 @pytest.mark.parametrize("n", [2, 8, 64])
 def test_inverse_takes_the_noise_off(case, basis, n, run):
     """What is left are the probabilities of the same measurement without noise: in basis x no gate comes twice."""

@@ -35,6 +35,8 @@ constexpr bool kLowPrecision = true;
 constexpr bool kLowPrecision = false;
 #endif
 
+extern const DensityKernels<float> density_f32;  // of density_kernels.cc
+extern const DensityKernels<double> density_f64;
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          kMaxRows,
@@ -62,7 +64,9 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          tree_trial,
                          tree_audit,
                          value_stats,
-                         cluster_values};
+                         cluster_values,
+                         &density_f32,
+                         &density_f64};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

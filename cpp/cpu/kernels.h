@@ -1,6 +1,7 @@
-// The part of the CPU kernel that is compiled once per instruction set, as a table of functions.
+// The part of the CPU kernels that is compiled once per instruction set, as a table of functions.
 #pragma once
 
+#include "density.h"
 #include "qexport/quantum_attention.h"
 #include "tree.h"
 
@@ -87,9 +88,11 @@ struct Kernels {
   void (*tree_audit)(const AttentionJob& job, RowBlock block, const int64_t* queries, double* sums, char* scratch);
   void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
   void (*cluster_values)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+  const DensityKernels<float>* density_f32;
+  const DensityKernels<double>* density_f64;
 };
 
-// Defined by the copies of attention_kernels.cc that this build holds.
+// Defined by the copies of attention_kernels.cc and density_kernels.cc that this build holds.
 namespace generic {
 extern const Kernels kernels;
 }

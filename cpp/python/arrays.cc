@@ -40,14 +40,15 @@ void run_on_threads(void* pool, void (*body)(void*, size_t), size_t total, void*
 
 }  // namespace
 
-TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows) {
+TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows, int most) {
   TensorView result{};
   if (object.is_none()) return result;
   const std::string where = "[" + std::string(op_name) + "] " + name + " ";
   const py::module_ numpy = py::module_::import("numpy");
   py::array array = numpy.attr("asarray")(object);
-  if (array.ndim() > 4) {
-    throw std::invalid_argument(where + "must have at most 4 dimensions, got " + std::to_string(array.ndim()));
+  if (array.ndim() > most) {
+    throw std::invalid_argument(where + "must have at most " + std::to_string(most) + " dimensions, got " +
+                                std::to_string(array.ndim()));
   }
   if (!keep_rows || !is_rows(array)) array = numpy.attr("asarray")(array, py::arg("order") = "C");
   object = array;

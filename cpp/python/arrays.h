@@ -13,8 +13,8 @@ namespace qexport {
 namespace py = pybind11;
 
 // `object` becomes an array that stays alive as long as the caller's variable: contiguous, or with `keep_rows` of
-// contiguous rows. `name` is that of the argument of the op `op_name`, for messages.
-TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows = false);
+// contiguous rows. `name` is that of the argument of the op `op_name`, for messages. It has at most `most` dimensions.
+TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows = false, int most = 4);
 
 py::array empty(const Shape& shape, const py::object& dtype);
 

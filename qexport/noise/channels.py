@@ -107,6 +107,12 @@ def matrices_of(entries) -> torch.Tensor:
     return torch.stack([torch.stack(row, -1) for row in entries], -2)
 
 
+def check_named(channel: str) -> None:
+    """Raise for channel kraus, whose operators alone say what it does."""
+    if channel == "kraus":
+        raise UsageError("[QuantumNoise] channel kraus has no closed form by its name; take its operators")
+
+
 def transition_matrices(
     channel, qubits, level, T1=None, T2=None, excited_population=None, *, convention="replace", basis="z"
 ) -> torch.Tensor:
@@ -118,8 +124,9 @@ def transition_matrices(
         float64 (qubits, 2, 2), columns summing to one.
 
     Raises:
-        UsageError: a parameter outside its limits.
+        UsageError: a parameter outside its limits, or channel kraus.
     """
+    check_named(channel)
     if channel == "readout":
         up, down = _readout(qubits, level).unbind(-1)
     elif basis == "x":
@@ -168,8 +175,9 @@ def coherence(channel, qubits, level, T1=None, T2=None, excited_population=None,
         float64 (qubits,).
 
     Raises:
-        UsageError: a parameter outside its limits, or channel readout, which acts on outcomes.
+        UsageError: a parameter outside its limits, channel kraus, or channel readout, which acts on outcomes.
     """
+    check_named(channel)
     if channel == "readout":
         raise UsageError("[QuantumNoise] readout acts on outcomes and has no coherence; take its transition matrices")
     if channel == "thermal_relaxation":

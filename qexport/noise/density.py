@@ -17,15 +17,26 @@ PAULIS = torch.tensor([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], 
 TOLERANCE = 1e-10  # of what must be exact in float64: completeness of Kraus operators, the residual of a closed form
 
 
+def exactness(dtype: torch.dtype) -> float:
+    """How far Kraus operators and unitaries of a complex type may be from what they must be."""
+    return TOLERANCE if dtype == torch.complex128 else 1e-6
+
+
 def kraus_operators(
-    channel, qubits, level, T1=None, T2=None, excited_population=None, *, convention="replace"
+    channel, qubits, level, T1=None, T2=None, excited_population=None, kraus=None, *, convention="replace"
 ) -> torch.Tensor:
     """The Kraus operators of a channel on each qubit: complex128 (qubits, operators, 2, 2). readout: its measurement,
     which belongs behind the change of basis.
 
+    Args:
+        kraus: complex (operators, 2, 2) or (qubits, operators, 2, 2), for channel kraus; they act with probability `level`.
+        channel, qubits, level, T1, T2, excited_population, convention: as everywhere.
+
     Raises:
-        UsageError: a parameter outside its limits.
+        UsageError: a parameter outside its limits, or Kraus operators that do not sum to the identity.
     """
+    if channel == "kraus":
+        return _given_operators(qubits, level, kraus)
     if channel == "readout":
         roots = transition_matrices(channel, qubits, level).sqrt()
         places = torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)
@@ -51,6 +62,21 @@ def kraus_operators(
     return weights.sqrt()[..., None, None] * PAULIS[[0, 1 if channel == "bit_flip" else 3]]
 
 
+def _given_operators(qubits, level, kraus):
+    if kraus is None:
+        raise UsageError("[QuantumNoise] kraus is missing; channel kraus needs it")
+    fits = kraus.shape[-2:] == (2, 2) and (kraus.ndim == 3 or (kraus.ndim == 4 and len(kraus) == qubits))
+    if not fits or not kraus.shape[-3]:
+        raise UsageError(
+            f"[QuantumNoise] kraus has shape {(*kraus.shape, 2)}, expected (operators, 2, 2, 2) or ({qubits}, operators, 2, "
+            "2, 2), real and imaginary parts last"
+        )
+    check_kraus(kraus)
+    level = within("level", per_qubit("level", level, qubits), 1)[:, None, None, None]
+    operators = kraus.to(torch.complex128).expand(qubits, *kraus.shape[-3:])
+    return torch.cat([(1 - level).sqrt() * PAULIS[:1].expand(qubits, 1, 2, 2), level.sqrt() * operators], 1)
+
+
 def _damping(g):
     zero, one = torch.zeros_like(g), torch.ones_like(g)
     kept, lost = matrices_of([[one, zero], [zero, (1 - g).sqrt()]]), matrices_of([[zero, g.sqrt()], [zero, zero]])
@@ -63,17 +89,33 @@ def _dephasing(b):
     return torch.stack([kept, lost], 1).to(torch.complex128)
 
 
-def check_kraus(kraus: torch.Tensor) -> None:
-    """Raise where sum_k K_k^dagger K_k is not the identity, for kraus (..., operators, 2, 2).
+def check_kraus(kraus: torch.Tensor, tolerance: float | None = None) -> None:
+    """Raise where sum_k K_k^dagger K_k is not the identity, for kraus (..., operators, 2, 2), within a tolerance: that of
+    their type where none is given.
 
     Raises:
         UsageError: names the deviation.
     """
     total = torch.einsum("...kji,...kjl->...il", kraus.conj(), kraus)
     off = float((total - torch.eye(2)).abs().max().detach())
-    if not off <= TOLERANCE:
+    tolerance = exactness(kraus.dtype) if tolerance is None else tolerance
+    if not off <= tolerance:
         raise UsageError(
-            f"[QuantumNoise] Kraus operators must sum to the identity within {TOLERANCE:g}, they are off by {off:g}"
+            f"[QuantumNoise] Kraus operators must sum to the identity within {tolerance:g}, they are off by {off:g}"
+        )
+
+
+def check_unitary(unitary: torch.Tensor) -> None:
+    """Raise where U^dagger U is not the identity, for a complex matrix.
+
+    Raises:
+        UsageError: names the deviation.
+    """
+    off = float((unitary.mH @ unitary - torch.eye(len(unitary))).abs().max().detach())
+    if not off <= exactness(unitary.dtype):
+        raise UsageError(
+            f"[QuantumNoise] unitary must be one within {exactness(unitary.dtype):g}, U^dagger U is off the identity by "
+            f"{off:g}"
         )
 
 
@@ -103,7 +145,9 @@ def apply_kraus(rho: torch.Tensor, kraus: torch.Tensor) -> torch.Tensor:
     return rho
 
 
-def channel_probabilities(p: torch.Tensor, kraus: torch.Tensor, unitary: torch.Tensor | None = None) -> torch.Tensor:
+def channel_probabilities(
+    p: torch.Tensor, kraus: torch.Tensor, unitary: torch.Tensor | None = None, tolerance: float = TOLERANCE
+) -> torch.Tensor:
     """Probabilities of measuring sum_j sqrt(p_j) |j> after a channel, and a unitary behind it.
 
     Takes the closed form where there is one: without a unitary, or with one of a single qubit, when `residual_of` says that
@@ -113,18 +157,22 @@ def channel_probabilities(p: torch.Tensor, kraus: torch.Tensor, unitary: torch.T
         p: (..., 2^q), rows that sum to one.
         kraus: complex (q, operators, 2, 2), of each qubit.
         unitary: complex (2, 2), a gate on every qubit; or (2^q, 2^q); None for none.
+        tolerance: how far the operators may be from summing to the identity, and a residual from 0.
 
     Returns:
         float64 (..., 2^q).
 
     Raises:
-        UsageError: Kraus operators that do not sum to the identity.
+        UsageError: Kraus operators that do not sum to the identity, or a matrix that is not unitary.
     """
-    check_kraus(kraus)
+    check_kraus(kraus, tolerance)
+    if unitary is not None:
+        check_unitary(unitary)
+        unitary = unitary.to(torch.complex128)
     if unitary is None or unitary.shape == (2, 2):
-        gate = torch.eye(2, dtype=torch.complex128) if unitary is None else unitary.to(torch.complex128)
+        gate = torch.eye(2, dtype=torch.complex128) if unitary is None else unitary
         turned = gate @ kraus @ gate.conj().mT
-        if residual_of(turned) <= TOLERANCE:
+        if residual_of(turned) <= tolerance:
             state = apply_transitions(p.to(torch.complex128).sqrt(), gate.expand(len(kraus), 2, 2))
             return apply_transitions(state.abs().square(), transitions_of(turned))
         unitary = torch.ones(1, 1, dtype=torch.complex128)

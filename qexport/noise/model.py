@@ -36,6 +36,8 @@ class NoiseModel:
 
     def __post_init__(self):
         SPEC.resolve(self.attributes)
+        if self.channel == "kraus":
+            raise UsageError("[QuantumNoise] channel kraus is no noise model: a model has a name, and numbers")
         if self.channel == "thermal_relaxation":
             for name in ("T1", "T2"):
                 if getattr(self, name) is None:

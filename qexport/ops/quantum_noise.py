@@ -13,19 +13,68 @@ CHANNELS = (
     "bit_flip",
     "phase_flip",
     "readout",
+    "kraus",
 )
 FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
 
 
-def _check(values: dict) -> None:
+def check_channel(op_name: str, values: dict) -> None:
+    """The check of an OpSpec with CHANNEL_ATTRIBUTES."""
     channel = values["channel"]
     for name, plain in (("scope", "local"), ("convention", "replace")):
         if channel != "depolarizing" and values[name] != plain:
             raise UsageError(
-                f"[QuantumNoise] {name} must be {plain} with channel {channel}, got {values[name]}; only depolarizing has "
+                f"[{op_name}] {name} must be {plain} with channel {channel}, got {values[name]}; only depolarizing has "
                 "others"
             )
 
+
+# What QuantumNoise and QuantumOverlap share.
+CHANNEL_INPUTS = (
+    Param(
+        "level",
+        "P",
+        "() or (qubits,); readout also (1, 2) or (qubits, 2)",
+        "Strength of the channel, one number or one per qubit; qubit k is bit k of the index. thermal_relaxation: the "
+        "time, in units of T1 and T2. readout with two columns: P(1 read | 0), P(0 read | 1). kraus: the probability that "
+        "the operators act.",
+    ),
+    Param("T1", "P", "() or (qubits,)", "Relaxation time; for thermal_relaxation, which needs it.", optional=True),
+    Param("T2", "P", "() or (qubits,)", "Dephasing time, at most 2 T1; as T1.", optional=True),
+    Param(
+        "excited_population",
+        "P",
+        "() or (qubits,)",
+        "Probability of 1 in equilibrium, for thermal_relaxation; 0 when absent.",
+        optional=True,
+    ),
+    Param(
+        "kraus",
+        "P",
+        "(operators, 2, 2, 2) or (qubits, operators, 2, 2, 2)",
+        "Kraus operators K_a of each qubit, real and imaginary parts on the last axis; for channel kraus, which needs them. "
+        "sum K_a^dagger K_a must be the identity, within 1e-6 (double 1e-10).",
+        optional=True,
+    ),
+)
+CHANNEL_ATTRIBUTES = (
+    Attr("channel", "string", "The channel; docs/noise.md.", "depolarizing", choices=CHANNELS),
+    Attr(
+        "scope",
+        "string",
+        "depolarizing: of each qubit by itself, or of all qubits as one system.",
+        "local",
+        choices=("local", "global"),
+    ),
+    Attr(
+        "convention",
+        "string",
+        "depolarizing: level is the share that is replaced by the mixed state (Aer), or the probability of a Pauli "
+        "error (PennyLane, Cirq).",
+        "replace",
+        choices=("replace", "error"),
+    ),
+)
 
 SPEC = OpSpec(
     name="QuantumNoise",
@@ -33,20 +82,13 @@ SPEC = OpSpec(
     summary="What a noise channel on the qubits that hold rows of probabilities does to their measurement, exactly.",
     inputs=(
         Param("probabilities", "T", "(..., n), n >= 2, up to 4 axes", "Rows that sum to one, or of zeros, which stay so."),
+        *CHANNEL_INPUTS,
         Param(
-            "level",
+            "unitary",
             "P",
-            "() or (qubits,); readout also (1, 2) or (qubits, 2)",
-            "Strength of the channel, one number or one per qubit; qubit k is bit k of the index. thermal_relaxation: the "
-            "time, in units of T1 and T2. readout with two columns: P(1 read | 0), P(0 read | 1).",
-        ),
-        Param("T1", "P", "() or (qubits,)", "Relaxation time; for thermal_relaxation, which needs it.", optional=True),
-        Param("T2", "P", "() or (qubits,)", "Dephasing time, at most 2 T1; as T1.", optional=True),
-        Param(
-            "excited_population",
-            "P",
-            "() or (qubits,)",
-            "Probability of 1 in equilibrium, for thermal_relaxation; 0 when absent.",
+            "(2, 2, 2) or (2^qubits, 2^qubits, 2)",
+            "A gate on every qubit, or a unitary of all of them, between the channel and the measurement; real and "
+            "imaginary parts on the last axis.",
             optional=True,
         ),
     ),
@@ -66,22 +108,7 @@ SPEC = OpSpec(
         ),
     ),
     attributes=(
-        Attr("channel", "string", "The channel; docs/noise.md.", "depolarizing", choices=CHANNELS),
-        Attr(
-            "scope",
-            "string",
-            "depolarizing: of each qubit by itself, or of all qubits as one system.",
-            "local",
-            choices=("local", "global"),
-        ),
-        Attr(
-            "convention",
-            "string",
-            "depolarizing: level is the share that is replaced by the mixed state (Aer), or the probability of a Pauli "
-            "error (PennyLane, Cirq).",
-            "replace",
-            choices=("replace", "error"),
-        ),
+        *CHANNEL_ATTRIBUTES,
         Attr(
             "basis",
             "string",
@@ -101,7 +128,7 @@ SPEC = OpSpec(
     ),
     type_vars={"T": FLOATS, "P": ("tensor(float)", "tensor(double)")},
     fallback="Identity: no noise, leak 0",
-    check=_check,
+    check=lambda values: check_channel("QuantumNoise", values),
 )
 
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "qexport/noise_channel.h"
 #include "qexport/probability_rows.h"
 #include "qexport/quantum_measure.h"
 #include "qexport/quantum_noise.h"
@@ -12,18 +13,21 @@ namespace qexport {
 
 // The attributes of a node, all of them given.
 struct QuantumNoiseAttributes {
-  std::string channel, scope, convention, basis;
+  NoiseChannelAttributes channel;
+  std::string basis;
   int64_t inverse, renormalize;
 };
 
-// Parameters are of type f32 or f64.
 struct QuantumNoiseInputs {
-  TensorView probabilities, level, t1, t2, excited_population;
+  TensorView probabilities;
+  NoiseChannelInputs channel;
+  TensorView unitary;  // f32 or f64
 };
 
 struct QuantumNoiseCall {
-  QuantumNoiseParams params;  // points into `transitions`
-  std::vector<double> transitions;
+  QuantumNoiseParams params;  // points into what follows, and into the unitary
+  NoiseChannel channel;
+  std::vector<double> transitions, directions, azimuths;
   ProbabilityRows rows;
   Shape noisy, leak;
 };

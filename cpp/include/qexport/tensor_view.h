@@ -9,7 +9,7 @@ namespace qexport {
 
 struct Shape {
   int rank;
-  int64_t dim[4];
+  int64_t dim[5];
 };
 std::string to_string(const Shape& shape);
 
