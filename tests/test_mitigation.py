@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from noise_cases import BASES, CHANNELS, name_of, parameters, rows
+from noise_cases import BASES, NAMED, name_of, parameters, rows
 from scipy.stats import chi2
 
 from qexport.errors import UsageError
@@ -27,7 +27,7 @@ from qexport.noise.model import NoiseModel, parse_noise
 from qexport.noise.quasi import quasi_probabilities
 
 EXACT = 1e-12
-CASES = [pytest.param(*case, id=name_of(case)) for case in CHANNELS]
+CASES = [pytest.param(*case, id=name_of(case)) for case in NAMED]
 SHOT_COUNTS = (3, 4, 32, 1000)
 
 

@@ -5,23 +5,22 @@ from statistics import median
 
 import pytest
 import torch
-from noise_cases import CHANNELS, name_of, parameters
+from noise_cases import NAMED, NAMES, name_of, parameters
 from scipy.stats import chi2
 from torch.nn.functional import scaled_dot_product_attention
 
 from qexport.errors import UsageError
-from qexport.nn import QuantumAttentionSimulator, simulator
-from qexport.noise import density
+from qexport.nn import QuantumAttentionSimulator, backend_names, simulator
+from qexport.noise import channels, density
 from qexport.noise.channels import num_qubits
 from qexport.noise.comparison import METHODS
+from qexport.noise.measured import MeasuredNoise
 from qexport.noise.model import NoiseModel
-from qexport.ops import QUANTUM_NOISE
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 
-NAMES = QUANTUM_NOISE.attribute("channel").choices
 EXACT = 1e-12
-CASES = [pytest.param(*case, id=name_of(case)) for case in CHANNELS]
+CASES = [pytest.param(*case, id=name_of(case)) for case in NAMED]
 
 
 def qkv(*shape, keys=None, dtype=torch.float64, seed=0):
@@ -160,6 +159,14 @@ def test_no_queries():
             assert (output.shape, weights.shape) == ((2, 0, 3), (2, 0, 5))
 
 
+def test_no_noise_model_is_no_noise():
+    """As a device with noise of its own is given none."""
+    Q, K, V = qkv(4, 8)
+    for mitigation in ("none", "readout_inversion", "zne", "pec", "repetition:3"):
+        _, weights = QuantumAttentionSimulator((), mitigation=mitigation).simulate_attention(Q, K, V, None)
+        assert (weights - softmax(Q, K)).abs().max() <= EXACT
+
+
 def test_one_key_is_certain():
     Q, K, V = qkv(4, 8, keys=1)
     for backend in ("kernel", "reference"):
@@ -294,6 +301,26 @@ def test_backends_that_measure(monkeypatch):
     monkeypatch.setattr(simulator, "get_backend", lambda name: lambda call: None)
     with pytest.raises(UsageError, match="backend lab has no measure_rows and cannot measure; take backend auto"):
         QuantumAttentionSimulator(backend="lab")
+
+
+INSTALLED = [name for name in backend_names() if name not in ("kernel", "reference")]
+
+
+@pytest.mark.parametrize("basis", ["z", "x"])
+@pytest.mark.parametrize("mitigation", ["none", "readout_inversion"])
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_installed_backends_measure_the_closed_form(backend, mitigation, basis):
+    """Chi-square of what their own simulators find with our noise. Inversion is turned back by the noise itself."""
+    noise = (NoiseModel("amplitude_damping", 0.1), NoiseModel("readout", 0.05))
+    sim = QuantumAttentionSimulator(noise, basis=basis, mitigation=mitigation, backend=backend, renormalize=False)
+    Q, K, V = qkv(3, 6, keys=8)
+    shots = 20000
+    _, weights = sim.simulate_attention(Q, K, V, shots)
+    device = MeasuredNoise(noise, 8, basis)
+    if mitigation != "none":
+        weights = channels.apply_transitions(weights, device.local("inversion"))
+    expected = shots * device.probabilities(softmax(Q, K))
+    assert chi2.sf(float(((shots * weights - expected) ** 2 / expected).sum()), 3 * 7) > 1e-3
 
 
 @pytest.mark.parametrize(

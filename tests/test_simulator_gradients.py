@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from noise_cases import NAMES
 from scipy.stats import norm
 
 from qexport.nn import QuantumAttentionSimulator
 from qexport.noise.comparison import METHODS
-from qexport.ops import QUANTUM_NOISE
 
 REFUSED = "repetition:3", "x"
-NAMES = QUANTUM_NOISE.attribute("channel").choices
 
 
 def leaves(*shapes, seed=0):
