@@ -141,7 +141,7 @@ def test_a_query_that_sees_no_key_has_no_weights():
     mask = torch.ones(4, 5, dtype=torch.bool)
     mask[2] = False
     for basis in ("z", "x", "overlap"):
-        for mitigation in (None, "zne") if basis != "overlap" else (None,):
+        for mitigation in ("none", "zne", "readout_inversion:project") if basis != "overlap" else ("none",):
             sim = QuantumAttentionSimulator(basis=basis, mitigation=mitigation)
             for shots in (None, 100):
                 output, weights = sim.simulate_attention(Q, K, V, shots, 0.1, attn_mask=mask)
@@ -183,6 +183,29 @@ def test_leak_is_measured():
     bound = 5 * (0.25 * 0.75 / 40 / 5000) ** 0.5
     assert abs(float(sim.leak.mean()) - 0.25) < bound
     assert (weights.sum(-1) - 1).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("basis", ["z", "x"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_noise_does_not_reach_keys_that_are_not_seen(causal, basis):
+    """What is measured there is discarded, with mitigation and shots as well."""
+    Q, K, V = qkv(2, 6, 8)
+    mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[..., 0] = True
+    hidden = ~(mask & torch.ones(6, 6, dtype=torch.bool).tril()) if causal else ~mask
+    p = (Q @ K.mT / 8**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+    noisy, _ = quantum_noise_ref(p, 0.2, basis=basis)
+    noisy = noisy.masked_fill(hidden, 0)
+    for form in (mask, torch.zeros(2, 6, 6, dtype=torch.float64).masked_fill(~mask, -torch.inf)):
+        sim = QuantumAttentionSimulator(basis=basis)
+        _, weights = sim.simulate_attention(Q, K, V, None, 0.2, attn_mask=form, is_causal=causal)
+        assert (weights - noisy / noisy.sum(-1, keepdim=True)).abs().max() <= EXACT
+        assert (sim.leak - (1 - noisy.sum(-1))).abs().max() <= EXACT
+    for mitigation in ("none", "readout_inversion", "zne", "pec"):
+        sim = QuantumAttentionSimulator(basis=basis, mitigation=mitigation)
+        _, weights = sim.simulate_attention(Q, K, V, 50, 0.2, attn_mask=mask, is_causal=causal)
+        assert not weights[hidden].any()
+        assert (weights.sum(-1) - 1).abs().max() <= EXACT
 
 
 def test_levels_of_models():
@@ -334,7 +357,7 @@ def test_installed_backends_measure_the_closed_form(backend, mitigation, basis):
         ({"noise_model": "bit_flip", "scope": "global"}, "scope must be local with channel bit_flip, got global"),
         ({"mitigation": "hope"}, "mitigation must be one of none, .*, got 'hope'"),
         ({"basis": "y"}, "basis must be one of z, x, overlap, got 'y'"),
-        ({"backend": "lab"}, "backend must be one of auto, kernel, reference.*, got 'lab'"),
+        ({"backend": "lab"}, "backend must be one of auto, kernel, .*reference, got 'lab'"),
         ({"basis": "overlap", "mitigation": "zne"}, "mitigation is for rows measured in basis z or x, got zne in basis"),
         (
             {"basis": "overlap", "noise_model": "readout"},

@@ -36,8 +36,8 @@ class QuantumAttentionSimulator:
 
     Attributes:
         noise: (NoiseModel, ...), in the order they act.
-        leak: (...), after a call: the share of each row that was measured in states n .. 2^qubits - 1, which stand for no
-        key.
+        leak: (...), after a call: the share of each row that was measured in states that stand for no key,
+            n .. 2^qubits - 1, or for keys that the query does not see. These outcomes are discarded: weights there are 0.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class QuantumAttentionSimulator:
             mitigation: none, readout_inversion[:project], zne[:1-2-3], pec, repetition[:3] or a
                 `qexport.noise.mitigation.Mitigation`; it knows the noise, and shares `num_samples` out among what it
                 measures. Weights may be negative. In basis overlap there is none.
-            renormalize: where n is no power of two (and always in basis overlap), divide each row of weights by its sum.
+            renormalize: where outcomes are discarded, since n is no power of two or keys are masked (and always in basis
+                overlap), divide each row of weights by its sum.
             seed: of the draws; a call with the same seed draws alike.
             backend: `kernel` (C++, on the CPU), `reference` (torch, any device), `auto` (the first where it can), or the
                 name of an entry point of `qexport.backends` that has `measure_rows`.
@@ -102,9 +103,9 @@ class QuantumAttentionSimulator:
 
         Differentiable in Q, K, V, a float mask, the level and the times of the noise. Without shots the gradient is that of
         the closed form. With shots it is unbiased for losses that are linear in the output
-        (`qexport.noise.measured.measured`), up to renormalisation: where something leaks, and in basis overlap, the weights
-        are ratios, whose bias falls as 1 / num_samples. At a level where a channel has no derivative (amplitude damping 1 in
-        basis x) it is infinite.
+        (`qexport.noise.measured.measured`), up to renormalisation: where outcomes are discarded, and in basis overlap, the
+        weights are ratios, whose bias falls as 1 / num_samples. At a level where a channel has no derivative (amplitude
+        damping 1 in basis x, any 0 in basis overlap) it is infinite or NaN.
 
         Args:
             Q: (..., q_len, d), two to four axes.
@@ -137,18 +138,21 @@ class QuantumAttentionSimulator:
                 raise UsageError("basis overlap has no scores: scale must be None and attn_mask bool; leave them out")
             weights = self._overlaps(Q, K, mask, models, num_samples, seed)
         else:
-            weights = self._rows(_softmax(Q, K, mask, scale), models, num_samples, seed)
+            weights = self._rows(*_softmax(Q, K, mask, scale), models, num_samples, seed)
         weights = weights.to(Q.dtype)
         return weights @ V, weights
 
-    def _rows(self, p, models, shots, seed):
-        """Weights of rows p (..., q_len, n), float64."""
+    def _rows(self, p, hidden, models, shots, seed):
+        """Weights of rows p (..., q_len, n), float64; hidden: bool like p, keys that a query does not see, or None."""
         if self._device is not None and shots is None:
             raise UsageError(f"backend {self.backend} measures: num_samples must be >= 1, got None")
         n = p.shape[-1]
         noise = MeasuredNoise(models, n, self.basis, kernel=self._kernel(p))
         weights = mitigated(self.mitigation, noise, p, shots, seed, device=self._device)
         weights, leaked = weights[..., :n], weights[..., n:]
+        if hidden is not None:  # or a causal model would learn of later tokens through the noise
+            leaked = torch.cat([leaked, weights.masked_fill(~hidden, 0)], -1)
+            weights = weights.masked_fill(hidden, 0)
         self.leak = leaked.detach().sum(-1)
         return _normalized(weights) if self.renormalize and leaked.shape[-1] else weights
 
@@ -255,13 +259,14 @@ def _mask(attn_mask, is_causal, Q, K):
 
 
 def _softmax(Q, K, mask, scale):
-    """float64, rows of zeros where a query sees no key."""
+    """(float64 rows, of zeros where a query sees no key; bool like them, keys that a query does not see, or None)."""
     scores = Q @ K.mT * (Q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None:
-        return scores.softmax(-1, dtype=torch.float64)
+        return scores.softmax(-1, dtype=torch.float64), None
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    blind = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0).softmax(-1, dtype=torch.float64).masked_fill(blind, 0)
+    hidden = scores.isneginf()
+    blind = hidden.all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0).softmax(-1, dtype=torch.float64).masked_fill(blind, 0), hidden
 
 
 def _kraus(models, qubits):

@@ -85,7 +85,7 @@ class ReadoutInversion(Mitigation):
         return not self.project
 
     def experiments(self, noise, shots):
-        inverses = [inverse_matrices(step) if step.ndim else step for step in reversed(noise.steps)]
+        inverses = [_inverse(step) for step in reversed(noise.steps)]
 
         def read(frequencies):
             for step in inverses:
@@ -94,7 +94,7 @@ class ReadoutInversion(Mitigation):
                     frequencies = apply_transitions(frequencies, step)
                 else:
                     uniform = frequencies.sum(-1, keepdim=True) / frequencies.shape[-1]
-                    frequencies = (frequencies - step * uniform) / kept_strength(1 - step, "the register")
+                    frequencies = step * frequencies + (1 - step) * uniform
             return frequencies
 
         return [Experiment(shots, noise.probabilities, read, 1)]
@@ -103,9 +103,9 @@ class ReadoutInversion(Mitigation):
         d, most = 1 << noise.qubits, 1.0
         for step in noise.steps:
             if step.ndim:
-                most *= float(torch.linalg.inv(step).abs().sum(-2).amax(-1).prod())
+                most *= float(_inverse(step).abs().sum(-2).amax(-1).prod())
             else:
-                most *= float((1 + step * (d - 2) / d) / (1 - step))
+                most *= abs(float((1 + step * (d - 2) / d) * _inverse(step)))
         return most**2
 
     def finish(self, estimate):
@@ -278,12 +278,12 @@ def mitigated(mitigation: Mitigation, noise: MeasuredNoise, p, shots: int | None
     Raises:
         UsageError: the method does not apply to this noise, has too few shots, or needs what the device cannot do.
     """
-    estimate = 0
-    for layer, experiment in enumerate(mitigation.experiments(noise, shots)):
+    estimate, experiments = 0, mitigation.experiments(noise, shots)
+    for layer, experiment in enumerate(experiments):
         if device is None:
             found = measured(experiment.rows(p), experiment.shots, seed, layer, kernel=noise.kernel)
         else:
-            found = _on_device(device, mitigation, experiment, noise, p, seed + layer)
+            found = _on_device(device, mitigation, experiment, noise, p, seed * len(experiments) + layer)
         estimate = estimate + experiment.read(found)
     return mitigation.finish(estimate)
 
@@ -297,6 +297,11 @@ def _on_device(device, mitigation, experiment, noise, p, seed):
     return with_gradient(found.to(p), rows)
 
 
+def _inverse(step: torch.Tensor) -> torch.Tensor:
+    """S^-1 of each qubit, or 1 / (1 - l) of noise on all qubits as one, which leaves p / (1 - l) - l / (1 - l) uniform."""
+    return inverse_matrices(step) if step.ndim else 1 / kept_strength(1 - step, "the register")
+
+
 def majority(rate: torch.Tensor, distance: int) -> torch.Tensor:
     """The rate at which most of `distance` independent copies are flipped: sum_{k > d/2} C(d, k) f^k (1 - f)^(d - k)."""
     terms = (math.comb(distance, k) * rate**k * (1 - rate) ** (distance - k) for k in range(distance // 2 + 1, distance + 1))
@@ -305,11 +310,11 @@ def majority(rate: torch.Tensor, distance: int) -> torch.Tensor:
 
 def project_on_simplex(x: torch.Tensor) -> torch.Tensor:
     """The nearest probabilities, Euclidean, to rows (..., n): max(x - t, 0), t such that they sum to one (Held, Wolfe and
-    Crowder, 1974)."""
+    Crowder, 1974). Rows of zeros stay so."""
     ordered = x.sort(-1, descending=True).values
     t = (ordered.cumsum(-1) - 1) / torch.arange(1, x.shape[-1] + 1, device=x.device)
     last = (ordered > t).sum(-1, keepdim=True) - 1
-    return (x - t.gather(-1, last)).clamp(min=0)
+    return (x - t.gather(-1, last)).clamp(min=0).masked_fill((x == 0).all(-1, keepdim=True), 0)
 
 
 def _listed(scales) -> str:
