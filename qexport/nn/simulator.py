@@ -160,7 +160,7 @@ class QuantumAttentionSimulator:
         qubits = num_qubits(Q.shape[-1])
         spare = (0, (1 << qubits) - Q.shape[-1])
         q, k = (functional.pad(functional.normalize(x.double(), dim=-1), spare) for x in (Q, K))
-        overlaps = overlap_probabilities(q, k, _kraus(models, qubits)).clamp(0, 1)
+        overlaps = overlap_probabilities(q, k, _kraus(models, qubits).to(q.device)).clamp(0, 1)
         for model in models:  # kept apart: it is no product of channels on qubits
             if model.scope == "global":
                 share = global_share(model.convention, model.level, qubits).to(q.device)

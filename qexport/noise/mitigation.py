@@ -17,6 +17,9 @@ from qexport.noise.channels import apply_transitions, inverse_matrices, kept_str
 from qexport.noise.measured import MeasuredNoise, measured, with_gradient
 from qexport.noise.quasi import gamma, noisy_operations, quasi_probabilities
 
+LARGEST_SCALE = 100
+LARGEST_DISTANCE = 999  # binomial coefficients of more are no float64
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -125,15 +128,19 @@ class ZeroNoiseExtrapolation(Mitigation):
     noise is: a bias of the order of (level)^scales stays.
 
     Attributes:
-        scales: two or more different numbers > 0: the channel is repeated so many times, or, where it is no whole number,
-            its matrix is raised to that power.
+        scales: two or more different numbers above 0 and up to 100: the channel is repeated so many times, or, where it is
+            no whole number, its matrix is raised to that power.
     """
 
     scales: tuple[float, ...] = (1, 2, 3)
 
     def __post_init__(self):
-        if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or not min(self.scales) > 0:
-            raise UsageError(f"zne scales must be two or more different numbers > 0, got {_listed(self.scales)}")
+        within = all(0 < x <= LARGEST_SCALE for x in self.scales)
+        if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or not within:
+            raise UsageError(
+                f"zne scales must be two or more different numbers above 0 and up to {LARGEST_SCALE}, "
+                f"got {_listed(self.scales)}"
+            )
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -209,14 +216,14 @@ class RepetitionCode(Mitigation):
     the basis z; phases are not protected.
 
     Attributes:
-        distance: an odd number.
+        distance: an odd number up to 999.
     """
 
     distance: int = 3
 
     def __post_init__(self):
-        if self.distance < 1 or self.distance % 2 == 0:
-            raise UsageError(f"repetition distance must be an odd number >= 1, got {self.distance}")
+        if not 1 <= self.distance <= LARGEST_DISTANCE or self.distance % 2 == 0:
+            raise UsageError(f"repetition distance must be an odd number in 1 to {LARGEST_DISTANCE}, got {self.distance}")
 
     def experiments(self, noise, shots):
         for model in noise.channels:
