@@ -11,6 +11,17 @@ from importlib import import_module
 SECTIONS = (
     ("Converting and using bundles", "qexport", None),
     ("Torch modules", "qexport.nn", None),
+    ("Noise", "qexport.noise.model", ("NoiseModel", "parse_noise")),
+    ("Measured rows", "qexport.noise.measured", ("MeasuredNoise", "measured")),
+    (
+        "Mitigation",
+        "qexport.noise.mitigation",
+        (
+            *("Mitigation", "ReadoutInversion", "ZeroNoiseExtrapolation", "ErrorCancellation", "RepetitionCode"),
+            *("parse_mitigation", "mitigated", "Experiment"),
+        ),
+    ),
+    ("Mitigation side by side", "qexport.noise.comparison", ("compare_mitigation", "MitigationError")),
     ("Recipes", "qexport.recipe", ("Recipe", "LayerRecipe", "make_recipe", "load_recipe")),
     ("Nodes by hand", "qexport.ops.proto", ("make_node", "function_proto", "register_schemas")),
 )

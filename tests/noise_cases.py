@@ -31,6 +31,8 @@ CHANNELS = tuple(
     )
     for per_qubit in ((False,) if more.get("scope") == "global" else (False, True))
 )
+NAMED = tuple(case for case in CHANNELS if case[0]["channel"] != "kraus")  # what a NoiseModel can be
+NAMES = tuple(dict.fromkeys(attributes["channel"] for attributes, _ in NAMED))
 BASES = QUANTUM_NOISE.attribute("basis").choices
 
 

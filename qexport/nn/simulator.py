@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch.nn import functional
@@ -14,9 +15,11 @@ from qexport.noise.density import kraus_operators, overlap_probabilities
 from qexport.noise.measured import MeasuredNoise, measured
 from qexport.noise.mitigation import Mitigation, mitigated, parse_mitigation
 from qexport.noise.model import NoiseModel, parse_noise
+from qexport.ops import QUANTUM_MEASURE
 from qexport.ops.kernels import kernels
 
 BASES = ("z", "x", "overlap")
+MOST_SHOTS = QUANTUM_MEASURE.attribute("shots").maximum
 LEVEL = 0.01  # of a noise model that is given by its name alone
 
 
@@ -33,8 +36,8 @@ class QuantumAttentionSimulator:
 
     Attributes:
         noise: (NoiseModel, ...), in the order they act.
-        leak: (...), after a call: the share of each row that was measured in states n .. 2^qubits - 1, which stand for no
-        key.
+        leak: (...), after a call: the share of each row that was measured in states that stand for no key,
+            n .. 2^qubits - 1, or for keys that the query does not see. These outcomes are discarded: weights there are 0.
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class QuantumAttentionSimulator:
             mitigation: none, readout_inversion[:project], zne[:1-2-3], pec, repetition[:3] or a
                 `qexport.noise.mitigation.Mitigation`; it knows the noise, and shares `num_samples` out among what it
                 measures. Weights may be negative. In basis overlap there is none.
-            renormalize: where n is no power of two (and always in basis overlap), divide each row of weights by its sum.
+            renormalize: where outcomes are discarded, since n is no power of two or keys are masked (and always in basis
+                overlap), divide each row of weights by its sum.
             seed: of the draws; a call with the same seed draws alike.
             backend: `kernel` (C++, on the CPU), `reference` (torch, any device), `auto` (the first where it can), or the
                 name of an entry point of `qexport.backends` that has `measure_rows`.
@@ -99,9 +103,9 @@ class QuantumAttentionSimulator:
 
         Differentiable in Q, K, V, a float mask, the level and the times of the noise. Without shots the gradient is that of
         the closed form. With shots it is unbiased for losses that are linear in the output
-        (`qexport.noise.measured.measured`), up to renormalisation: where something leaks, and in basis overlap, the weights
-        are ratios, whose bias falls as 1 / num_samples. At a level where a channel has no derivative (amplitude damping 1 in
-        basis x) it is infinite.
+        (`qexport.noise.measured.measured`), up to renormalisation: where outcomes are discarded, and in basis overlap, the
+        weights are ratios, whose bias falls as 1 / num_samples. At a level where a channel has no derivative (amplitude
+        damping 1 in basis x, any 0 in basis overlap) it is infinite or NaN.
 
         Args:
             Q: (..., q_len, d), two to four axes.
@@ -134,18 +138,21 @@ class QuantumAttentionSimulator:
                 raise UsageError("basis overlap has no scores: scale must be None and attn_mask bool; leave them out")
             weights = self._overlaps(Q, K, mask, models, num_samples, seed)
         else:
-            weights = self._rows(_softmax(Q, K, mask, scale), models, num_samples, seed)
+            weights = self._rows(*_softmax(Q, K, mask, scale), models, num_samples, seed)
         weights = weights.to(Q.dtype)
         return weights @ V, weights
 
-    def _rows(self, p, models, shots, seed):
-        """Weights of rows p (..., q_len, n), float64."""
+    def _rows(self, p, hidden, models, shots, seed):
+        """Weights of rows p (..., q_len, n), float64; hidden: bool like p, keys that a query does not see, or None."""
         if self._device is not None and shots is None:
             raise UsageError(f"backend {self.backend} measures: num_samples must be >= 1, got None")
         n = p.shape[-1]
         noise = MeasuredNoise(models, n, self.basis, kernel=self._kernel(p))
         weights = mitigated(self.mitigation, noise, p, shots, seed, device=self._device)
         weights, leaked = weights[..., :n], weights[..., n:]
+        if hidden is not None:  # or a causal model would learn of later tokens through the noise
+            leaked = torch.cat([leaked, weights.masked_fill(~hidden, 0)], -1)
+            weights = weights.masked_fill(hidden, 0)
         self.leak = leaked.detach().sum(-1)
         return _normalized(weights) if self.renormalize and leaked.shape[-1] else weights
 
@@ -153,7 +160,7 @@ class QuantumAttentionSimulator:
         qubits = num_qubits(Q.shape[-1])
         spare = (0, (1 << qubits) - Q.shape[-1])
         q, k = (functional.pad(functional.normalize(x.double(), dim=-1), spare) for x in (Q, K))
-        overlaps = overlap_probabilities(q, k, _kraus(models, qubits)).clamp(0, 1)
+        overlaps = overlap_probabilities(q, k, _kraus(models, qubits).to(q.device)).clamp(0, 1)
         for model in models:  # kept apart: it is no product of channels on qubits
             if model.scope == "global":
                 share = global_share(model.convention, model.level, qubits).to(q.device)
@@ -228,8 +235,8 @@ def _checked(Q, K, V, num_samples, enable_gqa):
         raise UsageError(
             f"Q, K and V must be (..., q_len, d), (..., n, d), (..., n, v_head_size) with n, d >= 1, got {shapes}"
         )
-    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
-        raise UsageError(f"num_samples must be an int >= 1, or None for infinitely many shots, got {num_samples}")
+    if num_samples is not None and not (isinstance(num_samples, Integral) and 1 <= num_samples <= MOST_SHOTS):
+        raise UsageError(f"num_samples must be an int in 1 to {MOST_SHOTS}, or None for infinitely many, got {num_samples}")
     return K, V
 
 
@@ -239,6 +246,8 @@ def _mask(attn_mask, is_causal, Q, K):
         fits = attn_mask.dim() <= len(rows) and all(
             a in (1, b) for a, b in zip(attn_mask.shape[::-1], rows[::-1], strict=False)
         )
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise UsageError(f"attn_mask must be bool (true = attend) or float, got {attn_mask.dtype}")
         if not fits:
             raise UsageError(f"attn_mask must broadcast to {rows}, got {tuple(attn_mask.shape)}")
     if not is_causal:
@@ -250,13 +259,14 @@ def _mask(attn_mask, is_causal, Q, K):
 
 
 def _softmax(Q, K, mask, scale):
-    """float64, rows of zeros where a query sees no key."""
+    """(float64 rows, of zeros where a query sees no key; bool like them, keys that a query does not see, or None)."""
     scores = Q @ K.mT * (Q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None:
-        return scores.softmax(-1, dtype=torch.float64)
+        return scores.softmax(-1, dtype=torch.float64), None
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    blind = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0).softmax(-1, dtype=torch.float64).masked_fill(blind, 0)
+    hidden = scores.isneginf()
+    blind = hidden.all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0).softmax(-1, dtype=torch.float64).masked_fill(blind, 0), hidden
 
 
 def _kraus(models, qubits):

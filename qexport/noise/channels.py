@@ -1,6 +1,7 @@
 """The channels of docs/noise.md in closed form: what they do to measured probabilities.
 
-Qubit k is bit k of the index of a state (little-endian, as in Qiskit). Parameters are float64.
+Qubit k is bit k of the index of a state (little-endian, as in Qiskit). Parameters, and matrices from them, are float64 on
+the CPU, whatever holds the rows.
 """
 
 import torch
@@ -24,7 +25,7 @@ def per_qubit(name: str, value, qubits: int) -> torch.Tensor:
     """
     if value is None:
         raise UsageError(f"[QuantumNoise] {name} is missing; thermal_relaxation needs it")
-    value = torch.as_tensor(value, dtype=torch.float64)
+    value = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if value.shape not in ((), (1,), (qubits,)):
         raise UsageError(
             f"[QuantumNoise] {name} has shape {tuple(value.shape)}, expected one number or ({qubits},), one per qubit"
@@ -92,7 +93,7 @@ def global_share(convention: str, level, qubits: int) -> torch.Tensor:
 
 def _readout(qubits, level):
     """P(1 read | 0) and P(0 read | 1) of each qubit: float64 (qubits, 2)."""
-    level = torch.as_tensor(level, dtype=torch.float64)
+    level = torch.as_tensor(level, dtype=torch.float64, device="cpu")
     if level.ndim < 2:
         level = per_qubit("level", level, qubits)[:, None]
     elif level.shape not in ((1, 2), (qubits, 2)):
@@ -207,4 +208,4 @@ def amplitudes_of(p: torch.Tensor) -> torch.Tensor:
 def walsh_hadamard(amplitudes: torch.Tensor) -> torch.Tensor:
     """A Hadamard gate on every qubit of (..., 2^q) amplitudes."""
     qubits = num_qubits(amplitudes.shape[-1])
-    return apply_transitions(amplitudes, HADAMARD.real.to(amplitudes.dtype).expand(qubits, 2, 2))
+    return apply_transitions(amplitudes, HADAMARD.real.to(amplitudes).expand(qubits, 2, 2))

@@ -97,7 +97,7 @@ def check_kraus(kraus: torch.Tensor, tolerance: float | None = None) -> None:
         UsageError: names the deviation.
     """
     total = torch.einsum("...kji,...kjl->...il", kraus.conj(), kraus)
-    off = float((total - torch.eye(2)).abs().max().detach())
+    off = float((total - torch.eye(2, device=total.device)).abs().max().detach())
     tolerance = exactness(kraus.dtype) if tolerance is None else tolerance
     if not off <= tolerance:
         raise UsageError(

@@ -22,16 +22,20 @@ from qexport.noise.channels import (
 from qexport.noise.model import NoiseModel
 from qexport.ops.kernels import kernels
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
+from qexport.ops.quantum_noise import SPEC
+
+# `readout` with two rates per qubit is any transition matrix, in either basis.
+ANY_MATRIX = {basis: SPEC.resolve({"channel": "readout", "basis": basis}) for basis in ("z", "x")}
 
 
 class MeasuredNoise:
     """Noise models that act one after the other on registers of n states, before these are measured in a basis.
 
     Attributes:
-        models: (NoiseModel, ...), the first acts first.
+        channels, readouts: (NoiseModel, ...): those that act on states, the first first, and those of the measurement.
         n, qubits: states in use, and the qubits that hold them.
         basis: z or x.
-        steps: what the models do to measured probabilities, neighbours composed: float64 (qubits, 2, 2), transition
+        steps: what all of them do to measured probabilities, neighbours composed: float64 (qubits, 2, 2), transition
             probabilities of each qubit, or (), the share of all qubits that becomes the mixed state.
 
     Raises:
@@ -40,52 +44,50 @@ class MeasuredNoise:
 
     def __init__(self, models: Sequence[NoiseModel], n: int, basis: str = "z", *, kernel: bool = False):
         """kernel: whether the C++ kernels compute where no gradient is asked for; rows must then be on the CPU."""
-        self.models, self.n, self.qubits, self.basis, self.kernel = tuple(models), n, num_qubits(n), basis, kernel
-        self.steps = []
-        for before, model in zip((None, *self.models), self.models, strict=False):
-            if before is not None and before.channel == "readout" and model.channel != "readout":
+        self.n, self.qubits, self.basis, self.kernel = n, num_qubits(n), basis, kernel
+        self.channels = tuple(model for model in models if model.channel != "readout")
+        self.readouts = tuple(models[len(self.channels) :])
+        for model in self.readouts:
+            if model.channel != "readout":
                 raise UsageError(f"readout acts on what was measured and must come last, got {model.channel} behind it")
-            self._then(model)
+        self._parts = self._composed(self.channels), self._composed(self.readouts)
+        self.steps = [step for part in self._parts for step in part]
 
-    def _then(self, model: NoiseModel) -> None:
-        if model.scope == "global":
-            self.steps.append(global_share(model.convention, model.level, self.qubits))
-            return
-        given = {**model.inputs, "convention": model.convention, "basis": self.basis}
-        step = transition_matrices(model.channel, self.qubits, **given)
-        if self.steps and self.steps[-1].ndim:
-            step = step @ self.steps.pop()
-        self.steps.append(step)
+    def _composed(self, models) -> list[torch.Tensor]:
+        steps = []
+        for model in models:
+            if model.scope == "global":
+                steps.append(global_share(model.convention, model.level, self.qubits))
+                continue
+            given = {**model.inputs, "convention": model.convention, "basis": self.basis}
+            step = transition_matrices(model.channel, self.qubits, **given)
+            steps.append(step @ steps.pop() if steps and steps[-1].ndim else step)
+        return steps
 
     def local(self, why: str) -> torch.Tensor:
-        """The transition matrices of all models together, float64 (qubits, 2, 2).
+        """The transition matrices of all steps together, float64 (qubits, 2, 2).
 
         Raises:
             UsageError: noise of scope global; the message begins with `why`.
         """
-        if any(not step.ndim for step in self.steps):
-            raise UsageError(f"{why} takes noise of single qubits, got scope global; take scope local")
-        return self.steps[0] if self.steps else torch.eye(2, dtype=torch.float64).expand(self.qubits, 2, 2)
+        whole = torch.eye(2, dtype=torch.float64).expand(self.qubits, 2, 2)
+        for step in self.steps:
+            if not step.ndim:
+                raise UsageError(f"{why} takes noise of single qubits, got scope global; take scope local")
+            whole = step @ whole
+        return whole
 
     def repeated(self, times: float) -> list[torch.Tensor]:
-        """The steps of the noise acting `times` times: S^times = I + (1 - x^times) / (1 - x) (S - I), x = 1 - S_10 - S_01.
+        """The steps when channels, and then readouts, act `times` times as often.
 
         Raises:
             UsageError: a number of times that is no integer, for noise that has no such power.
         """
-        if times == int(times):
-            return self.steps * int(times)
-        if len(self.steps) != 1:
-            raise UsageError(f"noise of {len(self.steps)} steps can be repeated whole times alone, got {times:g} times")
-        (step,) = self.steps
-        lost = step[:, 1, 0] + step[:, 0, 1] if step.ndim else step
-        if (lost >= 1).any():
-            raise UsageError(f"noise that turns outcomes over can be repeated whole times alone, got {times:g} times")
-        if not step.ndim:
-            return [1 - (1 - step) ** times]
-        some = torch.where(lost > 0, lost, 0.5)
-        factor = torch.where(lost > 0, -torch.expm1(times * torch.log1p(-some)) / some, times)[:, None, None]
-        return [(torch.eye(2, dtype=step.dtype) + factor * (step - torch.eye(2, dtype=step.dtype))).clamp(min=0)]
+        return [step for part in self._parts for step in _power(part, times)]
+
+    def repeated_models(self, times: int) -> tuple[NoiseModel, ...]:
+        """The models of `repeated`."""
+        return self.channels * times + self.readouts * times
 
     def noiseless(self, p: torch.Tensor) -> torch.Tensor:
         """What would be measured without noise: (..., 2^q) of rows p (..., n)."""
@@ -118,15 +120,33 @@ class MeasuredNoise:
         asked = torch.is_grad_enabled() and (p.requires_grad or matrices.requires_grad)
         if self.kernel and not asked and self.qubits:
             flips = torch.stack([matrices[:, 1, 0], matrices[:, 0, 1]], -1).detach().clamp(0, 1)
-            # `readout` with two rates per qubit is any transition matrix, in either basis.
-            attributes = {"channel": "readout", "scope": "local", "convention": "replace", "basis": basis, "renormalize": 0}
-            noisy, _ = kernels().quantum_noise(
-                p.detach().numpy(), flips.numpy(), **attributes, threads=torch.get_num_threads()
-            )
+            threads = torch.get_num_threads()
+            noisy, _ = kernels().quantum_noise(p.detach().numpy(), flips.numpy(), **ANY_MATRIX[basis], threads=threads)
             return torch.from_numpy(noisy)
         if basis == "x":
             p = walsh_hadamard(amplitudes_of(p)).square()
         return apply_transitions(p, matrices.to(p.device))
+
+
+def _power(steps: list[torch.Tensor], times: float) -> list[torch.Tensor]:
+    """S^times = I + (1 - x^times) / (1 - x) (S - I), x = 1 - S_10 - S_01."""
+    if times == int(times):
+        return steps * int(times)
+    if len(steps) > 1:
+        raise UsageError(f"noise of {len(steps)} steps can be repeated whole times alone, got {times:g} times")
+    powers = []
+    for step in steps:
+        lost = step[:, 1, 0] + step[:, 0, 1] if step.ndim else step
+        if (lost >= 1).any():
+            raise UsageError(f"noise that turns outcomes over can be repeated whole times alone, got {times:g} times")
+        if step.ndim:
+            some = torch.where(lost > 0, lost, 0.5)
+            factor = torch.where(lost > 0, -torch.expm1(times * torch.log1p(-some)) / some, times)[:, None, None]
+            one = torch.eye(2, dtype=step.dtype)
+            powers.append((one + factor * (step - one)).clamp(min=0))
+        else:
+            powers.append(1 - (1 - step) ** times)
+    return powers
 
 
 def measured(rows: torch.Tensor, shots: int | None, seed: int, layer: int = 0, *, kernel: bool = False) -> torch.Tensor:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from qexport.errors import UsageError
-from qexport.noise.channels import apply_transitions, matrices_of
+from qexport.noise.channels import apply_transitions, inverse_matrices, kept_strength, matrices_of
 from qexport.noise.measured import MeasuredNoise, measured, with_gradient
 from qexport.noise.quasi import gamma, noisy_operations, quasi_probabilities
 
-SMALLEST = 1e-9  # of what noise must leave of an outcome so that it can be inverted
+LARGEST_SCALE = 100
+LARGEST_DISTANCE = 999  # binomial coefficients of more are no float64
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,16 @@ class ReadoutInversion(Mitigation):
         return not self.project
 
     def experiments(self, noise, shots):
-        for step in noise.steps:
-            _check_invertible("readout_inversion", 1 - step if not step.ndim else 1 - step[:, 1, 0] - step[:, 0, 1])
+        inverses = [_inverse(step) for step in reversed(noise.steps)]
 
         def read(frequencies):
-            for step in reversed(noise.steps):
+            for step in inverses:
                 step = step.to(frequencies.device)
                 if step.ndim:
-                    frequencies = apply_transitions(frequencies, torch.linalg.inv(step))
+                    frequencies = apply_transitions(frequencies, step)
                 else:
                     uniform = frequencies.sum(-1, keepdim=True) / frequencies.shape[-1]
-                    frequencies = (frequencies - step * uniform) / (1 - step)
+                    frequencies = step * frequencies + (1 - step) * uniform
             return frequencies
 
         return [Experiment(shots, noise.probabilities, read, 1)]
@@ -106,9 +106,9 @@ class ReadoutInversion(Mitigation):
         d, most = 1 << noise.qubits, 1.0
         for step in noise.steps:
             if step.ndim:
-                most *= float(torch.linalg.inv(step).abs().sum(-2).amax(-1).prod())
+                most *= float(_inverse(step).abs().sum(-2).amax(-1).prod())
             else:
-                most *= float((1 + step * (d - 2) / d) / (1 - step))
+                most *= abs(float((1 + step * (d - 2) / d) * _inverse(step)))
         return most**2
 
     def finish(self, estimate):
@@ -128,15 +128,19 @@ class ZeroNoiseExtrapolation(Mitigation):
     noise is: a bias of the order of (level)^scales stays.
 
     Attributes:
-        scales: two or more different numbers > 0: the channel is repeated so many times, or, where it is no whole number,
-            its matrix is raised to that power.
+        scales: two or more different numbers above 0 and up to 100: the channel is repeated so many times, or, where it is
+            no whole number, its matrix is raised to that power.
     """
 
     scales: tuple[float, ...] = (1, 2, 3)
 
     def __post_init__(self):
-        if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or not min(self.scales) > 0:
-            raise UsageError(f"zne scales must be two or more different numbers > 0, got {_listed(self.scales)}")
+        within = all(0 < x <= LARGEST_SCALE for x in self.scales)
+        if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or not within:
+            raise UsageError(
+                f"zne scales must be two or more different numbers above 0 and up to {LARGEST_SCALE}, "
+                f"got {_listed(self.scales)}"
+            )
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -212,18 +216,18 @@ class RepetitionCode(Mitigation):
     the basis z; phases are not protected.
 
     Attributes:
-        distance: an odd number.
+        distance: an odd number up to 999.
     """
 
     distance: int = 3
 
     def __post_init__(self):
-        if self.distance < 1 or self.distance % 2 == 0:
-            raise UsageError(f"repetition distance must be an odd number >= 1, got {self.distance}")
+        if not 1 <= self.distance <= LARGEST_DISTANCE or self.distance % 2 == 0:
+            raise UsageError(f"repetition distance must be an odd number in 1 to {LARGEST_DISTANCE}, got {self.distance}")
 
     def experiments(self, noise, shots):
-        for model in noise.models:
-            if model.channel not in ("depolarizing", "bit_flip", "readout"):
+        for model in noise.channels:
+            if model.channel not in ("depolarizing", "bit_flip"):
                 raise UsageError(
                     f"repetition corrects flips (depolarizing, bit_flip, readout), got {model.channel}; take "
                     "readout_inversion"
@@ -281,12 +285,12 @@ def mitigated(mitigation: Mitigation, noise: MeasuredNoise, p, shots: int | None
     Raises:
         UsageError: the method does not apply to this noise, has too few shots, or needs what the device cannot do.
     """
-    estimate = 0
-    for layer, experiment in enumerate(mitigation.experiments(noise, shots)):
+    estimate, experiments = 0, mitigation.experiments(noise, shots)
+    for layer, experiment in enumerate(experiments):
         if device is None:
             found = measured(experiment.rows(p), experiment.shots, seed, layer, kernel=noise.kernel)
         else:
-            found = _on_device(device, mitigation, experiment, noise, p, seed + layer)
+            found = _on_device(device, mitigation, experiment, noise, p, seed * len(experiments) + layer)
         estimate = estimate + experiment.read(found)
     return mitigation.finish(estimate)
 
@@ -295,9 +299,14 @@ def _on_device(device, mitigation, experiment, noise, p, seed):
     if experiment.times is None:
         raise UsageError(f"hardware cannot do mitigation {mitigation}; take zne with whole scales, or backend auto")
     padded = torch.nn.functional.pad(p.detach(), (0, (1 << noise.qubits) - p.shape[-1]))
-    found = device(padded, experiment.shots, noise.models * experiment.times, basis=noise.basis, seed=seed)
+    found = device(padded, experiment.shots, noise.repeated_models(experiment.times), basis=noise.basis, seed=seed)
     rows = experiment.rows(p) if torch.is_grad_enabled() else p.detach()
     return with_gradient(found.to(p), rows)
+
+
+def _inverse(step: torch.Tensor) -> torch.Tensor:
+    """S^-1 of each qubit, or 1 / (1 - l) of noise on all qubits as one, which leaves p / (1 - l) - l / (1 - l) uniform."""
+    return inverse_matrices(step) if step.ndim else 1 / kept_strength(1 - step, "the register")
 
 
 def majority(rate: torch.Tensor, distance: int) -> torch.Tensor:
@@ -308,16 +317,11 @@ def majority(rate: torch.Tensor, distance: int) -> torch.Tensor:
 
 def project_on_simplex(x: torch.Tensor) -> torch.Tensor:
     """The nearest probabilities, Euclidean, to rows (..., n): max(x - t, 0), t such that they sum to one (Held, Wolfe and
-    Crowder, 1974)."""
+    Crowder, 1974). Rows of zeros stay so."""
     ordered = x.sort(-1, descending=True).values
     t = (ordered.cumsum(-1) - 1) / torch.arange(1, x.shape[-1] + 1, device=x.device)
     last = (ordered > t).sum(-1, keepdim=True) - 1
-    return (x - t.gather(-1, last)).clamp(min=0)
-
-
-def _check_invertible(name: str, kept: torch.Tensor) -> None:
-    if (kept.abs() < SMALLEST).any():
-        raise UsageError(f"{name} cannot invert noise that leaves nothing of an outcome (S is singular); take a lower level")
+    return (x - t.gather(-1, last)).clamp(min=0).masked_fill((x == 0).all(-1, keepdim=True), 0)
 
 
 def _listed(scales) -> str:

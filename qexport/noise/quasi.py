@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from qexport.errors import UsageError
-from qexport.noise.channels import coherence, matrices_of
+from qexport.noise.channels import LEAST_KEPT, coherence, matrices_of
 from qexport.noise.measured import MeasuredNoise
-
-SMALLEST = 1e-9  # factor of X, Y or Z that can be inverted
 
 
 def quasi_probabilities(noise: MeasuredNoise) -> torch.Tensor:
@@ -23,9 +21,9 @@ def quasi_probabilities(noise: MeasuredNoise) -> torch.Tensor:
     """
     x = y = torch.ones(noise.qubits, dtype=torch.float64)
     z, t = x, torch.zeros_like(x)
-    for model in noise.models:
-        if model.channel == "readout":
-            raise UsageError("pec undoes noise of states, and readout acts on outcomes; take readout_inversion")
+    if noise.readouts:
+        raise UsageError("pec undoes noise of states, and readout acts on outcomes; take readout_inversion")
+    for model in noise.channels:
         if model.scope == "global":
             raise UsageError("pec takes noise of single qubits, got scope global; take readout_inversion")
         step = MeasuredNoise([model], noise.n).steps[0]
@@ -33,7 +31,7 @@ def quasi_probabilities(noise: MeasuredNoise) -> torch.Tensor:
         c = coherence(model.channel, noise.qubits, **model.inputs, convention=model.convention)
         x, y, z = c * x, (1 - up - down if model.channel == "bit_flip" else c) * y, (1 - up - down) * z
         t = (1 - up - down) * t + down - up
-    if (torch.stack([x, y, z]).abs() < SMALLEST).any():
+    if (torch.stack([x, y, z]).abs() < LEAST_KEPT).any():
         raise UsageError("pec cannot undo noise that leaves nothing of a qubit's state; take a lower level")
     reset = -t / z
     i, x, y, z = 1 - reset, 1 / x, 1 / y, 1 / z

@@ -94,7 +94,7 @@ def quantum_noise_ref(
             p = (1 - strength) * p + strength * spread
     elif a["channel"] != "kraus" and unitary is None:
         matrices = transition_matrices(a["channel"], qubits, *parameters, convention=a["convention"], basis=a["basis"])
-        p = apply_transitions(p, (inverse_matrices(matrices) if a["inverse"] else matrices).to(dtype))
+        p = apply_transitions(p, (inverse_matrices(matrices) if a["inverse"] else matrices).to(p))
     noisy, leak = p[..., :n], p[..., n:].sum(-1)
     if a["renormalize"]:
         kept = noisy.sum(-1, keepdim=True)
