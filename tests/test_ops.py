@@ -70,6 +70,34 @@ def test_qk_matmul_output(case, backend, mode):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_probabilities_beside_the_output(case, strategy, dtype):
+    """They come out of the same pass as the output, which is what it is without them."""
+    feeds = rounded(case.inputs(), dtype)
+    attributes = case.all_attributes(strategy=strategy, num_samples=SAMPLES, layer=3)
+    alone = run_binding(feeds, dtype, 7, attributes)
+    got = run_binding(feeds, dtype, 7, attributes | {"qk_matmul_output_mode": 3})
+    want = run_ref(feeds, dtype, 7, attributes | {"qk_matmul_output_mode": 3})
+    assert_close(got["qk_matmul_output"], want["qk_matmul_output"], dtype, "qk_matmul_output")
+    assert_close(got["Y"], alone["Y"], dtype, "Y")
+
+
+@pytest.mark.parametrize("keys", [2000, 2100])
+def test_adaptive_with_its_probabilities_kept_and_computed_twice(keys):
+    """16 MiB of probabilities are kept between its two phases: those of 2000 rows, not those of 2100."""
+    rng = np.random.default_rng(keys)
+    feeds = {name: rng.standard_normal((1, 1, keys, 8), dtype=np.float32) for name in "QKV"}
+    attributes = {"strategy": "adaptive", "num_samples": SAMPLES}
+    want = run_ref(feeds, "float32", 5, attributes)["Y"]
+    for threads in (1, 2):
+        off = np.abs(run_binding(feeds, "float32", 5, attributes, threads)["Y"] - want).max(-1)
+        # A weight is p_j / pi_j, of many small numbers in float32; another draw moves a row by far more.
+        assert (off > 1e-3).sum() <= allowed_flips(keys, SAMPLES, keys)
+        assert np.median(off) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("control_variate", [0, 1])
 @pytest.mark.parametrize("strategy", DRAWING)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -19,23 +19,25 @@ class BlockRunner {
     blocks(max_rows, 0, job_.params.batch * job_.params.kv_heads, body);
   }
 
+  // Into how many blocks of at most `max_rows` rows a call is cut.
+  static int64_t count(const AttentionJob& job, int64_t max_rows) {
+    const Cut c = cut(job, max_rows);
+    return job.params.batch * job.params.kv_heads * c.spans * c.per_span;
+  }
+
   // The same for `heads` (batch, kv head) from first_head on.
   template <class Body>
   void blocks(int64_t max_rows, int64_t first_head, int64_t heads, const Body& body) {
     const QuantumAttentionParams& p = job_.params;
-    // The query heads of a kv head are stacked where one head alone would leave lanes empty, as in decoding.
-    const int64_t span = p.q_len * 2 >= max_rows ? p.q_len : p.q_len * job_.group;
-    const int64_t spans = p.q_len * job_.group / std::max<int64_t>(span, 1);
-    const int64_t per_span = (span + max_rows - 1) / max_rows;
-    const int64_t total = heads * spans * per_span;
-    each(total, [&, spans, per_span, span](int64_t i, char* scratch) {
+    const auto [span, spans, per_span] = cut(job_, max_rows);
+    each(heads * spans * per_span, [&, spans = spans, per_span = per_span, span = span](int64_t i, char* scratch) {
       // Blocks of one head follow each other, so that its keys stay in the cache; later rows come first, since under a
       // causal mask they take longest and a long block at the end would be waited for.
       const int64_t part = per_span - 1 - i % per_span;
       const int64_t place = i / per_span;
       const int64_t first = place % spans * span + part * max_rows, head = first_head + place / spans;
       body(RowBlock{head / p.kv_heads, head % p.kv_heads, first, std::min(max_rows, place % spans * span + span - first), 0,
-                    job_.total_len},
+                    job_.total_len, i},
            scratch);
     });
   }
@@ -50,6 +52,18 @@ class BlockRunner {
   void set_serial(bool serial) { serial_ = serial; }
 
  private:
+  // A kv head has `spans` spans of `span` rows, a span `per_span` blocks.
+  struct Cut {
+    int64_t span, spans, per_span;
+  };
+
+  static Cut cut(const AttentionJob& job, int64_t max_rows) {
+    const int64_t q_len = job.params.q_len;
+    // The query heads of a kv head are stacked where one head alone would leave lanes empty, as in decoding.
+    const int64_t span = q_len * 2 >= max_rows ? q_len : q_len * job.group;
+    return {span, q_len * job.group / std::max<int64_t>(span, 1), (span + max_rows - 1) / max_rows};
+  }
+
   const AttentionJob& job_;
   char* scratch_;
   size_t per_worker_;

@@ -23,13 +23,14 @@ struct AttentionJob {
   // cluster (batch, kv_heads, value_clusters, packed_row(v_head_size)).
   int32_t* value_cluster;
   float* value_centre;
-  float* entropy;       // (batch, q_heads, q_len), adaptive only
-  int32_t* allowed;     // (batch, q_heads, q_len): allowed keys, adaptive only
-  double* budget;       // (batch, q_heads, q_len): samples of each row, adaptive only
-  int64_t parts;        // parts that the keys of each kv head are cut into, each worked on by itself; 1 is whole
-  char* part_state;     // (batch, kv_heads, parts) softmax states of part_bytes each, or null
-  int32_t* parts_left;  // (batch, kv_heads): parts that are not done yet, or null
-  bool tree_decode;     // few rows, strategy tree, from key_summary
+  float* entropy;        // (batch, q_heads, q_len), adaptive only
+  int32_t* allowed;      // (batch, q_heads, q_len): allowed keys, adaptive only
+  double* budget;        // (batch, q_heads, q_len): samples of each row, adaptive only
+  float* probabilities;  // (blocks of sampled_rows, total_len, sampled_rows): p_j, kept from one phase to the next; or null
+  int64_t parts;         // parts that the keys of each kv head are cut into, each worked on by itself; 1 is whole
+  char* part_state;      // (batch, kv_heads, parts) softmax states of part_bytes each, or null
+  int32_t* parts_left;   // (batch, kv_heads): parts that are not done yet, or null
+  bool tree_decode;      // few rows, strategy tree, from key_summary
 };
 
 // Keys of a part: long enough that joining the parts costs nothing, short enough that one head can keep many cores busy.
@@ -40,13 +41,18 @@ inline int64_t packed_row(int64_t size) { return (size + 15) / 16 * 16; }
 
 // Whether keys that are not read enter by the mean value of their cluster.
 inline bool clusters_values(const QuantumAttentionParams& p) { return p.strategy == Strategy::hybrid && p.control_variate; }
+// Whether the probabilities are an output.
+inline bool returns_probabilities(const AttentionJob& job) {
+  return job.tensors.qk_matmul_output && job.params.qk_matmul_output_mode == 3;
+}
 inline int64_t value_clusters(const AttentionJob& job) { return (job.total_len + kBlockKeys - 1) / kBlockKeys; }
 
 // `count` query rows of one kv head, from row `first`, and the keys [key_begin, key_end) that they look at. Row r is query
-// r % q_len of query head kv_head * group + r / q_len.
+// r % q_len of query head kv_head * group + r / q_len. `number` counts the blocks of a call, where it is cut into such.
 struct RowBlock {
   int64_t batch, kv_head, first, count;
   int64_t key_begin, key_end;
+  int64_t number = 0;
 };
 
 struct Kernels {
@@ -66,9 +72,10 @@ struct Kernels {
   size_t (*summary_bytes)(const AttentionJob& job);  // scratch of update_summary
   void (*update_summary)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
   void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);  // exact, from job.blocks
-  void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);  // and the probabilities, if they are an output
   void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*qk_matmul_output)(const AttentionJob& job, RowBlock block, char* scratch);
+  void (*exact_with_probabilities)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*pack)(const AttentionJob& job, int64_t batch, int64_t kv_head);      // fills packed_key and packed_value
   void (*key_mean)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills blocks.key_mean
   // Fills blocks [first, end) of one head.

@@ -14,6 +14,9 @@ namespace {
 // More than this is not packed at once but tile by tile, or head by head: the arena of a session never gives memory back.
 constexpr size_t kMaxPackedBytes = size_t{64} << 20;
 
+// Probabilities are kept between the two phases of `adaptive` up to this size, else computed twice.
+constexpr size_t kMaxKeptBytes = size_t{16} << 20;
+
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Blocks in low precision where they are allowed, known and pay: packing them costs what about kBlockedRows rows of fp32
@@ -68,9 +71,18 @@ bool needs_packing(const AttentionJob& job) {
   return job.blocks.count == 0 && !as_is && job.group * p.q_len > kernels().exact_rows && bytes <= kMaxPackedBytes;
 }
 
+size_t kept_bytes(const AttentionJob& job) {
+  const int64_t rows = kernels().sampled_rows;
+  return static_cast<size_t>(BlockRunner::count(job, rows) * rows * job.total_len) * sizeof(float);
+}
+
+bool keeps_probabilities(const AttentionJob& job) {
+  return job.params.strategy == Strategy::adaptive && kept_bytes(job) <= kMaxKeptBytes;
+}
+
 struct Layout {
   size_t packed_key, packed_value, block_keys, block_values, key_mean, tree, mean, norm, cluster, centre, entropy, allowed,
-      budget, part_state, parts_left, workers, per_worker, total;
+      budget, probabilities, part_state, parts_left, workers, per_worker, total;
 };
 
 Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
@@ -103,6 +115,7 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.entropy = take(adaptive, rows * sizeof(float));
   layout.allowed = take(adaptive, rows * sizeof(int32_t));
   layout.budget = take(adaptive, rows * sizeof(double));
+  layout.probabilities = take(keeps_probabilities(job), kept_bytes(job));
   const size_t parts = kv * static_cast<size_t>(job.parts);
   layout.part_state = take(job.parts > 1, job.parts > 1 ? parts * kernels().part_bytes(job) : 0);
   layout.parts_left = take(job.parts > 1, kv * sizeof(int32_t));
@@ -176,9 +189,12 @@ void share_budget(const AttentionJob& job, int64_t b) {
   const auto share = [&](double c, int64_t r) { return std::min<double>(allowed[r], std::max(1.0, c * g[r])); };
   for (int step = 0; step < 64 && low < high; ++step) {
     const double c = low + (high - low) / 2;
-    double sum = 0.0;
-    for (int64_t r = 0; r < rows; ++r) sum += share(c, r);
-    (sum < target ? low : high) = c;
+    double parts[4] = {};  // one sum alone would be a chain of additions that wait for each other
+    for (int64_t r = 0; r < rows / 4 * 4; r += 4) {
+      for (int64_t i = 0; i < 4; ++i) parts[i] += share(c, r + i);
+    }
+    for (int64_t r = rows / 4 * 4; r < rows; ++r) parts[0] += share(c, r);
+    (parts[0] + parts[1] + parts[2] + parts[3] < target ? low : high) = c;
   }
   for (int64_t r = 0; r < rows; ++r) g[r] = share(high, r);
 }
@@ -220,6 +236,7 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     job.entropy = reinterpret_cast<float*>(base + layout.entropy);
     job.allowed = reinterpret_cast<int32_t*>(base + layout.allowed);
     job.budget = reinterpret_cast<double*>(base + layout.budget);
+    if (keeps_probabilities(job)) job.probabilities = reinterpret_cast<float*>(base + layout.probabilities);
   }
   if (job.parts > 1) {
     job.part_state = base + layout.part_state;
@@ -260,6 +277,7 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
       k.exact_part(job, {head / p.kv_heads, head % p.kv_heads, 0, job.group * p.q_len, first, first + kPartKeys}, s);
     });
   };
+  bool scores_left = job.tensors.qk_matmul_output;
   if (p.strategy == Strategy::tree) {
     run_tree(job, heads_at_once(job), runner);
   } else if (job.tree_decode) {
@@ -273,12 +291,16 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     run_blocked(job, runner);
   } else if (job.parts > 1) {
     exact_parts();
-  } else if (p.strategy == Strategy::exact) {
-    runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
-  } else {
+  } else if (p.strategy != Strategy::exact) {
     runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.sampled(job, block, s); });
+    scores_left = scores_left && !returns_probabilities(job);
+  } else if (returns_probabilities(job)) {
+    runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.exact_with_probabilities(job, block, s); });
+    scores_left = false;
+  } else {
+    runner.blocks(k.exact_rows, [&](RowBlock block, char* s) { k.exact(job, block, s); });
   }
-  if (job.tensors.qk_matmul_output) {
+  if (scores_left) {
     runner.blocks(k.sampled_rows, [&](RowBlock block, char* s) { k.qk_matmul_output(job, block, s); });
   }
 }

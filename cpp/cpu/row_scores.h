@@ -1,6 +1,8 @@
 // All scores of a few rows at once, and what is computed from them without sampling: entropies and qk_matmul_output.
 #pragma once
 
+#include <cstring>
+
 #include "exact_block.h"
 
 namespace qexport {
@@ -33,7 +35,7 @@ static RowScratch row_scratch(const AttentionJob& job, Arena& arena) {
   s.row = arena.take<float>(size);
   s.p = arena.take<float>(job.total_len * kSampledRows);
   s.x = arena.take<float>(p.strategy == Strategy::exact ? 0 : job.total_len * kSampledRows);
-  s.o = arena.take<float>(p.strategy == Strategy::exact ? 0 : size * kSampledRows);
+  s.o = arena.take<float>(size * kSampledRows);
   s.share = arena.take<float>(clusters_values(p) ? value_clusters(job) * kLanes : 0);
   s.chosen.place = arena.take<int32_t>(kChosen + kLanes);
   s.chosen.p = arena.take<int32_t>(kChosen + kLanes);
@@ -68,11 +70,11 @@ static void row_scores(const AttentionJob& job, const RowBlock& block, const Row
 // Sum of term(j) over j < n, in parts of 64: a long float32 sum would round by more than the width of many draws, and move
 // keys across the borders of the strata.
 template <class Term>
-static QEXPORT_INLINE vf sum_in_parts(int64_t n, const Term& term) {
-  vf total{};
+static QEXPORT_INLINE auto sum_in_parts(int64_t n, const Term& term) {
+  decltype(term(0)) total{};
   for (int64_t first = 0; first < n; first += 64) {
     const int64_t end = lesser(first + 64, n);
-    vf part{};
+    decltype(term(0)) part{};
     for (int64_t j = first; j < end; ++j) part += term(j);
     total += part;
   }
@@ -86,6 +88,15 @@ struct ColumnSums {
   vf weighted_sum;  // sum_j e_j (s_j - max), if asked for
 };
 
+struct Sums {
+  vf plain, weighted;
+
+  QEXPORT_INLINE void operator+=(const Sums& other) {
+    plain += other.plain;
+    weighted += other.weighted;
+  }
+};
+
 // One column of lanes of scores s[n][ld] becomes e = exp(s - max).
 template <bool kWeighted>
 static ColumnSums exponentiate(float* s, int64_t ld, int64_t n) {
@@ -97,25 +108,32 @@ static ColumnSums exponentiate(float* s, int64_t ld, int64_t n) {
     allowed -= x != -kInf;
   }
   const vf origin = m == -kInf ? vf{} : m;
-  vf weighted{};
-  if (kWeighted) {
-    weighted = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
-      const vf d = load<vf>(s + j * ld) - origin, e = exp_nonpositive(d);
-      return e == 0.0f ? vf{} : e * d;
-    });
-  }
-  const vf sum = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
-    const vf e = exp_nonpositive(load<vf>(s + j * ld) - origin);
+  const Sums sums = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
+    const vf d = load<vf>(s + j * ld) - origin, e = exp_nonpositive(d);
     store(s + j * ld, e);
-    return e;
+    if (!kWeighted) return Sums{e, vf{}};
+    return Sums{e, e == 0.0f ? vf{} : e * d};
   });
-  return {sum, allowed, weighted};
+  return {sums.plain, allowed, sums.weighted};
 }
 
-// Entropy H = ln Z - (1/Z) sum_j e_j (s_j - max) in nats, and the number of allowed keys, of each row.
+// One column of lanes e[n][ld], of sum z, becomes p = e / z, or 0 where no key is allowed.
+static QEXPORT_INLINE void normalize(float* e, int64_t ld, int64_t n, vf z) {
+  const vf inverse = z == 0.0f ? vf{} : 1.0f / z;
+  for (int64_t j = 0; j < n; ++j) store(e + j * ld, load<vf>(e + j * ld) * inverse);
+}
+
+// Where the p_j of a block are kept.
+static QEXPORT_INLINE float* kept_probabilities(const AttentionJob& job, const RowBlock& block) {
+  return job.probabilities + block.number * job.total_len * kSampledRows;
+}
+
+// Entropy H = ln Z - (1/Z) sum_j e_j (s_j - max) in nats, and the number of allowed keys, of each row. Keeps the
+// probabilities, if there is room.
 static void entropy_block(const AttentionJob& job, RowBlock block, char* memory) {
   Arena arena{memory, 0};
-  const RowScratch scratch = row_scratch(job, arena);
+  RowScratch scratch = row_scratch(job, arena);
+  if (job.probabilities) scratch.p = kept_probabilities(job, block);
   Rows rows;
   set_rows(job, block, rows);
   const int64_t ld = rows.vecs * kLanes;
@@ -123,6 +141,7 @@ static void entropy_block(const AttentionJob& job, RowBlock block, char* memory)
   row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
   for (int v = 0; v < rows.vecs; ++v) {
     const ColumnSums sums = exponentiate<true>(scratch.p + v * kLanes, ld, rows.end - rows.begin);
+    if (job.probabilities) normalize(scratch.p + v * kLanes, ld, rows.end - rows.begin, sums.sum);
     for (int lane = 0; lane < kLanes && v * kLanes + lane < rows.count; ++lane) {
       const int64_t r = v * kLanes + lane;
       const int64_t at = (block.batch * job.params.q_heads + rows.head[r]) * job.params.q_len + rows.query[r];
@@ -133,37 +152,75 @@ static void entropy_block(const AttentionJob& job, RowBlock block, char* memory)
   }
 }
 
+// Writes x[j - begin][lane], j in [begin, end), as rows of qk_matmul_output, with zeros before and behind them.
+static void write_score_rows(const AttentionJob& job, const RowBlock& block, const Rows& rows, const float* x, int64_t begin,
+                             int64_t end) {
+  const QuantumAttentionParams& p = job.params;
+  const int64_t ld = rows.vecs * kLanes, n = job.total_len, bytes = element_size(p.type);
+  for (int64_t r0 = 0; r0 < rows.count; r0 += kLanes) {
+    const int64_t live = lesser<int64_t>(kLanes, rows.count - r0);
+    char* dst[kLanes];
+    for (int64_t lane = 0; lane < live; ++lane) {
+      const int64_t row = (block.batch * p.q_heads + rows.head[r0 + lane]) * p.q_len + rows.query[r0 + lane];
+      dst[lane] = static_cast<char*>(job.tensors.qk_matmul_output) + row * n * bytes;
+      std::memset(dst[lane], 0, static_cast<size_t>(begin * bytes));
+      std::memset(dst[lane] + end * bytes, 0, static_cast<size_t>((n - end) * bytes));
+    }
+    for (int64_t j = begin; j < end; j += kLanes) {
+      const int64_t count = lesser<int64_t>(kLanes, end - j);
+      vf m[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) m[i] = i < count ? load<vf>(x + (j - begin + i) * ld + r0) : vf{};
+      transpose(m);
+      for (int64_t lane = 0; lane < live; ++lane) store_part(p.type, dst[lane] + j * bytes, m[lane], count);
+    }
+  }
+}
+
+// p of all rows of a block into scratch.p, and out. Never sampled.
+static void write_probabilities(const AttentionJob& job, const RowBlock& block, const Rows& rows,
+                                const RowScratch& scratch) {
+  const int64_t ld = rows.vecs * kLanes, n = rows.end - rows.begin;
+  row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
+  for (int v = 0; v < rows.vecs; ++v) {
+    float* column = scratch.p + v * kLanes;
+    normalize(column, ld, n, exponentiate<false>(column, ld, n).sum);
+  }
+  write_score_rows(job, block, rows, scratch.p, rows.begin, rows.end);
+}
+
 // qk_matmul_output, modes 0 (scores), 1 (after softcap), 2 (after the mask), 3 (probabilities). Never sampled.
 static void qk_matmul_output_block(const AttentionJob& job, RowBlock block, char* memory) {
-  const QuantumAttentionParams& p = job.params;
+  const int64_t mode = job.params.qk_matmul_output_mode;
   Arena arena{memory, 0};
   const RowScratch scratch = row_scratch(job, arena);
   Rows rows;
   set_rows(job, block, rows);
-  const int64_t ld = rows.vecs * kLanes, n = job.total_len;
+  pack_queries(job, block, rows, job.params.scale, scratch.q_t, rows.vecs * kLanes);
+  if (mode == 3) return write_probabilities(job, block, rows, scratch);
+  const Stage stage = mode == 0 ? Stage::raw : mode == 1 ? Stage::capped : Stage::masked;
+  row_scores(job, block, rows, scratch, stage, 0, job.total_len, scratch.p);
+  write_score_rows(job, block, rows, scratch.p, 0, job.total_len);
+}
+
+// Exact attention of rows whose probabilities are wanted too: one product of scores for both.
+static void exact_with_probabilities_block(const AttentionJob& job, RowBlock block, char* memory) {
+  const int64_t size = job.params.v_head_size;
+  Arena arena{memory, 0};
+  const RowScratch scratch = row_scratch(job, arena);
+  Rows rows;
+  set_rows(job, block, rows);
+  const int64_t ld = rows.vecs * kLanes;
   pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
-  const Stage stage = p.qk_matmul_output_mode == 0   ? Stage::raw
-                      : p.qk_matmul_output_mode == 1 ? Stage::capped
-                                                     : Stage::masked;
-  row_scores(job, block, rows, scratch, stage, 0, n, scratch.p);
-  if (p.qk_matmul_output_mode == 3) {
-    for (int v = 0; v < rows.vecs; ++v) {
-      float* column = scratch.p + v * kLanes;
-      const vf z = exponentiate<false>(column, ld, n).sum;
-      const vf inverse = z == 0.0f ? vf{} : 1.0f / z;
-      for (int64_t j = 0; j < n; ++j) store(column + j * ld, load<vf>(column + j * ld) * inverse);
-    }
+  write_probabilities(job, block, rows, scratch);
+  for (int64_t i = 0; i < size * ld; i += kLanes) store(scratch.o + i, vf{});
+  for (int64_t j = rows.begin, count; j < rows.end; j += count) {
+    const KeyRows v = key_rows(job, true, block.batch, block.kv_head, j, lesser(kTile, rows.end - j), scratch.keys);
+    count = v.count;
+    value_product(v.data, v.stride, scratch.p + (j - rows.begin) * ld, scratch.o, ld, size, count, rows.vecs, nullptr);
   }
-  char* out = static_cast<char*>(job.tensors.qk_matmul_output);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t row = (block.batch * p.q_heads + rows.head[r]) * p.q_len + rows.query[r];
-    for (int64_t j = 0; j < n; j += kLanes) {
-      alignas(64) float part[kLanes];
-      const int64_t count = lesser<int64_t>(kLanes, n - j);
-      for (int64_t i = 0; i < count; ++i) part[i] = scratch.p[(j + i) * ld + r];
-      write_row(p.type, part, count, out + (row * n + j) * element_size(p.type));
-    }
-  }
+  alignas(64) float one[kSampledRows];
+  for (float& factor : one) factor = 1.0f;
+  write_outputs(job, block, rows, scratch.o, ld, one);
 }
 
 // value_mean and value_norm of one kv head: the mean of v_j over the valid keys, and |v_j - mean|.

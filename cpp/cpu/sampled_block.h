@@ -29,9 +29,25 @@ static void prefix_sums(float* x, int64_t ld, int64_t n, vf sum) {
   }
 }
 
-// One column of lanes, rows v * kLanes .. : p[n][ld] holds the scores on entry.
+// Scores of a block become p_j = e_j / Z, in place; allowed[r] = keys that row r attends to.
+static void probabilities(const AttentionJob& job, const RowBlock& block, const Rows& rows, float* p, int32_t* allowed) {
+  const int64_t ld = rows.vecs * kLanes, n = rows.end - rows.begin;
+  for (int v = 0; v < rows.vecs; ++v) {
+    if (job.probabilities) {  // entropy_block has done it
+      for (int64_t r = v * kLanes; r < lesser<int64_t>(rows.count, (v + 1) * kLanes); ++r) {
+        allowed[r] = job.allowed[(block.batch * job.params.q_heads + rows.head[r]) * job.params.q_len + rows.query[r]];
+      }
+      continue;
+    }
+    const ColumnSums sums = exponentiate<false>(p + v * kLanes, ld, n);
+    normalize(p + v * kLanes, ld, n, sums.sum);
+    store(allowed + v * kLanes, sums.allowed);
+  }
+}
+
+// One column of lanes, rows v * kLanes .. : p[n][ld] holds their probabilities, allowed[lane] how many keys they attend to.
 static void sample_column(const AttentionJob& job, const RowBlock& block, const Rows& rows, const RowScratch& scratch,
-                          int v) {
+                          const int32_t* allowed, int v) {
   const QuantumAttentionParams& params = job.params;
   const int64_t ld = rows.vecs * kLanes, n = rows.end - rows.begin, size = params.v_head_size;
   const int64_t ld_o = packed_row(size);
@@ -43,7 +59,6 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
   float* o = scratch.o + v * kLanes * ld_o;
   for (int64_t i = 0; i < live * ld_o; ++i) o[i] = 0.0f;
 
-  const ColumnSums sums = exponentiate<false>(p, ld, n);
   vf budget = splat(1.0f);
   vi take_all{}, taken{};
   for (int lane = 0; lane < live; ++lane) {
@@ -52,19 +67,17 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
     if (params.strategy == Strategy::adaptive) {
       own = job.budget[(block.batch * params.q_heads + head) * params.q_len + rows.query[v * kLanes + lane]];
     }
-    take_all[lane] = params.strategy != Strategy::naive && own >= sums.allowed[lane] ? -1 : 0;
+    take_all[lane] = params.strategy != Strategy::naive && own >= allowed[lane] ? -1 : 0;
     const int64_t certain = clustered ? samples : samples / 2;
     taken[lane] = params.strategy == Strategy::hybrid && !take_all[lane] ? static_cast<int32_t>(certain) : 0;
     budget[lane] = static_cast<float>(own);
   }
 
-  // p_j = e_j / Z and x_j, with the sum and the maximum of the x_j of rows that are sampled.
+  // x_j, with their sum and maximum in rows that are sampled.
   const float* norm = job.value_norm ? job.value_norm + kv * job.total_len + rows.begin : nullptr;
-  const vf inverse = sums.sum == 0.0f ? vf{} : 1.0f / sums.sum;
   vf largest{};
   vf rest = sum_in_parts(n, [&](int64_t j) QEXPORT_INLINE_LAMBDA {
-    const vf pj = load<vf>(p + j * ld) * inverse;
-    store(p + j * ld, pj);
+    const vf pj = load<vf>(p + j * ld);
     // A key that is not attended to must not lend its norm, which may be NaN.
     const vf xj = norm ? (pj > 0.0f ? pj * norm[j] : vf{}) : pj;
     largest = max(xj, largest);
@@ -103,11 +116,12 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
     weight_sum = systematic(job, block, scratch, rows.begin, n, ld, p, x, c, offset, o, ld_o);
   }
 
+  const vf any = n > 0 ? load<vf>(p) : vf{};  // one score that is NaN makes all p_j of its row so
   const float* mean = job.value_mean ? job.value_mean + kv * size : nullptr;
   for (int lane = 0; lane < live; ++lane) {
     float* row = o + lane * ld_o;
-    const bool empty = sums.allowed[lane] == 0;
-    const bool nan = sums.sum[lane] != sums.sum[lane];
+    const bool empty = allowed[lane] == 0;
+    const bool nan = any[lane] != any[lane];
     const float w = weight_sum[lane];
     // w_j v_j has been summed; around a mean the row is mean + sum w_j (v_j - mean), else it is normalised.
     const bool shifted = mean && !take_all[lane];
@@ -124,13 +138,21 @@ static void sample_column(const AttentionJob& job, const RowBlock& block, const 
 static void sampled_block(const AttentionJob& job, RowBlock block, char* memory) {
   Rows rows;
   set_rows(job, block, rows);
-  if (is_exact(job, rows)) return exact_block(job, block, memory);
+  const bool wanted = returns_probabilities(job);
+  if (is_exact(job, rows))
+    return wanted ? exact_with_probabilities_block(job, block, memory) : exact_block(job, block, memory);
   Arena arena{memory, 0};
-  const RowScratch scratch = row_scratch(job, arena);
-  const int64_t ld = rows.vecs * kLanes;
-  pack_queries(job, block, rows, job.params.scale, scratch.q_t, ld);
-  row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
-  for (int v = 0; v < rows.vecs; ++v) sample_column(job, block, rows, scratch, v);
+  RowScratch scratch = row_scratch(job, arena);
+  if (job.probabilities) {
+    scratch.p = kept_probabilities(job, block);
+  } else {
+    pack_queries(job, block, rows, job.params.scale, scratch.q_t, rows.vecs * kLanes);
+    row_scores(job, block, rows, scratch, Stage::masked, rows.begin, rows.end, scratch.p);
+  }
+  alignas(64) int32_t allowed[kSampledRows];
+  probabilities(job, block, rows, scratch.p, allowed);
+  if (wanted) write_score_rows(job, block, rows, scratch.p, rows.begin, rows.end);
+  for (int v = 0; v < rows.vecs; ++v) sample_column(job, block, rows, scratch, allowed + v * kLanes, v);
 }
 
 }  // namespace QEXPORT_ISA

@@ -44,13 +44,15 @@ TensorView view(py::object& object, const char* op_name, const char* name, bool 
   TensorView result{};
   if (object.is_none()) return result;
   const std::string where = "[" + std::string(op_name) + "] " + name + " ";
-  const py::module_ numpy = py::module_::import("numpy");
-  py::array array = numpy.attr("asarray")(object);
+  py::array array = py::array::ensure(object);  // calls of microseconds: no attribute of numpy is looked up on the way
+  if (!array) throw py::error_already_set();
   if (array.ndim() > most) {
     throw std::invalid_argument(where + "must have at most " + std::to_string(most) + " dimensions, got " +
                                 std::to_string(array.ndim()));
   }
-  if (!keep_rows || !is_rows(array)) array = numpy.attr("asarray")(array, py::arg("order") = "C");
+  if (!(array.flags() & py::array::c_style) && !(keep_rows && is_rows(array))) {
+    array = py::array::ensure(array, py::array::c_style);
+  }
   object = array;
   result = {array.data(), true, type_of(array, where), {static_cast<int>(array.ndim()), {}}};
   std::copy_n(array.shape(), array.ndim(), result.shape.dim);
@@ -58,9 +60,7 @@ TensorView view(py::object& object, const char* op_name, const char* name, bool 
 }
 
 py::array empty(const Shape& shape, const py::object& dtype) {
-  py::tuple dims(shape.rank);
-  for (int i = 0; i < shape.rank; ++i) dims[i] = shape.dim[i];
-  return py::module_::import("numpy").attr("empty")(dims, dtype);
+  return py::array(py::dtype::from_args(dtype), std::vector<py::ssize_t>(shape.dim, shape.dim + shape.rank));
 }
 
 ParallelFor own_threads(int& threads) {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -113,8 +114,9 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
   }
   {
     const py::gil_scoped_release release;
-    std::vector<char> scratch(quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
-    quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);
+    const size_t bytes = quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel);
+    const std::unique_ptr<char[]> scratch(new char[bytes]);  // megabytes, which a vector would fill with zeros first
+    quantum_attention_cpu(call.params, call.tensors, scratch.get(), parallel);
   }
   return py::make_tuple(y, keys, values, qk, errors, summary);
 }

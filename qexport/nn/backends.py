@@ -140,11 +140,12 @@ def _torch_pool() -> int:
 
 def _to_numpy(tensor):
     """The same memory; numpy knows bfloat16 through ml_dtypes alone."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     if tensor.dtype != torch.bfloat16:
-        return tensor.detach().numpy()
+        return tensor.numpy()
     import ml_dtypes
 
-    return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _to_torch(array, dtype):

@@ -7,6 +7,7 @@ from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import attend
 from qexport.nn.heads import PER_HEAD, columns_of, head_groups
+from qexport.nn.masks import check_masks, merged_mask
 from qexport.ops import QUANTUM_ATTENTION
 
 # Draws of the heads of one configuration must not repeat those of another: each group counts as a layer of its own.
@@ -163,14 +164,14 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        _check_masks(attn_mask, key_padding_mask, query.shape[0], self.num_heads, query.shape[1], key.shape[1])
+        check_masks(attn_mask, key_padding_mask, query.shape[0], self.num_heads, query.shape[1], key.shape[1])
         q, k, v = self._project(query, key, value)
         k, v, added = self._add_keys(k, v)
         # Keys that are added come last, where a causal query must see them: then the mask itself is used, and no means of
         # values, which hold later ones.
         causal = is_causal and not added
         order = {"is_causal": 1} if causal else {"control_variate": 0} if is_causal else {}
-        mask = _merged_mask(None if causal else attn_mask, key_padding_mask, q, self.num_heads, added)
+        mask = merged_mask(None if causal else attn_mask, key_padding_mask, q, self.num_heads, added)
         output, weights = self._attend(q, k, v, mask, order, need_weights)
         output = self.out_proj(output)
         if need_weights and average_attn_weights:
@@ -270,41 +271,3 @@ def number_layers(model: nn.Module) -> None:
     modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
     for layer, module in enumerate(modules):
         module.layer = layer
-
-
-def _check_masks(attn_mask, key_padding_mask, batch, num_heads, q_len, kv_len):
-    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
-    if attn_mask is not None:
-        wanted = (q_len, kv_len) if attn_mask.dim() == 2 else (batch * num_heads, q_len, kv_len)
-        if tuple(attn_mask.shape) != wanted:
-            raise RuntimeError(
-                f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {wanted}."
-            )
-    if key_padding_mask is not None and tuple(key_padding_mask.shape) != (batch, kv_len):
-        raise AssertionError(
-            f"Expected key_padding_mask of shape {(batch, kv_len)}, but got {tuple(key_padding_mask.shape)}"
-        )
-
-
-def _merged_mask(attn_mask, key_padding_mask, q, num_heads, added):
-    """Both masks as one that the op takes, (batch or 1, heads or 1, q_len or 1, kv_len + added): bool with true = attend if
-    neither is a float mask, else floats that are added to the scores."""
-    batch = q.shape[0]
-    masks = []
-    if attn_mask is not None:
-        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, num_heads)))
-    if key_padding_mask is not None:
-        masks.append(key_padding_mask[:, None, None])
-    if not masks:
-        return None
-    if all(mask.dtype == torch.bool for mask in masks):
-        merged = ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
-        return nn.functional.pad(merged, (0, added), value=True) if added else merged
-    merged = sum(_as_bias(mask, q.dtype) for mask in masks)
-    return nn.functional.pad(merged, (0, added)) if added else merged
-
-
-def _as_bias(mask, dtype):
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(dtype)
