@@ -90,7 +90,7 @@ def test_a_mitigation_has_its_own_runs():
         ("none", "thermal_relaxation:T2=3", 0.1, 9, r"T2 must be at most 2 T1 = 2, got 3"),
         ("zne", "depolarizing", 0.1, 2, r"zne with 3 scales needs at least 3 shots, got 2"),
         ("repetition:3", "amplitude_damping", 0.1, 9, r"repetition corrects flips .*, got amplitude_damping"),
-        ("repetition:4", "depolarizing", 0.1, 9, r"must be an odd number >= 1, got 4"),
+        ("repetition:4", "depolarizing", 0.1, 9, r"must be an odd number in 1 to 999, got 4"),
         ("readout_inversion", "amplitude_damping,readout", 0.1, 9, r"takes one noise model here, or several of"),
         ("pec", "depolarizing", 0.1, 9, r"mitigation pec is not swept in models; give none, zne"),
         ("magic", "depolarizing", 0.1, 9, r"mitigation must be one of .*, got 'magic'"),

@@ -3,10 +3,10 @@
 import torch
 
 from qexport.errors import UsageError
-from qexport.noise.channels import num_qubits
+from qexport.noise.channels import global_share, num_qubits
 from qexport.noise.density import PAULIS, exactness, kraus_operators, overlap_probabilities
 from qexport.ops.probability_rows import MAX_AXES, SUM_TOLERANCE
-from qexport.ops.quantum_noise_ref import as_complex, check_inputs, one_level
+from qexport.ops.quantum_noise_ref import as_complex, check_inputs
 from qexport.ops.quantum_overlap import SPEC
 
 
@@ -34,7 +34,7 @@ def quantum_overlap_ref(
     qubits = num_qubits(queries.shape[-1])
     states = [_states(rows, 1 << qubits) for rows in (queries, keys)]
     if a["scope"] == "global":
-        strength = one_level(a["convention"], level, qubits)
+        strength = global_share(a["convention"], level, qubits)
         present = [x.square().sum(-1) for x in states]
         overlaps = (1 - strength) * overlap_probabilities(*states, PAULIS[:1].expand(qubits, 1, 2, 2))
         overlaps = overlaps + strength / 2**qubits * present[0][..., :, None] * present[1][..., None, :]
