@@ -66,9 +66,8 @@ def sample_attention(model: ir.Model, recipe: Recipe, *, invert: bool = False) -
     noisy = any("noise" in sampling for _, sampling in chosen)
     levels = Levels(model, add_input(model, "noise_scale", np.asarray(1, np.float32))) if noisy else None
     seeds = {own["seed"] for node, _ in chosen if "seed" in (own := sampled_as(node))}
-    seed = add_input(
-        model, "seed", np.asarray(min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed, np.int64)
-    )
+    default = min(seeds) if seeds and "seed" not in recipe.model_fields_set else recipe.seed
+    seed = add_input(model, "seed", np.asarray(default, np.int64))
     n_outputs = max(PROBABILITY_OUTPUTS if "noise" in sampling else len(node.outputs) for node, sampling in chosen)
     layers = _layers([node for node, _ in chosen])
     sites = [
