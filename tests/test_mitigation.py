@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from noise_cases import BASES, NAMED, name_of, parameters, rows
-from scipy.stats import chi2
+from scipy.stats import binom, chi2
 
 from qexport.errors import UsageError
 from qexport.noise import channels, density
@@ -19,6 +19,7 @@ from qexport.noise.mitigation import (
     ReadoutInversion,
     RepetitionCode,
     ZeroNoiseExtrapolation,
+    majority,
     mitigated,
     parse_mitigation,
     project_on_simplex,
@@ -134,6 +135,12 @@ def test_cancellation_is_the_average_over_operations(channel, basis):
     (experiment,) = ErrorCancellation().experiments(noise, 100)
     assert (experiment.rows(p) - torch.cat([want[1], want[-1]], -1) / total).abs().max() <= EXACT
     assert abs(ErrorCancellation().overhead(noise) - total**2) <= EXACT * total**2
+
+
+@pytest.mark.parametrize("distance", [1, 3, 31, 999])
+def test_majority_is_the_tail_of_a_binomial(distance):
+    rates = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert np.abs(majority(rates, distance).numpy() - binom.sf(distance // 2, distance, rates.numpy())).max() <= 1e-10
 
 
 def test_costs_in_closed_form():

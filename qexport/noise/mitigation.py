@@ -311,7 +311,8 @@ def _inverse(step: torch.Tensor) -> torch.Tensor:
 
 def majority(rate: torch.Tensor, distance: int) -> torch.Tensor:
     """The rate at which most of `distance` independent copies are flipped: sum_{k > d/2} C(d, k) f^k (1 - f)^(d - k)."""
-    terms = (math.comb(distance, k) * rate**k * (1 - rate) ** (distance - k) for k in range(distance // 2 + 1, distance + 1))
+    counts = range(distance // 2 + 1, distance + 1)
+    terms = (float(math.comb(distance, k)) * rate**k * (1 - rate) ** (distance - k) for k in counts)
     return sum(terms)
 
 
