@@ -1,7 +1,7 @@
 """Noise models as circuits take them: parameters of each qubit, and what may stand where."""
 
 from qexport.errors import UsageError
-from qexport.noise.channels import per_qubit, replaced_share, transition_matrices
+from qexport.noise.channels import global_share, per_qubit, replaced_share, transition_matrices
 from qexport.noise.model import NoiseModel
 
 # What simulators of other packages hold: 16 * 4^qubits bytes for a density matrix, 16^(qubits + 1) for a channel on all.
@@ -22,7 +22,7 @@ def check_noise(noise: tuple[NoiseModel, ...], qubits: int) -> None:
             )
         readout = model if model.channel == "readout" else None
         if model.scope == "global":
-            global_share(model, qubits)
+            global_share(model.convention, model.level, qubits)
             most, what = MOST_GLOBAL_QUBITS, "scope global"
         else:
             transition_matrices(model.channel, qubits, **model.inputs, convention=model.convention)
@@ -31,18 +31,6 @@ def check_noise(noise: tuple[NoiseModel, ...], qubits: int) -> None:
             raise UsageError(
                 f"{what} is simulated on up to {most} qubits here, got {qubits}; take QuantumNoise, which has none"
             )
-
-
-def global_share(model: NoiseModel, qubits: int) -> float:
-    """The share of the state that depolarizing noise of scope global replaces.
-
-    Raises:
-        UsageError: it is outside its limits, or not the same for all qubits.
-    """
-    shares = replaced_share(model.convention, model.level, qubits, qubits)
-    if (shares != shares[0]).any():
-        raise UsageError("level must be one number with scope global, got one per qubit that differ")
-    return float(shares[0])
 
 
 def qubit_parameters(model: NoiseModel, qubits: int) -> list[tuple[float, ...]]:

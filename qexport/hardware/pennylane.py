@@ -3,8 +3,9 @@
 import numpy as np
 
 from qexport.hardware.circuit import preparation
-from qexport.hardware.noise import global_share, qubit_parameters
+from qexport.hardware.noise import qubit_parameters
 from qexport.hardware.rows import RowBackend, check_size
+from qexport.noise.channels import global_share
 from qexport.noise.density import PAULIS, kraus_operators
 from qexport.noise.model import NoiseModel
 
@@ -80,7 +81,7 @@ CHANNELS = {
 def add_channel(model: NoiseModel, wires: list) -> None:
     """Queue a model as PennyLane's own channel, on every wire or on all as one; nothing for readout."""
     if model.scope == "global":
-        share, size = global_share(model, len(wires)), 4 ** len(wires)
+        share, size = float(global_share(model.convention, model.level, len(wires))), 4 ** len(wires)
         # Of the 4^qubits Pauli strings the identity keeps what the others leave.
         weights = np.full(size, share / size)
         weights[0] = max(0.0, 1 - share * (size - 1) / size)

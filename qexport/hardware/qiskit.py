@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from qexport.hardware.circuit import preparation
-from qexport.hardware.noise import global_share, qubit_parameters
+from qexport.hardware.noise import qubit_parameters
 from qexport.hardware.rows import RowBackend, check_size
-from qexport.noise.channels import transition_matrices
+from qexport.noise.channels import global_share, transition_matrices
 from qexport.noise.model import NoiseModel
 
 try:
@@ -102,7 +102,7 @@ def add_channel(circuit: QuantumCircuit, model: NoiseModel) -> None:
     """Append a model as Aer's own error, to every qubit or to all as one; nothing for readout."""
     qubits = circuit.num_qubits
     if model.scope == "global":
-        error = aer.depolarizing_error(global_share(model, qubits), qubits)
+        error = aer.depolarizing_error(float(global_share(model.convention, model.level, qubits)), qubits)
         circuit.append(error.to_instruction(), range(qubits))
     elif model.channel != "readout":
         for k, parameters in enumerate(qubit_parameters(model, qubits)):

@@ -23,7 +23,11 @@ EXACT, SINGLE = 1e-12, 1e-6
 # Rows of every number of qubits, most of them with states that stand for nothing.
 LENGTHS = {1: (2,), 2: (3, 4), 3: (5, 8), 4: (11, 16), 5: (21, 32), 6: (50, 64), 7: (100,), 8: (200,)}
 # Each qubit has parameters of its own; one system of all qubits has one.
-CASES = [case for case in CHANNELS if case[1] or case[0].get("scope") == "global"]
+CASES = [
+    (attributes, per_qubit)
+    for attributes, per_qubit in CHANNELS
+    if (per_qubit or attributes.get("scope") == "global") and attributes["channel"] in (*on_qiskit.ERRORS, "readout")
+]
 
 
 def by_aer(rho: np.ndarray, models: list[NoiseModel], basis: str) -> np.ndarray:
