@@ -1,4 +1,5 @@
-"""The README's figures on other approximations of attention: in a real model, and against the length; and on training."""
+"""The README's figures on other approximations of attention: in a real model, and against the length; on training; and on
+noise beside other packages."""
 
 from bench.markdown import load, paragraph, source, table, times
 from qexport.cli.text import percent
@@ -95,3 +96,30 @@ def scaling() -> str:
     the hardest case for whoever leaves keys out; `--activations` takes others. The picture:
     [bench/results/scaling.png](bench/results/scaling.png).
     """) + table(header, rows)
+
+
+def noise() -> str:
+    results = load("noise")
+    by_package = {}
+    for row in results["packages"]:
+        by_package.setdefault(row["package"], {})[row["qubits"]] = row
+    rows = []
+    for package, found in by_package.items():
+        cells = [package]
+        for row in found.values():
+            ours = row["x_closed_form"] == 1
+            cells += [_time(row["p50_ms"]), "" if ours else f"{row['x_closed_form']:,.0f} ×", f"{row['error']:.0e}"]
+        rows.append(tuple(cells))
+    sizes = [f"{row['rows']} rows of {row['n']}" for row in next(iter(by_package.values())).values()]
+    header = ("", *(title for size in sizes for title in (size, "longer", "error")))
+    return paragraph(f"""
+    **The same noisy probabilities.** Rows of attention behind depolarizing noise of {results["parameters"]["level"]:g} on
+    each of their qubits, measured in the Z basis: QuantumNoise by its closed form, the others from density matrices, each
+    with all rows in one job or call where it can, in single precision where it has that, circuits made beforehand
+    {source("noise", results)}. Median times of calls that take turns, how many times as long they are as QuantumNoise's, and
+    the largest error of a probability. This says nothing about circuits that have no closed form.
+    """) + table(header, rows)
+
+
+def _time(ms: float) -> str:
+    return f"{1e3 * ms:.3g} µs" if ms < 0.1 else f"{ms:,.3g} ms" if ms < 1000 else f"{ms / 1e3:.2g} s"

@@ -5,6 +5,7 @@
 ops           QuantumNoise and QuantumMeasure alone, in an onnxruntime session with bound inputs and outputs
 attention     softmax(q k^T / sqrt(d)) -> QuantumNoise -> QuantumMeasure -> V, one head, and the same without noise and shots
 density       the same noisy probabilities from a density matrix, by the torch reference
+packages      the same noisy probabilities from the density matrices of other packages, calls interleaved
 goals         those of bench/goals.toml that are decided here
 
 Everything is compared with the float64 reference before it is timed. `error` is the largest difference of any probability.
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, helper
 
-from bench import common
+from bench import common, noise_packages
 from bench.attention import goals
 from qexport import _core
 from qexport.noise.channels import num_qubits
@@ -166,11 +167,47 @@ def density_table(ops: list[dict], runs: int) -> list[dict]:
     return rows
 
 
+def package_table(threads: int) -> list[dict]:
+    """Every package and the op take turns on the same rows. The op calls itself 100 times in its turn, and is as warm as the
+    others are after a thousandth of theirs."""
+    rows = []
+    for n, count, rounds in ((64, ROWS, 15), (1024, 4, 5)):
+        p = probabilities(n)[:count]
+        exact = normalized(p)
+        want = quantum_noise_ref(exact, LEVEL)[0].numpy()
+        output = np.zeros_like(p)
+        op = bound(
+            [make_node("QuantumNoise", ["p", "level"], ["y"])],
+            {"p": p, "level": np.array(LEVEL, np.float32)},
+            output,
+            {},
+            threads,
+        )
+        errors = {"QuantumNoise": checked("QuantumNoise", op, output, want)}
+        calls = {name: make(exact.numpy(), LEVEL) for name, make in noise_packages.PACKAGES.items()}
+        for name, call in calls.items():
+            errors[name] = float(np.abs(call() - want).max())
+            if not errors[name] <= LARGEST_ERROR:
+                raise SystemExit(f"{name} differs from the closed form by {errors[name]:.3g}")
+
+        def hundred(op=op):
+            for _ in range(100):
+                op()
+
+        times = {k: float(np.median(ms)) for k, ms in interleaved({"QuantumNoise": hundred, **calls}, rounds).items()}
+        times["QuantumNoise"] /= 100
+        for name, error in errors.items():
+            row = {"package": name, "rows": count, "n": n, "qubits": num_qubits(n), "error": error}
+            rows.append(row | {"p50_ms": times[name], "x_closed_form": times[name] / times["QuantumNoise"]})
+    return rows
+
+
 def main():
     arguments = common.parser(__doc__.split("\n")[0], runs=2000).parse_args()
     tables = {"ops": op_table(arguments.threads, arguments.runs)}
     tables["attention"] = attention_table(arguments.threads, arguments.runs)
     tables["density"] = density_table(tables["ops"], 5)
+    tables["packages"] = package_table(arguments.threads)
     tables["goals"] = goals.judged(tables, _core.isa(), file="noise")
     parameters = {"channel": "depolarizing", "level": LEVEL, "shots": SHOTS, "runs": arguments.runs}
     common.report("noise", arguments.threads, parameters, tables, arguments.json)

@@ -22,6 +22,9 @@ SECTIONS = (
         ),
     ),
     ("Mitigation side by side", "qexport.noise.comparison", ("compare_mitigation", "MitigationError")),
+    ("Rows of attention as circuits", "qexport.hardware", None),
+    ("Measured by Qiskit", "qexport.hardware.qiskit", ("QiskitBackend",)),
+    ("Measured by PennyLane", "qexport.hardware.pennylane", ("PennyLaneBackend",)),
     ("Recipes", "qexport.recipe", ("Recipe", "LayerRecipe", "make_recipe", "load_recipe")),
     ("Nodes by hand", "qexport.ops.proto", ("make_node", "function_proto", "register_schemas")),
 )

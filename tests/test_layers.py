@@ -89,3 +89,21 @@ print([name for name in ("torch", "onnx", "numpy", "onnxruntime", "rich", "pydan
 """
     done = run(code)
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("extra", ["qiskit", "pennylane"])
+def test_a_backend_without_its_extra_says_so_in_one_line(extra):
+    """The circuit itself, and its OpenQASM 3, need neither package."""
+    code = f"""
+import torch
+from qexport.hardware import to_qasm3
+from qexport.nn.backends import get_backend
+assert "h q;" in to_qasm3(torch.full((5,), 0.2), basis="x")
+try:
+    get_backend("{extra}")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = run(code, blocked=("qiskit", "qiskit_aer", "pennylane"))
+    where = f"backend '{extra}' (qexport.hardware.{extra}:backend) cannot be loaded"
+    assert done.stdout == f"QexportError {where}: blocked: {extra}; pip install 'qexport[{extra}]'\n", done.stderr
