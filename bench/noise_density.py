@@ -1,14 +1,14 @@
 """Kraus operators and unitaries in QuantumNoise, beside qiskit-aer's density matrices: the table `kraus` of `bench.noise`.
 
 Channels of single qubits, and gates behind them, are measured in closed form: O(d log d) a row of d = 2^q. A unitary of all
-qubits takes a density matrix: 16 complex multiply-adds for each of its d^2 elements and q qubits, and d^2 / 2 more for each of
-d outcomes, since it is Hermitian. Behind a unitary that is 2 d^3 multiply-adds of real numbers a row before all else: 0.5 million
-at q = 6, 2.1 thousand million at q = 10.
+qubits takes a density matrix: 16 complex multiply-adds for each of its d^2 elements and q qubits, and d^2 / 2 for each of d
+outcomes, since it is Hermitian; the latter alone are 2 d^3 multiply-adds of real numbers a row, 0.5 million at q = 6 and
+2.1 thousand million at q = 10.
 
-Aer works as its documentation recommends for speed: set_statevector gives it the row (set_density_matrix takes longer to hand
-over), one job runs the circuits of all rows, save_probabilities takes the result, nothing is sampled, and circuits are built
-outside of the time. Of its settings, single or double precision and with or without fusion of gates, whichever is fastest in
-a first run of each is timed, in turns with ours, on as many threads.
+Aer works as its documentation recommends for speed: set_statevector gives it the row (set_density_matrix takes longer to
+hand over), one job runs the circuits of all rows, save_probabilities takes the result, nothing is sampled, and circuits are
+built outside of the time. Of its settings, single or double precision and with or without fusion of gates, whichever is
+fastest in a first run of each is timed, in turns with ours, on as many threads.
 """
 
 import numpy as np
