@@ -6,6 +6,7 @@ ops           QuantumNoise and QuantumMeasure alone, in an onnxruntime session w
 attention     softmax(q k^T / sqrt(d)) -> QuantumNoise -> QuantumMeasure -> V, one head, and the same without noise and shots
 density       the same noisy probabilities from a density matrix, by the torch reference
 packages      the same noisy probabilities from the density matrices of other packages, calls interleaved
+kraus         any Kraus operators and unitaries, beside qiskit-aer's density matrices: bench/noise_density.py
 goals         those of bench/goals.toml that are decided here
 
 Everything is compared with the float64 reference before it is timed. `error` is the largest difference of any probability.
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper
 
 from bench import common, noise_packages
 from bench.attention import goals
+from bench.noise_density import kraus_table
 from qexport import _core
 from qexport.noise.channels import num_qubits
 from qexport.noise.density import apply_kraus, density_matrix, kraus_operators
@@ -208,6 +210,7 @@ def main():
     tables["attention"] = attention_table(arguments.threads, arguments.runs)
     tables["density"] = density_table(tables["ops"], 5)
     tables["packages"] = package_table(arguments.threads)
+    tables["kraus"] = kraus_table(bound, probabilities, arguments.threads, 24)
     tables["goals"] = goals.judged(tables, _core.isa(), file="noise")
     parameters = {"channel": "depolarizing", "level": LEVEL, "shots": SHOTS, "runs": arguments.runs}
     common.report("noise", arguments.threads, parameters, tables, arguments.json)
