@@ -100,21 +100,44 @@ static QEXPORT_INLINE void add_scaled(float* dst, const float* src, float factor
   for (; x < n; ++x) dst[x] += src[x] * factor;
 }
 
+// o[lane] += w_j v_j for `count` keys, their rows `stride` apart from `values` on, each of kVectors vectors. What a loop
+// over rows of any size asks of memory beside the values costs as much as they do.
+template <int kVectors>
+static void add_rows(const float* values, int64_t stride, const int32_t* place, const float* w, int64_t count, float* o,
+                     int64_t ld_o) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t at = static_cast<uint32_t>(place[i]);
+    const float* src = values + at / kLanes * stride;
+    float* dst = o + at % kLanes * ld_o;
+    for (int x = 0; x < kVectors * kLanes; x += kLanes) store(dst + x, load<vf>(dst + x) + load<vf>(src + x) * w[i]);
+  }
+}
+
 // o[lane] += w_j v_j and sum[lane] += w_j for the waiting keys, w_j = p_j T / f_j.
 static void add_chosen(const AttentionJob& job, const RowBlock& block, const ValueRows& values, const RowScratch& scratch,
                        int64_t begin, int64_t count, float* o, int64_t ld_o, float* sum) {
-  const Chosen& chosen = scratch.chosen;
+  const int32_t* place = scratch.chosen.place;
+  float* w = reinterpret_cast<float*>(scratch.chosen.p);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const vf f = to_float(load<vi>(chosen.f + i));
-    store(chosen.p + i, load<vf>(chosen.p + i) * static_cast<float>(kOne) / f);
+    const vf f = to_float(load<vi>(scratch.chosen.f + i));
+    store(w + i, load<vf>(w + i) * static_cast<float>(kOne) / f);
+  }
+  for (int64_t i = 0; i < count; ++i) sum[static_cast<uint32_t>(place[i]) % kLanes] += w[i];
+  const int64_t size = job.params.v_head_size;
+  if (values.direct && values.split == 0 && size % kLanes == 0) {
+    const float* first = values.fresh + begin * values.fresh_stride;
+    switch (size / kLanes) {
+      case 2:
+        return add_rows<2>(first, values.fresh_stride, place, w, count, o, ld_o);
+      case 4:
+        return add_rows<4>(first, values.fresh_stride, place, w, count, o, ld_o);
+      case 8:
+        return add_rows<8>(first, values.fresh_stride, place, w, count, o, ld_o);
+    }
   }
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t place = static_cast<uint32_t>(chosen.place[i]), lane = place % kLanes;
-    float w;
-    __builtin_memcpy(&w, chosen.p + i, 4);
-    sum[lane] += w;
-    add_scaled(o + lane * ld_o, value_row(job, block, values, begin + place / kLanes, scratch.keys), w,
-               job.params.v_head_size);
+    const uint32_t at = static_cast<uint32_t>(place[i]);
+    add_scaled(o + at % kLanes * ld_o, value_row(job, block, values, begin + at / kLanes, scratch.keys), w[i], size);
   }
 }
 
