@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 import qexport
 from qexport import _core
 from qexport.noise.channels import num_qubits
-from qexport.ops import DOMAIN, QUANTUM_NOISE, VERSION
+from qexport.ops import DOMAIN, QUANTUM_NOISE, QUANTUM_OVERLAP, VERSION
 from qexport.ops.proto import function_proto, make_node, spec_of
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
@@ -20,6 +20,7 @@ from qexport.ops.quantum_noise_ref import quantum_noise_ref
 TYPES = {**DTYPES, "float64": np.float64}
 ELEMENTS = {**ONNX_TYPES, "float64": TensorProto.DOUBLE}
 PARAMETERS = tuple(param.name for param in QUANTUM_NOISE.inputs[1:])
+OVERLAP_PARAMETERS = tuple(param.name for param in QUANTUM_OVERLAP.inputs[2:])
 # (attributes, whether the parameters are one per qubit)
 CHANNELS = tuple(
     ({"channel": channel, **more}, per_qubit)
@@ -95,6 +96,13 @@ def noise_binding(p, given: dict, attributes: dict, dtype: str = "float64", thre
 def measure_binding(p, seed: int, dtype: str = "float64", threads: int = 1, **attributes):
     resolved = spec_of("QuantumMeasure").resolve(attributes)
     return _core.quantum_measure(p.astype(TYPES[dtype]), seed, **resolved, threads=threads).astype(np.float64)
+
+
+def overlap_binding(queries, keys, given: dict, attributes: dict, dtype: str = "float64", threads: int = 1) -> np.ndarray:
+    inputs = [x.astype(TYPES[dtype]) for x in (queries, keys)]
+    resolved = QUANTUM_OVERLAP.resolve(attributes)
+    found = _core.quantum_overlap(*inputs, *(given.get(name) for name in OVERLAP_PARAMETERS), **resolved, threads=threads)
+    return found.astype(np.float64)
 
 
 def noise_ort(p, given: dict, attributes: dict, dtype: str = "float64", threads: int = 1, fallback: bool = False):

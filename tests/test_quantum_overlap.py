@@ -5,7 +5,8 @@ import pytest
 import torch
 from instruction_sets import ISAS, run_on
 from noise_cases import CHANNELS as NOISE_CHANNELS
-from noise_cases import TYPES, name_of, parameters, random_kraus, run_node
+from noise_cases import OVERLAP_PARAMETERS as PARAMETERS
+from noise_cases import name_of, overlap_binding, parameters, random_kraus, run_node
 
 from qexport import _core
 from qexport.noise import density
@@ -13,7 +14,6 @@ from qexport.noise.channels import num_qubits
 from qexport.ops import QUANTUM_OVERLAP
 from qexport.ops.quantum_overlap_ref import quantum_overlap_ref
 
-PARAMETERS = tuple(param.name for param in QUANTUM_OVERLAP.inputs[2:])
 CHANNELS = tuple(case for case in NOISE_CHANNELS if case[0]["channel"] != "readout")
 EXACT = 1e-12
 TOLERANCE = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3, "float64": EXACT}
@@ -30,13 +30,6 @@ def vectors(*shape: int, seed: int = 0) -> np.ndarray:
 def overlap_ref(queries, keys, given: dict, attributes: dict) -> np.ndarray:
     inputs = [torch.from_numpy(x) for x in (queries, keys)]
     return quantum_overlap_ref(*inputs, *(given.get(name) for name in PARAMETERS), **attributes).double().numpy()
-
-
-def overlap_binding(queries, keys, given: dict, attributes: dict, dtype: str = "float64", threads: int = 1) -> np.ndarray:
-    inputs = [x.astype(TYPES[dtype]) for x in (queries, keys)]
-    resolved = QUANTUM_OVERLAP.resolve(attributes)
-    found = _core.quantum_overlap(*inputs, *(given.get(name) for name in PARAMETERS), **resolved, threads=threads)
-    return found.astype(np.float64)
 
 
 def overlap_ort(queries, keys, given: dict, attributes: dict, dtype: str = "float64", threads: int = 1, fallback=False):

@@ -9,7 +9,7 @@ import numpy as np
 import pennylane as qml
 import pytest
 import torch
-from noise_cases import CHANNELS, name_of, noise_binding, noise_ref, parameters, rows
+from noise_cases import CHANNELS, name_of, noise_binding, noise_ref, overlap_binding, parameters, rows
 from qiskit import QuantumCircuit
 from qiskit_aer import AerSimulator
 from qiskit_aer.noise import depolarizing_error
@@ -124,8 +124,12 @@ def test_overlaps(oracle, place, qubits):
             convention=attributes.get("convention", "replace"),
         )
         b = np.stack([state(p), state(rows(n, seed=99))])
+        want = np.einsum("ki,ij,kj->k", b, rho, b).real
         found = overlap_probabilities(torch.from_numpy(state(p))[None], torch.from_numpy(b), kraus)[0]
-        assert np.abs(found.numpy() - np.einsum("ki,ij,kj->k", b, rho, b).real).max() <= EXACT
+        assert np.abs(found.numpy() - want).max() <= EXACT
+        for dtype, most in (("float64", EXACT), ("float32", SINGLE)):
+            found = overlap_binding(state(p)[None], b, given, attributes, dtype)[0]
+            assert np.abs(found - want).max() <= most
 
 
 def test_conventions_are_those_of_the_packages():
