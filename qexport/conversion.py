@@ -1,16 +1,13 @@
 """convert: any transformer -> a bundle with the classical ONNX model and the one whose attention is sampled."""
 
-import datetime
-import importlib.metadata
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
+from qexport.manifest import IR_VERSION, make_manifest
 
-IR_VERSION = 10
 OPSETS = (17, 24)
 # protobuf refuses 2 GiB; nodes and names need room beside the weights.
 EXTERNAL_ABOVE = 2**31 - 2**26
@@ -265,62 +262,5 @@ def _copy_library(folder: Path) -> None:
 
 
 def _report(path, source, recipe, sites, left_alone, difference) -> ConversionReport:
-    manifest = {
-        "schema_version": 1,
-        "qexport_version": _version("qexport"),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": {"kind": source.kind, "name": source.name},
-        "recipe": recipe.to_dict(),
-        "opset": source.model.opset_imports[""],
-        "ir_version": IR_VERSION,
-        "min_onnxruntime": min_onnxruntime(
-            source.model.opset_imports[""], source.cache is not None, any(site.noise for site in sites)
-        ),
-        "seed_input": source.model.graph.inputs[-1].name,
-        "noise": _noise(source.model.graph, sites),
-        "sites": [site.to_dict() for site in sites],
-        "left_alone": [entry.to_dict() for entry in left_alone],
-        "inputs": [spec.to_dict() for spec in source.inputs],
-        "limits": source.limits,
-        "kv_cache": source.cache.to_dict() if source.cache is not None else None,
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: _version(name)
-                for name in ("onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
-                if _version(name)
-            },
-        },
-        "metrics": {} if difference is None else {"max_difference_to_source": difference},
-    }
+    manifest = make_manifest(source, recipe, sites, left_alone, difference)
     return ConversionReport(path, manifest["sites"], manifest["left_alone"], manifest, source.notes, difference)
-
-
-def _noise(graph, sites) -> dict | None:
-    """manifest["noise"]: the input that levels are multiplied by, and what a run without the op library leaves out."""
-    count = sum(site.noise is not None for site in sites)
-    if not count:
-        return None
-    return {"scale_input": graph.inputs[-2].name, "sites": count, "without_library": "no noise, no measurement"}
-
-
-def min_onnxruntime(opset: int, kv_cache: bool = False, noise: bool = False) -> str:
-    """The oldest onnxruntime that runs a bundle's model of this opset, as tests/test_convert_runtimes.py measures it: what
-    reads the file, and no older than what the op library loads on, or than what a KV cache or noise's fallback runs on."""
-    from qexport.inspection import oldest_runtime
-    from qexport.kv_cache import MIN_ONNXRUNTIME as CACHE_RUNTIME
-    from qexport.rewrite.measure_attention import MIN_ONNXRUNTIME as NOISE_RUNTIME
-    from qexport.runtime import OLDEST, version_tuple
-
-    least = CACHE_RUNTIME if kv_cache else NOISE_RUNTIME if noise and opset >= 23 else OLDEST
-    return ".".join(map(str, max(version_tuple(oldest_runtime(opset, IR_VERSION)), least)))
-
-
-def _version(package: str) -> str | None:
-    names = ("onnxruntime", "onnxruntime-gpu") if package == "onnxruntime" else (package,)
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "0+unknown" if package == "qexport" else None
