@@ -158,6 +158,7 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
         say("finding attention")
         left_alone = _to_classical(source, opset, kv_cache, recipe)
+    attach_fallback(source.model)  # of noise that the model brought along
     say("writing the classical model")
     classical = folder / "classical.onnx"
     _save(source.model, classical, external)
@@ -171,7 +172,7 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     _require_sites(source, sites, left_alone)
     if source.cache is not None and source.cache.summaries:
         summarize_cache(source.model, sites, source.cache.summaries)
-    attach_fallback(source.model, sites)
+    attach_fallback(source.model)
     _save(source.model, folder / "model.onnx", external)
     if outputs is not None:
         say("checking the fallback")

@@ -3,6 +3,7 @@
 from qexport.nn.backends import AttentionCall, backend_names
 from qexport.nn.functional import exact_attention, quantum_attention
 from qexport.nn.multihead import QuantumMultiheadAttention, number_layers
+from qexport.nn.noise import quantum_measure, quantum_noise, quantum_overlap
 from qexport.nn.replacement import replace_attention
 from qexport.nn.simulator import QuantumAttentionSimulator
 
@@ -14,5 +15,8 @@ __all__ = [
     "exact_attention",
     "number_layers",
     "quantum_attention",
+    "quantum_measure",
+    "quantum_noise",
+    "quantum_overlap",
     "replace_attention",
 ]

@@ -109,7 +109,7 @@ def kernel(call: AttentionCall):
         )
     attributes = {name: value for name, value in call.attributes.items() if value is not None}
     attributes.pop("softmax_precision", None)
-    arrays = [None if x is None else _to_numpy(x) for x in (call.Q, call.K, call.V, call.attn_mask)]
+    arrays = [None if x is None else to_numpy(x) for x in (call.Q, call.K, call.V, call.attn_mask)]
     outputs = core.quantum_attention(
         *arrays,
         seed=call.seed,
@@ -118,7 +118,7 @@ def kernel(call: AttentionCall):
         pool=_torch_pool(),
         **attributes | {"qk_matmul_output_mode": 3},
     )
-    return _to_torch(outputs[0], call.Q.dtype), _to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
+    return to_torch(outputs[0], call.Q.dtype), to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
 
 
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -138,7 +138,7 @@ def _torch_pool() -> int:
     return 0
 
 
-def _to_numpy(tensor):
+def to_numpy(tensor):
     """The same memory; numpy knows bfloat16 through ml_dtypes alone."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
     if tensor.dtype != torch.bfloat16:
@@ -148,7 +148,8 @@ def _to_numpy(tensor):
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def _to_torch(array, dtype):
+def to_torch(array, dtype):
+    """The same memory as a tensor of `dtype`, which the array has."""
     import numpy as np
 
     return torch.from_numpy(array.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(array)

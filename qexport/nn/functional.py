@@ -87,6 +87,11 @@ def exact_attention():
         _EXACT.reset(token)
 
 
+def is_exact() -> bool:
+    """Whether this is inside `exact_attention()`."""
+    return _EXACT.get()
+
+
 # Of the op table, those that a torch program can set.
 ATTRIBUTES = (
     *("strategy", "num_samples", "control_variate", "precision", "error_tolerance", "residual", "layer"),
@@ -94,9 +99,10 @@ ATTRIBUTES = (
 )
 
 
-_TYPES = {"int": "int", "ints": "int[]", "float": "float", "string": "str"}
+# Kinds of attributes as torch writes them in a schema.
+ATTRIBUTE_TYPES = {"int": "int", "ints": "int[]", "float": "float", "string": "str"}
 _SCHEMA = ", ".join(
-    f"{_TYPES[attr.kind]}{'?' if attr.default is None else ''} {attr.name}"
+    f"{ATTRIBUTE_TYPES[attr.kind]}{'?' if attr.default is None else ''} {attr.name}"
     for attr in map(QUANTUM_ATTENTION.attribute, ATTRIBUTES)
 )
 
@@ -112,7 +118,7 @@ def _exactly(attributes: dict) -> dict:
 
 def _compute(call: AttentionCall, backend: str):
     _check(call)
-    if _EXACT.get():
+    if is_exact():
         call = replace(call, attributes=_exactly(call.attributes))
     return get_backend(chosen_backend(backend, call.Q, call.dropout_p))(call)
 
@@ -186,7 +192,7 @@ def _(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *more):
 
 
 @contextlib.contextmanager
-def _autograd(device: torch.device):
+def autograd_inside(device: torch.device):
     """Autograd inside an operator, which runs below it: its dispatch keys are kept out there, with those of autocast, which
     stays off. (torch.func.vjp would do, but not in an operator that is called from a dispatch mode.)"""
     included, nothing = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
@@ -202,10 +208,10 @@ def _autograd(device: torch.device):
 )
 def _backward(grad_Y, grad_weights, Q, K, V, attn_mask, seed, dropout_p, *values):
     attributes = _attributes(values)
-    if attributes["strategy"] in BLOCKWISE or _EXACT.get():
+    if attributes["strategy"] in BLOCKWISE or is_exact():
         attributes = _exactly(attributes)
     float_mask = attn_mask is not None and attn_mask.dtype != torch.bool
-    with _autograd(Q.device):
+    with autograd_inside(Q.device):
         leaves = [x.detach().requires_grad_() for x in (Q, K, V, *([attn_mask] if float_mask else []))]
         mask = leaves[3] if float_mask else attn_mask
         call = AttentionCall(*leaves[:3], mask, attributes, int(seed), grad_weights is not None, dropout_p)
@@ -225,7 +231,7 @@ def _(grad_Y, grad_weights, Q, K, V, attn_mask, seed, *more):
 
 def _setup_context(ctx, inputs, output):
     Q, K, V, attn_mask, seed, _, dropout_p, need_weights, *values = inputs
-    if _EXACT.get():  # the backward may come after the context has ended
+    if is_exact():  # the backward may come after the context has ended
         values = [_exactly(_attributes(values))[name] for name in ATTRIBUTES]
     ctx.save_for_backward(Q, K, V, attn_mask, seed)
     ctx.more = dropout_p, *values

@@ -127,7 +127,8 @@ def transitions_of(kraus: torch.Tensor) -> torch.Tensor:
 def residual_of(kraus: torch.Tensor) -> float:
     """max |sum_k K_k[i, 0] conj K_k[i, 1]|: what coherences add to measured probabilities. Where it is 0, and only there,
     the channel acts on the diagonal of a density matrix by itself, as `transitions_of` says."""
-    return float(torch.einsum("...ki,...ki->...i", kraus[..., 0], kraus[..., 1].conj()).abs().max())
+    across = torch.einsum("...ki,...ki->...i", kraus[..., 0], kraus[..., 1].conj())
+    return float(across.detach().abs().max())
 
 
 def density_matrix(p: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ def restore_attention(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         if node.domain == DOMAIN and node.op_type == QUANTUM_ATTENTION.name:
             _restore(node)
-    model.graph.opset_imports.pop(DOMAIN, None)
+    if not any(node.domain == DOMAIN for node in model.graph.all_nodes()):  # noise that the model brought along stays
+        model.graph.opset_imports.pop(DOMAIN, None)
 
 
 def _restore(node: ir.Node) -> None:

@@ -12,7 +12,7 @@ import json
 import numpy as np
 import onnx_ir as ir
 
-from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
+from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import FALLBACK_KEY, function_proto, make_node
 from qexport.recipe import NOISE, SAMPLING, Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
@@ -199,9 +199,19 @@ def hand_over(node: ir.Node, values) -> None:
     node.graph.remove(node, safe=True)
 
 
-def attach_fallback(model: ir.Model, sites: list[Site]) -> None:
-    """Attach the classical bodies of the ops to a model that holds sites; call it after every other pass."""
-    outputs = {node.op_type: len(node.outputs) for node in model.graph.all_nodes() if node.domain == DOMAIN} if sites else {}
-    for op_name, count in outputs.items():
-        function = ir.serde.deserialize_function(function_proto(op_name, model.opset_imports[""], count))
+def attach_fallback(model: ir.Model) -> None:
+    """Attach the standard bodies of the ops that a model holds; call it after every other pass."""
+    nodes = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+    for spec in OPS:
+        own = [node for node in nodes if node.op_type == spec.name]
+        if not own:
+            continue
+        count = max(len(node.outputs) for node in own)
+        for node in own:
+            node.metadata_props.setdefault(FALLBACK_KEY, spec.fallback)
+            given = len(node.outputs)
+            node.resize_outputs(count)
+            for i in range(given, count):  # a blank one would be dropped when the file is written
+                node.outputs[i].name = f"{node.outputs[0].name}/qexport_unused_{i}"
+        function = ir.serde.deserialize_function(function_proto(spec.name, model.opset_imports[""], count))
         model.functions[function.identifier()] = function

@@ -3,7 +3,14 @@
 import torch
 from torch import nn
 
-from qexport.nn import QuantumMultiheadAttention, quantum_attention, replace_attention
+from qexport.nn import (
+    QuantumMultiheadAttention,
+    quantum_attention,
+    quantum_measure,
+    quantum_noise,
+    quantum_overlap,
+    replace_attention,
+)
 
 WIDTH, HEADS, LENGTH = 32, 4, 24
 AXES = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -177,3 +184,26 @@ def seed_input():
 def half():
     model, inputs, axes = plain()
     return model.half(), tuple(x.half() for x in inputs), axes
+
+
+class NoisyAttention(nn.Module):
+    """Attention as a noisy device computes it, spelt out with the functions of qexport.nn, behind one that is sampled."""
+
+    def __init__(self):
+        super().__init__()
+        self.sampled = attention()
+        self.queries, self.keys = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.level = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, x):
+        x = x + self.sampled(x, x, x, need_weights=False)[0]
+        p = (self.queries(x) @ self.keys(x).mT).softmax(-1)
+        p, leak = quantum_noise(p, self.level, channel="amplitude_damping")
+        p, _ = quantum_noise(p / p.sum(-1, keepdim=True), 0.02, channel="readout", renormalize=1)
+        overlaps = quantum_overlap(x, x, self.level, channel="phase_damping")
+        return quantum_measure(p, 7, shots=50, layer=9) @ x, leak, overlaps
+
+
+def noisy():
+    torch.manual_seed(0)
+    return NoisyAttention().eval(), (rows(),), (AXES,)

@@ -73,7 +73,7 @@ class Rewritten:
         self.classical = ir.to_proto(model) if opset >= 23 else before
         self.sites, more = sample_attention(model, recipe or Recipe(strategy="stratified"))
         self.left_alone += more
-        attach_fallback(model, self.sites)
+        attach_fallback(model)
         model.ir_version = 10
         self.sampled = ir.to_proto(model)
 
