@@ -2,6 +2,7 @@
 
 from qexport.nn.backends import AttentionCall, backend_names
 from qexport.nn.functional import exact_attention, quantum_attention
+from qexport.nn.mps import AttentionMPS, MatrixProductStateSimulator, MPSReport
 from qexport.nn.multihead import QuantumMultiheadAttention, number_layers
 from qexport.nn.noise import quantum_measure, quantum_noise, quantum_overlap
 from qexport.nn.replacement import replace_attention
@@ -9,6 +10,9 @@ from qexport.nn.simulator import QuantumAttentionSimulator
 
 __all__ = [
     "AttentionCall",
+    "AttentionMPS",
+    "MPSReport",
+    "MatrixProductStateSimulator",
     "QuantumAttentionSimulator",
     "QuantumMultiheadAttention",
     "backend_names",

@@ -1,0 +1,1 @@
+"""Matrices as matrix product states and operators: docs/mps.md."""

@@ -1,0 +1,180 @@
+"""Attention matrices as matrix product states: what that saves, what it costs, and where it is refused."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from qexport.errors import QexportError, UsageError
+from qexport.mps.canonical import entanglement_entropy, sample
+from qexport.mps.cost import Cost, product_cost
+from qexport.mps.layout import KINDS
+from qexport.mps.train import MatrixProduct, apply, decode
+from qexport.mps.tt_svd import encode
+
+
+@dataclass(frozen=True)
+class MPSReport:
+    """What the encoding of a (batch of) attention matrix saves and costs.
+
+    Attributes:
+        state_error: |A - A'| / |A| over the batch, Frobenius; exact, from the singular values that were discarded.
+        output_error: |A V - A' V| / |A V| over the batch.
+        bytes: of the cores, all matrices together.
+        dense_bytes: of the attention matrices in the same type: the memory that is saved is the difference.
+        compression: dense_bytes / bytes.
+        amplitude_bytes_log2: log2 of the bytes of the 2^n amplitudes of n = q_len qubits, the denominator of "exponential"
+            compression claims. No attention program holds them; nothing is saved against it.
+        layout, bonds: of the cores.
+        cost: multiply-adds of A' V core by core and with the matrix.
+    """
+
+    state_error: float
+    output_error: float
+    bytes: int
+    dense_bytes: int
+    compression: float
+    amplitude_bytes_log2: float
+    layout: str
+    bonds: tuple[int, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class AttentionMPS(MatrixProduct):
+    """Attention matrices (..., q_len, kv_len) as trains, with what they save and cost.
+
+    Attributes:
+        report: compression and errors.
+    """
+
+    report: MPSReport
+
+
+class MatrixProductStateSimulator:
+    """Encodes attention matrices as matrix product states and multiplies with them.
+
+    Args:
+        max_bond_dim: largest bond dimension.
+        tolerance: largest relative error of the output, in (0, 1). What is worse is refused, with the reason.
+        tol: None: bonds as large as max_bond_dim allows. Else in (0, 1): the smallest for that relative error of the matrix.
+        layout: `auto` (chosen by error), `serial` or `interleaved`.
+
+    Raises:
+        UsageError: an argument outside its limits.
+    """
+
+    def __init__(self, max_bond_dim: int = 32, tolerance: float = 0.1, tol: float | None = None, layout: str = "auto"):
+        if max_bond_dim < 1:
+            raise UsageError(f"max_bond_dim must be >= 1, got {max_bond_dim}")
+        for name, value in (("tolerance", tolerance), ("tol", tol)):
+            if value is not None and not 0 < value < 1:
+                raise UsageError(f"{name} must be in (0, 1), got {value:g}")
+        if layout not in (*KINDS, "auto"):
+            raise UsageError(f"layout must be one of {', '.join(KINDS)}, auto, got {layout!r}")
+        self.max_bond_dim, self.tolerance, self.tol, self.layout = max_bond_dim, tolerance, tol, layout
+
+    @torch.no_grad()
+    def encode_attention_mps(self, Q, K, V) -> AttentionMPS:
+        """softmax(Q K^T / sqrt(head_size)) of each head as a train. Without gradients.
+
+        Args:
+            Q: (..., q_len, head_size).
+            K: (..., kv_len, head_size).
+            V: (..., kv_len, v_head_size); what the error of the output is measured with.
+
+        Returns:
+            The cores in the type of Q, and `report`.
+
+        Raises:
+            UsageError: shapes that do not fit each other, a number that is not finite.
+            QexportError: the error of the output is above `tolerance`.
+        """
+        A = _attention(Q, K)
+        if V.shape[:-1] != K.shape[:-1]:
+            raise UsageError(f"V must be {(*K.shape[:-1], 'v_head_size')}, got {tuple(V.shape)}")
+        train = encode(A, self.max_bond_dim, self.tol, self.layout)
+        train = replace(train, cores=tuple(core.to(Q.dtype) for core in train.cores))
+        report = _report(train, A, V.double())
+        if not report.output_error <= self.tolerance:
+            raise QexportError(
+                f"encoding refused: at bond dimension {max(report.bonds)} the output is off by {report.output_error:.2g}, "
+                f"tolerance is {self.tolerance:g}; the matrix is off by {report.state_error:.2g} in the {report.layout} "
+                f"layout, and by {float(train.lower_bound.max()):.2g} at least in any train of these ranks: raise "
+                "max_bond_dim or tolerance, or use attention itself"
+            )
+        return AttentionMPS(train.cores, train.layout, train.ranks, train.error, train.lower_bound, report)
+
+    def mps_attention_forward(self, mps_tensors: AttentionMPS, V) -> torch.Tensor:
+        """The output of attention (..., q_len, v_head_size), core by core or through the matrix, whichever is cheaper
+        (`report.cost`). Has a gradient with respect to V.
+
+        Args:
+            mps_tensors: what `encode_attention_mps` returned.
+            V: (..., kv_len, v_head_size) of the same batch; its type is that of the result.
+
+        Raises:
+            UsageError: V has another batch or number of keys.
+        """
+        layout, batch = mps_tensors.layout, mps_tensors.error.shape
+        if V.ndim < 2 or V.shape[:-2] != batch or V.shape[-2] != layout.cols:
+            raise UsageError(f"V must be {(*batch, layout.cols, 'v_head_size')}, got {tuple(V.shape)}")
+        cores = tuple(core.to(V.dtype) for core in mps_tensors.cores)
+        cost = product_cost(layout, mps_tensors.bonds, V.shape[-1])
+        if cost.dense + cost.decode < cost.factored:
+            return decode(cores, layout) @ V
+        return apply(cores, layout, V)
+
+    @torch.no_grad()
+    def sample_attention(self, Q, K, shots: int, seed: int = 0) -> torch.Tensor:
+        """Measurements of the state sum_ij sqrt(A_ij / q_len) |i>|j> of one head, from its matrix product state.
+
+        Args:
+            Q: (q_len, head_size).
+            K: (kv_len, head_size).
+            shots: measurements.
+            seed: int64; the same seed, the same draws.
+
+        Returns:
+            int64 (shots, 2): query and key; a query is uniform, a key follows its row of attention, up to the
+                error of the state.
+
+        Raises:
+            UsageError: shapes, more than one head, shots below 1.
+        """
+        return sample(encode(_attention(Q, K).sqrt(), self.max_bond_dim, self.tol, self.layout), shots, seed)
+
+    @staticmethod
+    def entanglement_entropy(mps_tensors: AttentionMPS) -> torch.Tensor:
+        """Entropy in bits across each bond: float64 (..., sites - 1), at most log2 of the bond dimension.
+
+        Args:
+            mps_tensors: what `encode_attention_mps` returned.
+        """
+        return entanglement_entropy(mps_tensors)
+
+
+def _attention(Q, K) -> torch.Tensor:
+    if Q.ndim < 2 or K.shape[:-2] != Q.shape[:-2] or K.ndim != Q.ndim or K.shape[-1] != Q.shape[-1]:
+        shapes = f"{tuple(Q.shape)}, {tuple(K.shape)}"
+        raise UsageError(f"Q and K must be (..., q_len, head_size) and (..., kv_len, head_size), got {shapes}")
+    return torch.softmax(Q.double() @ K.double().mT / Q.shape[-1] ** 0.5, -1)
+
+
+def _report(train: MatrixProduct, A: torch.Tensor, V: torch.Tensor) -> MPSReport:
+    matrices = max(1, train.error.numel())
+    size, item = train.bytes_per_matrix * matrices, train.cores[0].element_size()
+    norms2 = A.square().sum((-2, -1))
+    exact = A @ V
+    found = apply(tuple(core.double() for core in train.cores), train.layout, V)
+    scale = float(torch.linalg.vector_norm(exact))
+    return MPSReport(
+        state_error=float(((train.error.square() * norms2).sum() / norms2.sum()).sqrt()),
+        output_error=float(torch.linalg.vector_norm(found - exact)) / (scale or 1.0),
+        bytes=size,
+        dense_bytes=A.numel() * item,
+        compression=A.numel() * item / size,
+        amplitude_bytes_log2=A.shape[-2] + float(torch.log2(torch.tensor(float(item)))),
+        layout=train.layout.kind,
+        bonds=train.bonds,
+        cost=product_cost(train.layout, train.bonds, V.shape[-1]),
+    )
