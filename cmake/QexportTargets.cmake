@@ -18,9 +18,11 @@ function(qexport_flags target)
   endif()
 endfunction()
 
-# Adds cpp/cpu/attention_kernels.cc and cpp/cpu/density_kernels.cc to `target` once more, compiled for one instruction set.
+# Adds the kernels of attention, density matrices and matrix product states to `target` once more, compiled for one
+# instruction set.
 function(qexport_add_isa target isa)
-  add_library(qexport_${isa} OBJECT cpu/attention_kernels.cc cpu/density_kernels.cc)
+  add_library(qexport_${isa} OBJECT cpu/attention_kernels.cc cpu/density_kernels.cc cpu/mps_kernels.cc)
+  target_link_libraries(qexport_${isa} PRIVATE EigenHeaders::EigenHeaders)
   target_include_directories(qexport_${isa} PRIVATE include)
   target_compile_definitions(qexport_${isa} PRIVATE QEXPORT_ISA=${isa})
   # -ffp-contract=fast: a * b + c is one fused operation where the processor has it.

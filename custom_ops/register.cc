@@ -1,6 +1,8 @@
 // RegisterCustomOps, the one symbol of libqexport_ops: adds the domain com.qexport to a session.
 #include <cstdio>
 
+#include "mps_decode.h"
+#include "mps_encode.h"
 #include "quantum_attention.h"
 #include "quantum_measure.h"
 #include "quantum_noise.h"
@@ -30,6 +32,10 @@ OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
     ort_check(ort->CustomOpDomain_Add(domain, quantum_noise_op(type, infer)));
     ort_check(ort->CustomOpDomain_Add(domain, quantum_measure_op(type, infer)));
     ort_check(ort->CustomOpDomain_Add(domain, quantum_overlap_op(type, infer)));
+  }
+  for (const DType type : {DType::f32, DType::f64}) {
+    ort_check(ort->CustomOpDomain_Add(domain, mps_encode_op(type, infer)));
+    ort_check(ort->CustomOpDomain_Add(domain, mps_decode_op(type, infer)));
   }
   return domain;
 }

@@ -2,6 +2,8 @@
 
 #include <atomic>
 
+#include "qexport/mps_check.h"
+
 namespace qexport {
 namespace {
 
@@ -64,6 +66,19 @@ int64_t int_attribute(OrtShapeInferContext* context, const char* name) {
     return 0;
   }
   return value;
+}
+
+std::vector<int64_t> ints_attribute(OrtShapeInferContext* context, const char* name) {
+  const OrtOpAttr* attribute = nullptr;
+  std::vector<int64_t> values(64);  // sites: a factor of 2 or more each
+  size_t bytes = 0;
+  OrtStatus* status = ort->ShapeInferContext_GetAttribute(context, name, &attribute);
+  if (!status && attribute) {
+    status = ort->ReadOpAttr(attribute, ORT_OP_ATTR_INTS, values.data(), values.size() * sizeof(int64_t), &bytes);
+  }
+  if (status) ort->ReleaseStatus(status);
+  values.resize(status ? 0 : bytes / sizeof(int64_t));
+  return values;
 }
 
 void set_output(OrtShapeInferContext* context, size_t index, ONNXTensorElementDataType type, const Dims& dims) {
@@ -178,6 +193,34 @@ void infer_overlap_shapes(OrtShapeInferContext* context) {
   Dims dims = queries.dims;
   dims.back() = keys.dims[keys.dims.size() - 2];
   set_output(context, 0, queries.type, dims);
+}
+
+void infer_mps_encode_shapes(OrtShapeInferContext* context) {
+  const InputInfo matrix = input_info(context, 0);
+  if (!matrix.known || matrix.dims.size() < 2) return;
+  const std::vector<int64_t> row_factors = ints_attribute(context, "row_factors");
+  const std::vector<int64_t> col_factors = ints_attribute(context, "col_factors");
+  if (row_factors.empty() || row_factors.size() != col_factors.size()) return;
+  const std::vector<int64_t> bonds = mps_bonds(row_factors, col_factors, int_attribute(context, "bond_dim"));
+  const int64_t sites = static_cast<int64_t>(row_factors.size());
+  const MpsLayout layout{1, 1, sites, row_factors.data(), col_factors.data(), bonds.data()};
+  const Dims batch(matrix.dims.begin(), matrix.dims.end() - 2);
+  Dims cores = batch, ranks = batch;
+  cores.push_back({mps_numbers(layout), ""});
+  ranks.push_back({sites + 1, ""});
+  set_output(context, 0, matrix.type, cores);
+  set_output(context, 1, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, ranks);
+  set_output(context, 2, ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE, batch);
+  set_output(context, 3, ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE, batch);
+}
+
+void infer_mps_decode_shapes(OrtShapeInferContext* context) {
+  const InputInfo cores = input_info(context, 0);
+  if (!cores.known) return;
+  Dims matrix(cores.dims.begin(), cores.dims.end() - 1);
+  matrix.push_back(sized(int_attribute(context, "rows")));
+  matrix.push_back(sized(int_attribute(context, "cols")));
+  set_output(context, 0, cores.type, matrix);
 }
 
 }  // namespace qexport

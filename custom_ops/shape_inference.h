@@ -15,4 +15,8 @@ void infer_row_shapes(OrtShapeInferContext* context);
 // QuantumOverlap: (..., m, d) and (..., k, d) give (..., m, k).
 void infer_overlap_shapes(OrtShapeInferContext* context);
 
+// MPSEncode and MPSDecode: leading axes are those of the input, sizes follow from the attributes.
+void infer_mps_encode_shapes(OrtShapeInferContext* context);
+void infer_mps_decode_shapes(OrtShapeInferContext* context);
+
 }  // namespace qexport

@@ -37,6 +37,7 @@ constexpr bool kLowPrecision = false;
 
 extern const DensityKernels<float> density_f32;  // of density_kernels.cc
 extern const DensityKernels<double> density_f64;
+extern const MpsKernels mps_kernels;  // of mps_kernels.cc
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          kMaxRows,
@@ -67,7 +68,8 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          value_stats,
                          cluster_values,
                          &density_f32,
-                         &density_f64};
+                         &density_f64,
+                         &mps_kernels};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

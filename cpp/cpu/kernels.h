@@ -2,6 +2,7 @@
 #pragma once
 
 #include "density.h"
+#include "mps.h"
 #include "qexport/quantum_attention.h"
 #include "tree.h"
 
@@ -97,9 +98,10 @@ struct Kernels {
   void (*cluster_values)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
   const DensityKernels<float>* density_f32;
   const DensityKernels<double>* density_f64;
+  const MpsKernels* mps;
 };
 
-// Defined by the copies of attention_kernels.cc and density_kernels.cc that this build holds.
+// Defined by the copies of attention_kernels.cc, density_kernels.cc and mps_kernels.cc that this build holds.
 namespace generic {
 extern const Kernels kernels;
 }

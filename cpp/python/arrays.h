@@ -21,6 +21,7 @@ py::array empty(const Shape& shape, const py::object& dtype);
 // Threads of its own; `threads` must outlive it. Fails where there is less than one.
 ParallelFor own_threads(int& threads);
 
+void define_mps(py::module_& m);  // MPSEncode, MPSDecode
 void define_quantum_attention(py::module_& m);
 void define_quantum_noise(py::module_& m);  // and QuantumMeasure
 void define_quantum_overlap(py::module_& m);

@@ -28,6 +28,7 @@ py::tuple philox(const Words& key_lo, const Words& key_hi, const Words& c0, cons
 PYBIND11_MODULE(_core, m) {
   using namespace pybind11::literals;
   m.doc() = "The CPU kernels on numpy arrays.";
+  qexport::define_mps(m);
   qexport::define_quantum_attention(m);
   qexport::define_quantum_noise(m);
   qexport::define_quantum_overlap(m);

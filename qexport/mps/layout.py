@@ -106,3 +106,10 @@ def make_layout(kind: str, rows: int, cols: int) -> Layout:
         sites = max(len(r), len(c))
         r, c = (1,) * (sites - len(r)) + r, (1,) * (sites - len(c)) + c
     return Layout(rows, cols, r or (1,), c or (1,))
+
+
+def check_bonds(layout: Layout, bonds: tuple[int, ...]) -> None:
+    """Raise UsageError where `bonds` are not sites + 1 numbers >= 1 that begin and end with 1."""
+    sites = len(layout.row_factors)
+    if len(bonds) != sites + 1 or min(bonds) < 1 or bonds[0] != 1 or bonds[-1] != 1:
+        raise UsageError(f"bonds must be {sites + 1} numbers >= 1 with a 1 at each end, got {list(bonds)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from qexport.errors import UsageError
-from qexport.mps.layout import Layout
+from qexport.mps.layout import Layout, check_bonds
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,6 @@ def unpack(cores: torch.Tensor, layout: Layout, bonds: tuple[int, ...]) -> tuple
         raise UsageError(f"cores must hold {numbers} numbers on the last axis, got shape {tuple(cores.shape)}")
     parts = cores.split([math.prod(shape) for shape in shapes], -1)
     return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
-
-
-def check_bonds(layout: Layout, bonds: tuple[int, ...]) -> None:
-    """Raise UsageError where `bonds` are not sites + 1 numbers >= 1 that begin and end with 1."""
-    sites = len(layout.row_factors)
-    if len(bonds) != sites + 1 or min(bonds) < 1 or bonds[0] != 1 or bonds[-1] != 1:
-        raise UsageError(f"bonds must be {sites + 1} numbers >= 1 with a 1 at each end, got {list(bonds)}")
 
 
 def decode(cores: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:

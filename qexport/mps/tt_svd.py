@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from qexport.errors import UsageError
-from qexport.mps.layout import KINDS, Layout, make_layout
-from qexport.mps.train import MatrixProduct, check_bonds
+from qexport.mps.layout import KINDS, Layout, check_bonds, make_layout
+from qexport.mps.train import MatrixProduct
 
 # Singular values up to this share of the largest one are what rounding the entries to float32 leaves (an ulp): not kept.
 NOISE = 2.0**-24

@@ -2,6 +2,8 @@
 
 from qexport.ops import DOMAIN, OPS, VERSION, Attr, OpSpec
 
+NO_FALLBACK = "none: standard ONNX cannot do this"
+
 
 def _limits(attr: Attr) -> str:
     if attr.choices:
@@ -41,7 +43,7 @@ def _op(spec: OpSpec) -> list[str]:
         "",
         f"Types. {'; '.join(types)}.",
         "",
-        f"Fallback without the library: {spec.fallback}.",
+        f"Fallback without the library: {spec.fallback or NO_FALLBACK}.",
     ]
 
 
@@ -60,7 +62,7 @@ def readme_table() -> str:
             f"`{DOMAIN}::{spec.name}`",
             spec.summary,
             ", ".join(t.split("(")[1][:-1] for t in spec.type_vars["T"]),
-            spec.fallback,
+            spec.fallback or NO_FALLBACK,
         )
         for spec in OPS
     ]
@@ -79,7 +81,7 @@ def summary_lines() -> list[str]:
             f"  inputs      {', '.join(p.name + mark[p.optional] for p in spec.inputs)}",
             f"  outputs     {', '.join(p.name + mark[p.optional] for p in spec.outputs)}",
             f"  types       {', '.join(spec.type_vars['T'])}",
-            f"  fallback    {spec.fallback}",
+            f"  fallback    {spec.fallback or NO_FALLBACK}",
             "  attributes",
         ]
         for attr in spec.attributes:

@@ -33,7 +33,7 @@ def spec_of(op_name: str) -> OpSpec:
 
 def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attributes) -> onnx.NodeProto:
     """A node of the domain com.qexport with every default of the op table (docs/ops.md) written out, and with what it falls
-    back to without the op library as metadata `qexport.fallback`.
+    back to without the op library, if anything, as metadata `qexport.fallback`.
 
     Args:
         op_name: of the table, as `QuantumAttention`.
@@ -54,7 +54,8 @@ def make_node(op_name: str, inputs: Sequence[str], outputs: Sequence[str], name:
     while inputs and not inputs[-1]:  # onnxruntime before 1.24 crashes on "" inputs where it infers shapes
         inputs.pop()
     node = helper.make_node(op_name, inputs, outputs, name=name, domain=DOMAIN, **values)
-    node.metadata_props.add(key=FALLBACK_KEY, value=spec.fallback)
+    if spec.fallback:
+        node.metadata_props.add(key=FALLBACK_KEY, value=spec.fallback)
     return node
 
 
@@ -83,9 +84,11 @@ def function_proto(op_name: str, opset: int = 23, num_outputs: int = 1) -> onnx.
             calls it: pad shorter nodes with "".
 
     Raises:
-        UsageError: the op has no fallback at that opset.
+        UsageError: the op has no fallback, or none at that opset.
     """
     spec = spec_of(op_name)
+    if not spec.fallback:
+        raise UsageError(f"[{op_name}] standard ONNX cannot do this: the file runs with the op library alone")
     nodes = import_module(f"qexport.ops.{spec.stem}").fallback_nodes(opset, num_outputs)
     return helper.make_function(
         DOMAIN,

@@ -66,7 +66,8 @@ class Param:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An op of the domain `com.qexport`: what it computes, takes, returns, and what its fallback is.
+    """An op of the domain `com.qexport`: what it computes, takes, returns, and what its fallback is; "" where standard ONNX
+    cannot do it.
 
     `check` takes the values of all attributes and raises UsageError where they do not fit each other.
     """

@@ -1,0 +1,39 @@
+#include "mps_decode.h"
+
+#include "ort_op.h"
+#include "qexport/mps_check.h"
+#include "shape_inference.h"
+
+namespace qexport {
+namespace {
+
+struct Kernel {
+  static constexpr const char* kName = "MPSDecode";
+  static constexpr size_t kInputCount = 1, kOutputCount = 1, kRequiredInputs = 1, kRequiredOutputs = 1;
+  static OrtElementType input_type(OrtElementType type, size_t) { return type; }
+  static OrtElementType output_type(OrtElementType type, size_t) { return type; }
+
+  MpsDecodeAttributes attributes;
+
+  explicit Kernel(const OrtKernelInfo* info) {
+    const NodeAttributes node(info, kName);
+    attributes = {node.integer("rows"), node.integer("cols"), node.integers("row_factors"), node.integers("col_factors"),
+                  node.integers("bonds")};
+    check_attributes(attributes);
+  }
+
+  void compute(OrtKernelContext* context) const {
+    const TensorView cores = ort_input(context, 0, kName, "cores");
+    const MpsDecodeCall call = resolve_call(attributes, cores);
+    const MpsDecodeTensors tensors{cores.data, ort_output(context, 0, call.matrix)};
+    check_status(kName, mps_decode_cpu(call.params, tensors, ort_parallel(context)));
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* mps_decode_op(DType type, bool shape_inference) {
+  return op_for<Kernel, infer_mps_decode_shapes>(type, shape_inference);
+}
+
+}  // namespace qexport

@@ -1,0 +1,12 @@
+// com.qexport:MPSEncode for onnxruntime: attributes, shapes, outputs; the kernel does the rest.
+#pragma once
+
+#include "ort_api.h"
+
+namespace qexport {
+
+// The OrtCustomOp for tensors of one type, f32 or f64; lives as long as the library. With shape_inference the op tells
+// onnxruntime the shapes of its outputs.
+const OrtCustomOp* mps_encode_op(DType type, bool shape_inference);
+
+}  // namespace qexport
