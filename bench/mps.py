@@ -1,0 +1,169 @@
+"""Matrix product states: MPSEncode and MPSDecode against other packages, what layouts save, and products.
+
+    python -m bench.mps [--threads 2] [--runs 20] [--json FILE]
+
+encode        a softmax matrix at bond dimension 32, float32, interleaved sites: the kernel, then tensorly and quimb where
+              they are installed, these on the same matrix with its digits sorted already
+layouts       bytes against the dense matrix and the error of the output, by distance and with Gaussian Q and K
+products      M V core by core in torch against the dense product, features 64
+goals         those of bench/goals.toml that are decided here
+
+Times are the fastest of the runs, since thread pools get in each other's way. Errors are relative Frobenius errors;
+`reported` is what MPSEncode says, `error` what its cores make of the matrix.
+"""
+
+import importlib
+import math
+import time
+
+import numpy as np
+import torch
+
+from bench import common
+from bench.attention import goals
+from qexport import _core
+from qexport.errors import QexportError
+from qexport.mps.cost import product_cost
+from qexport.mps.layout import KINDS, make_layout
+from qexport.mps.train import apply
+from qexport.mps.tt_svd import encode
+from qexport.nn import MatrixProductStateSimulator
+
+BOND_DIM = 32
+FEATURES = 64
+
+
+def gaussian_inputs(n: int):
+    generator = torch.Generator().manual_seed(n)
+    return tuple(torch.randn(n, FEATURES, generator=generator) for _ in range(3))
+
+
+def distance_inputs(n: int, width: float = 5.0):
+    """Q, K, V whose attention is exp(-(i - j)^2 / 2 width^2), up to the norm of a row; float64, as scores are large."""
+    place = torch.arange(n, dtype=torch.float64) - n / 2
+    Q = torch.stack([place, torch.ones_like(place)], -1) * math.sqrt(2) / width**2
+    return Q, torch.stack([place, -place.square() / 2], -1), gaussian_inputs(n)[2].double()
+
+
+INPUTS = {"by distance": distance_inputs, "Gaussian": gaussian_inputs}
+
+
+def attention(Q, K) -> np.ndarray:
+    return torch.softmax(Q.double() @ K.double().mT / Q.shape[-1] ** 0.5, -1).float().numpy()
+
+
+def milliseconds(call, runs: int) -> float:
+    """The fastest of the runs."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times)
+
+
+def others(M: np.ndarray, layout, bonds) -> dict:
+    """Calls of other packages that decompose the same tensor, its sites in their order."""
+    sites = len(layout.row_factors)
+    tensor = M.reshape(layout.row_factors + layout.col_factors)
+    tensor = tensor.transpose([axis for k in range(sites) for axis in (k, sites + k)])
+    tensor = np.ascontiguousarray(tensor).reshape(
+        [r * c for r, c in zip(layout.row_factors, layout.col_factors, strict=True)]
+    )
+    calls = {}
+    for name in ("tensorly", "quimb"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        if name == "tensorly":
+            from tensorly.decomposition import tensor_train
+
+            calls[name] = lambda: tensor_train(tensor, rank=list(bonds))
+        else:
+            from quimb.tensor import MatrixProductState
+
+            calls[name] = lambda: MatrixProductState.from_dense(tensor.ravel(), dims=tensor.shape, max_bond=BOND_DIM)
+    return calls
+
+
+def encode_table(threads: int, runs: int) -> list[dict]:
+    rows, theirs = [], []
+    for n in (64, 256, 1024):
+        M = attention(*gaussian_inputs(n)[:2])
+        layout = make_layout("interleaved", n, n)
+        factors = {"row_factors": layout.row_factors, "col_factors": layout.col_factors}
+        bonds = layout.bonds(BOND_DIM)
+        cores, _, reported, bound = _core.mps_encode(M, **factors, bond_dim=BOND_DIM, tol=0.0)
+        exact = [M.astype(np.float64)]
+        found = _core.mps_decode(cores.astype(np.float64), rows=n, cols=n, bonds=bonds, **factors)
+        error = common.relative_error(found, exact[0])
+        if not abs(error - float(reported)) <= 1e-6 * error:
+            raise SystemExit(f"MPSEncode reports {float(reported):.9g}, the error is {error:.9g}")
+
+        def ours(M=M, factors=factors):
+            _core.mps_encode(M, **factors, bond_dim=BOND_DIM, tol=0.0, threads=threads)
+
+        def back(cores=cores, factors=factors, bonds=bonds, n=n):
+            _core.mps_decode(cores, rows=n, cols=n, bonds=bonds, **factors, threads=threads)
+
+        took = milliseconds(ours, runs)
+        row = {"n": n, "ms": took, "decode_ms": milliseconds(back, runs), "error": error, "reported": float(reported)}
+        row |= {"lower_bound": float(bound)}
+        rows.append(row)
+        theirs.append(others(M, layout, bonds))
+    for row, calls in zip(rows, theirs, strict=True):  # behind all of ours: their thread pools keep processors busy
+        times = {name: milliseconds(call, 11 if row["n"] < 1024 else 3) for name, call in calls.items()}
+        for name in ("tensorly", "quimb"):
+            row |= {f"{name}_ms": times.get(name), f"x_{name}": times[name] / row["ms"] if name in times else None}
+        row["x_best_other"] = min(times.values()) / row["ms"] if times else None
+    return rows
+
+
+def layout_table() -> list[dict]:
+    rows = []
+    for n in (256, 1024):
+        for data, inputs in INPUTS.items():
+            Q, K, V = inputs(n)
+            for layout in (*KINDS, "auto"):
+                row = {"n": n, "data": data, "layout": layout, "bond_dim": BOND_DIM}
+                loose = MatrixProductStateSimulator(BOND_DIM, tolerance=0.999, layout=layout)
+                report = loose.encode_attention_mps(Q, K, V).report
+                row |= {"x_dense_bytes": report.compression, "state_error": report.state_error}
+                row |= {"output_error": report.output_error, "chosen": report.layout}
+                try:
+                    MatrixProductStateSimulator(BOND_DIM, layout=layout).encode_attention_mps(Q, K, V)
+                    rows.append(row | {"refused": 0})
+                except QexportError:
+                    rows.append(row | {"refused": 1})
+    return rows
+
+
+def product_table(runs: int) -> list[dict]:
+    """What the multiply-adds say and what the clock says, in torch, float32."""
+    rows = []
+    for n in (1024, 4096):
+        M = torch.from_numpy(attention(*distance_inputs(n)[:2]))
+        V = torch.randn(n, FEATURES)
+        for bond_dim in (4, 8, 16, 32):
+            train = encode(M, bond_dim, layout="interleaved")
+            cost = product_cost(train.layout, train.bonds, FEATURES)
+            core_by_core = milliseconds(lambda train=train, V=V: apply(train.cores, train.layout, V), runs)
+            dense = milliseconds(lambda M=M, V=V: M @ V, runs)
+            row = {"n": n, "bond_dim": bond_dim, "method": cost.method, "macs": cost.factored / cost.dense}
+            rows.append(row | {"ms": core_by_core, "dense_ms": dense, "x_dense": dense / core_by_core})
+    return rows
+
+
+def main():
+    arguments = common.parser(__doc__.split("\n")[0], runs=20).parse_args()
+    torch.set_num_threads(arguments.threads)
+    tables = {"encode": encode_table(arguments.threads, arguments.runs), "layouts": layout_table()}
+    tables["products"] = product_table(arguments.runs)
+    tables["goals"] = goals.judged(tables, _core.isa(), file="mps")
+    parameters = {"bond_dim": BOND_DIM, "features": FEATURES, "runs": arguments.runs}
+    common.report("mps", arguments.threads, parameters, tables, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
