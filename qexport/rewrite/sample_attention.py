@@ -204,7 +204,7 @@ def attach_fallback(model: ir.Model) -> None:
     nodes = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
     for spec in OPS:
         own = [node for node in nodes if node.op_type == spec.name]
-        if not own:
+        if not own or not spec.fallback:
             continue
         count = max(len(node.outputs) for node in own)
         for node in own:
