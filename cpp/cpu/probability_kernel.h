@@ -1,7 +1,7 @@
 // What the kernels on rows of probabilities share: reading, checking and writing a row, in float or double.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
 
 #include "arena.h"
 #include "elements.h"
@@ -26,7 +26,7 @@ static inline void write_probabilities(DType type, const float* source, int64_t 
   write_row(type, source, n, static_cast<char*>(data) + row * n * bytes_of(type));
 }
 static inline void write_probabilities(DType, const double* source, int64_t row, int64_t n, void* data) {
-  std::memcpy(static_cast<double*>(data) + row * n, source, static_cast<size_t>(n) * sizeof(double));
+  std::copy_n(source, n, static_cast<double*>(data) + row * n);
 }
 
 // No number below 0 or NaN, and a sum of one, or of zero.
