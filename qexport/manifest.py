@@ -18,7 +18,7 @@ def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
     """
     return {
         "schema_version": 1,
-        "qexport_version": _version("qexport"),
+        "qexport_version": package_version("qexport"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": {"kind": source.kind, "name": source.name},
         "recipe": recipe.to_dict(),
@@ -37,9 +37,9 @@ def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
         "versions": {
             "python": platform.python_version(),
             **{
-                name: _version(name)
+                name: package_version(name)
                 for name in ("onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
-                if _version(name)
+                if package_version(name)
             },
         },
         "metrics": {} if difference is None else {"max_difference_to_source": difference},
@@ -66,7 +66,8 @@ def min_onnxruntime(opset: int, kv_cache: bool = False, noise: bool = False) -> 
     return ".".join(map(str, max(version_tuple(oldest_runtime(opset, IR_VERSION)), least)))
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package, either build of onnxruntime; None where it is absent."""
     names = ("onnxruntime", "onnxruntime-gpu") if package == "onnxruntime" else (package,)
     for name in names:
         try:

@@ -1,7 +1,8 @@
 """Noise models as circuits take them: parameters of each qubit, and what may stand where."""
 
 from qexport.errors import UsageError
-from qexport.noise.channels import global_share, per_qubit, replaced_share, transition_matrices
+from qexport.noise.channels import per_qubit, replaced_share
+from qexport.noise.measured import MeasuredNoise
 from qexport.noise.model import NoiseModel
 
 # What simulators of other packages hold: 16 * 4^qubits bytes for a density matrix, 16^(qubits + 1) for a channel on all.
@@ -14,19 +15,9 @@ def check_noise(noise: tuple[NoiseModel, ...], qubits: int) -> None:
     Raises:
         UsageError: a parameter outside its limits, readout before other noise, or too many qubits.
     """
-    readout = None
+    MeasuredNoise(noise, 1 << qubits)
     for model in noise:
-        if readout is not None and model.channel != "readout":
-            raise UsageError(
-                f"readout is of the measurement and stands behind all other noise, got {model.channel} after it"
-            )
-        readout = model if model.channel == "readout" else None
-        if model.scope == "global":
-            global_share(model.convention, model.level, qubits)
-            most, what = MOST_GLOBAL_QUBITS, "scope global"
-        else:
-            transition_matrices(model.channel, qubits, **model.inputs, convention=model.convention)
-            most, what = MOST_NOISY_QUBITS, "noise"
+        most, what = (MOST_GLOBAL_QUBITS, "scope global") if model.scope == "global" else (MOST_NOISY_QUBITS, "noise")
         if qubits > most:
             raise UsageError(
                 f"{what} is simulated on up to {most} qubits here, got {qubits}; take QuantumNoise, which has none"

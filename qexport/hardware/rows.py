@@ -1,5 +1,6 @@
 """What measuring rows on other packages has in common: the checks, and attention by it as a backend of `qexport.nn`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import numpy as np
@@ -52,7 +53,7 @@ def check_size(qubits: int, available: int) -> None:
         raise UsageError(f"rows of {qubits} qubits need a device with as many, got {available}; take a larger one")
 
 
-class RowBackend:
+class RowBackend(ABC):
     """Measures rows of probabilities on a package's simulator or a device.
 
     Called as a backend of `quantum_attention` it measures each query's row `num_samples` times (strategy `naive`; `exact`
@@ -135,6 +136,6 @@ class RowBackend:
             found[some] = torch.from_numpy(self._frequencies(qubits, angles, shots, noise, basis, seed))
         return found[:, :n].reshape(probabilities.shape).to(probabilities)
 
+    @abstractmethod
     def _frequencies(self, qubits: int, angles: np.ndarray, shots: int, noise, basis: str, seed: int) -> np.ndarray:
         """Shares (rows, 2^qubits) of the outcomes, from the angles (rows, 2^qubits - 1) of `preparation`; seed < 2^32."""
-        raise NotImplementedError

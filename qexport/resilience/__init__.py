@@ -18,6 +18,7 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
+from qexport.manifest import package_version
 from qexport.noise.model import NoiseModel, parse_channels
 from qexport.recipe_values import INFINITE
 from qexport.resilience import plot as picture
@@ -138,7 +139,7 @@ def measure_resilience(
         cells=[_cell_entry(cell, values) for cell, values in zip(cells, found.values, strict=True)],
         thresholds=_thresholds(cells, found.values, levels, tolerance),
         notes=[],
-        versions={"qexport": _version(), "onnxruntime": runtime.onnxruntime().__version__},
+        versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
         seconds=time.monotonic() - started,
     )
     if report.left_alone:
@@ -146,12 +147,6 @@ def measure_resilience(
     if plot is not None:
         picture.draw(report.to_dict(), plot)
     return report
-
-
-def _version() -> str:
-    from qexport import __version__
-
-    return __version__
 
 
 def _cells(models, levels, shots, mitigation, seeds: int, tolerance: float) -> list[Cell]:

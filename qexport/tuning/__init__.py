@@ -17,6 +17,7 @@ from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
+from qexport.manifest import package_version
 from qexport.tuning.measurement import SiteTable, key_counts, measure
 from qexport.tuning.output import SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search
@@ -145,7 +146,7 @@ def tune(
         trials=len(candidates),
         seconds=seconds,
         output=str(output) if output is not None and within else None,
-        versions={"qexport": _version(), "onnxruntime": runtime.onnxruntime().__version__},
+        versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
     )
 
 
@@ -231,9 +232,3 @@ def _site_entry(table: SiteTable, keys: int, setting: Setting) -> dict:
             for s, error, time in zip(table.settings, table.relative_errors(), table.times, strict=True)
         ],
     }
-
-
-def _version() -> str:
-    from qexport import __version__
-
-    return __version__

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import UsageError
+from qexport.manifest import package_version
 from qexport.ops.quantum_attention import BLOCKWISE
 from qexport.runtime import onnxruntime
 from qexport.validation.certificate import IMPLAUSIBLE
@@ -127,16 +128,10 @@ def validate(
         first_divergent=divergent,
         first_over_tolerance=_first_over(sites, limits),
         worst_site=_worst(sites),
-        versions={"qexport": _version(), "onnxruntime": onnxruntime().__version__},
+        versions={"qexport": package_version("qexport"), "onnxruntime": onnxruntime().__version__},
     )
     report.notes = _notes(report, opened)
     return report
-
-
-def _version() -> str:
-    from qexport import __version__
-
-    return __version__
 
 
 def _site_entry(site: dict, found, level: float) -> dict:

@@ -240,7 +240,7 @@ P = torch.full((2, 32), 1 / 32)
             10,
             (NoiseModel("readout", 0.1), NoiseModel("bit_flip", 0.1)),
             "z",
-            "readout is of the measurement and stands behind all other noise, got bit_flip after it",
+            "readout acts on what was measured and must come last, got bit_flip behind it",
         ),
         (P, 10, (NoiseModel(level=0.1, scope="global"),), "z", "scope global is simulated on up to 4 qubits here, got 5"),
         (
