@@ -9,13 +9,13 @@ import torch
 from bundle_factory import make_bundle
 from decomposed import feeds, save
 
-from qexport import convert, measure_resilience, session
+from qexport import convert, measure_resilience, metrics, session
 from qexport.bundle import Bundle
 from qexport.cli import main
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.noise.model import NoiseModel, parse_channels
-from qexport.resilience import SCHEMA, metrics
+from qexport.resilience import SCHEMA
 from qexport.resilience.cells import make_cell
 from qexport.resilience.threshold import ABOVE, BELOW, WITHIN, crossing, threshold
 from qexport.runtime import run

@@ -19,11 +19,11 @@ from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import package_version
+from qexport.metrics import choose_metric
 from qexport.noise.model import NoiseModel, parse_channels
 from qexport.recipe_values import INFINITE
 from qexport.resilience import plot as picture
 from qexport.resilience.cells import NO_MITIGATION, Cell, make_cell
-from qexport.resilience.metrics import choose_metric
 from qexport.resilience.runs import measure_cells
 from qexport.resilience.threshold import threshold
 from qexport.validation import finite

@@ -15,10 +15,10 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError
 from qexport.feeds import Inputs
+from qexport.metrics import Metric
 from qexport.recipe import make_recipe
 from qexport.recipe_values import INFINITE
 from qexport.resilience.cells import Cell
-from qexport.resilience.metrics import Metric
 from qexport.rewrite import LeftAlone
 from qexport.rewrite.classical import to_classical
 from qexport.rewrite.sample_attention import sample_attention

@@ -6,8 +6,9 @@ import time as clock
 import numpy as np
 
 from qexport import runtime
+from qexport.knapsack import choose, front
 from qexport.recipe import DEFAULT_TOLERANCE, STARTING_BUDGET
-from qexport.tuning.allocation import choose, front, site_options
+from qexport.tuning.allocation import site_options
 from qexport.tuning.measurement import SiteTable
 from qexport.tuning.settings import EXACT, Setting
 from qexport.tuning.trials import TIMED_AT_ONCE, Bench, Candidate
@@ -53,7 +54,7 @@ class Search:
         states = front(options)
         scale = self._approach(states, options)
         for factor in (0.5, 2.0, 0.25, 4.0):
-            self._try_state(choose(states, options, factor * self.max_error * scale))
+            self._try_state(choose(states, options, (factor * self.max_error * scale) ** 2))
         self._time()
         return self.candidates
 
@@ -102,8 +103,8 @@ class Search:
         return candidate
 
     def _try_state(self, state) -> Candidate | None:
-        settings = tuple(option.setting for option in state.options)
-        return self._try(f"tuned {len(self.candidates) - len(UNIFORM) + 1}", settings, math.sqrt(state.error))
+        settings = tuple(option.choice for option in state.options)
+        return self._try(f"tuned {len(self.candidates) - len(UNIFORM) + 1}", settings, math.sqrt(state.load))
 
     def _approach(self, states, options) -> float:
         """Allocate for the wanted error, and again with what the last recipe really erred, until one comes close below it.
@@ -113,9 +114,9 @@ class Search:
         """
         low, high, scale = 0.0, math.inf, 1.0
         while True:
-            state = choose(states, options, scale * self.max_error)
+            state = choose(states, options, (scale * self.max_error) ** 2)
             tried = self._try_state(state)
-            if tried is None or state.error == 0:
+            if tried is None or state.load == 0:
                 return scale
             if tried.error <= self.max_error:
                 low = max(low, scale)
@@ -123,7 +124,7 @@ class Search:
                     return scale
             else:
                 high = min(high, scale)
-            scale = 0.95 * math.sqrt(state.error) / max(tried.error, 1e-12)
+            scale = 0.95 * math.sqrt(state.load) / max(tried.error, 1e-12)
             if not low < scale < high:
                 if high == math.inf:  # the allocation used less than it was given: the front ends here
                     return low
