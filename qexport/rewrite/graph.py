@@ -172,11 +172,14 @@ class Builder:
         self.count = 0
         self.module = anchor.metadata_props.get("qexport.module")
 
-    def node(self, op_type: str, *inputs, like: ir.Value | None = None, shape=None, dtype=None, **attributes) -> ir.Value:
+    def node(
+        self, op_type: str, *inputs, like: ir.Value | None = None, shape=None, dtype=None, domain: str = "", **attributes
+    ) -> ir.Value:
         """The output of a new node.
 
         Args:
             inputs: values, None for one that is left out, or integers, which become int64 constants.
+            domain: of the op, ai.onnx when blank.
             like: a value with the element type of the output; `dtype` gives the type itself.
             shape: sizes, names or None per axis of the output, where known.
         """
@@ -187,7 +190,7 @@ class Builder:
         if shape is not None:
             result.shape = ir.Shape(shape)
         node = ir.Node(
-            "", op_type, values, ir.convenience.convert_attributes(attributes), outputs=[result], name=f"{name}_node"
+            domain, op_type, values, ir.convenience.convert_attributes(attributes), outputs=[result], name=f"{name}_node"
         )
         return self._add(node)
 

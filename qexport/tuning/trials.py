@@ -14,14 +14,13 @@ from qexport.ops.proto import set_attributes
 from qexport.profiling import CLASSICAL, CONVERTED, interleaved, ratio, session_options
 from qexport.profiling.calls import make_call, shared_buffers
 from qexport.tuning.settings import Setting
-from qexport.validation.comparison import output_errors
+from qexport.validation.comparison import Remembered, output_errors
 from qexport.validation.probes import open_probe
 from qexport.validation.statistics import confidence_interval
 
 TIMED_ROUNDS = 25
 # Sessions that are open at a time: each holds the model's weights.
 TIMED_AT_ONCE = 4
-REMEMBERED = 512 * 2**20
 
 
 @dataclass
@@ -56,24 +55,6 @@ def with_settings(bundle: Bundle, sites: list[dict], settings) -> onnx.ModelProt
     return model
 
 
-class _Remembered:
-    """A session that remembers its outputs for each feed, up to REMEMBERED bytes: every candidate is compared with them."""
-
-    def __init__(self, session):
-        self.session, self.outputs, self.held = session, {}, 0
-        self.get_outputs = session.get_outputs
-
-    def run(self, names, feed) -> list[np.ndarray]:
-        """As the session's; a feed is known by its identity."""
-        if id(feed) in self.outputs:
-            return self.outputs[id(feed)]
-        values = self.session.run(names, feed)
-        size = sum(value.nbytes for value in values)
-        if self.held + size <= REMEMBERED:
-            self.outputs[id(feed)], self.held = values, self.held + size
-        return values
-
-
 class Bench:
     """The classical model, kept open, and what candidates are tried on."""
 
@@ -81,7 +62,7 @@ class Bench:
         self.bundle, self.sites, self.inputs, self.timed = bundle, sites, inputs, timed
         self.seeds, self.threads = seeds, threads
         self.classical = runtime.session(bundle.classical_path, library=False, options=session_options(threads))
-        self.remembered = _Remembered(self.classical)
+        self.remembered = Remembered(self.classical)
 
     @contextmanager
     def opened(self, settings):

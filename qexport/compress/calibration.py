@@ -1,0 +1,100 @@
+"""What the inputs of each weight look like: Gram matrices of products, and how often the rows of tables are picked."""
+
+import numpy as np
+
+from qexport import runtime
+from qexport.bundle import Bundle
+from qexport.compress.checkpoint import Checkpoint
+from qexport.compress.layers import Layer
+from qexport.errors import QexportError
+from qexport.external_data import load_structure
+from qexport.feeds import Inputs
+from qexport.validation.comparison import seeded_feed
+from qexport.validation.probes import add_outputs, open_probe
+from qexport.validation.unpadded import keep_masks, padded_axis, rows
+
+# Gram matrices that are summed up at a time, in bytes; wider models are run several times.
+GRAM_MEMORY = 1 << 30
+
+
+def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, store: Checkpoint, say) -> None:
+    """Put what `weights_of` gives for every layer into `store`.
+
+    Args:
+        library: as in `qexport.runtime.session`.
+        say: called with the step in words and the share that is done.
+
+    Raises:
+        QexportError: the model does not run, or a value that a weight is multiplied with is not finite.
+    """
+    wanted = {_names(layer): layer for layer in layers}
+    groups, room = [[]], GRAM_MEMORY
+    for names, layer in wanted.items():
+        if store.has(_key(names)):
+            continue
+        size = 8 * _size(layer) ** (2 if layer.products else 1)
+        if size > room and groups[-1]:
+            groups.append([])
+            room = GRAM_MEMORY
+        groups[-1].append(names)
+        room -= size
+    for number, group in enumerate(groups if groups[0] else []):
+        sums = dict.fromkeys(group, 0)
+        watched = list(dict.fromkeys(name for names in group for name in names))
+        with _session(bundle, watched, library) as session:
+            shapes = {output.name: output.shape for output in session.get_outputs()}
+            for count, feed in enumerate(inputs.feeds):
+                say("watching the inputs of each weight", (number + count / len(inputs.feeds)) / len(groups))
+                found = _run(session, watched, seeded_feed(feed, bundle.seed_input, 0))
+                masks = keep_masks(bundle.manifest, feed)
+                for names in group:
+                    for name in names:
+                        kept = rows(found[name], padded_axis(found[name].shape, shapes.get(name), masks))
+                        sums[names] = sums[names] + _sum(wanted[names], kept)
+        for names, total in sums.items():
+            if not np.isfinite(total).all():
+                label = wanted[names].label
+                raise QexportError(f"{bundle.path}: the inputs of {label} are not finite on this data; clean the data")
+            store.save(_key(names), total)
+
+
+def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
+    """The Gram matrix of a layer's inputs (in, in), or how often each entry of its table is picked (entries,)."""
+    return store.load(_key(_names(layer)))
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    """The values that tell how a layer is used: X of its products, or the indices into a table."""
+    values = [X for _, X in layer.products] or [node.inputs[1] for node in layer.picks]
+    return tuple(dict.fromkeys(value.name for value in values))
+
+
+def _key(names: tuple[str, ...]) -> str:
+    return f"inputs {' '.join(names)}"
+
+
+def _size(layer: Layer) -> int:
+    return layer.shape[1] if layer.products and layer.transposed else layer.shape[0]
+
+
+def _sum(layer: Layer, value: np.ndarray) -> np.ndarray:
+    if layer.products:
+        X = value.reshape(-1, value.shape[-1]).astype(np.float32)
+        return (X.T @ X).astype(np.float64)
+    size = layer.shape[0]
+    return np.bincount(value.reshape(-1).astype(np.int64) % size, minlength=size).astype(np.float64)
+
+
+def _run(session, names: list[str], feed: dict) -> dict[str, np.ndarray]:
+    """Values by name; graph inputs come from the feed."""
+    computed = [name for name in names if name not in feed]
+    return {name: feed[name] for name in names if name in feed} | dict(
+        zip(computed, runtime.run(session, computed, feed), strict=True)
+    )
+
+
+def _session(bundle: Bundle, names: list[str], library):
+    model = load_structure(bundle.model_path)
+    inputs = {value.name for value in model.graph.input}
+    add_outputs(model, [name for name in names if name not in inputs])
+    return open_probe(model, bundle.model_path, library=library)

@@ -1,0 +1,72 @@
+"""What a long run has found so far, kept beside its output: the same command takes it up again where it was stopped."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from qexport.errors import QexportError
+
+
+class Checkpoint:
+    """Arrays by name, each in a file of its own that is whole or absent.
+
+    Args:
+        folder: made when something is first stored.
+        key: what the findings depend on, as JSON data; those of another key are thrown away.
+    """
+
+    def __init__(self, folder: Path, key: dict):
+        self.folder = Path(folder)
+        self._key = json.dumps(key, sort_keys=True)
+        self.resumed = self._is_ours()
+        if self.folder.is_dir() and not self.resumed:
+            self.remove()
+
+    def _is_ours(self) -> bool:
+        try:
+            return (self.folder / "key.json").read_text(encoding="utf-8") == self._key
+        except OSError:
+            return False
+
+    def has(self, name: str) -> bool:
+        """Whether something is stored under that name."""
+        return self._path(name).is_file()
+
+    def load(self, name: str) -> np.ndarray:
+        """What is stored under a name; the file is mapped, not read."""
+        return np.load(self._path(name), mmap_mode="r")
+
+    def save(self, name: str, array) -> None:
+        """Store an array.
+
+        Raises:
+            QexportError: the folder cannot be written.
+        """
+        path = self._path(name)
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                (self.folder / "key.json").write_text(self._key, encoding="utf-8")
+            half = path.with_suffix(".half")
+            with half.open("wb") as file:
+                np.save(file, np.asarray(array))
+            half.replace(path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise QexportError(f"{self.folder}: what was found cannot be kept ({reason}); free some space") from error
+
+    def compute(self, name: str, function) -> np.ndarray:
+        """What is stored under a name, or else what `function()` gives, stored."""
+        if not self.has(name):
+            self.save(name, function())
+        return self.load(name)
+
+    def remove(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"

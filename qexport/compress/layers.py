@@ -1,0 +1,116 @@
+"""The weights of a graph that can be stored in less: matrices of products and tables that rows are picked from."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.rewrite.graph import attribute, is_op
+
+# Smaller weights are not worth a node; norms and biases are among them.
+SMALLEST = 4096
+LINEAR, TABLE = "linear", "table"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One stored weight and the nodes that use it.
+
+    Attributes:
+        name: of the initializer.
+        label: the torch module of its first use where the graph tells it, else that node's name.
+        kinds: what it is used as: `linear`, the W of X W, or `table`, whose rows are picked by index; a language model that
+            ties its head to its embedding uses one weight as both.
+        transposed: whether the initializer holds W^T, as it does for a head that is tied.
+        products: (node, X) of each product; `picks`: the Gather nodes.
+        shape: of the initializer.
+    """
+
+    name: str
+    label: str
+    transposed: bool
+    shape: tuple[int, int]
+    products: tuple[tuple[ir.Node, ir.Value], ...] = field(repr=False, compare=False)
+    picks: tuple[ir.Node, ...] = field(repr=False, compare=False)
+    value: ir.Value = field(repr=False, compare=False)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`linear`, `table` or both."""
+        return (LINEAR,) * bool(self.products) + (TABLE,) * bool(self.picks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the initializer."""
+        return self.value.const_value.nbytes
+
+    def stored(self) -> np.ndarray:
+        """The initializer in float32."""
+        return self.value.const_value.numpy().astype(np.float32)
+
+    def matrix(self) -> np.ndarray:
+        """W (in, out) of a linear layer; of a table, (width, entries): what is quantised in blocks down its columns."""
+        array = self.stored()
+        return np.ascontiguousarray(array.T) if self.transposed or not self.products else array
+
+    def as_stored(self, matrix: np.ndarray) -> np.ndarray:
+        """A replacement of `matrix()` as the initializer holds it."""
+        return np.ascontiguousarray(matrix.T if self.transposed or not self.products else matrix, np.float32)
+
+
+def find_layers(model: ir.Model) -> list[Layer]:
+    """The weights of at least SMALLEST numbers whose every use is understood, in the order of their first use.
+
+    A use is a MatMul with W on the right, a Gemm with alpha = beta = 1, one of these behind a Transpose of W, or a Gather of
+    rows. Weights are 2-D and of a float type; a weight that anything else reads stays as it is.
+    """
+    found = {}
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.name not in found and _is_weight(value):
+                found[value.name] = _layer(value)
+    return [layer for layer in found.values() if layer is not None]
+
+
+def _is_weight(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return (
+        value.is_initializer()
+        and not value.is_graph_input()
+        and not value.is_graph_output()
+        and tensor is not None
+        and len(tensor.shape) == 2
+        and tensor.size >= SMALLEST
+        and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    )
+
+
+def _layer(value: ir.Value) -> Layer | None:
+    products, picks, ways = [], [], set()
+    uses = [(use.node, use.idx, False) for use in value.uses()]
+    while uses:
+        node, index, turned = uses.pop(0)
+        if is_op(node, "Transpose") and not turned and attribute(node, "perm", (1, 0)) in ([1, 0], (1, 0)):
+            uses += [(use.node, use.idx, True) for use in node.outputs[0].uses()]
+            if node.outputs[0].is_graph_output():
+                return None
+        elif is_op(node, "MatMul") and index == 1:
+            products.append((node, node.inputs[0]))
+            ways.add(turned)
+        elif is_op(node, "Gemm") and index == 1 and _plain(node):
+            products.append((node, node.inputs[0]))
+            ways.add(turned != bool(attribute(node, "transB", 0)))
+        elif is_op(node, "Gather") and index == 0 and not turned and attribute(node, "axis", 0) == 0:
+            picks.append(node)
+        else:
+            return None
+    if len(ways) > 1 or not (products or picks) or (picks and products and ways == {False}):
+        return None
+    first = products[0][0] if products else picks[0]
+    label = first.metadata_props.get("qexport.module") or first.name or value.name
+    shape = tuple(value.const_value.shape)
+    return Layer(value.name, label, ways == {True}, shape, tuple(products), tuple(picks), value)
+
+
+def _plain(node: ir.Node) -> bool:
+    return attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0 and not attribute(node, "transA", 0)

@@ -1,0 +1,154 @@
+"""Compressed weights as nodes that a stock onnxruntime runs: MatMulNBits and GatherBlockQuantized of its own domain."""
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.compress.forms import Form, Half
+from qexport.compress.layers import Layer
+from qexport.compress.lowrank import LowRank
+from qexport.compress.quantize import Quantized
+from qexport.rewrite.graph import Builder, is_op
+from qexport.rewrite.sample_attention import hand_over
+
+RUNTIME = "com.microsoft"
+# MatMulNBits multiplies whole numbers: it rounds each block of its other operand to 8 bits. Level 0 keeps that in float.
+ACCURACY_LEVEL = 4
+
+
+def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCURACY_LEVEL) -> None:
+    """Put a form in the place of a layer's weight."""
+    writer = _Writer(model, layer, accuracy_level)
+    if isinstance(form, Half):
+        writer.half(form)
+    elif isinstance(form, Quantized):
+        writer.quantized(form)
+    else:
+        writer.low_rank(form)
+    for use in tuple(layer.value.uses()):  # Transposes whose products are gone
+        if is_op(use.node, "Transpose") and not use.node.outputs[0].uses():
+            model.graph.remove(use.node, safe=True)
+    if not layer.value.uses():
+        del model.graph.initializers[layer.name]
+    if not isinstance(form, Half):
+        model.graph.opset_imports[RUNTIME] = 1
+
+
+class _Writer:
+    def __init__(self, model: ir.Model, layer: Layer, accuracy_level: int):
+        self.graph, self.layer, self.level = model.graph, layer, accuracy_level
+        self.stored: dict[str, ir.Value] = {}
+
+    def half(self, form: Half) -> None:
+        """A Cast, which the runtime computes once, when it loads the file."""
+        as_held = form.matrix.T if self.layer.shape != form.matrix.shape or self.layer.transposed else form.matrix
+        first = next(iter(self.layer.value.uses())).node
+        builder = Builder(first, self.layer.name)
+        half = self._keep("half", as_held)
+        full = builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype)
+        for use in tuple(self.layer.value.uses()):
+            if use.node is not full.producer():
+                use.node.replace_input_with(use.idx, full)
+
+    def quantized(self, form: Quantized) -> None:
+        """Codes by column: what a product reads for an output, and a table for an entry."""
+        for node, X in self.layer.products:
+            self._finish(node, lambda builder, X=X: self._product(builder, X, form, "codes"))
+        for node in self.layer.picks:
+            self._replace(node, lambda builder, node=node: self._pick(builder, node, form, "codes"))
+
+    def low_rank(self, form: LowRank) -> None:
+        """Two products, or a table of short entries and a product."""
+        for node, X in self.layer.products:
+            self._finish(
+                node,
+                lambda builder, X=X: self._product(
+                    builder, self._product(builder, X, form.left, "left"), form.right, "right"
+                ),
+            )
+        for node in self.layer.picks:
+            self._replace(
+                node,
+                lambda builder, node=node: self._product(
+                    builder, self._pick(builder, node, form.left, "left"), form.right, "right"
+                ),
+            )
+
+    @property
+    def _dtype(self) -> ir.DataType:
+        return self.layer.value.const_value.dtype
+
+    def _product(self, builder: Builder, X: ir.Value, form: Quantized, what: str) -> ir.Value:
+        shape = None if X.shape is None else [*X.shape[:-1], form.codes.shape[1]]
+        packed = self._keep(what, form.packed())
+        return builder.node(
+            "MatMulNBits",
+            X,
+            packed,
+            self._scales(builder, form, what, flat=True),
+            like=self.layer.value,
+            shape=shape,
+            domain=RUNTIME,
+            K=form.codes.shape[0],
+            N=form.codes.shape[1],
+            bits=form.bits,
+            block_size=form.block,
+            accuracy_level=self.level,
+        )
+
+    def _pick(self, builder: Builder, node: ir.Node, form: Quantized, what: str) -> ir.Value:
+        indices = node.inputs[1]
+        packed = form.packed()
+        entries = packed.shape[0]
+        table = self._keep(what, packed)
+        if self.layer.products:  # a product wants three axes of the same numbers
+            table = builder.node("Reshape", table, [entries, -1], like=table)
+        else:
+            table = self._keep(what, packed.reshape(entries, -1))
+        width = form.codes.shape[0]
+        scales = self._scales(builder, form, what, flat=False)
+        shape = None if indices.shape is None else [*indices.shape, width]
+        return builder.node(
+            "GatherBlockQuantized",
+            table,
+            indices,
+            scales,
+            like=self.layer.value,
+            shape=shape,
+            domain=RUNTIME,
+            bits=form.bits,
+            block_size=form.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def _scales(self, builder: Builder, form: Quantized, what: str, flat: bool) -> ir.Value:
+        by_column = form.scales.T
+        if flat and not self.layer.picks:
+            by_column = by_column.reshape(-1)
+        scales = self._keep(f"{what}_scales", by_column)
+        if self._dtype != ir.DataType.FLOAT16:
+            scales = builder.node("Cast", scales, like=self.layer.value, to=self._dtype)
+        return builder.node("Reshape", scales, [-1], like=scales) if flat and self.layer.picks else scales
+
+    def _keep(self, what: str, array: np.ndarray) -> ir.Value:
+        """An initializer, made once per layer."""
+        name = f"{self.layer.name}/{what}"
+        if name not in self.stored:
+            tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+            self.graph.register_initializer(value)
+            self.stored[name] = value
+        return self.stored[name]
+
+    def _finish(self, node: ir.Node, make) -> None:
+        """Replace a MatMul, or a Gemm with what it adds."""
+        bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
+
+        def build(builder: Builder) -> ir.Value:
+            value = make(builder)
+            return value if bias is None else builder.node("Add", value, bias, like=value, shape=value.shape)
+
+        self._replace(node, build)
+
+    def _replace(self, node: ir.Node, make) -> None:
+        hand_over(node, [make(Builder(node))])

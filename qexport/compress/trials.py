@@ -1,0 +1,76 @@
+"""Tries compressed weights in the model itself, before any file is written: one session, its weights fed in."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from qexport import runtime
+from qexport.bundle import Bundle
+from qexport.compress.layers import Layer
+from qexport.external_data import load_structure
+from qexport.metrics import Metric
+from qexport.validation.comparison import Remembered, seeded_feed
+from qexport.validation.probes import open_probe
+from qexport.validation.unpadded import keep_masks, padded_axis, rows
+
+
+class Trials:
+    """What the converted model gives with other weights, held against the classical model on the same inputs.
+
+    Args:
+        session: of the converted model, from `opened`.
+        classical: a session of the classical model.
+        metric: the figure of the output that is compared.
+        feeds: the batches.
+    """
+
+    def __init__(self, bundle: Bundle, session, classical, metric: Metric, feeds: list[dict]):
+        self.bundle, self.session, self.classical = bundle, session, Remembered(classical)
+        self.metric, self.feeds = metric, feeds
+
+    def measure(self, weights: dict[str, np.ndarray], feeds: list[dict] | None = None) -> "Measured":
+        """The figures with other weights.
+
+        Args:
+            weights: by the name of the initializer; those that are not named are the model's own.
+            feeds: some of the batches; all when None.
+        """
+        manifest, metric = self.bundle.manifest, self.metric
+        totals, error, norm, count = np.zeros(2), 0.0, 0.0, 0
+        for feed in self.feeds if feeds is None else feeds:
+            base = self.classical.run([metric.output], feed)[0]
+            seeded = seeded_feed(feed, self.bundle.seed_input, 0)
+            value = runtime.run(self.session, [metric.output], {**seeded, **weights})[0]
+            sums = [metric.add(manifest, feed, base, x) for x in (base, value)]
+            totals, count = totals + [s for s, _ in sums], count + sums[0][1]
+            padded = padded_axis(base.shape, metric.symbols, keep_masks(manifest, feed))
+            for kept, other in zip(
+                rows(base, padded), rows(value, padded), strict=True
+            ):  # a part at a time: logits are large
+                kept = kept.astype(np.float64)
+                error, norm = error + float(np.square(other - kept).sum()), norm + float(np.square(kept).sum())
+        classical, figure = (float(metric.mean(total, count)) for total in totals)
+        return Measured(classical, figure, float(metric.loss(figure, classical)), (error / max(norm, 1e-300)) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metric of the classical model and of the other one, what it lost, and the relative error of the metric's output."""
+
+    classical: float
+    figure: float
+    loss: float
+    error: float
+
+
+@contextmanager
+def opened(bundle: Bundle, layers: list[Layer], library):
+    """A session of the converted model whose weights `layers` can be fed; those that are not fed are its own."""
+    model = load_structure(bundle.model_path)
+    for layer in layers:
+        kind = layer.value.const_value.dtype
+        model.graph.input.append(onnx.helper.make_tensor_value_info(layer.name, int(kind), layer.shape))
+    with open_probe(model, bundle.model_path, library=library) as session:
+        yield session
