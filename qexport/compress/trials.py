@@ -30,16 +30,16 @@ class Trials:
         self.bundle, self.session, self.classical = bundle, session, Remembered(classical)
         self.metric, self.feeds = metric, feeds
 
-    def measure(self, weights: dict[str, np.ndarray], feeds: list[dict] | None = None) -> "Measured":
+    def measure(self, weights: dict[str, np.ndarray], most: int | None = None) -> "Measured":
         """The figures with other weights.
 
         Args:
             weights: by the name of the initializer; those that are not named are the model's own.
-            feeds: some of the batches; all when None.
+            most: batches that are run; all when None.
         """
         manifest, metric = self.bundle.manifest, self.metric
         totals, error, norm, count = np.zeros(2), 0.0, 0.0, 0
-        for feed in self.feeds if feeds is None else feeds:
+        for feed in self.feeds[:most]:
             base = self.classical.run([metric.output], feed)[0]
             seeded = seeded_feed(feed, self.bundle.seed_input, 0)
             value = runtime.run(self.session, [metric.output], {**seeded, **weights})[0]
@@ -57,7 +57,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Measured:
-    """The metric of the classical model and of the other one, what it lost, and the relative error of the metric's output."""
+    """The metric of both models, what the other one lost against the classical, and the relative error of its output."""
 
     classical: float
     figure: float

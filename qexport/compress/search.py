@@ -1,0 +1,151 @@
+"""Which form each weight gets.
+
+Every method's error at a layer's own outputs is known from the layer's inputs; one run per layer and kind of method tells
+how far such an error carries to the model's output (its gain). Squared errors at the output add up, and so do bytes, so that
+a knapsack (`qexport.knapsack`) gives each weight its method: the whole front of sizes at once. States of that front are then
+tried in the model itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qexport.compress import forms
+from qexport.compress.calibration import weights_of
+from qexport.compress.checkpoint import Checkpoint
+from qexport.compress.forms import INTEGER, KEEP, LOW_RANK, Form, Method
+from qexport.compress.layers import Layer
+from qexport.compress.lowrank import Spectrum, spectrum
+from qexport.compress.trials import Measured, Trials
+from qexport.knapsack import Option, State, choose, front
+
+# A layer that loses more than this share of its outputs' square is broken, whatever the others make of it.
+WORST = 0.5
+PROBE_FEEDS = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method for each layer, the bytes of the weights, and what the model made of it."""
+
+    methods: tuple[Method, ...]
+    nbytes: int
+    measured: Measured
+
+
+class Search:
+    """The layers with their options, and the candidates that were tried.
+
+    Args:
+        layers: of the model.
+        allowed: methods, of fp16, int8, int4, low-rank.
+        calibration, judging: trials on the data that weights are fitted to, and on the data that decides.
+        store: where findings are kept.
+        say: called with the step in words and the share that is done.
+    """
+
+    def __init__(self, layers: list[Layer], allowed, calibration: Trials, judging: Trials, store: Checkpoint, say):
+        self.layers, self.allowed, self.store, self.say = layers, allowed, store, say
+        self.calibration, self.judging = calibration, judging
+        self.candidates: list[Candidate] = []
+        self._forms: dict[tuple[str, Method], Form | None] = {}
+        self._spectra: dict[str, Spectrum] = {}
+
+    def prepare(self) -> None:
+        """Measure every option: what it takes and what it costs."""
+        self.places = []
+        for number, layer in enumerate(self.layers):
+            self.say(f"measuring {layer.label}", number / len(self.layers))
+            self.places.append(self._options(layer))
+        self.states = front(self.places)
+
+    def form(self, layer: Layer, method: Method) -> Form | None:
+        """The layer's weight in that form; None for `keep`."""
+        key = layer.name, method
+        if key not in self._forms:
+            found = self._spectrum(layer) if method.kind == LOW_RANK else None
+            self._forms[key] = forms.make(layer, method, weights_of(layer, self.store), found)
+        return self._forms[key]
+
+    def smallest(self) -> int:
+        """Bytes of the weights in the smallest forms that break no layer."""
+        return sum(min(round(option.cost) for option in options) for options in self.places)
+
+    def within(self, nbytes: int) -> Candidate:
+        """The candidate with the least predicted error whose weights take at most so many bytes; the smallest where none
+        does."""
+        places = [[Option(o.choice, o.load, o.cost) for o in options] for options in self.places]
+        return self._try(choose(front(places), places, nbytes))
+
+    def within_loss(self, loss: float) -> Candidate | None:
+        """The smallest candidate of the front whose metric loses at most `loss` on the judging data; None where not even the
+        most accurate one does."""
+        best, low, high = None, 0, len(self.states) - 1
+        while low <= high:
+            middle = (low + high + 1) // 2 if best else low
+            tried = self._try(self.states[middle])
+            if tried.measured.loss <= loss:
+                best, low = tried, middle + 1
+            elif best is None:
+                return None
+            else:
+                high = middle - 1
+        return best
+
+    def dense(self, methods) -> dict[str, np.ndarray]:
+        """What a runtime makes of the weights in these forms, by the name of the initializer."""
+        chosen = zip(self.layers, methods, strict=True)
+        return {
+            layer.name: layer.as_stored(self.form(layer, method).dense()) for layer, method in chosen if method.kind != KEEP
+        }
+
+    def _try(self, state: State) -> Candidate:
+        methods = tuple(option.choice for option in state.options)
+        for candidate in self.candidates:
+            if candidate.methods == methods:
+                return candidate
+        nbytes = sum(forms.nbytes(layer, method) for layer, method in zip(self.layers, methods, strict=True))
+        self.say(f"trying weights of {nbytes / 1e6:.2f} MB", len(self.candidates) / (len(self.candidates) + 4))
+        key = f"trial {' '.join(map(str, methods))}"
+        found = self.store.compute(key, lambda: list(self.judging.measure(self.dense(methods)).__dict__.values()))
+        self.candidates.append(Candidate(methods, nbytes, Measured(*map(float, found))))
+        return self.candidates[-1]
+
+    def _options(self, layer: Layer) -> list[Option]:
+        """The methods of a layer as options: bytes under a limit of the squared error at the model's output."""
+        found = forms.methods(layer, self.allowed)
+        kept = self.store.compute(f"errors {layer.name} {' '.join(map(str, found))}", lambda: self._errors(layer, found))
+        options = []
+        for method, error, gain in zip(found, *kept, strict=True):
+            if error <= WORST:
+                options.append(Option(method, forms.nbytes(layer, method), float(gain * error)))
+        return options
+
+    def _errors(self, layer: Layer, found: list[Method]) -> np.ndarray:
+        """(2, methods): the relative squared error of the layer's outputs, and the gain that takes it to the model's."""
+        weights, errors, gains = weights_of(layer, self.store), np.zeros(len(found)), np.zeros(len(found))
+        for kind in dict.fromkeys(method.kind for method in found if method.kind != KEEP):
+            members = [i for i, method in enumerate(found) if method.kind == kind]
+            for i in members:
+                errors[i] = self._error(layer, found[i], weights, dict(zip(found[:i], errors, strict=False)))
+            probed = min(members, key=lambda i: abs(np.log(max(errors[i], 1e-12) / 1e-2)))
+            form = self.form(layer, found[probed])
+            own = forms.output_error(layer, form, weights)
+            reached = self.calibration.measure({layer.name: layer.as_stored(form.dense())}, PROBE_FEEDS).error ** 2
+            gains[members] = reached / max(own, np.finfo(float).tiny)
+        self._forms.clear()
+        return np.array([errors, gains])
+
+    def _error(self, layer: Layer, method: Method, weights: np.ndarray, known: dict[Method, float]) -> float:
+        """The relative squared error of a layer's outputs. Of low-rank factors it is what the rank leaves out and what their
+        bits cost, which is taken to be what the same bits cost the whole weight."""
+        if method.kind != LOW_RANK:
+            return forms.output_error(layer, self.form(layer, method), weights)
+        rounding = [error for m, error in known.items() if (m.kind, m.bits) == (INTEGER, method.bits)]
+        return float(self._spectrum(layer).errors()[method.rank]) + min(rounding, default=0.0)
+
+    def _spectrum(self, layer: Layer) -> Spectrum:
+        if layer.name not in self._spectra:
+            W = layer.matrix() if layer.products else layer.stored()
+            self._spectra = {layer.name: spectrum(W, weights_of(layer, self.store))}  # the last one is enough
+        return self._spectra[layer.name]
