@@ -1,8 +1,8 @@
 """Low-rank factors of weights, as their inputs see them.
 
 With G = X^T X the best W' of rank r for the outputs, min |X (W - W')|, projects W on the r leading eigenvectors V of
-W^T G W: W' = W V V^T, and |X (W - W')|^2 is the sum of the eigenvalues left out. (The truncated SVD of the whitened weight, as in
-SVD-LLM, Wang et al., ICLR 2025; written this way it needs no inverse of G.)
+W^T G W: W' = W V V^T, and |X (W - W')|^2 is the sum of the eigenvalues left out. (The truncated SVD of the whitened weight,
+as in SVD-LLM, Wang et al., ICLR 2025; written this way it needs no inverse of G.)
 """
 
 from dataclasses import dataclass
