@@ -13,6 +13,7 @@ except PackageNotFoundError:  # a source tree on sys.path that was never install
 
 _LAZY = {
     "Generator": "qexport.generation",
+    "compress": "qexport.compression",
     "convert": "qexport.conversion",
     "get_library_path": "qexport.runtime",
     "inspect": "qexport.inspection",

@@ -81,8 +81,8 @@ class Bundle:
         return self.path / "tokenizer" / "tokenizer.json"
 
     @property
-    def seed_input(self) -> str:
-        """Name of the graph input of the converted model that takes the seed."""
+    def seed_input(self) -> str | None:
+        """Name of the graph input of the converted model that takes the seed; None where nothing draws."""
         return self.manifest["seed_input"]
 
     def changed_files(self) -> list[str]:

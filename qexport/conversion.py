@@ -119,6 +119,8 @@ def convert(
         shots=shots,
         seed=seed,
     )
+    if resolved.compress is not None:
+        raise UsageError("the recipe says how to compress weights, which takes data: qexport compress MODEL -o DIR --config")
     if kv_cache is not None and resolved.has_noise:
         raise UsageError("noise and kv_cache exclude each other: the register would hold the free room of the cache")
     if not dry_run:
@@ -140,20 +142,24 @@ def convert(
     from qexport.bundle import write_bundle
 
     with write_bundle(output) as writer:
-        report = _write(writer.path, source, resolved, opset, kv_cache, say)
+        report = write_models(writer.path, source, resolved, opset, kv_cache, say)
         report.path = Path(output)
         writer.manifest = report.manifest
         say("writing the bundle")
     return report
 
 
-def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) -> ConversionReport:
-    """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest."""
+def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) -> ConversionReport:
+    """Write both models, the samples, the library and the tokenizer into `folder`; the report with its manifest.
+
+    Args:
+        recipe: None leaves attention classical; the converted model then equals the classical one.
+    """
     from qexport.conversion_checks import check_fallback, check_library, run_classical
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
     from qexport.rewrite.summarize_cache import summarize_cache
 
-    external = _external_name(source.model)
+    external = external_name(source.model)
     left_alone = []
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
         say("finding attention")
@@ -161,19 +167,21 @@ def _write(folder: Path, source, recipe, opset: int, kv_cache: int | None, say) 
     attach_fallback(source.model)  # of noise that the model brought along
     say("writing the classical model")
     classical = folder / "classical.onnx"
-    _save(source.model, classical, external)
+    save(source.model, classical, external)
     say("running the classical model")
     outputs, difference = run_classical(source, classical)
     say("converting attention")
     if opset < 23:
         left_alone = _to_classical(source, opset, None, recipe)
-    sites, more = _rewrite(source, sample_attention, recipe)
-    left_alone = [*left_alone, *more]
-    _require_sites(source, sites, left_alone)
+    sites = []
+    if recipe is not None:
+        sites, more = _rewrite(source, sample_attention, recipe)
+        left_alone = [*left_alone, *more]
+        _require_sites(source, sites, left_alone)
     if source.cache is not None and source.cache.summaries:
         summarize_cache(source.model, sites, source.cache.summaries)
     attach_fallback(source.model)
-    _save(source.model, folder / "model.onnx", external)
+    save(source.model, folder / "model.onnx", external)
     if outputs is not None:
         say("checking the fallback")
         check_fallback(source, folder / "model.onnx", outputs)
@@ -224,13 +232,13 @@ def _require_sites(source, sites: list, left_alone: list) -> None:
     )
 
 
-def _external_name(model) -> str | None:
+def external_name(model) -> str | None:
     """Name of the weights file when the model is too large for one protobuf, else None."""
     total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     return "model.onnx.data" if total > EXTERNAL_ABOVE else None
 
 
-def _save(model, path: Path, external: str | None) -> None:
+def save(model, path: Path, external: str | None) -> None:
     """Write a model; with `external`, its weights go to that file once and both models of a bundle share it."""
     import onnx_ir as ir
 

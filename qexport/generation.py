@@ -17,6 +17,7 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.data import open_tokenizer
 from qexport.errors import QexportError, UsageError
+from qexport.validation.comparison import seeded_feed
 
 # A long prompt runs in pieces of so many tokens: the logits of a piece are (batch, piece, vocabulary).
 PIECE = 128
@@ -139,8 +140,8 @@ class Generator:
         feed = {
             self._names["token_ids"]: ids,
             self._names["past_length"]: self.past,
-            self.bundle.seed_input: np.array(seed + self._runs, np.int64),
         }
+        feed = seeded_feed(feed, self.bundle.seed_input, seed + self._runs)
         # Not bind_cpu_input, which does not find inputs that have a default, such as the seed. The values stay in a
         # variable, since the binding keeps only pointers.
         values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}

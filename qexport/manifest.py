@@ -12,7 +12,7 @@ def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
 
     Args:
         source: the `qexport.sources.Source`, its model rewritten.
-        recipe: the recipe that was applied.
+        recipe: the recipe that was applied; None where attention stays classical.
         sites, left_alone: what was converted, and what was not and why.
         difference: of the classical model from the source's own outputs; None where it was not measured.
     """
@@ -21,13 +21,13 @@ def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
         "qexport_version": package_version("qexport"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": {"kind": source.kind, "name": source.name},
-        "recipe": recipe.to_dict(),
+        "recipe": recipe.to_dict() if recipe is not None else {},
         "opset": source.model.opset_imports[""],
         "ir_version": IR_VERSION,
         "min_onnxruntime": min_onnxruntime(
             source.model.opset_imports[""], source.cache is not None, any(site.noise for site in sites)
         ),
-        "seed_input": source.model.graph.inputs[-1].name,
+        "seed_input": source.model.graph.inputs[-1].name if sites else None,
         "noise": _noise_entry(source.model.graph, sites),
         "sites": [site.to_dict() for site in sites],
         "left_alone": [entry.to_dict() for entry in left_alone],

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
 from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.recipe_compression import Compression, LayerCompression
 from qexport.recipe_values import (
     NO_NOISE,
     ControlVariate,
@@ -83,10 +84,12 @@ class Recipe(_Entry):
     Attributes:
         seed: default of the model's seed input, of 64 bits.
         layers: overrides; the last one that fits a site wins.
+        compress: how `qexport compress` stores the weights.
     """
 
     seed: Seed = 0
     layers: tuple[LayerRecipe, ...] = ()
+    compress: Compression | None = None
 
     def resolve(self, module: str, name: str, q_heads: int | None = None, own: dict | None = None) -> dict:
         """How one site is computed: a dict of the keys in SAMPLING and, where there is noise, in NOISE.
@@ -259,7 +262,9 @@ def _first_problem(error: ValidationError) -> str:
     loc = problem["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     if problem["type"] == "extra_forbidden":
-        model = LayerRecipe if loc[0] == "layers" else Recipe
+        attention, weights = (LayerRecipe, Recipe), (LayerCompression, Compression)
+        in_list, on_top = weights if loc[0] == "compress" and len(loc) > 1 else attention
+        model = in_list if "layers" in loc[:-1] else on_top
         return f"{key}: no such key; known: {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: missing; every entry of layers needs a match"

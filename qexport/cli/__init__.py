@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": "Compare a bundle with its classical model: per layer, end to end, over seeds.",
     "profile": "Time a bundle and its classical model side by side.",
     "scaling": "Measure time, memory and error of attention against the length.",
+    "compress": "Make the weights small, at a loss that is asked for and measured.",
     "tune": "Find the fastest recipe that holds a tolerance on your inputs.",
     "attention": "Draw what each head looks at, and what sampling does to it.",
     "resilience": "Measure how noisy a quantum device may be before the model breaks.",

@@ -89,9 +89,9 @@ def _mode_words(mode: str, seeds: list[int]) -> str:
     return "without the library" if mode == "fallback" else f"with the library, {len(seeds)} seeds"
 
 
-def seeded_feed(feed: dict, seed_input: str, seed: int) -> dict:
-    """A feed with its seed."""
-    return {**feed, seed_input: np.array(seed, np.int64)}
+def seeded_feed(feed: dict, seed_input: str | None, seed: int) -> dict:
+    """A feed with its seed, where the model takes one."""
+    return feed if seed_input is None else {**feed, seed_input: np.array(seed, np.int64)}
 
 
 def _compare_outputs(bundle, inputs, seeds, library, providers, result: Comparison) -> dict[str, ErrorAccumulator]:

@@ -4,8 +4,8 @@ import numpy as np
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.compress.checkpoint import Checkpoint
-from qexport.compress.layers import Layer
+from qexport.compression.checkpoint import Checkpoint
+from qexport.compression.layers import Layer
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qexport.compress.quantize import DAMPING, Quantized, quantize
+from qexport.compression.quantize import DAMPING, Quantized, quantize
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qexport.compress.layers import TABLE, Layer
-from qexport.compress.lowrank import LowRank, Spectrum, apply_gram, factor
-from qexport.compress.quantize import BITS, BLOCKS, Quantized, quantize
+from qexport.compression.layers import TABLE, Layer
+from qexport.compression.lowrank import LowRank, Spectrum, apply_gram, factor
+from qexport.compression.quantize import BITS, BLOCKS, Quantized, quantize
 
 KEEP, HALF, INTEGER, LOW_RANK = "keep", "fp16", "int", "low-rank"
 # Shares of the numbers of a weight that low-rank factors are tried with.

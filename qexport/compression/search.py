@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qexport.compress import forms
-from qexport.compress.calibration import weights_of
-from qexport.compress.checkpoint import Checkpoint
-from qexport.compress.forms import INTEGER, KEEP, LOW_RANK, Form, Method
-from qexport.compress.layers import Layer
-from qexport.compress.lowrank import Spectrum, spectrum
-from qexport.compress.trials import Measured, Trials
+from qexport.compression import forms
+from qexport.compression.calibration import weights_of
+from qexport.compression.checkpoint import Checkpoint
+from qexport.compression.forms import INTEGER, KEEP, LOW_RANK, Form, Method
+from qexport.compression.layers import Layer
+from qexport.compression.lowrank import Spectrum, spectrum
+from qexport.compression.trials import Measured, Trials
 from qexport.knapsack import Option, State, choose, front
 
 # A layer that loses more than this share of its outputs' square is broken, whatever the others make of it.
@@ -38,7 +38,7 @@ class Search:
 
     Args:
         layers: of the model.
-        allowed: methods, of fp16, int8, int4, low-rank.
+        allowed: called with a layer; its methods, of fp16, int8, int4, low-rank.
         calibration, judging: trials on the data that weights are fitted to, and on the data that decides.
         store: where findings are kept.
         say: called with the step in words and the share that is done.
@@ -113,7 +113,7 @@ class Search:
 
     def _options(self, layer: Layer) -> list[Option]:
         """The methods of a layer as options: bytes under a limit of the squared error at the model's output."""
-        found = forms.methods(layer, self.allowed)
+        found = forms.methods(layer, self.allowed(layer))
         kept = self.store.compute(f"errors {layer.name} {' '.join(map(str, found))}", lambda: self._errors(layer, found))
         options = []
         for method, error, gain in zip(found, *kept, strict=True):

@@ -8,7 +8,7 @@ import onnx
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.compress.layers import Layer
+from qexport.compression.layers import Layer
 from qexport.external_data import load_structure
 from qexport.metrics import Metric
 from qexport.validation.comparison import Remembered, seeded_feed

@@ -3,10 +3,10 @@
 import numpy as np
 import onnx_ir as ir
 
-from qexport.compress.forms import Form, Half
-from qexport.compress.layers import Layer
-from qexport.compress.lowrank import LowRank
-from qexport.compress.quantize import Quantized
+from qexport.compression.forms import Form, Half
+from qexport.compression.layers import Layer
+from qexport.compression.lowrank import LowRank
+from qexport.compression.quantize import Quantized
 from qexport.rewrite.graph import Builder, is_op
 from qexport.rewrite.sample_attention import hand_over
 
@@ -98,10 +98,9 @@ class _Writer:
     def _pick(self, builder: Builder, node: ir.Node, form: Quantized, what: str) -> ir.Value:
         indices = node.inputs[1]
         packed = form.packed()
-        entries = packed.shape[0]
-        table = self._keep(what, packed)
+        entries = len(packed)
         if self.layer.products:  # a product wants three axes of the same numbers
-            table = builder.node("Reshape", table, [entries, -1], like=table)
+            table = builder.node("Reshape", self._keep(what, packed), [entries, -1], dtype=ir.DataType.UINT8)
         else:
             table = self._keep(what, packed.reshape(entries, -1))
         width = form.codes.shape[0]

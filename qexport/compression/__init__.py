@@ -1,0 +1,173 @@
+"""compress: the same model in a smaller file, at a loss that is asked for and measured.
+
+1. Run the data through the model once: what the inputs of every weight look like (`calibration`).
+2. Measure for each weight what every form takes and costs, and give each its form (`search`, docs/compression.md).
+3. Optionally heal the chosen forms: a short distillation in torch (`heal`).
+4. Write the file, run it on data that nothing was fitted to, and time it against the original.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qexport import profiling, runtime
+from qexport.bundle import Bundle, check_output, write_bundle
+from qexport.compression.checkpoint import Checkpoint
+from qexport.compression.job import Job
+from qexport.compression.model import open_model
+from qexport.compression.settings import resolve
+from qexport.data import load_inputs
+from qexport.feeds import Inputs
+from qexport.manifest import package_version
+from qexport.metrics import choose_metric
+from qexport.validation import finite
+
+SCHEMA = "qexport.compress"
+SCHEMA_VERSION = 1
+# Every so manieth batch judges what the others were fitted to.
+JUDGING = 4
+PROFILE_RUNS = 30
+
+
+@dataclass
+class CompressionReport:
+    """What `compress` did. The attributes are the keys of its JSON, which docs/json_schema.md describes; the chief ones:
+
+    Attributes:
+        passed: the ratio or the loss that was asked for is reached.
+        reasons: why not, in words.
+        size: bytes of the classical model's file and of the compressed one, and their `ratio`.
+        metric: its `name`, `output`, the figures of both models and the `loss`, on data that nothing was fitted to.
+        outputs: relative Frobenius error of every output on that data.
+        layers: one dict per weight: its form, its bytes before and after, the relative error of its own outputs.
+        profile: the report of `qexport.profile` of both models, None when it was not asked for.
+    """
+
+    path: str
+    passed: bool
+    reasons: list[str]
+    notes: list[str]
+    settings: dict
+    data: dict
+    size: dict
+    metric: dict
+    outputs: dict
+    layers: list[dict]
+    trials: list[dict]
+    seconds: float
+    profile: dict | None = None
+    versions: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """The report as plain data; figures that are not finite are None."""
+        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+
+
+def compress(
+    model,
+    output,
+    data=None,
+    *,
+    ratio: float | None = None,
+    max_drop: float | None = None,
+    methods=None,
+    heal: int | None = None,
+    recipe=None,
+    metric: str | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
+    opset: int | None = None,
+    task: str | None = None,
+    profile: bool = True,
+    progress=None,
+) -> CompressionReport:
+    """Write a bundle whose model is the given one with smaller weights.
+
+    Args:
+        model: a bundle, whose attention stays as it is; or anything that `qexport.convert` takes, whose attention stays
+            classical unless the recipe says how to sample it.
+        output: folder of the new bundle. What a run that was stopped had found lies beside it until one is finished.
+        data: inputs that weights are fitted to and judged on, every fourth batch of them: .npz or .txt file, a dict of
+            arrays or a list of texts; the stored samples when None.
+        ratio: bytes of the classical model's file over those of the compressed one.
+        max_drop: largest loss of the metric, 0.01 for 1 %; the smallest file within it is looked for. 0.01 when neither is
+            given.
+        methods: those that may be used, of fp16, int8, int4 and low-rank; all when None.
+        heal: steps of distillation, for torch models; none when None.
+        recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file; its key `compress` may hold ratio, max_drop,
+            methods, heal and layers.
+        metric: perplexity, top1 or cosine; what fits the model when None.
+        batch, seq: items per run and length that texts are cut to; see `qexport.data.load_inputs`.
+        opset, task: of the exported model, see `qexport.convert`; not for bundles.
+        profile: also measure latency and memory of both models.
+        progress: called with the step in words and the share that is done, 0 to 1.
+
+    Returns:
+        What was done. Where the ratio cannot be reached, the nearest that can is written, and `passed` is false.
+
+    Raises:
+        UsageError: a wrong argument or recipe.
+        QexportError: the model, the data or the runtime is at fault, nothing can be compressed, or the loss is above
+            `max_drop` before any weight is touched.
+    """
+    started, say = time.monotonic(), progress or (lambda step, done: None)
+    sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, heal=heal)
+    check_output(Path(output))
+    with write_bundle(output) as writer:
+        bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
+        inputs = load_inputs(bundle, data, batch=batch, seq=seq)
+        fitted, judging = _split(inputs, data is None, notes)
+        classical = runtime.session(bundle.classical_path, library=False)
+        chosen = choose_metric(bundle, inputs, classical, metric)
+        job = Job(bundle, settings, chosen, fitted, judging, classical, source)
+        store = Checkpoint(_beside(Path(output)), job.key())
+        if store.resumed:
+            notes.append("took up what a run that was stopped had found")
+        result = job.run(store, say)
+        bundle.manifest["compression"] = result.manifest_entry()
+        writer.manifest = bundle.manifest
+        measured = None
+        if profile:
+            say("timing both models", 0.95)
+            measured = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS).to_dict()
+        say("writing the bundle", 0.99)
+    store.remove()
+    return CompressionReport(
+        path=str(output),
+        passed=not result.reasons,
+        reasons=result.reasons,
+        notes=notes + result.notes,
+        settings=settings.model_dump(mode="json", exclude_none=True),
+        data={"source": inputs.source, "fitted": fitted.samples, "judged": judging.samples, "notes": inputs.notes},
+        size=result.size,
+        metric={"name": chosen.name, "output": chosen.output, **result.measured.__dict__},
+        outputs=result.outputs,
+        layers=result.layers,
+        trials=result.trials,
+        profile=measured,
+        seconds=time.monotonic() - started,
+        versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
+    )
+
+
+def _split(inputs: Inputs, is_stored: bool, notes: list[str]) -> tuple[Inputs, Inputs]:
+    """What weights are fitted to, and what they are judged on: the same where there is one batch."""
+    if is_stored:
+        notes.append(f"fitted to {inputs.source}: a few examples tell little about other inputs, give --data")
+    if len(inputs.feeds) == 1:
+        notes.append("judged on what the weights were fitted to, as there is one batch only: the loss will look too small")
+        return inputs, inputs
+    judged = [i for i in range(len(inputs.feeds)) if i % JUDGING == JUDGING - 1] or [len(inputs.feeds) - 1]
+    parts = [[f for i, f in enumerate(inputs.feeds) if (i in judged) == which] for which in (False, True)]
+    return tuple(Inputs(part, inputs.source, inputs.notes) for part in parts)
+
+
+def _beside(output: Path) -> Path:
+    """Where findings are kept until the bundle is written."""
+    target = Path(os.path.realpath(output))
+    return target.parent / f".{target.name}.compress"
+
+
+def _longest(bundle: Bundle) -> int:
+    return min(bundle.manifest["limits"].values(), default=128)

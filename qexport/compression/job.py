@@ -1,0 +1,234 @@
+"""One compression: find the forms, heal them, write the file, and see what it really is."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qexport import conversion, runtime
+from qexport.bundle import Bundle, sha256
+from qexport.compression import nodes
+from qexport.compression.calibration import calibrate, weights_of
+from qexport.compression.checkpoint import Checkpoint
+from qexport.compression.forms import KEEP, Form, nbytes, output_error
+from qexport.compression.layers import Layer, find_layers
+from qexport.compression.search import Candidate, Search
+from qexport.compression.trials import Measured, Trials, opened
+from qexport.errors import QexportError, UsageError
+from qexport.external_data import external_files, load_structure
+from qexport.feeds import Inputs
+from qexport.metrics import Metric
+from qexport.recipe_compression import Compression
+from qexport.validation.comparison import output_errors
+
+# A file that turns out too large, or whose loss does, is made again, so often.
+ATTEMPTS = 4
+DRAFT = "compressed.onnx"
+
+
+@dataclass
+class Result:
+    """What a job made: figures of the file that was written, on the judging data, and how it came about."""
+
+    size: dict
+    measured: Measured
+    outputs: dict
+    layers: list[dict]
+    trials: list[dict]
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def manifest_entry(self) -> dict:
+        """manifest["compression"]: what `validate` needs to know, and what people ask first."""
+        return {
+            "size": self.size,
+            "loss": self.measured.loss,
+            "output_errors": {name: entry["relative_error"] for name, entry in self.outputs.items()},
+            "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in self.layers],
+        }
+
+
+class Job:
+    """A bundle and what is to become of it.
+
+    Args:
+        fitted, judging: the data that weights are fitted to, and that decides.
+        classical: a session of the classical model.
+        source: the `qexport.sources.Source` that the bundle was just made from; None for one that was there.
+    """
+
+    def __init__(
+        self, bundle: Bundle, settings: Compression, metric: Metric, fitted: Inputs, judging: Inputs, classical, source
+    ):
+        self.bundle, self.settings, self.metric, self.source = bundle, settings, metric, source
+        self.fitted, self.judging, self.classical = fitted, judging, classical
+        self.library = runtime.find_library() is not None
+        self.layers = self._layers(ir.load(bundle.model_path))
+        self.before, self.present = file_bytes(bundle.classical_path), file_bytes(bundle.model_path)
+        self.draft = bundle.path / DRAFT
+
+    def key(self) -> dict:
+        """What the findings depend on."""
+        return {
+            "model": sha256(self.bundle.model_path),
+            "classical": sha256(self.bundle.classical_path),
+            "metric": self.metric.name,
+            "methods": {layer.name: self._methods(layer) for layer in self.layers},
+            "data": [
+                {name: hash_of(array) for name, array in feed.items()} for feed in (*self.fitted.feeds, *self.judging.feeds)
+            ],
+            "onnxruntime": runtime.onnxruntime().__version__,
+        }
+
+    def run(self, store: Checkpoint, say) -> Result:
+        """Compress the bundle's model in place.
+
+        Args:
+            say: called with the step in words and the share that is done.
+
+        Raises:
+            QexportError: the loss is above the limit before any weight is touched, or the model does not run.
+        """
+        with opened(self.bundle, self.layers, self.library) as session:
+            calibrate(
+                self.bundle, self.layers, self.fitted, self.library, store, lambda step, done: say(step, 0.02 + 0.08 * done)
+            )
+            search = Search(
+                self.layers,
+                self._methods,
+                self._trials(session, self.fitted),
+                self._trials(session, self.judging),
+                store,
+                lambda step, done: say(step, 0.1 + 0.6 * done),
+            )
+            search.prepare()
+            make = self._by_ratio if self.settings.ratio is not None else self._by_drop
+            result = make(search, store, lambda step, done: say(step, 0.7 + 0.25 * done))
+        self.draft.replace(self.bundle.model_path)
+        return result
+
+    def _by_ratio(self, search: Search, store: Checkpoint, say) -> Result:
+        """The least loss in a file of so many bytes; the nearest where that cannot be had."""
+        target = self.before / self.settings.ratio
+        rest = self.present - sum(layer.nbytes for layer in self.layers)
+        budget, reasons = target - rest, []
+        for _ in range(ATTEMPTS):
+            candidate = search.within(budget)
+            chosen = self._forms(search, candidate)
+            written = self._write(chosen)
+            if written <= target or candidate.nbytes > budget:
+                break
+            budget -= written - target
+        if written > target:
+            reasons.append(
+                f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB at "
+                f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written:.2f}"
+            )
+        return self._finish(search, candidate, chosen, store, say, reasons)
+
+    def _by_drop(self, search: Search, store: Checkpoint, say) -> Result:
+        """The smallest file whose loss, measured on the file itself, is within the limit."""
+        limit = most = self.settings.max_drop
+        for _ in range(ATTEMPTS):
+            candidate = search.within_loss(limit)
+            if candidate is None:
+                loss = search.candidates[0].measured.loss
+                raise QexportError(
+                    f"{self.metric.name} loses {loss:.2g} with all weights as they were, above max_drop {most:g}; allow "
+                    "more, or sample attention less coarsely"
+                )
+            chosen = self._forms(search, candidate)
+            self._write(chosen)
+            result = self._finish(search, candidate, chosen, store, say, [])
+            if result.measured.loss <= most:
+                return result
+            limit *= 0.8 * most / max(result.measured.loss, 1.25 * most * 0.8)
+        result.reasons.append(
+            f"{self.metric.name} loses {result.measured.loss:.3g} in the file, above max_drop {most:g}; ask for less"
+        )
+        return result
+
+    def _finish(
+        self, search: Search, candidate: Candidate, chosen: dict[str, Form], store: Checkpoint, say, reasons: list[str]
+    ) -> Result:
+        """Measure the file that was written from `chosen`."""
+        say("running the compressed file", 0.8)
+        with_library = self.library and bool(self.bundle.manifest["sites"])
+        if with_library:  # a stock runtime must take the file, too
+            runtime.run(runtime.session(self.draft, library=False), None, self.judging.feeds[0])
+        session = runtime.session(self.draft, library=with_library)
+        errors = output_errors(self.bundle, self.judging, [0], self.classical, session)
+        after = file_bytes(self.draft)
+        return Result(
+            size={"before": self.before, "after": after, "ratio": self.before / after},
+            measured=self._trials(session, self.judging).measure({}),
+            outputs={name: {"relative_error": float(found.relative_errors()[0])} for name, found in errors.items()},
+            layers=[
+                self._layer_entry(layer, method, chosen.get(layer.name), store)
+                for layer, method in zip(self.layers, candidate.methods, strict=True)
+            ],
+            trials=[
+                {"bytes": tried.nbytes, "loss": tried.measured.loss, "error": tried.measured.error}
+                for tried in search.candidates
+            ],
+            reasons=reasons,
+        )
+
+    def _layer_entry(self, layer: Layer, method, form: Form | None, store: Checkpoint) -> dict:
+        return {
+            "name": layer.name,
+            "module": layer.label,
+            "kinds": list(layer.kinds),
+            "shape": list(layer.shape),
+            "method": str(method),
+            "before": layer.nbytes,
+            "after": nbytes(layer, method),
+            "relative_error": output_error(layer, form, weights_of(layer, store)) ** 0.5 if form else 0.0,
+        }
+
+    def _layers(self, model: ir.Model) -> list[Layer]:
+        found = find_layers(model)
+        if not found:
+            raise QexportError(
+                f"{self.bundle.path}: holds no weights to compress: no MatMul, Gemm or Gather reads a constant matrix of "
+                "floats (a model that is quantised already has none)"
+            )
+        for index, override in enumerate(self.settings.layers):
+            if not any(override.fits(layer.label, layer.name) for layer in found):
+                known = ", ".join(layer.label for layer in found[:4])
+                raise UsageError(
+                    f"compress.layers[{index}].match: {override.match!r} fits no weight; weights are {known}, ..."
+                )
+        return found
+
+    def _methods(self, layer: Layer) -> tuple[str, ...]:
+        return self.settings.methods_of(layer.label, layer.name)
+
+    def _trials(self, session, inputs: Inputs) -> Trials:
+        return Trials(self.bundle, session, self.classical, self.metric, inputs.feeds)
+
+    def _forms(self, search: Search, candidate: Candidate) -> dict[str, Form]:
+        chosen = zip(self.layers, candidate.methods, strict=True)
+        return {layer.name: search.form(layer, method) for layer, method in chosen if method.kind != KEEP}
+
+    def _write(self, chosen: dict[str, Form]) -> int:
+        """Write the draft; its bytes."""
+        model = ir.load(self.bundle.model_path)
+        for layer in self._layers(model):
+            if layer.name in chosen:
+                nodes.store(model, layer, chosen[layer.name])
+        conversion.save(model, self.draft, DRAFT + ".data" if conversion.external_name(model) else None)
+        return file_bytes(self.draft)
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a model's file and of the files that its weights lie in."""
+    files = external_files(load_structure(path))
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in files)
+
+
+def hash_of(array) -> str:
+    """What tells an array from another."""
+    import hashlib
+
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]

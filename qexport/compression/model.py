@@ -1,0 +1,44 @@
+"""What is compressed: a bundle that is there, or one made of a model whose attention may stay classical."""
+
+import shutil
+from pathlib import Path
+
+from qexport.bundle import MANIFEST, Bundle
+from qexport.errors import QexportError, UsageError
+from qexport.recipe import Recipe
+
+
+def open_model(
+    model, folder: Path, sampling: Recipe | None, opset: int | None, task: str | None, say
+) -> tuple[Bundle, object, list[str]]:
+    """Put a bundle into `folder`: (the bundle, its `qexport.sources.Source` where it was made here, remarks).
+
+    Args:
+        model: a folder with a bundle, or what `qexport.convert` takes.
+        sampling: how attention is sampled; None leaves it classical, or as the bundle has it.
+        say: called with the step in words.
+
+    Raises:
+        UsageError: a recipe for the attention of a bundle, or an opset or a task of one.
+        QexportError: the model cannot be read, or is compressed already.
+    """
+    if isinstance(model, Bundle) or (Path(str(model)) / MANIFEST).is_file():
+        bundle = model if isinstance(model, Bundle) else Bundle.open(model)
+        for name, value in (("a recipe for attention", sampling), ("opset", opset), ("task", task)):
+            if value is not None:
+                raise UsageError(
+                    f"{bundle.path} is a bundle, which {name} no longer changes; compress the model it came from"
+                )
+        if "compression" in bundle.manifest:
+            raise QexportError(f"{bundle.path}: is compressed already; compress the bundle or model it came from")
+        say("copying the bundle")
+        shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        return Bundle(folder, dict(bundle.manifest)), None, []
+    from qexport.conversion import write_models
+    from qexport.sources import open_source
+
+    opset = 23 if opset is None else opset
+    say("reading the model")
+    source = open_source(model, opset=opset, task=task)
+    report = write_models(folder, source, sampling, opset, None, say)
+    return Bundle(folder, report.manifest), source, report.notes

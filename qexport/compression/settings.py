@@ -1,0 +1,34 @@
+"""What the caller asked for, from arguments and from the key `compress` of a recipe."""
+
+from pathlib import Path
+
+from qexport.errors import UsageError
+from qexport.recipe import Recipe, make_recipe
+from qexport.recipe_compression import Compression
+
+MAX_DROP = 0.01
+
+
+def resolve(recipe, **overrides) -> tuple[Recipe | None, Compression]:
+    """(how attention is sampled, None for not at all; how weights are compressed).
+
+    Args:
+        recipe: a Recipe, a dict, the path of a YAML file, or None.
+        overrides: keys of `compress`; None leaves the recipe's own.
+
+    Raises:
+        UsageError: a wrong value, or both a ratio and a largest drop.
+    """
+    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
+    resolved = make_recipe(recipe, where=where)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if {"ratio", "max_drop"} <= given.keys():
+        raise UsageError("ratio and max_drop exclude each other: give the one that must hold, the other is what it comes to")
+    present = resolved.compress.model_dump(exclude_none=True) if resolved.compress else {}
+    if given.keys() & {"ratio", "max_drop"}:
+        present = {key: value for key, value in present.items() if key not in ("ratio", "max_drop")}
+    settings = make_recipe({"compress": present | given}, where="compress").compress
+    if settings.ratio is None and settings.max_drop is None:
+        settings = settings.model_copy(update={"max_drop": MAX_DROP})
+    samples = bool(resolved.named() or resolved.layers)
+    return resolved if samples else None, settings

@@ -1,0 +1,79 @@
+"""The key `compress` of a recipe: how weights are stored."""
+
+import math
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+# From the most exact to the coarsest.
+METHODS = ("fp16", "int8", "int4", "low-rank")
+
+
+def _ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value < math.inf:
+        raise ValueError(f"must be a number above 1, such as 8 for a file of an eighth, got {value!r}")
+    return float(value)
+
+
+def _max_drop(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"must lie between 0 and 1, such as 0.01 for 1 %, got {value!r}")
+    return float(value)
+
+
+def _methods(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or any(name not in METHODS for name in names):
+        raise ValueError(f"must be a list of {', '.join(METHODS)}, got {value!r}")
+    return tuple(name for name in METHODS if name in names)
+
+
+def _heal(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"must be a number of steps >= 0, got {value!r}")
+    return value
+
+
+Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
+
+
+class LayerCompression(BaseModel):
+    """The methods of the weights whose module or name the glob `match` fits; none leaves them as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: str = Field(min_length=1)
+    methods: Methods
+
+    def fits(self, label: str, name: str) -> bool:
+        """Whether a weight is meant."""
+        return fnmatchcase(label, self.match) or fnmatchcase(name, self.match)
+
+
+class Compression(BaseModel):
+    """How the weights of a model are stored; docs/compression.md has the keys.
+
+    Attributes:
+        ratio: bytes of the classical model's file over those of the compressed one.
+        max_drop: largest loss of the metric.
+        methods: those that may be used.
+        heal: steps of distillation behind it.
+        layers: overrides of the methods; the last one that fits a weight wins.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratio: Annotated[float, BeforeValidator(_ratio)] | None = None
+    max_drop: Annotated[float, BeforeValidator(_max_drop)] | None = None
+    methods: Methods = METHODS
+    heal: Annotated[int, BeforeValidator(_heal)] = 0
+    layers: tuple[LayerCompression, ...] = ()
+
+    def methods_of(self, label: str, name: str) -> tuple[str, ...]:
+        """The methods that a weight may have."""
+        methods = self.methods
+        for layer in self.layers:
+            if layer.fits(label, name):
+                methods = layer.methods
+        return methods
