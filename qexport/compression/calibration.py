@@ -15,6 +15,8 @@ from qexport.validation.unpadded import keep_masks, padded_axis, rows
 
 # Gram matrices that are summed up at a time, in bytes; wider models are run several times.
 GRAM_MEMORY = 1 << 30
+# Share of a table's weight that is spread over all of its entries.
+OTHERS = 1 / 3
 
 
 def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, store: Checkpoint, say) -> None:
@@ -59,8 +61,10 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
 
 
 def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
-    """The Gram matrix of a layer's inputs (in, in), or how often each entry of its table is picked (entries,)."""
-    return store.load(_key(_names(layer)))
+    """The Gram matrix of a layer's inputs (in, in), or how much each entry of its table counts (entries,): as often as it was
+    picked, and a little more, for other inputs pick others."""
+    found = store.load(_key(_names(layer)))
+    return found if found.ndim == 2 else found / max(found.sum(), 1) + OTHERS / (1 - OTHERS) / len(found)
 
 
 def _names(layer: Layer) -> tuple[str, ...]:

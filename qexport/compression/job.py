@@ -121,8 +121,8 @@ class Job:
             budget -= written - target
         if written > target:
             reasons.append(
-                f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB at "
-                f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written:.2f}"
+                f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB "
+                f"at least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written:.2f}"
             )
         return self._finish(search, candidate, chosen, store, say, reasons)
 

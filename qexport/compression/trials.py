@@ -22,13 +22,14 @@ class Trials:
     Args:
         session: of the converted model, from `opened`.
         classical: a session of the classical model.
-        metric: the figure of the output that is compared.
+        metric: the figure that is compared.
         feeds: the batches.
     """
 
     def __init__(self, bundle: Bundle, session, classical, metric: Metric, feeds: list[dict]):
         self.bundle, self.session, self.classical = bundle, session, Remembered(classical)
         self.metric, self.feeds = metric, feeds
+        self.outputs = [output for output in classical.get_outputs() if "float" in output.type]
 
     def measure(self, weights: dict[str, np.ndarray], most: int | None = None) -> "Measured":
         """The figures with other weights.
@@ -57,7 +58,8 @@ class Trials:
 
 @dataclass(frozen=True)
 class Measured:
-    """The metric of both models, what the other one lost against the classical, and the relative error of its output."""
+    """The metric of both models, what the other one lost against the classical, and its relative error: the root mean square
+    of those of all outputs."""
 
     classical: float
     figure: float
