@@ -5,7 +5,7 @@
 
 Both train the model, for a quarter of an hour, when it is not in the user's cache yet. The first prints nats and perplexity
 per character of the texts it was not trained on, cut into rows of the model's context: the first character of a row is
-predicted from one, the last from 256. The architecture is GPT-2's (Radford et al. 2019) without biases: pre-norm blocks,
+predicted from one, the last from 128. The architecture is GPT-2's (Radford et al. 2019) without biases: pre-norm blocks,
 learned positions, a head that shares the embedding's weights.
 """
 
@@ -35,11 +35,11 @@ class Config:
     """Sizes of the model and how it is trained; a step reads `batch` windows, anywhere in the text."""
 
     vocabulary: int = 192  # 191 characters and "unknown", which is 0.02 % of the training text
-    context: int = 256
+    context: int = 128
     layers: int = 4
     heads: int = 4
     width: int = 256
-    steps: int = 4000
+    steps: int = 8000
     batch: int = 8
     learning_rate: float = 2e-3
     warmup: int = 200
@@ -201,7 +201,7 @@ def text_windows(split: str, characters: str, context: int) -> np.ndarray:
 
 
 def char_gpt():
-    """The trained model for `qexport convert`: ids (batch, sequence) of at most 256 characters -> logits of the next."""
+    """The trained model for `qexport convert`: ids (batch, sequence) of at most 128 characters -> logits of the next."""
     model, characters, _ = trained(CONFIG)
     ids = torch.from_numpy(text_windows("valid", characters, 64)[:2, :-1].copy())
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=CONFIG.context)}
