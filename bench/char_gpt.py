@@ -101,7 +101,7 @@ def vocabulary(text: str, size: int) -> str:
 
 
 def encode(text: str, characters: str) -> np.ndarray:
-    """Ids (len(text),) int64 of the characters of a text by a `vocabulary`."""
+    """Ids (length,) int64 of the characters of a text by a `vocabulary`."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     ids = np.zeros(0x110000, dtype=np.int64)
     ids[[ord(c) for c in characters]] = np.arange(1, len(characters) + 1)
