@@ -61,8 +61,8 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
 
 
 def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
-    """The Gram matrix of a layer's inputs (in, in), or how much each entry of its table counts (entries,): as often as it was
-    picked, and a little more, for other inputs pick others."""
+    """The Gram matrix of a layer's inputs (in, in), or how much each entry of its table counts (entries,): as often as it
+    was picked, and a little more, for other inputs pick others."""
     found = store.load(_key(_names(layer)))
     return found if found.ndim == 2 else found / max(found.sum(), 1) + OTHERS / (1 - OTHERS) / len(found)
 

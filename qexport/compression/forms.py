@@ -1,12 +1,13 @@
 """The forms that a weight can be stored in, what each takes in a file, and what each costs the layer's outputs."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from qexport.compression.layers import TABLE, Layer
-from qexport.compression.lowrank import LowRank, Spectrum, apply_gram, factor
-from qexport.compression.quantize import BITS, BLOCKS, Quantized, quantize
+from qexport.compression.lowrank import LowRank, Spectrum, apply_gram, factor, spectrum
+from qexport.compression.quantize import BITS, BLOCKS, Quantized, error_passing, quantize
 
 KEEP, HALF, INTEGER, LOW_RANK = "keep", "fp16", "int", "low-rank"
 # Shares of the numbers of a weight that low-rank factors are tried with.
@@ -87,22 +88,58 @@ def matrix_shape(layer: Layer) -> tuple[int, int]:
     return layer.shape[::-1] if layer.transposed or not layer.products else layer.shape
 
 
-def make(layer: Layer, method: Method, weights: np.ndarray, found: Spectrum | None = None) -> Form | None:
-    """Store a layer's weight by a method; None for `keep`.
+@dataclass(frozen=True)
+class Seen:
+    """A layer's weight as its inputs see it: what the forms of it are fitted to. Computed once, for many forms.
 
     Args:
-        weights: Gram matrix of the layer's inputs, or how often each entry of a table is picked.
-        found: the layer's spectrum, for low-rank factors.
+        layer: the layer.
+        weights: Gram matrix of its inputs, or how much each entry of its table counts.
     """
-    if method.kind == KEEP:
-        return None
-    if method.kind == HALF:
-        limit = np.finfo(np.float16).max
-        return Half(np.clip(layer.matrix(), -limit, limit).astype(np.float16))
-    if method.kind == INTEGER:
-        return quantize(layer.matrix(), method.bits, method.block, weights if weights.ndim == 2 else None)
-    W = layer.stored() if layer.kinds == (TABLE,) else layer.matrix()
-    return factor(W, weights, found, method.rank, method.bits, method.block)
+
+    layer: Layer
+    weights: np.ndarray
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """The weight with inputs down its rows: (in, out), or (entries, width)."""
+        return self.layer.matrix() if self.layer.products else self.layer.stored()
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """What each rank keeps."""
+        return spectrum(self.matrix, self.weights)
+
+    @cached_property
+    def passing(self) -> np.ndarray | None:
+        """How rounding errors are passed on; None for a table, whose entries are seen one by one."""
+        return error_passing(self.weights) if self.layer.products else None
+
+    @cached_property
+    def square(self) -> float:
+        """|X W|^2."""
+        return self._square(self.matrix)
+
+    def make(self, method: Method) -> Form | None:
+        """The weight by a method; None for `keep`."""
+        if method.kind == KEEP:
+            return None
+        if method.kind == HALF:
+            limit = np.finfo(np.float16).max
+            return Half(np.clip(self.layer.matrix(), -limit, limit).astype(np.float16))
+        if method.kind == INTEGER:
+            return quantize(self.layer.matrix(), method.bits, method.block, self.passing)
+        return factor(self.matrix, self.weights, self.spectrum, method.rank, method.bits, method.block, self.passing)
+
+    def error(self, form: Form) -> float:
+        """|X (W - W')|^2 / |X W|^2; of a table, entries count by their weights."""
+        changed = form.dense() if self.layer.products else form.dense().T
+        return self._square(self.matrix - changed) / max(self.square, np.finfo(np.float64).tiny)
+
+    def _square(self, W: np.ndarray) -> float:
+        if self.layer.products:
+            return float(np.vdot(W, apply_gram(self.weights, W.astype(np.float64))))
+        return float(self.weights @ np.square(W).sum(1, dtype=np.float64))
 
 
 def nbytes(layer: Layer, method: Method) -> int:
@@ -122,15 +159,3 @@ def nbytes(layer: Layer, method: Method) -> int:
     if layer.kinds == (TABLE,):
         return codes(method.rank, columns) + codes(method.rank, rows) + 2 * NODE
     return codes(rows, method.rank) + codes(method.rank, columns) + 2 * NODE
-
-
-def output_error(layer: Layer, form: Form, weights: np.ndarray) -> float:
-    """|X (W - W')|^2 / |X W|^2 over the inputs behind `weights`; of a table, entries count as often as they are picked."""
-    W = layer.stored() if weights.ndim == 1 else layer.matrix()
-    changed = form.dense()
-    E = W - (changed.T if weights.ndim == 1 else changed)
-    return _square(E, weights) / max(_square(W, weights), np.finfo(np.float64).tiny)
-
-
-def _square(W: np.ndarray, weights: np.ndarray) -> float:
-    return float(np.vdot(W.astype(np.float64), apply_gram(weights, W.astype(np.float64))))

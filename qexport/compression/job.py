@@ -8,9 +8,9 @@ import onnx_ir as ir
 from qexport import conversion, runtime
 from qexport.bundle import Bundle, sha256
 from qexport.compression import nodes
-from qexport.compression.calibration import calibrate, weights_of
+from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint
-from qexport.compression.forms import KEEP, Form, nbytes, output_error
+from qexport.compression.forms import KEEP, Form, nbytes
 from qexport.compression.layers import Layer, find_layers
 from qexport.compression.search import Candidate, Search
 from qexport.compression.trials import Measured, Trials, opened
@@ -164,7 +164,7 @@ class Job:
             measured=self._trials(session, self.judging).measure({}),
             outputs={name: {"relative_error": float(found.relative_errors()[0])} for name, found in errors.items()},
             layers=[
-                self._layer_entry(layer, method, chosen.get(layer.name), store)
+                self._layer_entry(search, layer, method, chosen.get(layer.name))
                 for layer, method in zip(self.layers, candidate.methods, strict=True)
             ],
             trials=[
@@ -174,7 +174,7 @@ class Job:
             reasons=reasons,
         )
 
-    def _layer_entry(self, layer: Layer, method, form: Form | None, store: Checkpoint) -> dict:
+    def _layer_entry(self, search: Search, layer: Layer, method, form: Form | None) -> dict:
         return {
             "name": layer.name,
             "module": layer.label,
@@ -183,7 +183,7 @@ class Job:
             "method": str(method),
             "before": layer.nbytes,
             "after": nbytes(layer, method),
-            "relative_error": output_error(layer, form, weights_of(layer, store)) ** 0.5 if form else 0.0,
+            "relative_error": search.seen(layer).error(form) ** 0.5 if form else 0.0,
         }
 
     def _layers(self, model: ir.Model) -> list[Layer]:

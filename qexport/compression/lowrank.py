@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qexport.compression.quantize import DAMPING, Quantized, quantize
+from qexport.compression.quantize import DAMPING, Quantized, error_passing, quantize
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,26 @@ class LowRank:
         return right.T @ left if self.table else left @ right
 
 
-def factor(W: np.ndarray, weights: np.ndarray, found: Spectrum, rank: int, bits: int, block: int) -> LowRank:
+def factor(
+    W: np.ndarray, weights: np.ndarray, found: Spectrum, rank: int, bits: int, block: int, passing: np.ndarray | None
+) -> LowRank:
     """Quantised factors of W. The left one is rounded first; the right one is then fitted to what is left of it.
 
     Args:
         W, weights: as for `spectrum`, which `found` is from.
         rank: at least 1, at most the smaller side of W.
         bits, block: of both factors; see `quantize`.
+        passing: `error_passing` of a Gram matrix; None for a table.
     """
     table = weights.ndim == 1
     left = (W @ found.vectors[:, :rank]).astype(np.float32)
-    rounded = quantize(np.ascontiguousarray(left.T), bits, block) if table else quantize(left, bits, block, weights)
+    rounded = quantize(np.ascontiguousarray(left.T), bits, block) if table else quantize(left, bits, block, passing)
     kept = (rounded.dense().T if table else rounded.dense()).astype(np.float64)
     seen = apply_gram(weights, kept)
     gram = kept.T @ seen
     floor = DAMPING**2 * max(np.trace(gram) / rank, np.finfo(np.float32).tiny)
     right = np.linalg.solve(gram + floor * np.eye(rank), seen.T @ W.astype(np.float64))
-    return LowRank(rounded, quantize(right.astype(np.float32), bits, block, gram), table)
+    return LowRank(rounded, quantize(right.astype(np.float32), bits, block, error_passing(gram)), table)
 
 
 def apply_gram(weights: np.ndarray, W: np.ndarray) -> np.ndarray:

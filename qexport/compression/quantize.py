@@ -48,21 +48,20 @@ class Quantized:
         return by_block if self.bits == 8 else by_block[..., ::2] | by_block[..., 1::2] << 4
 
 
-def quantize(W: np.ndarray, bits: int, block: int, gram: np.ndarray | None = None) -> Quantized:
+def quantize(W: np.ndarray, bits: int, block: int, passing: np.ndarray | None = None) -> Quantized:
     """Round a matrix to `bits`, block by block down each column.
 
-    With `gram` the rounding error of a row is passed on to the rows below it, such that |X (W - W')| becomes small and not
-    |W - W'| (GPTQ; Frantar et al., ICLR 2023).
+    With `passing` the rounding error of a row is passed on to the rows below it, such that |X (W - W')| becomes small and
+    not |W - W'| (GPTQ; Frantar et al., ICLR 2023).
 
     Args:
         W: (rows, columns), of a product X W.
         bits: 4 or 8.
         block: rows that share a scale.
-        gram: X^T X (rows, rows) of inputs of that product; None to round each number by itself.
+        passing: `error_passing` of the inputs of that product; None to round each number by itself.
     """
     rows, columns = W.shape
     weights = W.astype(np.float32, copy=True)
-    passing = None if gram is None else _passing(gram)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((-(-rows // block), columns), np.float16)
     zero, top = 2 ** (bits - 1), 2**bits - 1
@@ -84,8 +83,13 @@ def quantize(W: np.ndarray, bits: int, block: int, gram: np.ndarray | None = Non
     return Quantized(codes, scales, bits, block)
 
 
-def _passing(gram: np.ndarray) -> np.ndarray:
-    """The upper Cholesky factor U of the inverse Gram matrix, U^T U: row k tells how an error of row k is passed on."""
+def error_passing(gram: np.ndarray) -> np.ndarray:
+    """How an error of row k is passed on, row k of the upper Cholesky factor U of the inverse of X^T X, U^T U: float32
+    (rows, rows).
+
+    Args:
+        gram: X^T X (rows, rows); a little is added to its diagonal.
+    """
     damped = gram + DAMPING * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny) * np.eye(len(gram))
     lower = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1].T  # damped = lower.T lower, lower triangular
     return np.linalg.inv(lower).astype(np.float32).T

@@ -13,15 +13,16 @@ import numpy as np
 from qexport.compression import forms
 from qexport.compression.calibration import weights_of
 from qexport.compression.checkpoint import Checkpoint
-from qexport.compression.forms import INTEGER, KEEP, LOW_RANK, Form, Method
+from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, Form, Method, Seen
 from qexport.compression.layers import Layer
-from qexport.compression.lowrank import Spectrum, spectrum
 from qexport.compression.trials import Measured, Trials
 from qexport.knapsack import Option, State, choose, front
 
 # A layer that loses more than this share of its outputs' square is broken, whatever the others make of it.
 WORST = 0.5
-PROBE_FEEDS = 4
+# A layer is probed with the method whose own squared error is nearest to this one, on so many batches.
+PROBED_ERROR = 1e-2
+PROBE_FEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Search:
         self.calibration, self.judging = calibration, judging
         self.candidates: list[Candidate] = []
         self._forms: dict[tuple[str, Method], Form | None] = {}
-        self._spectra: dict[str, Spectrum] = {}
+        self._seen: Seen | None = None
 
     def prepare(self) -> None:
         """Measure every option: what it takes and what it costs."""
@@ -63,9 +64,14 @@ class Search:
         """The layer's weight in that form; None for `keep`."""
         key = layer.name, method
         if key not in self._forms:
-            found = self._spectrum(layer) if method.kind == LOW_RANK else None
-            self._forms[key] = forms.make(layer, method, weights_of(layer, self.store), found)
+            self._forms[key] = self.seen(layer).make(method)
         return self._forms[key]
+
+    def seen(self, layer: Layer) -> Seen:
+        """The layer with what its inputs look like; the last one is remembered."""
+        if self._seen is None or self._seen.layer is not layer:
+            self._seen = Seen(layer, weights_of(layer, self.store))
+        return self._seen
 
     def smallest(self) -> int:
         """Bytes of the weights in the smallest forms that break no layer."""
@@ -122,30 +128,25 @@ class Search:
         return options
 
     def _errors(self, layer: Layer, found: list[Method]) -> np.ndarray:
-        """(2, methods): the relative squared error of the layer's outputs, and the gain that takes it to the model's."""
-        weights, errors, gains = weights_of(layer, self.store), np.zeros(len(found)), np.zeros(len(found))
-        for kind in dict.fromkeys(method.kind for method in found if method.kind != KEEP):
-            members = [i for i, method in enumerate(found) if method.kind == kind]
-            for i in members:
-                errors[i] = self._error(layer, found[i], weights, dict(zip(found[:i], errors, strict=False)))
-            probed = min(members, key=lambda i: abs(np.log(max(errors[i], 1e-12) / 1e-2)))
-            form = self.form(layer, found[probed])
-            own = forms.output_error(layer, form, weights)
-            reached = self.calibration.measure({layer.name: layer.as_stored(form.dense())}, PROBE_FEEDS).error ** 2
-            gains[members] = reached / max(own, np.finfo(float).tiny)
-        self._forms.clear()
+        """(2, methods): the relative squared error of the layer's outputs, and the gain that takes it to the model's. Of
+        low-rank factors the error is what the rank leaves out and what their bits cost, which is taken to be what the same
+        bits cost the whole weight."""
+        seen, errors, gains = self.seen(layer), np.zeros(len(found)), np.zeros(len(found))
+        for i, method in enumerate(found):
+            if method.kind in (HALF, INTEGER):
+                errors[i] = seen.error(seen.make(method))
+            elif method.kind == LOW_RANK:
+                rounding = [e for m, e in zip(found, errors, strict=True) if (m.kind, m.bits) == (INTEGER, method.bits)]
+                errors[i] = seen.spectrum.errors()[method.rank] + min(rounding, default=0.0)
+        for kinds in ((HALF, INTEGER), (LOW_RANK,)):
+            members = [i for i, method in enumerate(found) if method.kind in kinds]
+            if members:
+                probed = min(members, key=lambda i: abs(np.log(max(errors[i], 1e-12) / PROBED_ERROR)))
+                gains[members] = self._gain(seen, seen.make(found[probed]))
         return np.array([errors, gains])
 
-    def _error(self, layer: Layer, method: Method, weights: np.ndarray, known: dict[Method, float]) -> float:
-        """The relative squared error of a layer's outputs. Of low-rank factors it is what the rank leaves out and what their
-        bits cost, which is taken to be what the same bits cost the whole weight."""
-        if method.kind != LOW_RANK:
-            return forms.output_error(layer, self.form(layer, method), weights)
-        rounding = [error for m, error in known.items() if (m.kind, m.bits) == (INTEGER, method.bits)]
-        return float(self._spectrum(layer).errors()[method.rank]) + min(rounding, default=0.0)
-
-    def _spectrum(self, layer: Layer) -> Spectrum:
-        if layer.name not in self._spectra:
-            W = layer.matrix() if layer.products else layer.stored()
-            self._spectra = {layer.name: spectrum(W, weights_of(layer, self.store))}  # the last one is enough
-        return self._spectra[layer.name]
+    def _gain(self, seen: Seen, form: Form) -> float:
+        """Squared error of the model's outputs per squared error of this layer's."""
+        weights = {seen.layer.name: seen.layer.as_stored(form.dense())}
+        reached = self.calibration.measure(weights, PROBE_FEEDS).error ** 2
+        return reached / max(seen.error(form), np.finfo(float).tiny)
