@@ -66,8 +66,8 @@ class MatrixProductStateSimulator:
     """
 
     def __init__(self, max_bond_dim: int = 32, tolerance: float = 0.1, tol: float | None = None, layout: str = "auto"):
-        if max_bond_dim < 1:
-            raise UsageError(f"max_bond_dim must be >= 1, got {max_bond_dim}")
+        if not isinstance(max_bond_dim, int) or max_bond_dim < 1:
+            raise UsageError(f"max_bond_dim must be an integer >= 1, got {max_bond_dim}")
         for name, value in (("tolerance", tolerance), ("tol", tol)):
             if value is not None and not 0 < value < 1:
                 raise UsageError(f"{name} must be in (0, 1), got {value:g}")

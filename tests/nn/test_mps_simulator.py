@@ -195,7 +195,8 @@ def test_entropy_per_bond():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be >= 1, got 0"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be an integer >= 1, got 0"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=2.5), "max_bond_dim must be an integer >= 1, got 2.5"),
         (lambda: MatrixProductStateSimulator(tolerance=0), r"tolerance must be in \(0, 1\), got 0"),
         (lambda: MatrixProductStateSimulator(tolerance=1), r"tolerance must be in \(0, 1\), got 1"),
         (lambda: MatrixProductStateSimulator(tol=2), r"tol must be in \(0, 1\), got 2"),
