@@ -144,7 +144,7 @@ void check_status(const char* op, const MpsStatus& status) {
   }
   if (status.kind == MpsStatus::out_of_range) {
     fail(op, "the norm of matrix " + text(status.matrix) +
-                 " must be 0 or in 1e-140 to 1e150, whose squares float64 holds: " + "scale the matrix");
+                 " must be 0 or in 1e-140 to 1e150, whose squares float64 holds: scale the matrix");
   }
   if (status.kind == MpsStatus::no_convergence) {
     throw std::runtime_error("[" + std::string(op) + "] the eigenvalues of a cut of matrix " + text(status.matrix) +
