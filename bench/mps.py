@@ -2,9 +2,10 @@
 
     python -m bench.mps [--threads 2] [--runs 20] [--json FILE]
 
-encode        a softmax matrix at bond dimension 32, float32, interleaved sites: the kernel, then tensorly and quimb where
-              they are installed, these on the same matrix with its digits sorted already
+encode        a softmax matrix at bond dimension 32, float32, interleaved sites: the kernel, then tensorly, quimb and tntorch
+              where they are installed, these on the same matrix with its digits sorted already
 layouts       bytes against the dense matrix and the error of the output, by distance and with Gaussian Q and K
+trained       the attention of MiniLM's heads on a text of 256 tokens: error and bytes by bond dimension and layer
 products      M V core by core in torch against the dense product, features 64
 goals         those of bench/goals.toml that are decided here
 
@@ -13,6 +14,7 @@ Times are the fastest of the runs, since thread pools get in each other's way. E
 """
 
 import importlib
+import itertools
 import math
 import time
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from bench import common
+from bench.activations import activations
 from bench.attention import goals
 from qexport import _core
 from qexport.errors import QexportError
@@ -28,9 +31,11 @@ from qexport.mps.layout import KINDS, make_layout
 from qexport.mps.train import apply
 from qexport.mps.tt_svd import encode
 from qexport.nn import MatrixProductStateSimulator
+from qexport.nn.backends import torch_pool
 
 BOND_DIM = 32
 FEATURES = 64
+PEERS = ("tensorly", "quimb", "tntorch")
 
 
 def gaussian_inputs(n: int):
@@ -71,7 +76,7 @@ def others(M: np.ndarray, layout, bonds) -> dict:
         [r * c for r, c in zip(layout.row_factors, layout.col_factors, strict=True)]
     )
     calls = {}
-    for name in ("tensorly", "quimb"):
+    for name in PEERS:
         try:
             importlib.import_module(name)
         except ImportError:
@@ -80,6 +85,10 @@ def others(M: np.ndarray, layout, bonds) -> dict:
             from tensorly.decomposition import tensor_train
 
             calls[name] = lambda: tensor_train(tensor, rank=list(bonds))
+        elif name == "tntorch":
+            from tntorch import Tensor
+
+            calls[name] = lambda: Tensor(torch.from_numpy(tensor), ranks_tt=list(bonds[1:-1]))
         else:
             from quimb.tensor import MatrixProductState
 
@@ -102,7 +111,7 @@ def encode_table(threads: int, runs: int) -> list[dict]:
             raise SystemExit(f"MPSEncode reports {float(reported):.9g}, the error is {error:.9g}")
 
         def ours(M=M, factors=factors):
-            _core.mps_encode(M, **factors, bond_dim=BOND_DIM, tol=0.0, threads=threads)
+            _core.mps_encode(M, **factors, bond_dim=BOND_DIM, tol=0.0, threads=threads, pool=torch_pool())
 
         def back(cores=cores, factors=factors, bonds=bonds, n=n):
             _core.mps_decode(cores, rows=n, cols=n, bonds=bonds, **factors, threads=threads)
@@ -114,7 +123,7 @@ def encode_table(threads: int, runs: int) -> list[dict]:
         theirs.append(others(M, layout, bonds))
     for row, calls in zip(rows, theirs, strict=True):  # behind all of ours: their thread pools keep processors busy
         times = {name: milliseconds(call, 11 if row["n"] < 1024 else 3) for name, call in calls.items()}
-        for name in ("tensorly", "quimb"):
+        for name in PEERS:
             row |= {f"{name}_ms": times.get(name), f"x_{name}": times[name] / row["ms"] if name in times else None}
         row["x_best_other"] = min(times.values()) / row["ms"] if times else None
     return rows
@@ -139,6 +148,33 @@ def layout_table() -> list[dict]:
     return rows
 
 
+def trained_table() -> list[dict]:
+    """Each head by itself, in the layout that suits it. `kept` heads have an output that is off by 0.1 at most, which the
+    simulator does not refuse; `low_rank_error` is that of the best factors of low rank with as many numbers."""
+    Q, K, V = (torch.from_numpy(array) for array in activations("minilm-256"))
+    layers, heads, n = Q.shape[:3]
+    sigma = torch.linalg.svdvals(torch.softmax(Q.double() @ K.double().mT / Q.shape[-1] ** 0.5, -1))
+    rows = []
+    for bond_dim in (8, 16, 32):
+        simulator = MatrixProductStateSimulator(bond_dim, tolerance=0.999)
+        found = []
+        for layer, head in itertools.product(range(layers), range(heads)):
+            report = simulator.encode_attention_mps(Q[layer, head], K[layer, head], V[layer, head]).report
+            values, rank = sigma[layer, head], report.bytes // Q.element_size() // (2 * n)
+            low_rank = float((values[rank:].square().sum() / values.square().sum()).sqrt())
+            found.append((layer + 1, report, (report.state_error, report.output_error, low_rank)))
+        for layer in ("all", *range(1, layers + 1)):
+            reports = [report for number, report, _ in found if layer in ("all", number)]
+            errors = np.array([error for number, _, error in found if layer in ("all", number)])
+            row = {"bond_dim": bond_dim, "layer": layer, "heads": len(reports)}
+            row |= {"x_dense_bytes": float(np.median([report.compression for report in reports]))}
+            for i, name in enumerate(("error", "output_error", "low_rank_error")):
+                row |= {f"{name}_median": float(np.median(errors[:, i])), f"{name}_best": float(errors[:, i].min())}
+            row |= {"interleaved": sum(report.layout == "interleaved" for report in reports)}
+            rows.append(row | {"kept": int((errors[:, 1] <= 0.1).sum())})
+    return rows
+
+
 def product_table(runs: int) -> list[dict]:
     """What the multiply-adds say and what the clock says, in torch, float32."""
     rows = []
@@ -159,6 +195,7 @@ def main():
     arguments = common.parser(__doc__.split("\n")[0], runs=20).parse_args()
     torch.set_num_threads(arguments.threads)
     tables = {"encode": encode_table(arguments.threads, arguments.runs), "layouts": layout_table()}
+    tables["trained"] = trained_table()
     tables["products"] = product_table(arguments.runs)
     tables["goals"] = goals.judged(tables, _core.isa(), file="mps")
     parameters = {"bond_dim": BOND_DIM, "features": FEATURES, "runs": arguments.runs}

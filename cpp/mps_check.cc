@@ -142,6 +142,14 @@ void check_status(const char* op, const MpsStatus& status) {
   if (status.kind == MpsStatus::not_finite) {
     fail(op, "matrix must be finite, got NaN or infinity in matrix " + text(status.matrix));
   }
+  if (status.kind == MpsStatus::out_of_range) {
+    fail(op, "the norm of matrix " + text(status.matrix) +
+                 " must be 0 or in 1e-140 to 1e150, whose squares float64 holds: scale the matrix");
+  }
+  if (status.kind == MpsStatus::no_convergence) {
+    throw std::runtime_error("[" + std::string(op) + "] the eigenvalues of a cut of matrix " + text(status.matrix) +
+                             " did not converge: change the factors or bond_dim");
+  }
 }
 
 }  // namespace qexport

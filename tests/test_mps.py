@@ -255,6 +255,8 @@ def test_cost_is_what_the_contractions_multiply():
         (lambda M: encode(M[0], 4), r"matrix must be \(..., rows, cols\) of floating point, got \(8,\)"),
         (lambda M: encode(M.int(), 4), "of floating point"),
         (lambda M: encode(M / 0, 4), "matrix must be finite, got NaN or infinity"),
+        (lambda M: encode(M * 1e200, 4), "the norm of a matrix must be 0 or in 1e-140 to 1e150"),
+        (lambda M: encode(M * 1e-200, 4), "the norm of a matrix must be 0 or in 1e-140 to 1e150"),
         (lambda M: encode(M[:0], 4), "rows must be >= 1, got 0"),
         (lambda M: tt_svd(M, make_layout("serial", 4, 8), (1, 1), 0.0), "bonds must be 6 numbers"),
         (lambda M: tt_svd(M, make_layout("serial", 4, 8), make_layout("serial", 4, 8).bonds(2)), r"must be \(..., 4, 8\)"),

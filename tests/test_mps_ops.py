@@ -22,7 +22,16 @@ ELEMENTS = {"float32": ONNX_TYPES["float32"], "float64": TensorProto.DOUBLE}
 # are known to 1e-14 of the largest.
 ROUNDING = {"float32": 1e-6, "float64": 1e-7}
 # (batch and size, bond_dim)
-SHAPES = [((1, 1), 4), ((7, 1), 2), ((8, 8), 3), ((2, 30, 90), 12), ((2, 3, 20, 11), 5), ((61, 64), 32), ((128, 128), 16)]
+SHAPES = [
+    ((1, 1), 4),
+    ((7, 1), 2),
+    ((8, 8), 3),
+    ((2, 30, 90), 12),
+    ((2, 3, 20, 11), 5),
+    ((61, 64), 32),
+    ((61, 53), 9),
+    ((128, 128), 16),
+]
 
 
 def matrix(shape, seed=0, rank=None):
@@ -185,6 +194,14 @@ def test_wrong_attributes_of_encode(change, message):
         _core.mps_encode(np.ones((8, 8)), **attributes)
     with pytest.raises(UsageError, match=r"\[MPSEncode\] "):
         make_node("MPSEncode", ["x"], ["a", "b", "c", "d"], **attributes)
+    x = np.ones((8, 8))
+    proto = model("MPSEncode", x, encode_outputs("float64"), {"row_factors": [2, 2, 2], "col_factors": [2, 2, 2]})
+    node = proto.graph.node[0]
+    del node.attribute[:]
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    with pytest.raises(Exception, match=rf"\[MPSEncode\] {message}") as caught:
+        run(proto, x)
+    assert type(caught.value).__module__.startswith("onnxruntime")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +234,18 @@ def test_wrong_inputs():
         _core.mps_encode(spoilt, **settings | {"bond_dim": 64})
     with pytest.raises(Exception, match="matrix must be finite, got NaN or infinity in matrix 1"):
         run(model("MPSEncode", spoilt, encode_outputs("float64"), settings), spoilt)
+    for scale in (1e200, 1e-200):  # the squares of finite numbers: infinite, or zero
+        for bond_dim in (4, 64):
+            with pytest.raises(ValueError, match="the norm of matrix 1 must be 0 or in 1e-140 to 1e150, whose squares"):
+                _core.mps_encode(
+                    np.stack([np.zeros((8, 8)), scale * np.eye(8)]), **settings | {"bond_dim": bond_dim, "tol": 0.0}
+                )
+    for bad in ([1e200, np.nan], [np.inf, 1e200]):  # the first bad matrix is named, each for what it is
+        where = np.isfinite(bad).tolist().index(False)
+        two = np.stack([np.full((8, 8), value) for value in bad])
+        message = "matrix must be finite, got NaN or infinity in matrix 0" if where == 0 else "the norm of matrix 0"
+        with pytest.raises(ValueError, match=message):
+            _core.mps_encode(two, **settings)
     with pytest.raises(ValueError, match="rows of matrix must be in 1 to 8, the product of row_factors, got 9"):
         _core.mps_encode(np.ones((9, 8)), **settings)
     with pytest.raises(ValueError, match="matrix must have 2 to 4 dimensions, got 1"):

@@ -1,7 +1,8 @@
 // MPSEncode on the CPU, one matrix at a time. A cut needs the left singular vectors of (bond r c) x (rest): the
 // eigenvectors of its Gram matrix in float64, in which singular values down to 1e-8 of the largest can be told, an ulp of
 // float32 being 6e-8. The unfolded matrix is made in pieces of a few hundred columns, twice: for the Gram matrix and for the
-// product with the vectors.
+// product with the vectors. Nothing here takes scratch from the caller: how much there is depends on ranks that only the
+// numbers tell, and Eigen's decompositions allocate what they need whatever they are given.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +19,8 @@ namespace QEXPORT_ISA {
 using Columns = Eigen::MatrixXd;  // column-major
 using Rows = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr double kNoise = 1.0 / (1ll << 48);  // share of the largest eigenvalue, square of an ulp of float32
+constexpr double kNoise = 1.0 / (1ll << 48);                // share of the largest eigenvalue, square of an ulp of float32
+constexpr double kLeastNorm2 = 1e-280, kMostNorm2 = 1e300;  // squares of what is much smaller than the norm are held, too
 constexpr int64_t kPieceColumns = 512;
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kSerialProducts = int64_t{1} << 20;  // multiply-adds below which waking a pool costs as much
@@ -67,8 +69,7 @@ class Encoder {
     if (R_ != l_.rows || C_ != l_.cols) pad();
   }
 
-  // False: the matrix is not finite.
-  bool run(double* error, double* lower_bound) {
+  MpsStatus::Kind run(double* error, double* lower_bound) {
     double spent = 0.0, worst = 0.0;
     int64_t complete = 1, left = 1;
     int64_t group = 0;  // the first site that waits, since its bond is complete
@@ -84,16 +85,16 @@ class Encoder {
         left = rows;
         continue;
       }
-      const bool good = started_ ? site(unfold(rest_.numbers.data(), group, k), k, left, keep, &spent, &worst)
-                                 : site(unfold(matrix_, group, k), k, left, keep, &spent, &worst);
-      if (!good) return false;
+      const MpsStatus::Kind kind = started_ ? site(unfold(rest_.numbers.data(), group, k), k, left, keep, &spent, &worst)
+                                            : site(unfold(matrix_, group, k), k, left, keep, &spent, &worst);
+      if (kind != MpsStatus::done) return kind;
       left = rest_.left;
       group = k + 1;
     }
     const double scale = norm2_ > 0.0 ? norm2_ : 1.0;
     *error = std::sqrt(spent / scale);
     *lower_bound = std::sqrt(worst / scale);
-    return true;
+    return MpsStatus::done;
   }
 
  private:
@@ -132,7 +133,7 @@ class Encoder {
 
   // Site k from an unfolded matrix: its core, and what is left. `keep`: the matrix itself is the core.
   template <class S>
-  bool site(const Unfolding<S>& u, int64_t k, int64_t left, bool keep, double* spent, double* worst) {
+  MpsStatus::Kind site(const Unfolding<S>& u, int64_t k, int64_t left, bool keep, double* spent, double* worst) {
     const int64_t rows = u.rows(), cols = u.cols();
     Remainder next{{}, 0, u.height, u.width};
     if (keep) {
@@ -142,8 +143,8 @@ class Encoder {
         numbers.middleCols(at, piece.cols()) = piece;
         at += piece.cols();
       }
-      if (norm2_ < 0.0) norm2_ = numbers.squaredNorm();
-      if (!std::isfinite(norm2_)) return false;
+      if (!started_) norm2_ = numbers.squaredNorm();
+      if (const auto kind = kind_of_norm(); kind != MpsStatus::done) return kind;
       write(k, left, numbers);
       next.numbers = Rows::Identity(cols, cols);
       next.left = cols;
@@ -163,10 +164,10 @@ class Encoder {
         small = triangle * triangle.transpose();
         orthonormal = qr.householderQ() * Columns::Identity(rows, cols);
       }
-      const double trace = small.trace();
-      if (norm2_ < 0.0) norm2_ = trace;
-      if (!std::isfinite(trace)) return false;
+      if (!started_) norm2_ = small.trace();
+      if (const auto kind = kind_of_norm(); kind != MpsStatus::done) return kind;
       const Eigen::SelfAdjointEigenSolver<Columns> solver(small);  // smallest eigenvalue first
+      if (solver.info() != Eigen::Success) return MpsStatus::no_convergence;
       const int64_t n = small.rows();
       const auto value = [&](int64_t i) { return std::max(0.0, solver.eigenvalues()(i)); };
       const double cuts = static_cast<double>(l_.sites - 1 - k);
@@ -191,7 +192,18 @@ class Encoder {
     }
     started_ = true;
     rest_ = std::move(next);
-    return true;
+    return MpsStatus::done;
+  }
+
+  // `done` where norm2_ is that of the matrix: no square has overflown, nor has what counts been rounded to zero.
+  MpsStatus::Kind kind_of_norm() const {
+    if (norm2_ >= kLeastNorm2 && norm2_ <= kMostNorm2) return MpsStatus::done;
+    bool zero = true;
+    for (int64_t i = 0; i < R_ * C_; ++i) {
+      if (!std::isfinite(matrix_[i])) return MpsStatus::not_finite;
+      zero = zero && matrix_[i] == T{0};
+    }
+    return zero ? MpsStatus::done : MpsStatus::out_of_range;
   }
 
   // Pieces in at most kMostParts parts, always the same, whatever the number of threads.
@@ -262,7 +274,7 @@ class Encoder {
   const T* matrix_;
   Buffer<T> padded_;
   int64_t R_, C_;
-  double norm2_ = -1.0;
+  double norm2_ = 0.0;
   bool started_ = false;
   Remainder rest_{};
   mutable std::atomic<bool> failed_{false};

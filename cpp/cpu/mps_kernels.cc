@@ -9,24 +9,28 @@ namespace {
 // body(matrix, parallel) for each matrix of a batch, with the parallel-for that is left for its inside.
 template <class Body>
 MpsStatus for_each_matrix(int64_t batch, const ParallelFor& parallel, const Body& body) {
+  constexpr int64_t kinds = MpsStatus::no_memory;
   const auto alone = [](void*, void (*work)(void*, size_t), size_t total, void* data) {
     for (size_t i = 0; i < total; ++i) work(data, i);
   };
   const ParallelFor inner = batch > 1 ? ParallelFor{alone, nullptr, 1} : parallel;
-  std::atomic<int64_t> first_bad{batch};
+  std::atomic<int64_t> first_bad{kinds * batch};  // kinds x matrix + kind
   std::atomic<bool> no_memory{false};
   for_each_piece(batch, parallel.max_threads, nullptr, 0, parallel, [&](int64_t matrix, char*) {
     try {
-      if (body(matrix, inner)) return;
+      const MpsStatus::Kind kind = body(matrix, inner);
+      if (kind == MpsStatus::done) return;
+      const int64_t bad = kinds * matrix + kind;
       int64_t first = first_bad.load();
-      while (matrix < first && !first_bad.compare_exchange_weak(first, matrix)) {
+      while (bad < first && !first_bad.compare_exchange_weak(first, bad)) {
       }
     } catch (...) {
       no_memory.store(true);
     }
   });
   if (no_memory.load()) return {MpsStatus::no_memory, 0};
-  if (first_bad.load() < batch) return {MpsStatus::not_finite, first_bad.load()};
+  const int64_t bad = first_bad.load();
+  if (bad < kinds * batch) return {static_cast<MpsStatus::Kind>(bad % kinds), bad / kinds};
   return {MpsStatus::done, 0};
 }
 
@@ -52,7 +56,7 @@ MpsStatus decode_as(const MpsDecodeParams& p, const MpsDecodeTensors& t, const P
   return for_each_matrix(p.batch, parallel, [&](int64_t m, const ParallelFor& inner) {
     decode_matrix(l, static_cast<const T*>(t.cores) + m * numbers(l), static_cast<T*>(t.matrix) + m * l.rows * l.cols,
                   inner);
-    return true;
+    return MpsStatus::done;
   });
 }
 

@@ -38,6 +38,22 @@ void run_on_threads(void* pool, void (*body)(void*, size_t), size_t total, void*
   for (std::thread& thread : others) thread.join();
 }
 
+// parallel_for(begin, end, grain, body, data) of another library's pool, as torch's stable C interface has it
+// (torch_parallel_for in torch/csrc/stable/c/shim.h). Threads of two pools would take the processors from each other.
+using PoolFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+void run_on_pool(void* pool, void (*body)(void*, size_t), size_t total, void* data) {
+  struct Call {
+    void (*body)(void*, size_t);
+    void* data;
+  } call{body, data};
+  const auto range = [](int64_t begin, int64_t end, void* context) {
+    const Call& c = *static_cast<Call*>(context);
+    for (int64_t i = begin; i < end; ++i) c.body(c.data, static_cast<size_t>(i));
+  };
+  reinterpret_cast<PoolFor>(pool)(0, static_cast<int64_t>(total), 1, range, &call);
+}
+
 }  // namespace
 
 TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows, int most) {
@@ -66,6 +82,11 @@ py::array empty(const Shape& shape, const py::object& dtype) {
 ParallelFor own_threads(int& threads) {
   if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
   return {run_on_threads, &threads, threads};
+}
+
+ParallelFor own_threads_or_pool(int& threads, uintptr_t pool) {
+  const ParallelFor own = own_threads(threads);
+  return pool ? ParallelFor{run_on_pool, reinterpret_cast<void*>(pool), threads} : own;
 }
 
 }  // namespace qexport

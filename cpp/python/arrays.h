@@ -20,6 +20,8 @@ py::array empty(const Shape& shape, const py::object& dtype);
 
 // Threads of its own; `threads` must outlive it. Fails where there is less than one.
 ParallelFor own_threads(int& threads);
+// The same, or where `pool` is not 0 the parallel_for at that address: torch's torch_parallel_for.
+ParallelFor own_threads_or_pool(int& threads, uintptr_t pool);
 
 void define_mps(py::module_& m);  // MPSEncode, MPSDecode
 void define_quantum_attention(py::module_& m);

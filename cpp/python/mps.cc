@@ -5,7 +5,7 @@ namespace qexport {
 namespace {
 
 py::tuple mps_encode(py::object matrix, const std::vector<int64_t>& row_factors, const std::vector<int64_t>& col_factors,
-                     int64_t bond_dim, double tol, int threads) {
+                     int64_t bond_dim, double tol, int threads, uintptr_t pool) {
   const MpsEncodeAttributes attributes{row_factors, col_factors, bond_dim, tol};
   check_attributes(attributes);
   const TensorView in = view(matrix, "MPSEncode", "matrix");
@@ -14,7 +14,7 @@ py::tuple mps_encode(py::object matrix, const std::vector<int64_t>& row_factors,
   py::array error = empty(call.error, py::str("float64")), bound = empty(call.error, py::str("float64"));
   const MpsEncodeTensors tensors{in.data, cores.mutable_data(), static_cast<int64_t*>(ranks.mutable_data()),
                                  static_cast<double*>(error.mutable_data()), static_cast<double*>(bound.mutable_data())};
-  const ParallelFor parallel = own_threads(threads);
+  const ParallelFor parallel = own_threads_or_pool(threads, pool);
   MpsStatus status;
   {
     const py::gil_scoped_release release;
@@ -47,9 +47,10 @@ py::array mps_decode(py::object cores, int64_t rows, int64_t cols, const std::ve
 void define_mps(py::module_& m) {
   using namespace pybind11::literals;
   m.def("mps_encode", mps_encode, "matrix"_a, py::kw_only(), "row_factors"_a, "col_factors"_a, "bond_dim"_a, "tol"_a,
-        "threads"_a = 1,
+        "threads"_a = 1, "pool"_a = 0,
         "(cores, ranks, error, lower_bound) of MPSEncode. float32 or float64; attributes as in "
-        "qexport.ops.mps_encode.SPEC. Raises ValueError.");
+        "qexport.ops.mps_encode.SPEC, `pool` as in quantum_attention. Raises ValueError, and RuntimeError where eigenvalues "
+        "do not converge.");
   m.def("mps_decode", mps_decode, "cores"_a, py::kw_only(), "rows"_a, "cols"_a, "row_factors"_a, "col_factors"_a, "bonds"_a,
         "threads"_a = 1,
         "matrix of MPSDecode. float32 or float64; attributes as in qexport.ops.mps_decode.SPEC. Raises ValueError.");

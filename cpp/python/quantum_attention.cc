@@ -20,22 +20,6 @@ void set_strides(const py::array& array, HeadRows& rows) {
   if (array.ndim() == 4) rows.head_stride = stride(1);
 }
 
-// parallel_for(begin, end, grain, body, data) of another library's pool, as torch's stable C interface has it
-// (torch_parallel_for in torch/csrc/stable/c/shim.h). Threads of two pools would take the processors from each other.
-using PoolFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-
-void run_on_pool(void* pool, void (*body)(void*, size_t), size_t total, void* data) {
-  struct Call {
-    void (*body)(void*, size_t);
-    void* data;
-  } call{body, data};
-  const auto range = [](int64_t begin, int64_t end, void* context) {
-    const Call& c = *static_cast<Call*>(context);
-    for (int64_t i = begin; i < end; ++i) c.body(c.data, static_cast<size_t>(i));
-  };
-  reinterpret_cast<PoolFor>(pool)(0, static_cast<int64_t>(total), 1, range, &call);
-}
-
 py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object attn_mask, py::object past_key,
                             py::object past_value, std::optional<std::vector<int64_t>> nonpad_kv_seqlen, int64_t seed,
                             py::object key_summary, const std::string& strategy, std::vector<int64_t> num_samples,
@@ -45,8 +29,7 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
                             int64_t left_window_size, int64_t right_window_size, bool present, bool qk_matmul_output,
                             bool error_estimate, int threads, uintptr_t pool) {
   if (const char* error = isa_error()) throw std::invalid_argument(error);
-  ParallelFor parallel = own_threads(threads);
-  if (pool) parallel = {run_on_pool, reinterpret_cast<void*>(pool), threads};
+  const ParallelFor parallel = own_threads_or_pool(threads, pool);
   const QuantumAttentionAttributes attributes{strategy,
                                               std::move(num_samples),
                                               precision,

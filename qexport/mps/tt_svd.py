@@ -3,6 +3,7 @@
 singular values that were discarded, exactly."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,12 @@ from qexport.errors import UsageError
 from qexport.mps.layout import KINDS, Layout, check_bonds, make_layout
 from qexport.mps.train import MatrixProduct
 
+Decompose = Callable[[torch.Tensor, Layout, tuple[int, ...], float], MatrixProduct]
+
 # Singular values up to this share of the largest one are what rounding the entries to float32 leaves (an ulp): not kept.
 NOISE = 2.0**-24
+# Sums of squares that float64 holds, with those of what is much smaller than the norm.
+LEAST_NORM2, MOST_NORM2 = 1e-280, 1e300
 
 
 def tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float = 0.0) -> MatrixProduct:
@@ -32,7 +37,8 @@ def tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float = 0.0) -> 
         Cores in float64, padded with zeros to the largest rank in the batch.
 
     Raises:
-        UsageError: shapes, bonds or tol outside their limits, a number that is not finite.
+        UsageError: shapes, bonds or tol outside their limits, a number that is not finite, a norm whose square float64
+            does not hold.
     """
     check_bonds(layout, bonds)
     if not 0 <= tol < 1:
@@ -45,6 +51,10 @@ def tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float = 0.0) -> 
     R, C = layout.padded
     state = torch.nn.functional.pad(matrix.double(), (0, C - layout.cols, 0, R - layout.rows)).reshape(-1, 1, R, C)
     norm2 = state.square().sum((-3, -2, -1))
+    if bool((((norm2 < LEAST_NORM2) | (norm2 > MOST_NORM2)) & (state != 0).flatten(1).any(1)).any()):
+        raise UsageError(
+            "the norm of a matrix must be 0 or in 1e-140 to 1e150, whose squares float64 holds: scale the matrix"
+        )
     spent, worst = torch.zeros_like(norm2), torch.zeros_like(norm2)
     last, complete = len(bonds) - 2, 1
     cores, ranks = [], [torch.ones(len(state), dtype=torch.int64)]
@@ -87,7 +97,9 @@ def _ranks(sigma, most: int, allowed) -> tuple[torch.Tensor, torch.Tensor]:
     return kept, tail.gather(-1, kept[:, None])[:, 0]
 
 
-def encode(matrix, bond_dim: int = 32, tol: float | None = None, layout: str = "auto") -> MatrixProduct:
+def encode(
+    matrix, bond_dim: int = 32, tol: float | None = None, layout: str = "auto", decompose: Decompose = tt_svd
+) -> MatrixProduct:
     """The train of a matrix, in the layout that suits it.
 
     Args:
@@ -96,6 +108,7 @@ def encode(matrix, bond_dim: int = 32, tol: float | None = None, layout: str = "
         tol: None: each bond keeps as much as bond_dim allows. Else in (0, 1): the smallest ranks for that relative error.
         layout: `serial`, `interleaved`, or `auto`: the one with the smaller error over the batch; with `tol`, of the layouts
             that keep it the one with fewer numbers.
+        decompose: what makes the train of a layout; called as `tt_svd`.
 
     Returns:
         Cores in the type of `matrix`.
@@ -112,7 +125,7 @@ def encode(matrix, bond_dim: int = 32, tol: float | None = None, layout: str = "
     found = []
     for kind in KINDS if layout == "auto" else (layout,):
         sites = make_layout(kind, *matrix.shape[-2:])
-        found.append(tt_svd(matrix, sites, sites.bonds(bond_dim), tol or 0.0))
+        found.append(decompose(matrix, sites, sites.bonds(bond_dim), tol or 0.0))
 
     def badness(train):
         error = float(train.error.square().mean().sqrt()) if train.error.numel() else 0.0

@@ -115,7 +115,7 @@ def kernel(call: AttentionCall):
         seed=call.seed,
         qk_matmul_output=call.need_weights,
         threads=torch.get_num_threads(),
-        pool=_torch_pool(),
+        pool=torch_pool(),
         **attributes | {"qk_matmul_output_mode": 3},
     )
     return to_torch(outputs[0], call.Q.dtype), to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
@@ -126,7 +126,7 @@ _OWN = {"kernel": kernel, "reference": reference}
 
 
 @functools.cache
-def _torch_pool() -> int:
+def torch_pool() -> int:
     """The address of torch_parallel_for of torch's stable C interface, 0 where it has none: beside idle threads of torch,
     which spin for a while, threads of our own would wait for a processor."""
     folder = Path(torch.__file__).parent / "lib"

@@ -7,9 +7,11 @@ import torch
 from qexport.errors import QexportError, UsageError
 from qexport.mps.canonical import entanglement_entropy, sample
 from qexport.mps.cost import Cost, product_cost
-from qexport.mps.layout import KINDS
-from qexport.mps.train import MatrixProduct, apply, decode
-from qexport.mps.tt_svd import encode
+from qexport.mps.layout import KINDS, Layout
+from qexport.mps.train import MatrixProduct, apply, decode, unpack
+from qexport.mps.tt_svd import encode, tt_svd
+from qexport.nn.backends import torch_pool
+from qexport.ops.kernels import kernels
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class MatrixProductStateSimulator:
     """
 
     def __init__(self, max_bond_dim: int = 32, tolerance: float = 0.1, tol: float | None = None, layout: str = "auto"):
-        if max_bond_dim < 1:
-            raise UsageError(f"max_bond_dim must be >= 1, got {max_bond_dim}")
+        if not isinstance(max_bond_dim, int) or max_bond_dim < 1:
+            raise UsageError(f"max_bond_dim must be an integer >= 1, got {max_bond_dim}")
         for name, value in (("tolerance", tolerance), ("tol", tol)):
             if value is not None and not 0 < value < 1:
                 raise UsageError(f"{name} must be in (0, 1), got {value:g}")
@@ -75,7 +77,8 @@ class MatrixProductStateSimulator:
 
     @torch.no_grad()
     def encode_attention_mps(self, Q, K, V) -> AttentionMPS:
-        """softmax(Q K^T / sqrt(head_size)) of each head as a train. Without gradients.
+        """softmax(Q K^T / sqrt(head_size)) of each head as a train, by the kernel of MPSEncode on the CPU and by torch
+        elsewhere, in float64. Without gradients.
 
         Args:
             Q: (..., q_len, head_size).
@@ -86,13 +89,15 @@ class MatrixProductStateSimulator:
             The cores in the type of Q, and `report`.
 
         Raises:
-            UsageError: shapes that do not fit each other, a number that is not finite.
+            UsageError: shapes that do not fit each other, other types than floating point, a number that is not finite.
             QexportError: the error of the output is above `tolerance`.
         """
         A = _attention(Q, K)
         if V.shape[:-1] != K.shape[:-1]:
             raise UsageError(f"V must be {(*K.shape[:-1], 'v_head_size')}, got {tuple(V.shape)}")
-        train = encode(A, self.max_bond_dim, self.tol, self.layout)
+        if not torch.isfinite(V).all():
+            raise UsageError("V must be finite, got NaN or infinity")
+        train = encode(A, self.max_bond_dim, self.tol, self.layout, decompose=_tt_svd)
         train = replace(train, cores=tuple(core.to(Q.dtype) for core in train.cores))
         report = _report(train, A, V.double())
         if not report.output_error <= self.tolerance:
@@ -141,7 +146,8 @@ class MatrixProductStateSimulator:
         Raises:
             UsageError: shapes, more than one head, shots below 1.
         """
-        return sample(encode(_attention(Q, K).sqrt(), self.max_bond_dim, self.tol, self.layout), shots, seed)
+        train = encode(_attention(Q, K).sqrt(), self.max_bond_dim, self.tol, self.layout, decompose=_tt_svd)
+        return sample(train, shots, seed)
 
     @staticmethod
     def entanglement_entropy(mps_tensors: AttentionMPS) -> torch.Tensor:
@@ -157,7 +163,40 @@ def _attention(Q, K) -> torch.Tensor:
     if Q.ndim < 2 or K.shape[:-2] != Q.shape[:-2] or K.ndim != Q.ndim or K.shape[-1] != Q.shape[-1]:
         shapes = f"{tuple(Q.shape)}, {tuple(K.shape)}"
         raise UsageError(f"Q and K must be (..., q_len, head_size) and (..., kv_len, head_size), got {shapes}")
+    for name, tensor in (("Q", Q), ("K", K)):
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise UsageError(f"{name} must hold floating point numbers, got {tuple(tensor.shape)} of {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise UsageError(f"{name} must be finite, got NaN or infinity")
     return torch.softmax(Q.double() @ K.double().mT / Q.shape[-1] ** 0.5, -1)
+
+
+def _tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float) -> MatrixProduct:
+    """`tt_svd` of a float64 matrix (..., rows, cols) with bonds of `Layout.bonds`, by the kernel of MPSEncode on the CPU
+    where it was built."""
+    core = kernels()
+    if matrix.device.type != "cpu" or core is None:
+        return tt_svd(matrix, layout, bonds, tol)
+    batch = matrix.shape[:-2]
+    try:
+        found = core.mps_encode(
+            matrix.reshape(-1, *matrix.shape[-2:]).numpy(),
+            row_factors=layout.row_factors,
+            col_factors=layout.col_factors,
+            bond_dim=max(bonds),
+            tol=tol,
+            threads=torch.get_num_threads(),
+            pool=torch_pool(),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except RuntimeError as error:
+        raise QexportError(str(error)) from None
+    cores, ranks, error, lower_bound = (torch.from_numpy(x).reshape((*batch, *x.shape[1:])) for x in found)
+    # Like tt_svd, no larger than the largest rank in the batch.
+    most = ranks.reshape(-1, len(bonds)).amax(0).tolist()
+    parts = zip(unpack(cores, layout, bonds), most[:-1], most[1:], strict=True)
+    return MatrixProduct(tuple(c[..., :a, :, :, :b] for c, a, b in parts), layout, ranks, error, lower_bound)
 
 
 def _report(train: MatrixProduct, A: torch.Tensor, V: torch.Tensor) -> MPSReport:

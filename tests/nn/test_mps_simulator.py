@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
+from qexport import _core
 from qexport.errors import QexportError, UsageError
+from qexport.mps.layout import KINDS
+from qexport.mps.train import decode
 from qexport.nn import MatrixProductStateSimulator
+from qexport.nn import mps as simulator
 
 
 def gaussian(*shape, seed=0):
@@ -75,6 +79,70 @@ def test_state_error_is_the_error_of_the_matrix():
     assert abs(float((found - A).norm() / A.norm()) - tensors.report.state_error) <= 1e-12
 
 
+INPUTS = {"local": lambda: local_attention(64, (2, 3), width=1.5), "Gaussian": lambda: gaussian(3, 2, 60, 16).double()}
+
+
+@pytest.mark.parametrize("tol", [None, 0.05, 1e-3])
+@pytest.mark.parametrize("layout", [*KINDS, "auto"])
+@pytest.mark.parametrize("data", INPUTS)
+def test_the_kernel_encodes_as_torch_does(monkeypatch, data, layout, tol):
+    """The kernel's trains are as good as those of sequential singular value decompositions, and say truly how good. A Gram
+    matrix knows an error to 1e-15 of the squared norm: to 1e-6 of itself where it is above 1e-4."""
+    Q, K, V = INPUTS[data]()
+    sim = MatrixProductStateSimulator(12, tolerance=0.999, tol=tol, layout=layout)
+    by_kernel = sim.encode_attention_mps(Q, K, V)
+    monkeypatch.setattr(simulator, "kernels", lambda: None)
+    by_torch = sim.encode_attention_mps(Q, K, V)
+    assert by_kernel.layout == by_torch.layout
+    assert (by_kernel.ranks == by_torch.ranks).all()
+    assert [core.shape for core in by_kernel.cores] == [core.shape for core in by_torch.cores]
+    A = torch.softmax(Q @ K.mT / Q.shape[-1] ** 0.5, -1)
+    true = (decode(by_kernel.cores, by_kernel.layout) - A).norm(dim=(-2, -1)) / A.norm(dim=(-2, -1))
+    assert ((by_kernel.error - true).abs() <= torch.where(true > 1e-4, 1e-6 * true, 1e-7)).all()
+    assert (by_kernel.error <= 1.05 * by_torch.error + 1e-7).all()
+    assert (by_kernel.lower_bound - by_torch.lower_bound).abs().max() <= 1e-7
+
+
+def test_the_kernel_is_taken_where_it_can_be(monkeypatch):
+    """Once per layout that is tried, to encode and to sample."""
+    taken = []
+
+    class Counting:
+        @staticmethod
+        def mps_encode(*arguments, **options):
+            taken.append(options)
+            return _core.mps_encode(*arguments, **options)
+
+    monkeypatch.setattr(simulator, "kernels", lambda: Counting)
+    Q, K, V = local_attention(16)
+    sim = MatrixProductStateSimulator(8)
+    sim.encode_attention_mps(Q, K, V)
+    assert [tuple(len(call[f"{axis}_factors"]) for axis in ("row", "col")) for call in taken] == [(8, 8), (4, 4)]
+    sim.sample_attention(Q, K, 3)
+    assert len(taken) == 4
+
+
+def test_eigenvalues_that_do_not_converge_are_an_error(monkeypatch):
+    def mps_encode(*_, **__):
+        raise RuntimeError("[MPSEncode] the eigenvalues of a cut of matrix 0 did not converge")
+
+    monkeypatch.setattr(simulator, "kernels", lambda: type("Core", (), {"mps_encode": staticmethod(mps_encode)}))
+    with pytest.raises(QexportError, match="did not converge"):
+        MatrixProductStateSimulator(8).encode_attention_mps(*local_attention(16))
+
+
+@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("tol", [None, 0.01])
+def test_attention_of_rank_one(layout, tol):
+    """Q = 0: every query sees all keys alike, whatever the primes in their number; padded, the matrix has rank 1 still."""
+    Q, (K, V) = torch.zeros(31, 4), gaussian(2, 37, 4)
+    tensors = MatrixProductStateSimulator(8, tol=tol, layout=layout).encode_attention_mps(Q, K, V)
+    assert tensors.report.output_error <= 1e-6
+    assert tensors.report.state_error <= 1e-6
+    if layout == "serial":
+        assert tensors.ranks[len(tensors.layout.row_factors) // 2 + 1] <= 2
+
+
 @pytest.mark.parametrize(("bond_dim", "n"), [(2, 256), (32, 64)])
 def test_both_ways_of_the_product(bond_dim, n):
     """Core by core where the bonds are few, through the matrix where they are many: the same output, and its gradient."""
@@ -127,7 +195,8 @@ def test_entropy_per_bond():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be >= 1, got 0"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be an integer >= 1, got 0"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=2.5), "max_bond_dim must be an integer >= 1, got 2.5"),
         (lambda: MatrixProductStateSimulator(tolerance=0), r"tolerance must be in \(0, 1\), got 0"),
         (lambda: MatrixProductStateSimulator(tolerance=1), r"tolerance must be in \(0, 1\), got 1"),
         (lambda: MatrixProductStateSimulator(tol=2), r"tol must be in \(0, 1\), got 2"),
@@ -145,8 +214,16 @@ def test_wrong_shapes():
         sim.encode_attention_mps(Q, K[:, :1], V)
     with pytest.raises(UsageError, match=r"V must be \(16, 'v_head_size'\), got \(9, 16\)"):
         sim.encode_attention_mps(Q, K, V[:9])
-    with pytest.raises(UsageError, match="matrix must be finite"):
+    with pytest.raises(UsageError, match="Q must be finite, got NaN or infinity"):
         sim.encode_attention_mps(Q * float("nan"), K, V)
+    with pytest.raises(UsageError, match="K must be finite, got NaN or infinity"):
+        sim.sample_attention(Q, K / 0, 3)
+    with pytest.raises(UsageError, match="V must be finite, got NaN or infinity"):
+        sim.encode_attention_mps(Q, K, V * float("inf"))
+    with pytest.raises(UsageError, match=r"Q must hold floating point numbers, got \(16, 2\) of torch.int64"):
+        sim.encode_attention_mps(Q.long(), K, V)
+    with pytest.raises(UsageError, match=r"Q must hold floating point numbers, got \(0, 16, 2\)"):
+        sim.encode_attention_mps(Q.expand(0, 16, 2), K.expand(0, 16, 2), V.expand(0, 16, 16))
     tensors = sim.encode_attention_mps(Q, K, V)
     with pytest.raises(UsageError, match=r"V must be \(16, 'v_head_size'\), got \(2, 16, 16\)"):
         sim.mps_attention_forward(tensors, V.expand(2, 16, 16))

@@ -21,8 +21,8 @@ struct MpsLayout {
 
 // What became of a call.
 struct MpsStatus {
-  enum Kind { done, not_finite, no_memory } kind;
-  int64_t matrix;  // that is not finite
+  enum Kind { done, not_finite, out_of_range, no_convergence, no_memory } kind;
+  int64_t matrix;  // of the batch, the first that it became of
 };
 
 }  // namespace qexport

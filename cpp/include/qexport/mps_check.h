@@ -43,7 +43,7 @@ void check_attributes(const MpsEncodeAttributes& attributes);
 MpsEncodeCall resolve_call(const MpsEncodeAttributes& attributes, const TensorView& matrix);
 void check_attributes(const MpsDecodeAttributes& attributes);
 MpsDecodeCall resolve_call(const MpsDecodeAttributes& attributes, const TensorView& cores);
-// Throws where the status is not `done`.
+// Throws where the status is not `done`: std::invalid_argument for the matrix, std::runtime_error where nothing converged.
 void check_status(const char* op_name, const MpsStatus& status);
 
 }  // namespace qexport
