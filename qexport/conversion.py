@@ -187,7 +187,7 @@ def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None,
         check_fallback(source, folder / "model.onnx", outputs)
         say("checking the op library")
         check_library(source, folder / "model.onnx", outputs)
-    _write_samples(folder / "test_data_set_0", source.examples, outputs or source.expected)
+    write_samples(folder / "test_data_set_0", source.examples, outputs or source.expected)
     _copy_library(folder / "lib")
     if source.tokenizer is not None:
         (folder / "tokenizer").mkdir()
@@ -250,7 +250,7 @@ def save(model, path: Path, external: str | None) -> None:
     ir.save(model, path)
 
 
-def _write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
+def write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
     """The inputs and outputs as input_K.pb and output_K.pb, as onnxruntime_perf_test reads them."""
     import onnx_ir as ir
 

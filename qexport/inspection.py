@@ -46,8 +46,8 @@ def inspect(path) -> dict:
         path: folder of a bundle, or an .onnx file.
 
     Returns:
-        Plain data: the JSON of `qexport inspect --json`, see docs/json_schema.md. The keys `recipe`, `left_alone`, `source`,
-        `limits`, `created` and `changed_files` are None for a bare file.
+        Plain data: the JSON of `qexport inspect --json`, see docs/json_schema.md. The keys `recipe`, `left_alone`,
+        `compression`, `source`, `limits`, `created` and `changed_files` are None for a bare file.
 
     Raises:
         QexportError: neither a bundle nor an ONNX file, or external data is missing or outside its folder.
@@ -85,6 +85,7 @@ def inspect(path) -> dict:
         "noise": [_attention(node) for node in nodes if (node.domain, node.op_type) in NOISE_OPS],
         "recipe": manifest.get("recipe"),
         "left_alone": manifest.get("left_alone"),
+        "compression": manifest.get("compression"),
         "limits": manifest.get("limits"),
         "parameters": parameters,
         "parameter_bytes": parameter_bytes,

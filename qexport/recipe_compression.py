@@ -70,6 +70,13 @@ class Compression(BaseModel):
     heal: Annotated[int, BeforeValidator(_heal)] = 0
     layers: tuple[LayerCompression, ...] = ()
 
+    def without(self, method: str) -> "Compression":
+        """The same with one method less."""
+        layers = tuple(
+            layer.model_copy(update={"methods": tuple(m for m in layer.methods if m != method)}) for layer in self.layers
+        )
+        return self.model_copy(update={"methods": tuple(m for m in self.methods if m != method), "layers": layers})
+
     def methods_of(self, label: str, name: str) -> tuple[str, ...]:
         """The methods that a weight may have."""
         methods = self.methods

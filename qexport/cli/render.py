@@ -1,5 +1,8 @@
 """Reports as text for people."""
 
+import re
+from collections import Counter
+
 import click
 
 from qexport.cli.text import percent, plural, recipe_text, site_label, table
@@ -226,7 +229,8 @@ def show_inspection(found: dict, verbose: bool) -> None:
         "needs": f"IR {found['ir_version']}, onnxruntime {found['min_onnxruntime']} or newer",
         "inputs": ", ".join(map(_value_text, found["inputs"])),
         "outputs": ", ".join(map(_value_text, found["outputs"])),
-        "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items() if value != []),
+        "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items() if key != "compress" and value != []),
+        "weights": _weights_text(found["compression"]),
         "nodes": f"{found['nodes']}: "
         + ", ".join(f"{count} {op}" for op, count in list(found["ops"].items())[: None if verbose else 8]),
         "fallback": "; ".join(f"{op.split(':')[-1]}: {text}" for op, text in found["fallbacks"].items()),
@@ -244,6 +248,18 @@ def show_inspection(found: dict, verbose: bool) -> None:
         click.echo("without the op library this model has no noise and no measurement: it is the classical one")
     for site in found["left_alone"] or []:
         click.echo(f"left alone {site_label(site)}: {site['reason']}")
+
+
+def _weights_text(compression: dict | None) -> str:
+    """How the weights of a compressed bundle are stored."""
+    if compression is None:
+        return ""
+    stored = Counter(
+        re.sub(r" in blocks.*", "", re.sub(r"rank \d+", "low-rank", w["method"])) for w in compression["layers"]
+    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in stored.most_common())
+    size, metric = compression["size"], compression["metric"]
+    return f"{size['ratio']:.2f} x smaller file at a loss of {percent(metric['loss'])} of {metric['name']}: {kinds}"
 
 
 def _value_text(value: dict) -> str:

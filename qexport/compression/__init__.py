@@ -117,7 +117,10 @@ def compress(
     with write_bundle(output) as writer:
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
         inputs = load_inputs(bundle, data, batch=batch, seq=seq)
-        fitted, judging = _split(inputs, data is None, notes)
+        if data is None:
+            notes.append(f"{inputs.source} tell too little for low-rank factors, and little about the loss: give --data")
+            settings = settings.without("low-rank")
+        fitted, judging = _split(inputs, notes)
         classical = runtime.session(bundle.classical_path, library=False)
         chosen = choose_metric(bundle, inputs, classical, metric)
         job = Job(bundle, settings, chosen, fitted, judging, classical, source)
@@ -125,8 +128,16 @@ def compress(
         if store.resumed:
             notes.append("took up what a run that was stopped had found")
         result = job.run(store, say)
-        bundle.manifest["compression"] = result.manifest_entry()
-        writer.manifest = bundle.manifest
+        figures = {"name": chosen.name, "output": chosen.output, **result.measured.__dict__}
+        writer.manifest = bundle.manifest | {
+            "compression": {
+                "settings": settings.model_dump(mode="json", exclude_none=True),
+                "size": result.size,
+                "metric": figures,
+                "output_errors": {name: entry["relative_error"] for name, entry in result.outputs.items()},
+                "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in result.layers],
+            }
+        }
         measured = None
         if profile:
             say("timing both models", 0.95)
@@ -141,7 +152,7 @@ def compress(
         settings=settings.model_dump(mode="json", exclude_none=True),
         data={"source": inputs.source, "fitted": fitted.samples, "judged": judging.samples, "notes": inputs.notes},
         size=result.size,
-        metric={"name": chosen.name, "output": chosen.output, **result.measured.__dict__},
+        metric=figures,
         outputs=result.outputs,
         layers=result.layers,
         trials=result.trials,
@@ -151,10 +162,8 @@ def compress(
     )
 
 
-def _split(inputs: Inputs, is_stored: bool, notes: list[str]) -> tuple[Inputs, Inputs]:
+def _split(inputs: Inputs, notes: list[str]) -> tuple[Inputs, Inputs]:
     """What weights are fitted to, and what they are judged on: the same where there is one batch."""
-    if is_stored:
-        notes.append(f"fitted to {inputs.source}: a few examples tell little about other inputs, give --data")
     if len(inputs.feeds) == 1:
         notes.append("judged on what the weights were fitted to, as there is one batch only: the loss will look too small")
         return inputs, inputs

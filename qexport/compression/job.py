@@ -1,5 +1,6 @@
 """One compression: find the forms, heal them, write the file, and see what it really is."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from qexport.validation.comparison import output_errors
 # A file that turns out too large, or whose loss does, is made again, so often.
 ATTEMPTS = 4
 DRAFT = "compressed.onnx"
+SAMPLES = 4
 
 
 @dataclass
@@ -37,15 +39,6 @@ class Result:
     trials: list[dict]
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def manifest_entry(self) -> dict:
-        """manifest["compression"]: what `validate` needs to know, and what people ask first."""
-        return {
-            "size": self.size,
-            "loss": self.measured.loss,
-            "output_errors": {name: entry["relative_error"] for name, entry in self.outputs.items()},
-            "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in self.layers],
-        }
 
 
 class Job:
@@ -105,7 +98,18 @@ class Job:
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
             result = make(search, store, lambda step, done: say(step, 0.7 + 0.25 * done))
         self.draft.replace(self.bundle.model_path)
+        self._write_samples()
         return result
+
+    def _write_samples(self) -> None:
+        """Samples from the data that judged, where it has items: `validate` then looks at inputs like those."""
+        feed = self.judging.feeds[0]
+        if len({len(array) if array.ndim else 0 for array in feed.values()}) == 1:
+            feed = {name: array[:SAMPLES] for name, array in feed.items()}
+            names = [output.name for output in self.classical.get_outputs()]
+            outputs = dict(zip(names, runtime.run(self.classical, names, feed), strict=True))
+            shutil.rmtree(self.bundle.samples_path)
+            conversion.write_samples(self.bundle.samples_path, feed, outputs)
 
     def _by_ratio(self, search: Search, store: Checkpoint, say) -> Result:
         """The least loss in a file of so many bytes; the nearest where that cannot be had."""

@@ -182,7 +182,7 @@ def first_divergent(sites: list[dict], limits: dict) -> dict | None:
     """
     for site in sites:
         fallback, local = site["fallback"], site["local"]
-        if fallback and not fallback["relative_error"] <= limits["fallback"]:
+        if fallback and not fallback["relative_error"] <= limits["sites"]:
             return {**_where(site), "mode": "fallback", "relative_error": fallback["relative_error"]}
         if local and local["bias"]["verdict"] == SYSTEMATIC:
             bias = local["bias"]["relative_bias"]
@@ -195,7 +195,7 @@ def _first_over(sites: list[dict], limits: dict) -> dict | None:
     """The first site whose error, as it runs through the converted model, is above the limit for the outputs."""
     for site in sites:
         mode, errors = ("library", site["propagated"]) if site["propagated"] else ("fallback", site["fallback"])
-        if errors and not errors["relative_error"] <= limits[mode]:
+        if errors and not errors["relative_error"] <= max(limits[mode], limits["sites"]):
             return {**_where(site), "mode": mode, "relative_error": errors["relative_error"]}
     return None
 
@@ -251,6 +251,8 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
         notes.append("without the library there is no noise and no measurement: those figures are the classical model's")
         if math.isinf(report.max_error["library"] or 0):
             notes.append("noise has no limit of its own, so the fallback alone is judged; --max-error judges the noise, too")
+    if bundle.manifest.get("compression"):
+        notes.append("the weights are compressed: outputs may err by 1.5 times what they did on the data that judged them")
     unseen = len(bundle.manifest["sites"]) - len(report.sites)
     if unseen:
         notes.append(f"{unseen} sites lie inside subgraphs and are compared end to end only")

@@ -20,6 +20,8 @@ LOW_PRECISION = {"bf16": 1e-2, "auto": 1e-2, "int8": 2.5e-2}
 # attentions were seen to do to an output.
 QUANTISED = 5e-3
 SENSITIVITY_FACTOR = 3
+# A compressed model may err so many times what it did on the data that it was judged on.
+COMPRESSED = 1.5
 
 
 def rounding_of(dtype: str) -> float:
@@ -44,7 +46,8 @@ def allowed(site: dict, rounding: float) -> float:
 def limits_of(
     bundle: Bundle, dtypes: Iterable[str], sensitivity: dict | None, max_error: float | None, library: bool
 ) -> dict:
-    """The report's `max_error`: the limit for outputs with the library, for those without it, and for a site's own bias.
+    """The report's `max_error`: the limit for outputs with the library, for those without it, for a site's own bias, and for a
+    site without the library, which behind compressed weights has none.
 
     Args:
         dtypes: element types of the values compared.
@@ -54,7 +57,12 @@ def limits_of(
     rounding = max(map(rounding_of, dtypes), default=ROUNDING["float32"])
     recipe = max((allowed(site, rounding) for site in bundle.manifest["sites"]), default=rounding)
     own = max_error if max_error is not None else recipe
+    sites, compression = rounding, bundle.manifest.get("compression")
+    if compression:
+        sites = math.inf
+        rounding = max(rounding, COMPRESSED * max(compression["output_errors"].values(), default=0))
     if sensitivity is not None:
         rounding = max(rounding, QUANTISED, SENSITIVITY_FACTOR * max(sensitivity.values(), default=0))
+        sites = max(sites, rounding)
     outputs = max_error if max_error is not None else max(rounding, own)
-    return {"library": outputs if library else None, "fallback": rounding, "local": own if library else None}
+    return {"library": outputs if library else None, "fallback": rounding, "local": own if library else None, "sites": sites}
