@@ -23,7 +23,7 @@ def test_an_exact_recipe_passes_in_both_modes(tmp_path):
     make_bundle(tmp_path / "b", attention={"strategy": "exact"})
     report = validate(tmp_path / "b")
     assert report.passed
-    assert report.max_error == dict.fromkeys(("library", "fallback", "local"), ROUNDING["float32"])
+    assert report.max_error == dict.fromkeys(("library", "fallback", "local", "sites"), ROUNDING["float32"])
     assert report.sensitivity is None
     assert report.baseline_error < 1e-6
     assert report.first_divergent is None

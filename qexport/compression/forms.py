@@ -6,13 +6,13 @@ from functools import cached_property
 import numpy as np
 
 from qexport.compression.layers import TABLE, Layer
-from qexport.compression.lowrank import LowRank, Spectrum, apply_gram, factor, spectrum
+from qexport.compression.lowrank import LEFT_BLOCK, LowRank, Spectrum, apply_gram, factor, spectrum
 from qexport.compression.quantize import BITS, BLOCKS, Quantized, error_passing, quantize
 
 KEEP, HALF, INTEGER, LOW_RANK = "keep", "fp16", "int", "low-rank"
 # Shares of the numbers of a weight that low-rank factors are tried with.
 KEPT = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.07, 0.05)
-RANK_STEP = 32
+RANK_STEP = 16
 # Names, attributes and the wrapping of a node and its weights, in bytes.
 NODE = 400
 
@@ -79,8 +79,13 @@ def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
         widths = [bits for bits in (8, 4) if f"int{bits}" in allowed] or [8]
         ranks = {round(share * rows * columns / (rows + columns) / RANK_STEP) * RANK_STEP for share in KEPT}
         ranks = sorted(rank for rank in ranks if RANK_STEP <= rank < min(rows, columns))
-        found += [Method(LOW_RANK, bits, 64 if rank % 64 == 0 else 32, rank) for bits in widths for rank in ranks]
+        found += [Method(LOW_RANK, bits, _common_block(rank), rank) for bits in widths for rank in ranks]
     return found
+
+
+def _common_block(rank: int) -> int:
+    """The largest block that a rank is a multiple of."""
+    return next(block for block in (64, 32, RANK_STEP) if rank % block == 0)
 
 
 def matrix_shape(layer: Layer) -> tuple[int, int]:
@@ -146,16 +151,15 @@ def nbytes(layer: Layer, method: Method) -> int:
     """Bytes in a file that a method takes for a layer."""
     rows, columns = matrix_shape(layer)
 
-    def codes(rows: int, columns: int) -> int:
-        blocks = -(-rows // method.block)
-        return blocks * columns * (method.block * method.bits // 8 + 2)
+    def codes(rows: int, columns: int, block: int) -> int:
+        return -(-rows // block) * columns * (block * method.bits // 8 + 2)
 
     if method.kind == KEEP:
         return layer.nbytes
     if method.kind == HALF:
         return 2 * rows * columns + NODE
     if method.kind == INTEGER:
-        return codes(rows, columns) + NODE
+        return codes(rows, columns, method.block) + NODE
     if layer.kinds == (TABLE,):
-        return codes(method.rank, columns) + codes(method.rank, rows) + 2 * NODE
-    return codes(rows, method.rank) + codes(method.rank, columns) + 2 * NODE
+        return codes(method.rank, columns, method.block) + codes(method.rank, rows, method.block) + 2 * NODE
+    return codes(rows, method.rank, LEFT_BLOCK) + codes(method.rank, columns, method.block) + 2 * NODE

@@ -37,6 +37,7 @@ class Result:
     outputs: dict
     layers: list[dict]
     trials: list[dict]
+    oldest_runtime: tuple[int, ...]
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -175,6 +176,10 @@ class Job:
                 {"bytes": tried.nbytes, "loss": tried.measured.loss, "error": tried.measured.error}
                 for tried in search.candidates
             ],
+            oldest_runtime=max(
+                (nodes.oldest_runtime(layer, chosen[layer.name]) for layer in self.layers if layer.name in chosen),
+                default=(),
+            ),
             reasons=reasons,
         )
 

@@ -11,6 +11,9 @@ import numpy as np
 
 from qexport.compression.quantize import DAMPING, Quantized, error_passing, quantize
 
+# Inputs are many where a rank is small, so that their scales need not be.
+LEFT_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -78,12 +81,13 @@ def factor(
     Args:
         W, weights: as for `spectrum`, which `found` is from.
         rank: at least 1, at most the smaller side of W.
-        bits, block: of both factors; see `quantize`.
+        bits: of both factors; see `quantize`.
+        block: down the common dimension; the left factor of a product has blocks of LEFT_BLOCK.
         passing: `error_passing` of a Gram matrix; None for a table.
     """
     table = weights.ndim == 1
     left = (W @ found.vectors[:, :rank]).astype(np.float32)
-    rounded = quantize(np.ascontiguousarray(left.T), bits, block) if table else quantize(left, bits, block, passing)
+    rounded = quantize(np.ascontiguousarray(left.T), bits, block) if table else quantize(left, bits, LEFT_BLOCK, passing)
     kept = (rounded.dense().T if table else rounded.dense()).astype(np.float64)
     seen = apply_gram(weights, kept)
     gram = kept.T @ seen

@@ -13,6 +13,9 @@ from qexport.rewrite.sample_attention import hand_over
 RUNTIME = "com.microsoft"
 # MatMulNBits multiplies whole numbers: it rounds each block of its other operand to 8 bits. Level 0 keeps that in float.
 ACCURACY_LEVEL = 4
+# The first onnxruntime that reads entries of a table in these codes, and the first that multiplies by codes of 8 bits; those
+# of 4 bits are older than what the op library loads on. Measured with 1.20 to 1.32.
+TABLES_SINCE, INT8_SINCE = (1, 23), (1, 22)
 
 
 def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCURACY_LEVEL) -> None:
@@ -31,6 +34,16 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
         del model.graph.initializers[layer.name]
     if not isinstance(form, Half):
         model.graph.opset_imports[RUNTIME] = 1
+
+
+def oldest_runtime(layer: Layer, form: Form) -> tuple[int, ...]:
+    """The first onnxruntime that runs a layer in this form, () where any does."""
+    if isinstance(form, Half):
+        return ()
+    if layer.picks:
+        return TABLES_SINCE
+    parts = (form.left, form.right) if isinstance(form, LowRank) else (form,)
+    return INT8_SINCE if any(part.bits == 8 for part in parts) else ()
 
 
 class _Writer:

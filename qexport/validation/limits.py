@@ -46,8 +46,8 @@ def allowed(site: dict, rounding: float) -> float:
 def limits_of(
     bundle: Bundle, dtypes: Iterable[str], sensitivity: dict | None, max_error: float | None, library: bool
 ) -> dict:
-    """The report's `max_error`: the limit for outputs with the library, for those without it, for a site's own bias, and for a
-    site without the library, which behind compressed weights has none.
+    """The report's `max_error`: the limit for outputs with the library, for those without it, for a site's own bias, and
+    for a site without the library, which behind compressed weights has none.
 
     Args:
         dtypes: element types of the values compared.
