@@ -6,10 +6,13 @@ encode        a softmax matrix at bond dimension 32, float32, interleaved sites:
               where they are installed, these on the same matrix with its digits sorted already
 layouts       bytes against the dense matrix and the error of the output, by distance and with Gaussian Q and K
 trained       the attention of MiniLM's heads on a text of 256 tokens: error and bytes by bond dimension and layer
-products      M V core by core in torch against the dense product, features 64
+products      mps_attention_forward, 64 features, against the product core by core and through the matrix (made each time) in
+              torch, and against the matrix at hand; the estimate is for one thread
+linear        MPOLinear with constant cores against onnxruntime's MatMul by the matrix, and core by core in torch
 goals         those of bench/goals.toml that are decided here
 
-Times are the fastest of the runs, since thread pools get in each other's way. Errors are relative Frobenius errors;
+Times of `encode` are the fastest of the runs, since thread pools get in each other's way; those of products are medians of
+runs that took turns. Errors are relative Frobenius errors;
 `reported` is what MPSEncode says, `error` what its cores make of the matrix.
 """
 
@@ -20,18 +23,22 @@ import time
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
+import qexport
 from bench import common
 from bench.activations import activations
 from bench.attention import goals
 from qexport import _core
 from qexport.errors import QexportError
-from qexport.mps.cost import product_cost
+from qexport.mps.cost import DENSE, attention_cost, linear_cost
 from qexport.mps.layout import KINDS, make_layout
-from qexport.mps.train import apply
-from qexport.mps.tt_svd import encode
-from qexport.nn import MatrixProductStateSimulator
+from qexport.mps.train import apply, decode
 from qexport.nn.backends import torch_pool
+from qexport.nn.mps import AttentionMPS, MatrixProductStateSimulator
+from qexport.ops import DOMAIN, VERSION
+from qexport.ops.proto import make_node
+from qexport.profiling.timing import interleaved
 
 BOND_DIM = 32
 FEATURES = 64
@@ -175,19 +182,89 @@ def trained_table() -> list[dict]:
     return rows
 
 
+def random_train(n: int, bond_dim: int) -> AttentionMPS:
+    """A matrix of Gaussian cores, with interleaved sites: products take the same time whatever the numbers are."""
+    layout = make_layout("interleaved", n, n)
+    generator = torch.Generator().manual_seed(n + bond_dim)
+    shapes = layout.shapes(layout.bonds(bond_dim))
+    cores = tuple(torch.randn(shape, generator=generator) / shape[0] ** 0.5 for shape in shapes)
+    return AttentionMPS(cores, layout, torch.tensor(layout.bonds(bond_dim)), torch.tensor(0.0), torch.tensor(0.0), None)
+
+
+def check(found, cores, layout, V) -> None:
+    error = common.relative_error(found, apply(tuple(core.double() for core in cores), layout, V.double()))
+    if not error <= 1e-5:
+        raise SystemExit(f"a product of {layout.rows} x {layout.cols} is off by {error:.2g}")
+
+
+def compared(row: dict, times: dict, cost) -> dict:
+    """Medians of calls that took turns: `ours` beside the others."""
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    ours = medians.pop("ours")
+    row |= {"method": cost.method, "groups": "+".join(map(str, cost.groups))}
+    row |= {"estimated_ms": (cost.dense if cost.method == DENSE else cost.factored) / 1e6, "ms": ours}
+    return row | {f"{name}_ms": value for name, value in medians.items()} | {"x_best": min(medians.values()) / ours}
+
+
 def product_table(runs: int) -> list[dict]:
-    """What the multiply-adds say and what the clock says, in torch, float32."""
+    """mps_attention_forward beside the same product core by core, and through the matrix, in torch, float32."""
+    rows, forward = [], MatrixProductStateSimulator().mps_attention_forward
+    for n, bond_dim in itertools.product((256, 1024, 4096), (4, 8, 16, 32)):
+        train, V = random_train(n, bond_dim), torch.randn(n, FEATURES)
+        cores, layout, M = train.cores, train.layout, decode(train.cores, train.layout)
+        check(forward(train, V), cores, layout, V)
+        calls = {
+            "ours": lambda train=train, V=V: forward(train, V),
+            "factored": lambda cores=cores, layout=layout, V=V: apply(cores, layout, V),
+            "dense": lambda cores=cores, layout=layout, V=V: decode(cores, layout) @ V,
+        }
+        times = interleaved(calls, runs if n < 4096 else 5)
+        row = compared({"n": n, "bond_dim": bond_dim}, times, attention_cost(layout, train.bonds, FEATURES))
+        matrix = interleaved({"matrix": lambda M=M, V=V: M @ V}, runs if n < 4096 else 5)["matrix"]
+        rows.append(row | {"matrix_ms": float(np.median(matrix)), "x_matrix": float(np.median(matrix)) / row["ms"]})
+    return rows
+
+
+def layer(n: int, weight: np.ndarray, threads: int, attributes: dict | None = None):
+    """A session of one layer: MatMul by a weight, or MPOLinear by cores, both initializers."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    if attributes:
+        node = make_node("MPOLinear", ["x", "w"], ["y"], **attributes)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", n]) for name in "xy"]
+    graph = helper.make_graph([node], "layer", values[:1], values[1:], [numpy_helper.from_array(weight, "w")])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = common.session_options(threads)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside the threads of the other session
+    options.register_custom_ops_library(qexport.get_library_path())
+    return common.onnxruntime().InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def linear_table(threads: int, runs: int) -> list[dict]:
+    """MPOLinear with constant cores beside onnxruntime's MatMul with the matrix, and core by core in torch, float32."""
     rows = []
-    for n in (1024, 4096):
-        M = torch.from_numpy(attention(*distance_inputs(n)[:2]))
-        V = torch.randn(n, FEATURES)
-        for bond_dim in (4, 8, 16, 32):
-            train = encode(M, bond_dim, layout="interleaved")
-            cost = product_cost(train.layout, train.bonds, FEATURES)
-            core_by_core = milliseconds(lambda train=train, V=V: apply(train.cores, train.layout, V), runs)
-            dense = milliseconds(lambda M=M, V=V: M @ V, runs)
-            row = {"n": n, "bond_dim": bond_dim, "method": cost.method, "macs": cost.factored / cost.dense}
-            rows.append(row | {"ms": core_by_core, "dense_ms": dense, "x_dense": dense / core_by_core})
+    for n, bond_dim in itertools.product((256, 1024, 4096), (4, 8, 16, 32)):
+        train = random_train(n, bond_dim)
+        cores, layout = train.cores, train.layout
+        mirrored = tuple(core.transpose(-3, -2).contiguous() for core in cores)  # core by core, x W is (W^T x^T)^T
+        factors = {"row_factors": layout.row_factors, "col_factors": layout.col_factors}
+        attributes = {"rows": n, "cols": n, "bonds": train.bonds, **factors}
+        ours = layer(n, train.packed().numpy(), threads, attributes)
+        matmul = layer(n, decode(cores, layout).numpy(), threads)
+        for tokens in (1, 8, 64):
+            x = torch.randn(tokens, n)
+            feeds = {"x": x.numpy()}
+            check(ours.run(None, feeds)[0].T, mirrored, layout, x.T)
+            calls = {
+                "ours": lambda feeds=feeds, ours=ours: ours.run(None, feeds),
+                "dense": lambda feeds=feeds, matmul=matmul: matmul.run(None, feeds),
+            }
+            rounds = runs if n < 4096 else 7
+            times = interleaved(calls, rounds)
+            # By itself: threads of torch, which spin for a while, would take the processors from those of onnxruntime.
+            times |= interleaved({"factored": lambda x=x: apply(mirrored, layout, x.T)}, rounds)  # noqa: B023
+            row = {"n": n, "bond_dim": bond_dim, "tokens": tokens}
+            rows.append(compared(row, times, linear_cost(layout, train.bonds, tokens)))
     return rows
 
 
@@ -197,6 +274,7 @@ def main():
     tables = {"encode": encode_table(arguments.threads, arguments.runs), "layouts": layout_table()}
     tables["trained"] = trained_table()
     tables["products"] = product_table(arguments.runs)
+    tables["linear"] = linear_table(arguments.threads, arguments.runs)
     tables["goals"] = goals.judged(tables, _core.isa(), file="mps")
     parameters = {"bond_dim": BOND_DIM, "features": FEATURES, "runs": arguments.runs}
     common.report("mps", arguments.threads, parameters, tables, arguments.json)

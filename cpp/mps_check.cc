@@ -56,7 +56,26 @@ int64_t leading(const Shape& shape, int axes) {
   return batch;
 }
 
+void check_numbers(const char* op, const MpsLayout& layout, const TensorView& cores) {
+  const int64_t numbers = mps_numbers(layout);
+  if (cores.shape.rank > 0 && cores.shape.dim[cores.shape.rank - 1] == numbers) return;
+  fail(op, "cores must hold " + text(numbers) + " numbers on the last axis, got shape " + to_string(cores.shape));
+}
+
+void check_float(const char* op, const char* name, const TensorView& tensor, DType type) {
+  const DType t = tensor.type;
+  if (t != DType::f32 && t != DType::f16 && t != DType::bf16 && t != DType::f64) {
+    fail(op, std::string(name) + " must be float32, float16, bfloat16 or float64");
+  }
+  if (t != type) fail(op, std::string(name) + " must have the type of cores");
+}
+
 }  // namespace
+
+MpsLayout mps_layout(const MpsTrainAttributes& a) {
+  const int64_t sites = static_cast<int64_t>(a.row_factors.size());
+  return {a.rows, a.cols, sites, a.row_factors.data(), a.col_factors.data(), a.bonds.data()};
+}
 
 int64_t mps_numbers(const MpsLayout& layout) {
   int64_t numbers = 0;
@@ -105,8 +124,7 @@ MpsEncodeCall resolve_call(const MpsEncodeAttributes& a, const TensorView& matri
   return call;
 }
 
-void check_attributes(const MpsDecodeAttributes& a) {
-  constexpr const char* op = "MPSDecode";
+void check_attributes(const char* op, const MpsTrainAttributes& a) {
   check_factors(op, a.row_factors, a.col_factors);
   check_size(op, "rows", "row_factors", a.rows, product(op, "row_factors", a.row_factors));
   check_size(op, "cols", "col_factors", a.cols, product(op, "col_factors", a.col_factors));
@@ -119,22 +137,90 @@ void check_attributes(const MpsDecodeAttributes& a) {
   }
 }
 
-MpsDecodeCall resolve_call(const MpsDecodeAttributes& a, const TensorView& cores) {
+MpsDecodeCall resolve_call(const MpsTrainAttributes& a, const TensorView& cores) {
   constexpr const char* op = "MPSDecode";
   check_type(op, "cores", cores, 1);
   if (cores.shape.rank > 3) fail(op, "cores must have 1 to 3 dimensions, got 4");
   const int axes = cores.shape.rank - 1;
-  const int64_t sites = static_cast<int64_t>(a.row_factors.size());
-  const MpsLayout layout{a.rows, a.cols, sites, a.row_factors.data(), a.col_factors.data(), a.bonds.data()};
-  const int64_t numbers = mps_numbers(layout);
-  if (cores.shape.dim[axes] != numbers) {
-    fail(op, "cores must hold " + text(numbers) + " numbers on the last axis, got shape " + to_string(cores.shape));
-  }
+  const MpsLayout layout = mps_layout(a);
+  check_numbers(op, layout, cores);
   MpsDecodeCall call{{cores.type, leading(cores.shape, axes), layout}, cores.shape};
   call.matrix.rank = axes + 2;
   call.matrix.dim[axes] = a.rows;
   call.matrix.dim[axes + 1] = a.cols;
   return call;
+}
+
+void check_attributes(const char* op, const MpsProductAttributes& a) {
+  check_attributes(op, a.train);
+  if (a.method == "auto" || a.method == "factored" || a.method == "dense") return;
+  fail(op, "method must be auto, factored or dense, got " + a.method);
+}
+
+MpsMethod mps_method(const MpsProductAttributes& a) {
+  return a.method == "dense" ? MpsMethod::dense : a.method == "factored" ? MpsMethod::factored : MpsMethod::automatic;
+}
+
+MpsAttentionCall resolve_attention(const MpsProductAttributes& a, const TensorView& cores, const TensorView& V) {
+  constexpr const char* op = "MPSAttention";
+  check_float(op, "cores", cores, cores.type);
+  check_float(op, "V", V, cores.type);
+  const MpsLayout layout = mps_layout(a.train);
+  check_numbers(op, layout, cores);
+  const int axes = V.shape.rank - 2;
+  if (axes < 0 || V.shape.dim[axes] != layout.cols) {
+    fail(op, "V must be (..., " + text(layout.cols) + ", features), got shape " + to_string(V.shape));
+  }
+  const bool shared = cores.shape.rank == 1;
+  if (!shared && (cores.shape.rank != axes + 1 || !std::equal(V.shape.dim, V.shape.dim + axes, cores.shape.dim))) {
+    fail(op, "cores must have one axis, or the leading axes of V " + to_string(V.shape) + " before it, got shape " +
+                 to_string(cores.shape));
+  }
+  const int64_t batch = leading(V.shape, axes), features = V.shape.dim[axes + 1];
+  const int64_t trains = shared ? 1 : batch, items = shared ? batch : 1;
+  MpsAttentionCall call{plan_attention(layout, items, features, mps_method(a)), {}, V.shape};
+  const MpsGroups groups{static_cast<int64_t>(call.plan.ends.size()), call.plan.ends.data()};
+  call.params = {cores.type, layout, groups, trains, items, features};
+  call.Y.dim[axes] = layout.rows;
+  return call;
+}
+
+int64_t token_class(int64_t tokens) { return std::min<int64_t>(tokens, 8); }
+
+MpoLinearCall resolve_linear(const MpsProductAttributes& a, const TensorView& x, const TensorView& cores,
+                             const TensorView& bias, bool constant) {
+  constexpr const char* op = "MPOLinear";
+  check_float(op, "cores", cores, cores.type);
+  check_float(op, "x", x, cores.type);
+  const MpsLayout layout = mps_layout(a.train);
+  check_numbers(op, layout, cores);
+  if (cores.shape.rank != 1) fail(op, "cores must have one axis, got shape " + to_string(cores.shape));
+  const int axes = x.shape.rank - 1;
+  if (axes < 0 || x.shape.dim[axes] != layout.rows) {
+    fail(op, "x must be (..., " + text(layout.rows) + "), got shape " + to_string(x.shape));
+  }
+  if (bias.present) {
+    check_float(op, "bias", bias, cores.type);
+    if (bias.shape.rank != 1 || bias.shape.dim[0] != layout.cols) {
+      fail(op, "bias must be (" + text(layout.cols) + "), got shape " + to_string(bias.shape));
+    }
+  }
+  const int64_t tokens = leading(x.shape, axes), many = token_class(tokens) < 8 ? tokens : 64;
+  MpoLinearCall call{plan_linear(layout, constant ? many : tokens, constant, mps_method(a)), {}, x.shape};
+  const MpsGroups groups{static_cast<int64_t>(call.plan.ends.size()), call.plan.ends.data()};
+  call.params = {cores.type, layout, groups, tokens};
+  call.y.dim[axes] = layout.cols;
+  return call;
+}
+
+MpoLinearWeights::MpoLinearWeights(const MpoLinearParams& params, const void* cores, const ParallelFor& parallel)
+    : memory_(new char[mpo_linear_cpu_weight_bytes(params) + kAlignment]) {
+  const std::unique_ptr<char[]> scratch(new char[mpo_linear_cpu_prepare_scratch_bytes(params)]);
+  mpo_linear_cpu_prepare(params, cores, data(), scratch.get(), parallel);
+}
+
+void* MpoLinearWeights::data() const {
+  return memory_.get() + (kAlignment - reinterpret_cast<uintptr_t>(memory_.get()) % kAlignment) % kAlignment;
 }
 
 void check_status(const char* op, const MpsStatus& status) {

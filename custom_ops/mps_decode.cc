@@ -1,7 +1,7 @@
 #include "mps_decode.h"
 
+#include "mps_attributes.h"
 #include "ort_op.h"
-#include "qexport/mps_check.h"
 #include "shape_inference.h"
 
 namespace qexport {
@@ -13,20 +13,20 @@ struct Kernel {
   static OrtElementType input_type(OrtElementType type, size_t) { return type; }
   static OrtElementType output_type(OrtElementType type, size_t) { return type; }
 
-  MpsDecodeAttributes attributes;
+  MpsTrainAttributes attributes;
 
   explicit Kernel(const OrtKernelInfo* info) {
     const NodeAttributes node(info, kName);
-    attributes = {node.integer("rows"), node.integer("cols"), node.integers("row_factors"), node.integers("col_factors"),
-                  node.integers("bonds")};
-    check_attributes(attributes);
+    attributes = train_attributes(node);
+    check_attributes(kName, attributes);
   }
 
   void compute(OrtKernelContext* context) const {
     const TensorView cores = ort_input(context, 0, kName, "cores");
     const MpsDecodeCall call = resolve_call(attributes, cores);
-    const MpsDecodeTensors tensors{cores.data, ort_output(context, 0, call.matrix)};
-    check_status(kName, mps_decode_cpu(call.params, tensors, ort_parallel(context)));
+    const ParallelFor parallel = ort_parallel(context);
+    const OrtScratch scratch(context, mps_decode_cpu_scratch_bytes(call.params, parallel));
+    mps_decode_cpu(call.params, {cores.data, ort_output(context, 0, call.matrix)}, scratch.data(), parallel);
   }
 };
 

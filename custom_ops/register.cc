@@ -1,6 +1,8 @@
 // RegisterCustomOps, the one symbol of libqexport_ops: adds the domain com.qexport to a session.
 #include <cstdio>
 
+#include "mpo_linear.h"
+#include "mps_attention.h"
 #include "mps_decode.h"
 #include "mps_encode.h"
 #include "quantum_attention.h"
@@ -32,6 +34,8 @@ OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
     ort_check(ort->CustomOpDomain_Add(domain, quantum_noise_op(type, infer)));
     ort_check(ort->CustomOpDomain_Add(domain, quantum_measure_op(type, infer)));
     ort_check(ort->CustomOpDomain_Add(domain, quantum_overlap_op(type, infer)));
+    ort_check(ort->CustomOpDomain_Add(domain, mps_attention_op(type, infer)));
+    ort_check(ort->CustomOpDomain_Add(domain, mpo_linear_op(type, infer)));
   }
   for (const DType type : {DType::f32, DType::f64}) {
     ort_check(ort->CustomOpDomain_Add(domain, mps_encode_op(type, infer)));

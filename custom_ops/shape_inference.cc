@@ -223,4 +223,18 @@ void infer_mps_decode_shapes(OrtShapeInferContext* context) {
   set_output(context, 0, cores.type, matrix);
 }
 
+void infer_mps_attention_shapes(OrtShapeInferContext* context) {
+  InputInfo V = input_info(context, 1);
+  if (!V.known || V.dims.size() < 2) return;
+  V.dims[V.dims.size() - 2] = sized(int_attribute(context, "rows"));
+  set_output(context, 0, V.type, V.dims);
+}
+
+void infer_mpo_linear_shapes(OrtShapeInferContext* context) {
+  InputInfo x = input_info(context, 0);
+  if (!x.known) return;
+  x.dims.back() = sized(int_attribute(context, "cols"));
+  set_output(context, 0, x.type, x.dims);
+}
+
 }  // namespace qexport

@@ -19,4 +19,8 @@ void infer_overlap_shapes(OrtShapeInferContext* context);
 void infer_mps_encode_shapes(OrtShapeInferContext* context);
 void infer_mps_decode_shapes(OrtShapeInferContext* context);
 
+// MPSAttention: (..., cols, features) gives (..., rows, features); MPOLinear: (..., rows) gives (..., cols).
+void infer_mps_attention_shapes(OrtShapeInferContext* context);
+void infer_mpo_linear_shapes(OrtShapeInferContext* context);
+
 }  // namespace qexport

@@ -11,7 +11,6 @@ from scipy.stats import chisquare
 
 from qexport.errors import UsageError
 from qexport.mps.canonical import canonical, entanglement_entropy, frobenius_norm, sample
-from qexport.mps.cost import product_cost
 from qexport.mps.layout import KINDS, PRIMES, Layout, make_layout, prime_factors
 from qexport.mps.train import apply, decode, unpack
 from qexport.mps.tt_svd import NOISE, encode, error_limits, tt_svd
@@ -220,28 +219,6 @@ def test_packed_cores():
         unpack(torch.zeros(2, 3), train.layout, train.bonds)
     with pytest.raises(UsageError, match=r"bonds must be \d numbers >= 1 with a 1 at each end"):
         unpack(train.packed(), train.layout, (2, *train.bonds[1:]))
-
-
-def test_cost_is_what_the_contractions_multiply():
-    """Each core's contraction as one dense product, and the break-even of the formula: 7 at n = 1024."""
-    layout = make_layout("interleaved", 12, 20)
-    bonds = layout.bonds(3)
-    cost = product_cost(layout, bonds, 7)
-    state, by_hand = torch.zeros(layout.padded[1], 1, 7), 0
-    for k in range(len(layout.row_factors) - 1, -1, -1):
-        left, r, c, right = bonds[k], layout.row_factors[k], layout.col_factors[k], bonds[k + 1]
-        inner = state.shape[0] // c
-        by_hand += inner * (left * r) * (c * right) * state.shape[-1]
-        state = torch.zeros(inner, left, r * state.shape[-1])
-    assert cost.factored == by_hand
-    assert cost.dense == 12 * 20 * 7
-    assert cost.numbers == tt_svd(gaussian(12, 20), layout, bonds).packed().numel()
-    square = make_layout("interleaved", 1024, 1024)
-    methods = [product_cost(square, square.bonds(b), 64).method for b in range(1, 20)]
-    flips = [b for b, method in enumerate(methods, 1) if method == "dense"]
-    assert flips == list(range(flips[0], 20))
-    assert 7 <= flips[0] <= 10  # the tapered ends are cheaper than the formula has it
-    assert product_cost(square, square.bonds(32), 64).reason.startswith("dense: ")
 
 
 @pytest.mark.parametrize(

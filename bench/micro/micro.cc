@@ -1,4 +1,4 @@
-// Peaks of this machine, and the parts of the attention kernels by themselves, on one core and on data that lies in its
+// Peaks of this machine, and the parts of the kernels by themselves, on one core and on data that lies in its
 // cache.
 #include <cstdlib>
 #include <memory>
@@ -8,6 +8,7 @@
 #include "blocked_exact.h"
 #include "harness.h"
 #include "peaks.h"
+#include "train_groups.h"
 #include "tree_cluster.h"
 
 namespace qexport {
@@ -113,10 +114,24 @@ void clustering(int64_t keys, int64_t d) {
   });
 }
 
+// What the estimates of qexport/mps/cost.py are made of: a block takes 8 steps beside its own time, a call a block.
+void train_products() {
+  constexpr int64_t kWidth = Wide<float>::panel, kDeep = 512, kRows = 64, kBlocks = 64;
+  const Floats a = floats(kRows * kDeep), rhs = floats(kDeep * kWidth), c = floats(kRows * kBlocks * kWidth);
+  const auto product = [&](int64_t depth, int64_t rows, int64_t width) {
+    multiply(a.get(), depth, int64_t{1}, rhs.get(), width, c.get(), width, depth, rows, width);
+    micro::keep(c.get());
+  };
+  micro::measure("train product", "step", kRows * kDeep, [&] { product(kDeep, kRows, kWidth); });
+  micro::measure("train product", "block", kBlocks, [&] { product(1, 8, kBlocks * kWidth); });
+  micro::measure("train product", "call", 1, [&] { product(1, 1, kWidth); });
+}
+
 }  // namespace
 
 void run() {
   peaks();
+  train_products();
   for (const int64_t d : {64, 32}) {
     for (const int64_t keys : {512, 4096}) clustering(keys, d);
     dense_products(d);

@@ -37,7 +37,8 @@ constexpr bool kLowPrecision = false;
 
 extern const DensityKernels<float> density_f32;  // of density_kernels.cc
 extern const DensityKernels<double> density_f64;
-extern const MpsKernels mps_kernels;  // of mps_kernels.cc
+extern const MpsKernels mps_kernels;                 // of mps_kernels.cc
+extern const MpsProductKernels mps_product_kernels;  // of product_kernels.cc
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          kMaxRows,
@@ -69,7 +70,8 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          cluster_values,
                          &density_f32,
                          &density_f64,
-                         &mps_kernels};
+                         &mps_kernels,
+                         &mps_product_kernels};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

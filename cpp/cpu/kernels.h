@@ -3,6 +3,7 @@
 
 #include "density.h"
 #include "mps.h"
+#include "mps_product.h"
 #include "qexport/quantum_attention.h"
 #include "tree.h"
 
@@ -99,9 +100,11 @@ struct Kernels {
   const DensityKernels<float>* density_f32;
   const DensityKernels<double>* density_f64;
   const MpsKernels* mps;
+  const MpsProductKernels* mps_product;
 };
 
-// Defined by the copies of attention_kernels.cc, density_kernels.cc and mps_kernels.cc that this build holds.
+// Defined by the copies of attention_kernels.cc, density_kernels.cc, mps_kernels.cc and product_kernels.cc that this build
+// holds.
 namespace generic {
 extern const Kernels kernels;
 }

@@ -10,7 +10,7 @@
 // layout is the same otherwise, and pointers to such elements are float pointers too.
 #pragma once
 
-#include "simd.h"
+#include "row_blocks.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
@@ -56,14 +56,6 @@ static QEXPORT_INLINE void accumulate(typename Math::Accumulator (&sum)[kRows][k
   }
 }
 
-// c + ld, computed here and now: the multiples of ld, kept for reuse, would crowd out the registers of the inner loops.
-template <class T>
-static QEXPORT_INLINE T* next_row(T* c, int64_t ld) {
-  c += ld;
-  asm("" : "+r"(c));
-  return c;
-}
-
 template <int kVecs, int kRows>
 static QEXPORT_INLINE void load_sums(vf (&sum)[kRows][kVecs], const float* c, int64_t ld, const float* rescale) {
 #pragma GCC unroll 16
@@ -83,21 +75,6 @@ static QEXPORT_INLINE void store_sums(const vf (&sum)[kRows][kVecs], float* c, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) store(c + v * kLanes, sum[b][v]);
   }
-}
-
-// body(b, integral constant kRows) for all `rows` values of b, in blocks of kBlock, then 4, 2, 1.
-template <int kRows>
-struct RowCount {
-  static constexpr int value = kRows;
-};
-template <class Body>
-static QEXPORT_INLINE void for_row_blocks(int64_t rows, const Body& body) {
-  int64_t b = 0;
-#pragma GCC unroll 2
-  for (; b + kBlock <= rows; b += kBlock) body(b, RowCount<kBlock>{});
-  for (; b + 4 <= rows; b += 4) body(b, RowCount<4>{});
-  for (; b + 2 <= rows; b += 2) body(b, RowCount<2>{});
-  for (; b < rows; ++b) body(b, RowCount<1>{});
 }
 
 // c[b][lanes] = (c[b][lanes] * rescale if kAccumulate) + sum_{i < n} a[b * stride + i * step] * rhs[i][lanes]

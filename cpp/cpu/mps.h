@@ -1,14 +1,12 @@
 // The part of the MPS kernels that is compiled once per instruction set.
 #pragma once
 
-#include "qexport/mps_decode.h"
 #include "qexport/mps_encode.h"
 
 namespace qexport {
 
 struct MpsKernels {
   MpsStatus (*encode)(const MpsEncodeParams&, const MpsEncodeTensors&, const ParallelFor&);
-  MpsStatus (*decode)(const MpsDecodeParams&, const MpsDecodeTensors&, const ParallelFor&);
 };
 
 }  // namespace qexport

@@ -1,5 +1,4 @@
 // Compiled once per instruction set, as attention_kernels.cc; one matrix of a batch per thread, or all threads on one.
-#include "mps_decode.h"
 #include "mps_encode.h"
 
 namespace qexport {
@@ -10,10 +9,7 @@ namespace {
 template <class Body>
 MpsStatus for_each_matrix(int64_t batch, const ParallelFor& parallel, const Body& body) {
   constexpr int64_t kinds = MpsStatus::no_memory;
-  const auto alone = [](void*, void (*work)(void*, size_t), size_t total, void* data) {
-    for (size_t i = 0; i < total; ++i) work(data, i);
-  };
-  const ParallelFor inner = batch > 1 ? ParallelFor{alone, nullptr, 1} : parallel;
+  const ParallelFor inner = batch > 1 ? alone() : parallel;
   std::atomic<int64_t> first_bad{kinds * batch};  // kinds x matrix + kind
   std::atomic<bool> no_memory{false};
   for_each_piece(batch, parallel.max_threads, nullptr, 0, parallel, [&](int64_t matrix, char*) {
@@ -50,28 +46,14 @@ MpsStatus encode_as(const MpsEncodeParams& p, const MpsEncodeTensors& t, const P
   });
 }
 
-template <class T>
-MpsStatus decode_as(const MpsDecodeParams& p, const MpsDecodeTensors& t, const ParallelFor& parallel) {
-  const MpsLayout& l = p.layout;
-  return for_each_matrix(p.batch, parallel, [&](int64_t m, const ParallelFor& inner) {
-    decode_matrix(l, static_cast<const T*>(t.cores) + m * numbers(l), static_cast<T*>(t.matrix) + m * l.rows * l.cols,
-                  inner);
-    return MpsStatus::done;
-  });
-}
-
 MpsStatus encode(const MpsEncodeParams& p, const MpsEncodeTensors& t, const ParallelFor& parallel) {
   return p.type == DType::f64 ? encode_as<double>(p, t, parallel) : encode_as<float>(p, t, parallel);
-}
-
-MpsStatus decode(const MpsDecodeParams& p, const MpsDecodeTensors& t, const ParallelFor& parallel) {
-  return p.type == DType::f64 ? decode_as<double>(p, t, parallel) : decode_as<float>(p, t, parallel);
 }
 
 }  // namespace
 
 extern const MpsKernels mps_kernels;
-const MpsKernels mps_kernels = {encode, decode};
+const MpsKernels mps_kernels = {encode};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

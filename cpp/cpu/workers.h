@@ -35,4 +35,12 @@ void for_each_piece(int64_t total, int threads, char* scratch, size_t per_worker
   }
 }
 
+// The calling thread and no other.
+static inline ParallelFor alone() {
+  const auto run = [](void*, void (*body)(void*, size_t), size_t total, void* data) {
+    for (size_t i = 0; i < total; ++i) body(data, i);
+  };
+  return {run, nullptr, 1};
+}
+
 }  // namespace qexport

@@ -23,7 +23,8 @@ ParallelFor own_threads(int& threads);
 // The same, or where `pool` is not 0 the parallel_for at that address: torch's torch_parallel_for.
 ParallelFor own_threads_or_pool(int& threads, uintptr_t pool);
 
-void define_mps(py::module_& m);  // MPSEncode, MPSDecode
+void define_mps(py::module_& m);          // MPSEncode, MPSDecode
+void define_mps_product(py::module_& m);  // MPSAttention, MPOLinear
 void define_quantum_attention(py::module_& m);
 void define_quantum_noise(py::module_& m);  // and QuantumMeasure
 void define_quantum_overlap(py::module_& m);

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
   using namespace pybind11::literals;
   m.doc() = "The CPU kernels on numpy arrays.";
   qexport::define_mps(m);
+  qexport::define_mps_product(m);
   qexport::define_quantum_attention(m);
   qexport::define_quantum_noise(m);
   qexport::define_quantum_overlap(m);

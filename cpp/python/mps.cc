@@ -26,19 +26,18 @@ py::tuple mps_encode(py::object matrix, const std::vector<int64_t>& row_factors,
 
 py::array mps_decode(py::object cores, int64_t rows, int64_t cols, const std::vector<int64_t>& row_factors,
                      const std::vector<int64_t>& col_factors, const std::vector<int64_t>& bonds, int threads) {
-  const MpsDecodeAttributes attributes{rows, cols, row_factors, col_factors, bonds};
-  check_attributes(attributes);
+  const MpsTrainAttributes attributes{rows, cols, row_factors, col_factors, bonds};
+  check_attributes("MPSDecode", attributes);
   const TensorView in = view(cores, "MPSDecode", "cores");
   const MpsDecodeCall call = resolve_call(attributes, in);
   py::array matrix = empty(call.matrix, cores.attr("dtype"));
   const MpsDecodeTensors tensors{in.data, matrix.mutable_data()};
   const ParallelFor parallel = own_threads(threads);
-  MpsStatus status;
   {
     const py::gil_scoped_release release;
-    status = mps_decode_cpu(call.params, tensors, parallel);
+    const std::unique_ptr<char[]> scratch(new char[mps_decode_cpu_scratch_bytes(call.params, parallel)]);
+    mps_decode_cpu(call.params, tensors, scratch.get(), parallel);
   }
-  check_status("MPSDecode", status);
   return matrix;
 }
 

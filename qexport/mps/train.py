@@ -1,5 +1,6 @@
 """A matrix as a train of cores, and products without the matrix: torch, any device, any float type."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -59,14 +60,31 @@ def unpack(cores: torch.Tensor, layout: Layout, bonds: tuple[int, ...]) -> tuple
     return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
+def merge(
+    cores: tuple[torch.Tensor, ...], layout: Layout, groups: tuple[int, ...]
+) -> tuple[tuple[torch.Tensor, ...], Layout]:
+    """The same matrix as a train of fewer sites: groups[i] consecutive ones become one.
+
+    Raises:
+        UsageError: the groups do not sum to the number of sites.
+    """
+    if sum(groups) != len(cores) or min(groups) < 1:
+        raise UsageError(f"groups must be >= 1 and sum to {len(cores)} sites, got {list(groups)}")
+    merged, rest = [], iter(cores)
+    for count in groups:
+        state = next(rest)  # (..., bond, R, C, bond)
+        for core in itertools.islice(rest, count - 1):
+            state = torch.einsum("...lRCa,...arcb->...lRrCcb", state, core)
+            state = state.flatten(-5, -4).flatten(-3, -2)
+        merged.append(state)
+    factors = [tuple(core.shape[axis] for core in merged) for axis in (-3, -2)]
+    return tuple(merged), Layout(layout.rows, layout.cols, *factors)
+
+
 def decode(cores: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
     """The matrix (..., rows, cols) of a train. Needs about n^2 (bond_1 + ..) multiply-adds for the last few sites."""
-    batch = cores[0].shape[:-4]
-    state = cores[0].new_ones(*batch, 1, 1, 1)  # (..., R, C, bond)
-    for core in cores:
-        state = torch.einsum("...RCa,...arcb->...RrCcb", state, core)
-        state = state.flatten(-5, -4).flatten(-3, -2)
-    return state[..., : layout.rows, : layout.cols, 0]
+    (matrix,), _ = merge(cores, layout, (len(cores),))
+    return matrix[..., 0, : layout.rows, : layout.cols, 0]
 
 
 def apply(cores: tuple[torch.Tensor, ...], layout: Layout, V: torch.Tensor) -> torch.Tensor:

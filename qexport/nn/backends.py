@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from qexport.errors import QexportError, UsageError
+from qexport.mps.layout import Layout
 from qexport.ops.kernels import kernels
 
 GROUP = "qexport.backends"
@@ -119,6 +120,29 @@ def kernel(call: AttentionCall):
         **attributes | {"qk_matmul_output_mode": 3},
     )
     return to_torch(outputs[0], call.Q.dtype), to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
+
+
+def kernel_train_product(cores: torch.Tensor, layout: Layout, bonds: tuple[int, ...], V: torch.Tensor):
+    """MPSAttention by its kernel, for cores (..., numbers) of the type of V (..., cols, features) and as many leading axes.
+    None where it cannot be asked: not on the CPU, no float type, not built, or a gradient is wanted."""
+    core = kernels()
+    fits = {cores.device.type, V.device.type} == {"cpu"} and V.dtype in (*_KERNEL_TYPES, torch.float64)
+    wants_gradient = torch.is_grad_enabled() and (cores.requires_grad or V.requires_grad)
+    if core is None or not fits or wants_gradient or torch.compiler.is_compiling():
+        return None
+    Y = core.mps_attention(
+        to_numpy(cores.reshape(-1, cores.shape[-1])),
+        to_numpy(V.reshape(-1, *V.shape[-2:])),
+        rows=layout.rows,
+        cols=layout.cols,
+        row_factors=layout.row_factors,
+        col_factors=layout.col_factors,
+        bonds=bonds,
+        method="auto",
+        threads=torch.get_num_threads(),
+        pool=torch_pool(),
+    )
+    return to_torch(Y, V.dtype).reshape(*V.shape[:-2], layout.rows, V.shape[-1])
 
 
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -6,11 +6,11 @@ import torch
 
 from qexport.errors import QexportError, UsageError
 from qexport.mps.canonical import entanglement_entropy, sample
-from qexport.mps.cost import Cost, product_cost
+from qexport.mps.cost import Cost, attention_cost
 from qexport.mps.layout import KINDS, Layout
-from qexport.mps.train import MatrixProduct, apply, decode, unpack
+from qexport.mps.train import MatrixProduct, apply, merge, unpack
 from qexport.mps.tt_svd import encode, tt_svd
-from qexport.nn.backends import torch_pool
+from qexport.nn.backends import kernel_train_product, torch_pool
 from qexport.ops.kernels import kernels
 
 
@@ -27,7 +27,7 @@ class MPSReport:
         amplitude_bytes_log2: log2 of the bytes of the 2^n amplitudes of n = q_len qubits, the denominator of "exponential"
             compression claims. No attention program holds them; nothing is saved against it.
         layout, bonds: of the cores.
-        cost: multiply-adds of A' V core by core and with the matrix.
+        cost: estimated time of A' V of one matrix through the cores and through the matrix.
     """
 
     state_error: float
@@ -110,8 +110,9 @@ class MatrixProductStateSimulator:
         return AttentionMPS(train.cores, train.layout, train.ranks, train.error, train.lower_bound, report)
 
     def mps_attention_forward(self, mps_tensors: AttentionMPS, V) -> torch.Tensor:
-        """The output of attention (..., q_len, v_head_size), core by core or through the matrix, whichever is cheaper
-        (`report.cost`). Has a gradient with respect to V.
+        """The output of attention (..., q_len, v_head_size), through the cores or through the matrix, whichever is estimated
+        to be faster (`report.cost`): on the CPU by the kernel of MPSAttention, elsewhere and where a gradient with respect
+        to V is wanted by torch.
 
         Args:
             mps_tensors: what `encode_attention_mps` returned.
@@ -123,11 +124,12 @@ class MatrixProductStateSimulator:
         layout, batch = mps_tensors.layout, mps_tensors.error.shape
         if V.ndim < 2 or V.shape[:-2] != batch or V.shape[-2] != layout.cols:
             raise UsageError(f"V must be {(*batch, layout.cols, 'v_head_size')}, got {tuple(V.shape)}")
+        bonds = mps_tensors.bonds
+        output = kernel_train_product(mps_tensors.packed().to(V.dtype), layout, bonds, V)
+        if output is not None:
+            return output
         cores = tuple(core.to(V.dtype) for core in mps_tensors.cores)
-        cost = product_cost(layout, mps_tensors.bonds, V.shape[-1])
-        if cost.dense + cost.decode < cost.factored:
-            return decode(cores, layout) @ V
-        return apply(cores, layout, V)
+        return apply(*merge(cores, layout, attention_cost(layout, bonds, V.shape[-1]).groups), V)
 
     @torch.no_grad()
     def sample_attention(self, Q, K, shots: int, seed: int = 0) -> torch.Tensor:
@@ -215,5 +217,5 @@ def _report(train: MatrixProduct, A: torch.Tensor, V: torch.Tensor) -> MPSReport
         amplitude_bytes_log2=A.shape[-2] + float(torch.log2(torch.tensor(float(item)))),
         layout=train.layout.kind,
         bonds=train.bonds,
-        cost=product_cost(train.layout, train.bonds, V.shape[-1]),
+        cost=attention_cost(train.layout, train.bonds, V.shape[-1]),
     )

@@ -1,18 +1,41 @@
 """The op MPSDecode: its table entry, its fallback, its shape inference."""
 
+from functools import partial
+
 from qexport.errors import UsageError
 from qexport.mps.layout import Layout
 from qexport.mps.layout import check_bonds as check_layout_bonds
 from qexport.ops.mps_encode import COL_FACTORS, ROW_FACTORS, TYPES, give_dims
 from qexport.ops.spec import Attr, OpSpec, Param
 
+TRAIN_ATTRIBUTES = (
+    Attr("rows", "int", "Rows of the matrix.", 1, minimum=1),
+    Attr("cols", "int", "Columns of the matrix.", 1, minimum=1),
+    ROW_FACTORS,
+    COL_FACTORS,
+    Attr(
+        "bonds",
+        "ints",
+        "Bond dimensions of the cores, sites + 1 with a 1 at each end.",
+        (1, 1),
+        minimum=1,
+        maximum=1 << 20,
+    ),
+)
 
-def _check(values: dict) -> None:
+
+def check_train(op_name: str, values: dict) -> None:
+    """Raise UsageError where TRAIN_ATTRIBUTES do not fit each other."""
     try:
-        layout = Layout(values["rows"], values["cols"], tuple(values["row_factors"]), tuple(values["col_factors"]))
+        layout = train_layout(values)
         check_layout_bonds(layout, tuple(values["bonds"]))
     except UsageError as error:
-        raise UsageError(f"[MPSDecode] {error}") from None
+        raise UsageError(f"[{op_name}] {error}") from None
+
+
+def train_layout(values: dict) -> Layout:
+    """The sites that TRAIN_ATTRIBUTES tell."""
+    return Layout(values["rows"], values["cols"], tuple(values["row_factors"]), tuple(values["col_factors"]))
 
 
 SPEC = OpSpec(
@@ -21,32 +44,29 @@ SPEC = OpSpec(
     summary="The matrix of a matrix product operator.",
     inputs=(Param("cores", "T", "(..., numbers), up to 3 axes", "The cores behind each other, as MPSEncode makes them."),),
     outputs=(Param("matrix", "T", "(..., rows, cols)", "Their product, without the padding."),),
-    attributes=(
-        Attr("rows", "int", "Rows of the matrix.", 1, minimum=1),
-        Attr("cols", "int", "Columns of the matrix.", 1, minimum=1),
-        ROW_FACTORS,
-        COL_FACTORS,
-        Attr(
-            "bonds",
-            "ints",
-            "Bond dimensions of the cores, sites + 1 with a 1 at each end.",
-            (1, 1),
-            minimum=1,
-            maximum=1 << 20,
-        ),
-    ),
+    attributes=TRAIN_ATTRIBUTES,
     type_vars={"T": TYPES},
     fallback="a Loop of MatMul over the sites",
-    check=_check,
+    check=partial(check_train, "MPSDecode"),
 )
 
 
 def fallback_nodes(opset: int, num_outputs: int):
-    """Standard nodes over the names of SPEC: one pass of a Loop multiplies (batch, R C, bond) with the core of a site."""
+    """Standard nodes over the names of SPEC."""
+    return matrix_nodes("MPSDecode", opset)
+
+
+def matrix_nodes(op_name: str, opset: int):
+    """Standard nodes that make `matrix` of `cores` in a function with TRAIN_ATTRIBUTES: one pass of a Loop multiplies
+    (batch, R C, bond) with the core of a site.
+
+    Raises:
+        UsageError: opset below 17.
+    """
     from onnx import TensorProto, ValueInfoProto, helper
 
     if opset < 17:
-        raise UsageError(f"[MPSDecode] the fallback needs opset 17 or newer, got {opset}")
+        raise UsageError(f"[{op_name}] the fallback needs opset 17 or newer, got {opset}")
     make = helper.make_node
 
     def given(name, kind, output):

@@ -1,8 +1,7 @@
 """The torch reference of MPSDecode."""
 
-from qexport.mps.layout import Layout
 from qexport.mps.train import decode, unpack
-from qexport.ops.mps_decode import SPEC
+from qexport.ops.mps_decode import SPEC, train_layout
 
 
 def mps_decode_ref(cores, **attributes):
@@ -16,5 +15,5 @@ def mps_decode_ref(cores, **attributes):
         UsageError: an attribute or the number of numbers.
     """
     a = SPEC.resolve(attributes)
-    layout = Layout(a["rows"], a["cols"], tuple(a["row_factors"]), tuple(a["col_factors"]))
+    layout = train_layout(a)
     return decode(unpack(cores.double(), layout, tuple(a["bonds"])), layout).to(cores.dtype)

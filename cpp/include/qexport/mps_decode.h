@@ -18,7 +18,9 @@ struct MpsDecodeTensors {
   void* matrix;  // (batch, rows, cols)
 };
 
-// Allocates the products of the first sites; throws nothing.
-MpsStatus mps_decode_cpu(const MpsDecodeParams& params, const MpsDecodeTensors& tensors, const ParallelFor& parallel);
+size_t mps_decode_cpu_scratch_bytes(const MpsDecodeParams& params, const ParallelFor& parallel);
+
+void mps_decode_cpu(const MpsDecodeParams& params, const MpsDecodeTensors& tensors, void* scratch,
+                    const ParallelFor& parallel);
 
 }  // namespace qexport

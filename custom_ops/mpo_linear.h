@@ -1,0 +1,12 @@
+// com.qexport:MPOLinear for onnxruntime: attributes, shapes, outputs; the kernel does the rest.
+#pragma once
+
+#include "ort_api.h"
+
+namespace qexport {
+
+// The OrtCustomOp for tensors of one type, f32, f16, bf16 or f64; lives as long as the library. With shape_inference the op
+// tells onnxruntime the shape of its output.
+const OrtCustomOp* mpo_linear_op(DType type, bool shape_inference);
+
+}  // namespace qexport
