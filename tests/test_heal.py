@@ -11,11 +11,11 @@ from torch import nn
 
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.distillation import rate
-from qexport.compression.forms import Half
+from qexport.compression.forms import Half, Method, Seen
 from qexport.compression.heal import heal
 from qexport.compression.layers import find_layers
-from qexport.compression.lowrank import factor, spectrum
-from qexport.compression.quantize import quantize
+from qexport.compression.lowrank import LowRank
+from qexport.compression.quantize import Quantized
 from qexport.errors import QexportError, UsageError
 from qexport.metrics import COSINE, PERPLEXITY, Metric
 from qexport.sources import open_source
@@ -68,12 +68,9 @@ def compressed(layers, bits=4):
     """Codes for some layers, low-rank factors for others."""
     forms = {}
     for number, layer in enumerate(layers):
-        weights = np.eye(layer.matrix().shape[0]) if layer.products else np.ones(layer.shape[0])
-        if number % 2 or len(layer.kinds) == 2:
-            forms[layer.name] = quantize(layer.matrix(), bits, 32)
-        else:
-            W = layer.matrix() if layer.products else layer.stored()
-            forms[layer.name] = factor(W, weights, spectrum(W, weights), 32, bits, 32)
+        seen = Seen(layer, np.eye(layer.matrix().shape[0]) if layer.products else np.ones(layer.shape[0]))
+        forms[layer.name] = seen.make(Method(*(("int", bits, 32) if number % 2 else ("low-rank", bits, 32, 32))))
+    assert {type(form) for form in forms.values()} == {Quantized, LowRank}
     return forms
 
 
@@ -162,19 +159,13 @@ def test_a_stopped_run_goes_on_where_it_was(source, layers, tmp_path):
     forms, feeds = compressed(layers), batches(5)
     whole = healed(source, layers, forms, feeds, tmp_path / "whole")
 
-    class Stopped(Exception):
-        pass
-
-    seen = []
-
     def stop(step, share):
-        seen.append(share)
         if share > 0.7:
-            raise Stopped
+            raise KeyboardInterrupt
 
     options = {"metric": metric_of(source), "steps": 60, "learning_rate": 3e-3}
     store = Checkpoint(tmp_path / "store", {})
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         heal(source, layers, forms, feeds, store=store, say=stop, **options)
     again = []
     rest = heal(source, layers, forms, feeds, store=store, say=lambda step, share: again.append(share), **options)
@@ -197,7 +188,8 @@ def test_weights_that_are_no_parameters_are_left_alone(source, layers, tmp_path)
     strange = ir.Value(name=layers[0].name, const_value=ir.tensor(layers[0].stored() + 1))
     changed = [dataclasses.replace(layers[0], value=strange), *layers[1:]]
     result = healed(source, changed, forms, feeds, tmp_path, steps=5)
-    assert result.notes[0].startswith("not healed") and result.notes[0].endswith(f": {layers[0].label}")
+    assert result.notes[0].startswith("not healed")
+    assert result.notes[0].endswith(f": {layers[0].label}")
     assert result.forms[layers[0].name] is forms[layers[0].name]
     with pytest.raises(QexportError, match="none of the compressed weights is a parameter"):
         healed(source, changed[:1], {layers[0].name: forms[layers[0].name]}, feeds, tmp_path)
