@@ -52,6 +52,13 @@ def half_model():
     return module.half(), inputs
 
 
+def detached_model():
+    """A module that lets no gradient through."""
+    module, inputs = model()
+    module.forward = torch.no_grad()(module.forward)
+    return module, inputs
+
+
 def batches(count, masked=0, seed=0):
     """Feeds of 4 x LENGTH ids, the last `masked` positions padded."""
     rng = np.random.default_rng(seed)
@@ -216,6 +223,13 @@ def test_a_module_in_half_precision(tmp_path):
     assert result.notes == []
     assert result.after < 0.5 * result.before
     assert {x.dtype for x in source.runnable.module.parameters()} == {torch.float16}
+
+
+def test_a_module_without_gradients_is_one_line(tmp_path):
+    source = open_source("test_heal:detached_model")
+    layers = find_layers(source.model)
+    with pytest.raises(QexportError, match="detached_model: torch cannot learn on these inputs: RuntimeError"):
+        healed(source, layers, compressed(layers), batches(1), tmp_path)
 
 
 def test_the_module_is_left_as_it_was(source, layers, tmp_path):

@@ -15,12 +15,13 @@ from qexport.compression.forms import Form
 from qexport.compression.layers import Layer
 from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 from qexport.metrics import Metric
 from qexport.sources import Source
+from qexport.sources.quiet import reason_of
 
 # Of Adam, for codes as shares of the largest code and for scales as shares of themselves.
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def heal(
 
     Raises:
         UsageError: the model is no torch module, or `steps` or `learning_rate` is not positive.
-        QexportError: no weight is found in the module.
+        QexportError: no weight is found in the module, or torch cannot run it, forward or backward, on these inputs.
     """
     if source is None or source.runnable is None:
         raise UsageError("healing needs the torch model: give its folder or package.module:callable, not a file or a bundle")
@@ -82,7 +83,10 @@ def heal(
 
     run = Distillation(source, metric, feeds)
     notes = run.place(layers, chosen)
-    run.train(steps, learning_rate, store, f"healing {steps} {learning_rate} {_digest(chosen)}", say)
+    try:
+        run.train(steps, learning_rate, store, f"healing {steps} {learning_rate} {_digest(chosen)}", say)
+    except RuntimeError as error:  # what torch raises for shapes, memory and missing gradients
+        raise QexportError(f"{source.name}: torch cannot learn on these inputs: {reason_of(error)}") from error
     if run.best_step == 0:
         notes.append(f"none of {steps} steps of healing made the held-out loss smaller: the weights are as they were")
         return Healed(dict(chosen), run.before, run.least, 0, notes)

@@ -3,6 +3,8 @@
 import contextlib
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Runnable:
@@ -29,7 +31,7 @@ class Runnable:
         `as_exported`.
 
         Args:
-            feed: arrays or tensors by the name of the input; those of other names are passed over.
+            feed: arrays by the name of the input; those of other names are passed over.
             weights: tensors by the name of the parameter or buffer that they take the place of.
         """
         import torch
@@ -38,8 +40,8 @@ class Runnable:
         names = iter(self.inputs)
         for place, example in enumerate(leaves):
             if torch.is_tensor(example):
-                dtype = torch.float32 if example.is_floating_point() else example.dtype
-                leaves[place] = torch.tensor(feed[next(names)]).to(dtype)
+                array = np.asarray(feed[next(names)])
+                leaves[place] = torch.tensor(array.astype(np.float32) if example.is_floating_point() else array)
         args, kwargs = torch.utils._pytree.tree_unflatten(leaves, structure)
         result = torch.func.functional_call(self.module, weights, args, kwargs)
         return dict(zip(self.outputs, tensors(torch, result), strict=False))
