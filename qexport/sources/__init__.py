@@ -39,7 +39,8 @@ class Source:
     `model` is the graph, not yet classical; `examples` maps input names to arrays and `expected` output names to what
     the source itself computes for them (None: it could not be run). `limits` gives the largest size of dynamic axes,
     `tokenizer` the text of a tokenizer.json, `stop_tokens` the ids that end a text. `cache` is a
-    `qexport.kv_cache.KVCache` once the model has one. `notes` are remarks for the report.
+    `qexport.kv_cache.KVCache` once the model has one. `notes` are remarks for the report. `runnable` is a
+    `qexport.sources.runnable.Runnable` where the model comes from a torch module.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Source:
     stop_tokens: list[int] = field(default_factory=list)
     cache: object = None
     notes: list[str] = field(default_factory=list)
+    runnable: object = None
 
 
 def open_source(

@@ -1,6 +1,5 @@
 """Export of torch modules to an ONNX graph with named axes and module names; every torch front end ends here."""
 
-import contextlib
 import re
 from collections.abc import Mapping
 
@@ -13,6 +12,7 @@ from qexport.rewrite.convert_opset import convert_opset
 from qexport.sources import InputSpec, Source
 from qexport.sources.modules import name_modules
 from qexport.sources.quiet import quiet, reason_of
+from qexport.sources.runnable import Runnable, as_exported, tensors
 from qexport.sources.specs import limits_of, spec_of
 
 # The exporter's own lowest opset; below it the finished graph is converted down.
@@ -70,9 +70,9 @@ def export_module(
                 args, kwargs, axes = _guess_axes(torch, args, kwargs)
             dynamic_shapes = torch.utils._pytree.tree_map_only(str, lambda name: torch.export.Dim.AUTO, axes)
     try:
-        with quiet(), torch.no_grad(), _as_exported(torch):
+        with quiet(), torch.no_grad(), as_exported(torch):
             runner = module.module() if is_program else module
-            expected = [leaf for leaf in torch.utils._pytree.tree_leaves(runner(*args, **kwargs)) if torch.is_tensor(leaf)]
+            expected = tensors(torch, runner(*args, **kwargs))
     except Exception as error:
         raise QexportError(f"{name}: the model does not run on its example inputs: {reason_of(error)}") from error
     program = _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset, output_names, name)
@@ -87,7 +87,7 @@ def export_module(
         ranges = _ranges(program.exported_program)
         notes = _name_axes(program.model, list(axes.values() if isinstance(axes, Mapping) else axes), ranges)
     model = convert_opset(program.model, opset, name)
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+    leaves = tensors(torch, (args, kwargs))
     if len(leaves) != len(model.graph.inputs):
         raise QexportError(
             f"{name}: the graph has {len(model.graph.inputs)} inputs, the examples hold {len(leaves)} tensors"
@@ -96,6 +96,7 @@ def export_module(
     limits = limits_of(model, inputs) | _axis_limits(torch, dynamic_shapes)
     if is_program and not any(isinstance(d, str) for spec in inputs for d in spec.shape):
         notes.append("the archive was exported with fixed shapes; its batch and sequence cannot vary")
+    names = [tuple(value.name for value in values) for values in (model.graph.inputs, model.graph.outputs)]
     return Source(
         kind=kind,
         name=name,
@@ -105,22 +106,8 @@ def export_module(
         expected={v.name: to_numpy(t) for v, t in zip(model.graph.outputs, expected, strict=False)},
         limits={axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in inputs)},
         notes=notes,
+        runnable=None if is_program else Runnable(module, *names, (args, kwargs)),
     )
-
-
-@contextlib.contextmanager
-def _as_exported(torch):
-    """Run modules as the classical graph computes them: modules of qexport.nn exactly, and torch's encoders without their
-    fused path, which leaves zeros where a batch is padded."""
-    from qexport.nn import exact_attention
-
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with exact_attention():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_names, name: str):
