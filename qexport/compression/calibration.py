@@ -69,7 +69,7 @@ def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
 
 def _names(layer: Layer) -> tuple[str, ...]:
     """The values that tell how a layer is used: X of its products, or the indices into a table."""
-    values = [X for _, X in layer.products] or [node.inputs[1] for node in layer.picks]
+    values = [node.inputs[0] for node in layer.products] or [node.inputs[1] for node in layer.picks]
     return tuple(dict.fromkeys(value.name for value in values))
 
 

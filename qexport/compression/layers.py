@@ -22,7 +22,7 @@ class Layer:
         kinds: what it is used as: `linear`, the W of X W, or `table`, whose rows are picked by index; a language model that
             ties its head to its embedding uses one weight as both.
         transposed: whether the initializer holds W^T, as it does for a head that is tied.
-        products: (node, X) of each product; `picks`: the Gather nodes.
+        products: the nodes of the products, X on the left; `picks`: the Gather nodes.
         shape: of the initializer.
     """
 
@@ -30,7 +30,7 @@ class Layer:
     label: str
     transposed: bool
     shape: tuple[int, int]
-    products: tuple[tuple[ir.Node, ir.Value], ...] = field(repr=False, compare=False)
+    products: tuple[ir.Node, ...] = field(repr=False, compare=False)
     picks: tuple[ir.Node, ...] = field(repr=False, compare=False)
     value: ir.Value = field(repr=False, compare=False)
 
@@ -95,10 +95,10 @@ def _layer(value: ir.Value) -> Layer | None:
             if node.outputs[0].is_graph_output():
                 return None
         elif is_op(node, "MatMul") and index == 1:
-            products.append((node, node.inputs[0]))
+            products.append(node)
             ways.add(turned)
         elif is_op(node, "Gemm") and index == 1 and _plain(node):
-            products.append((node, node.inputs[0]))
+            products.append(node)
             ways.add(turned != bool(attribute(node, "transB", 0)))
         elif is_op(node, "Gather") and index == 0 and not turned and attribute(node, "axis", 0) == 0:
             picks.append(node)
@@ -106,7 +106,7 @@ def _layer(value: ir.Value) -> Layer | None:
             return None
     if len(ways) > 1 or not (products or picks) or (picks and products and ways == {False}):
         return None
-    first = products[0][0] if products else picks[0]
+    first = (products or picks)[0]
     label = first.metadata_props.get("qexport.module") or first.name or value.name
     shape = tuple(value.const_value.shape)
     return Layer(value.name, label, ways == {True}, shape, tuple(products), tuple(picks), value)

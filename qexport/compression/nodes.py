@@ -64,19 +64,17 @@ class _Writer:
 
     def quantized(self, form: Quantized) -> None:
         """Codes by column: what a product reads for an output, and a table for an entry."""
-        for node, X in self.layer.products:
-            self._finish(node, lambda builder, X=X: self._product(builder, X, form, "codes"))
+        for node in self.layer.products:
+            self._finish(node, lambda builder, X: self._product(builder, X, form, "codes"))
         for node in self.layer.picks:
             self._replace(node, lambda builder, node=node: self._pick(builder, node, form, "codes"))
 
     def low_rank(self, form: LowRank) -> None:
         """Two products, or a table of short entries and a product."""
-        for node, X in self.layer.products:
+        for node in self.layer.products:
             self._finish(
                 node,
-                lambda builder, X=X: self._product(
-                    builder, self._product(builder, X, form.left, "left"), form.right, "right"
-                ),
+                lambda builder, X: self._product(builder, self._product(builder, X, form.left, "left"), form.right, "right"),
             )
         for node in self.layer.picks:
             self._replace(
@@ -157,7 +155,7 @@ class _Writer:
         bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
 
         def build(builder: Builder) -> ir.Value:
-            value = make(builder)
+            value = make(builder, node.inputs[0])
             return value if bias is None else builder.node("Add", value, bias, like=value, shape=value.shape)
 
         self._replace(node, build)
