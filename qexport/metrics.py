@@ -46,7 +46,9 @@ class Metric:
 
     def mean(self, total, count: int):
         """The figure of a sum over `count` rows."""
-        return np.exp(np.asarray(total) / count) if self.name == PERPLEXITY else np.asarray(total) / count
+        mean = np.asarray(total) / count
+        with np.errstate(over="ignore"):  # infinite is what it is
+            return np.exp(mean) if self.name == PERPLEXITY else mean
 
     def loss(self, figure, classical: float):
         """What `figure` has lost against the classical model's."""

@@ -15,7 +15,7 @@ from qexport import profiling, runtime
 from qexport.bundle import Bundle, check_output, write_bundle
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.job import Job
-from qexport.compression.model import open_model
+from qexport.compression.model import named_as, open_model
 from qexport.compression.settings import resolve
 from qexport.data import load_inputs
 from qexport.feeds import Inputs
@@ -114,7 +114,7 @@ def compress(
     started, say = time.monotonic(), progress or (lambda step, done: None)
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, heal=heal)
     check_output(Path(output))
-    with write_bundle(output) as writer:
+    with write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
         inputs = load_inputs(bundle, data, batch=batch, seq=seq)
         if data is None:

@@ -56,7 +56,10 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
         for names, total in sums.items():
             if not np.isfinite(total).all():
                 label = wanted[names].label
-                raise QexportError(f"{bundle.path}: the inputs of {label} are not finite on this data; clean the data")
+                raise QexportError(
+                    f"{bundle.path}: the inputs of {label} are not finite on this data, or their squares are not; check the "
+                    "weights before it"
+                )
             store.save(_key(names), total)
 
 
@@ -84,7 +87,8 @@ def _size(layer: Layer) -> int:
 def _sum(layer: Layer, value: np.ndarray) -> np.ndarray:
     if layer.products:
         X = value.reshape(-1, value.shape[-1]).astype(np.float32)
-        return (X.T @ X).astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
+            return (X.T @ X).astype(np.float64)
     size = layer.shape[0]
     return np.bincount(value.reshape(-1).astype(np.int64) % size, minlength=size).astype(np.float64)
 
@@ -92,9 +96,8 @@ def _sum(layer: Layer, value: np.ndarray) -> np.ndarray:
 def _run(session, names: list[str], feed: dict) -> dict[str, np.ndarray]:
     """Values by name; graph inputs come from the feed."""
     computed = [name for name in names if name not in feed]
-    return {name: feed[name] for name in names if name in feed} | dict(
-        zip(computed, runtime.run(session, computed, feed), strict=True)
-    )
+    values = runtime.run(session, computed, feed) if computed else []  # onnxruntime takes none for all
+    return {name: feed[name] for name in names if name in feed} | dict(zip(computed, values, strict=True))
 
 
 def _session(bundle: Bundle, names: list[str], library):

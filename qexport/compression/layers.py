@@ -50,12 +50,15 @@ class Layer:
 
     def matrix(self) -> np.ndarray:
         """W (in, out) of a linear layer; of a table, (width, entries): what is quantised in blocks down its columns."""
-        array = self.stored()
-        return np.ascontiguousarray(array.T) if self.transposed or not self.products else array
+        return np.ascontiguousarray(self.turned(self.stored()))
+
+    def turned(self, array: np.ndarray) -> np.ndarray:
+        """From the initializer to `matrix()` and back."""
+        return array.T if self.transposed or not self.products else array
 
     def as_stored(self, matrix: np.ndarray) -> np.ndarray:
-        """A replacement of `matrix()` as the initializer holds it."""
-        return np.ascontiguousarray(matrix.T if self.transposed or not self.products else matrix, np.float32)
+        """A replacement of `matrix()` as the initializer holds it, in its type."""
+        return np.ascontiguousarray(self.turned(matrix), self.value.const_value.dtype.numpy())
 
 
 def find_layers(model: ir.Model) -> list[Layer]:
@@ -68,7 +71,7 @@ def find_layers(model: ir.Model) -> list[Layer]:
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.name not in found and _is_weight(value):
-                found[value.name] = _layer(value)
+                found[value.name] = _layer(value, model.graph)
     return [layer for layer in found.values() if layer is not None]
 
 
@@ -85,11 +88,13 @@ def _is_weight(value: ir.Value) -> bool:
     )
 
 
-def _layer(value: ir.Value) -> Layer | None:
+def _layer(value: ir.Value, graph: ir.Graph) -> Layer | None:
     products, picks, ways = [], [], set()
     uses = [(use.node, use.idx, False) for use in value.uses()]
     while uses:
         node, index, turned = uses.pop(0)
+        if node.graph is not graph:  # of a subgraph: nothing outside sees what the weight is multiplied with
+            return None
         if is_op(node, "Transpose") and not turned and attribute(node, "perm", (1, 0)) in ([1, 0], (1, 0)):
             uses += [(use.node, use.idx, True) for use in node.outputs[0].uses()]
             if node.outputs[0].is_graph_output():

@@ -53,10 +53,9 @@ class _Writer:
 
     def half(self, form: Half) -> None:
         """A Cast, which the runtime computes once, when it loads the file."""
-        as_held = form.matrix.T if self.layer.shape != form.matrix.shape or self.layer.transposed else form.matrix
-        first = next(iter(self.layer.value.uses())).node
-        builder = Builder(first, self.layer.name)
-        half = self._keep("half", as_held)
+        users = {use.node for use in self.layer.value.uses()}
+        builder = Builder(next(node for node in self.graph if node in users), self.layer.name)
+        half = self._keep("half", self.layer.turned(form.matrix))
         full = builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype)
         for use in tuple(self.layer.value.uses()):
             if use.node is not full.producer():
