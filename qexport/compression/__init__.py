@@ -18,6 +18,7 @@ from qexport.compression.job import Job
 from qexport.compression.model import named_as, open_model
 from qexport.compression.settings import resolve
 from qexport.data import load_inputs
+from qexport.errors import UsageError
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
@@ -116,6 +117,10 @@ def compress(
     check_output(Path(output))
     with write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
+        if settings.heal and (source is None or source.kind == "onnx"):
+            raise UsageError(
+                f"{model}: heal needs a torch model to train; give the folder or the callable that it came from"
+            )
         inputs = load_inputs(bundle, data, batch=batch, seq=seq)
         if data is None:
             notes.append(f"{inputs.source} tell too little for low-rank factors, and little about the loss: give --data")
@@ -143,7 +148,8 @@ def compress(
         measured = None
         if profile:
             say("timing both models", 0.95)
-            measured = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS).to_dict()
+            found = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS)
+            measured = found.to_dict() | {"bundle": str(output)}
         say("writing the bundle", 0.99)
     store.remove()
     return CompressionReport(
