@@ -222,9 +222,7 @@ class Job:
         for layer in self.layers:
             bad = int((~np.isfinite(layer.stored())).sum())
             if bad:
-                raise QexportError(
-                    f"{self.bundle.path}: weight {layer.name} holds {bad} NaN or infinite values; mend the model"
-                )
+                raise QexportError(f"{self.bundle.path}: weight {layer.name} holds {bad} NaN or infinite values; mend it")
 
     def _methods(self, layer: Layer) -> tuple[str, ...]:
         return self.settings.methods_of(layer.label, layer.name)
@@ -242,7 +240,9 @@ class Job:
         for layer in self._layers(model):
             if layer.name in chosen:
                 nodes.store(model, layer, chosen[layer.name])
-        conversion.save(model, self.draft, DRAFT + ".data" if conversion.external_name(model) else None)
+        weights = self.draft.with_name(DRAFT + ".data")
+        weights.unlink(missing_ok=True)  # of the attempt before
+        conversion.save(model, self.draft, weights.name if conversion.external_name(model) else None)
         return file_bytes(self.draft)
 
 

@@ -59,7 +59,7 @@ class Trials:
         classical, figure = (float(metric.mean(total, count)) for total in totals)
         if not np.isfinite(classical):
             raise QexportError(
-                f"{self.bundle.path}: {metric.name} of the classical model is {classical} on this data; choose another metric"
+                f"{self.bundle.path}: the classical model has {metric.name} {classical} on this data; choose another metric"
             )
         return Measured(classical, figure, float(metric.loss(figure, classical)), (error / max(norm, 1e-300)) ** 0.5)
 
