@@ -84,7 +84,7 @@ def test_round_trip():
         ("layers: [{match: a, methods: [int5]}]", ["compress.layers[0].methods", "int5"]),
         ("layers: [{match: '', methods: [int8]}]", ["compress.layers[0].match"]),
         ("layers: [{match: a, methods: [int8], ratio: 3}]", ["compress.layers[0].ratio", "no such key", "methods"]),
-        ("ratio: 3\n  max_drop: 0.1", ["ratio", "max_drop", "exclude"]),
+        ("ratio: 3\n  max_drop: 0.1", ["compress: ratio and max_drop exclude", "got 3 and 0.1"]),
     ],
 )
 def test_errors_are_one_line_with_file_key_and_value(tmp_path, text, words):
