@@ -137,13 +137,15 @@ def compress(
         oldest = max(runtime.version_tuple(bundle.manifest["min_onnxruntime"]), result.oldest_runtime)
         writer.manifest = bundle.manifest | {
             "min_onnxruntime": ".".join(map(str, oldest)),
-            "compression": {
-                "settings": settings.model_dump(mode="json", exclude_none=True),
-                "size": result.size,
-                "metric": figures,
-                "output_errors": {name: entry["relative_error"] for name, entry in result.outputs.items()},
-                "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in result.layers],
-            },
+            "compression": finite(
+                {
+                    "settings": settings.model_dump(mode="json", exclude_none=True),
+                    "size": result.size,
+                    "metric": figures,
+                    "output_errors": {name: entry["relative_error"] for name, entry in result.outputs.items()},
+                    "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in result.layers],
+                }
+            ),
         }
         measured = None
         if profile:
