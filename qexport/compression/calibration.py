@@ -52,7 +52,8 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
                 for names in group:
                     for name in names:
                         kept = rows(found[name], padded_axis(found[name].shape, shapes.get(name), masks))
-                        sums[names] = sums[names] + _sum(wanted[names], kept)
+                        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
+                            sums[names] = sums[names] + _sum(wanted[names], kept)
         for names, total in sums.items():
             if not np.isfinite(total).all():
                 label = wanted[names].label
@@ -87,8 +88,7 @@ def _size(layer: Layer) -> int:
 def _sum(layer: Layer, value: np.ndarray) -> np.ndarray:
     if layer.products:
         X = value.reshape(-1, value.shape[-1]).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
-            return (X.T @ X).astype(np.float64)
+        return (X.T @ X).astype(np.float64)
     size = layer.shape[0]
     return np.bincount(value.reshape(-1).astype(np.int64) % size, minlength=size).astype(np.float64)
 
