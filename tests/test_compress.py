@@ -89,6 +89,9 @@ def test_every_ratio_between_all_and_the_smallest_is_reached(lm, tmp_path, ratio
     report = compress(lm, tmp_path / "out", token_ids(), ratio=ratio, profile=False)
     assert report.passed
     assert report.size["ratio"] >= ratio
+    # what is left over would not take one more weight as it was; nodes count for up to 800 bytes more than they are
+    steps = [layer["before"] - layer["after"] for layer in report.layers if layer["method"] != "as it was"]
+    assert report.size["before"] / ratio - report.size["after"] <= min(steps) + 800 * len(report.layers)
 
 
 def test_a_ratio_out_of_reach_writes_the_smallest(lm, tmp_path):
@@ -97,7 +100,9 @@ def test_a_ratio_out_of_reach_writes_the_smallest(lm, tmp_path):
     (reason,) = report.reasons
     assert reason.startswith("a ratio of 50 cannot be reached: the weights take 0.0")
     assert reason.endswith(f"this is {report.size['ratio']:.2f}")
-    assert 6.5 < report.size["ratio"] < 8
+    assert report.size["ratio"] > 6.5
+    again = compress(lm, tmp_path / "again", token_ids(), ratio=5000, profile=False)
+    assert again.size == report.size
     assert Bundle.open(tmp_path / "out", verify=True).model_path.stat().st_size == report.size["after"]
 
 
@@ -231,7 +236,7 @@ def test_a_model_beyond_one_protobuf(lm, tmp_path, monkeypatch, ratio):
         weights = [name for name in names if name.endswith(".data") and name != "model.onnx.data"]
         assert report.size["after"] == names["model.onnx"] + sum(names[name] for name in weights)
         tensors = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.initializer
-        assert all(len(tensor.raw_data) < conversion.SMALLEST_EXTERNAL for tensor in tensors)
+        assert all(len(tensor.raw_data) <= conversion.SMALLEST_EXTERNAL for tensor in tensors)
         assert report.size["before"] == names["classical.onnx"] + names["model.onnx.data"]
         run(session(tmp_path / "out", library=False), None, token_ids(2))
     assert abs(report.size["after"] / whole.size["after"] - 1) < 0.1

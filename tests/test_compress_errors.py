@@ -158,6 +158,16 @@ HEAD = '<ir_version: 10, opset_import: ["": 23]>'
 PRODUCT = f"{HEAD} g (float[batch,64] x) => (float[batch,64] y) {{ y = MatMul(x, w) }}"
 
 
+def test_a_weight_in_a_constant_node(tmp_path):
+    model = model_of(PRODUCT, {})
+    weight = onnx.numpy_helper.from_array(random(64, 64))
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["w"], value=weight))
+    onnx.save(model, tmp_path / "constant.onnx")
+    x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    report = compress(tmp_path / "constant.onnx", tmp_path / "out", {"x": x}, ratio=3, profile=False)
+    assert report.passed
+
+
 @pytest.mark.parametrize("ratio", [3, 5])
 def test_prime_shapes(tmp_path, ratio):
     model = model_of(

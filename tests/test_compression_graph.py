@@ -27,6 +27,8 @@ FOUND = {
     "MatMul": (text("y = MatMul(x, w)"), WEIGHT, ("linear",), False),
     "Transpose": (text("t = Transpose<perm=[1,0]>(w) y = MatMul(x, t)"), TURNED, ("linear",), True),
     "Transpose without perm": (text("t = Transpose(w) y = MatMul(x, t)"), TURNED, ("linear",), True),
+    "Identity": (text("v = Identity(w) y = MatMul(x, v)"), WEIGHT, ("linear",), False),
+    "Identity and Transpose": (text("v = Identity(w) t = Transpose(v) y = MatMul(x, t)"), TURNED, ("linear",), True),
     "Gemm": (text("y = Gemm(x, w, b)"), WEIGHT | {"b": random(COLUMNS)}, ("linear",), False),
     "Gemm without C": (text("y = Gemm(x, w)"), WEIGHT, ("linear",), False),
     "Gemm transB": (text("y = Gemm<transB=1>(x, w, b)"), TURNED | {"b": random(COLUMNS)}, ("linear",), True),
@@ -39,6 +41,9 @@ FOUND = {
         WEIGHT,
         ("linear", "table"),
         True,
+    ),
+    "tied through an Identity": (
+        text("h = Gather(w, i) v = Identity(w) y = Gemm<transB=1>(h, v)", "int64[n] i"), WEIGHT, ("linear", "table"), True
     ),
     "tied, the head first": (
         text("t = Transpose<perm=[1,0]>(w) a = MatMul(x, t) h = Gather(w, i) s = ReduceSum<keepdims=0>(h) y = Add(a, s)",
@@ -57,6 +62,11 @@ DECLINED = {
     "transA": (text("y = Gemm<transA=1>(x, w)", f"float[{ROWS},n] x"), WEIGHT),
     "an output of the graph": (text("y = MatMul(x, w)", out=f"float[n,m] y, float[{ROWS},{COLUMNS}] w"), WEIGHT),
     "an input of the graph": (text("y = MatMul(x, w)", f"float[n,{ROWS}] x, float[{ROWS},{COLUMNS}] w"), WEIGHT),
+    "transposed twice": (text("t = Transpose(w) v = Transpose(t) y = MatMul(x, v)"), WEIGHT),
+    "its Identity is an output": (
+        text("v = Identity(w) y = MatMul(x, v)", out=f"float[n,m] y, float[{ROWS},{COLUMNS}] v"),
+        WEIGHT,
+    ),
     "its Transpose is an output": (
         text("t = Transpose(w) y = MatMul(x, t)", out=f"float[n,m] y, float[{ROWS},{COLUMNS}] t"),
         TURNED,
@@ -132,7 +142,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("case", ["tied", "tied, the head first"])
+@pytest.mark.parametrize("case", [case for case in FOUND if case.startswith("tied")])
 def test_a_weight_that_is_a_table_and_a_product_has_no_factors(case):
     (layer,) = find_layers(ir.from_proto(model_of(*FOUND[case][:2])))
     assert {found.kind for found in methods(layer, ALL)} == {KEEP, HALF, INTEGER}
@@ -154,7 +164,8 @@ def test_a_form_computes_what_its_dense_weight_does(case, method):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=96 * 6e-8 * np.abs(expected).max())
     names = {tensor.name for tensor in written.graph.initializer}
     assert "w" not in names
-    assert not [node for node in written.graph.node if node.op_type == "Transpose" and method.kind != HALF]
+    ways = [node for node in written.graph.node if node.op_type in ("Identity", "Transpose")]
+    assert not ways or method.kind == HALF
     assert np.abs(expected - run(model, feed)).max() > 1e-6  # the weight did change
 
 

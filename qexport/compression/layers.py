@@ -65,7 +65,8 @@ def find_layers(model: ir.Model) -> list[Layer]:
     """The weights of at least SMALLEST numbers whose every use is understood, in the order of their first use.
 
     A use is a MatMul with W on the right, a Gemm with alpha = beta = 1, one of these behind a Transpose of W, or a Gather of
-    rows. Weights are 2-D and of a float type; a weight that anything else reads stays as it is.
+    rows; an Identity between them changes nothing. Weights are 2-D and of a float type; a weight that anything else reads
+    stays as it is.
     """
     found = {}
     for node in model.graph:
@@ -95,8 +96,9 @@ def _layer(value: ir.Value, graph: ir.Graph) -> Layer | None:
         node, index, turned = uses.pop(0)
         if node.graph is not graph:  # of a subgraph: nothing outside sees what the weight is multiplied with
             return None
-        if is_op(node, "Transpose") and not turned and attribute(node, "perm", (1, 0)) in ([1, 0], (1, 0)):
-            uses += [(use.node, use.idx, True) for use in node.outputs[0].uses()]
+        if is_way(node) and not (turned and node.op_type == "Transpose"):
+            turned = turned or node.op_type == "Transpose"
+            uses += [(use.node, use.idx, turned) for use in node.outputs[0].uses()]
             if node.outputs[0].is_graph_output():
                 return None
         elif is_op(node, "MatMul") and index == 1:
@@ -115,6 +117,11 @@ def _layer(value: ir.Value, graph: ir.Graph) -> Layer | None:
     label = first.metadata_props.get("qexport.module") or first.name or value.name
     shape = tuple(value.const_value.shape)
     return Layer(value.name, label, ways == {True}, shape, tuple(products), tuple(picks), value)
+
+
+def is_way(node: ir.Node) -> bool:
+    """Whether a node hands a matrix on, as it is or transposed."""
+    return is_op(node, "Identity") or (is_op(node, "Transpose") and list(attribute(node, "perm", (1, 0))) == [1, 0])
 
 
 def _plain(node: ir.Node) -> bool:

@@ -4,7 +4,10 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from onnx_ir.passes import common as passes
+
 from qexport.bundle import MANIFEST, Bundle
+from qexport.compression.layers import SMALLEST
 from qexport.conversion import OPSETS, write_models
 from qexport.errors import QexportError, UsageError
 from qexport.recipe import Recipe
@@ -43,6 +46,7 @@ def open_model(
         raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
     say("reading the model")
     source = open_source(model, opset=opset, task=task)
+    passes.LiftConstantsToInitializersPass(size_limit=SMALLEST)(source.model)  # where weights are looked for
     report = write_models(folder, source, sampling, opset, None, say)
     return Bundle(folder, report.manifest), source, report.notes
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.compression.forms import Form, Half
-from qexport.compression.layers import Layer
+from qexport.compression.layers import Layer, is_way
 from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
 from qexport.rewrite.graph import Builder, is_op
@@ -27,9 +27,7 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
         writer.quantized(form)
     else:
         writer.low_rank(form)
-    for use in tuple(layer.value.uses()):  # Transposes whose products are gone
-        if is_op(use.node, "Transpose") and not use.node.outputs[0].uses():
-            model.graph.remove(use.node, safe=True)
+    _remove_ways(layer.value)
     if not layer.value.uses():
         del model.graph.initializers[layer.name]
     if not isinstance(form, Half):
@@ -44,6 +42,14 @@ def oldest_runtime(layer: Layer, form: Form) -> tuple[int, ...]:
         return TABLES_SINCE
     parts = (form.left, form.right) if isinstance(form, LowRank) else (form,)
     return INT8_SINCE if any(part.bits == 8 for part in parts) else ()
+
+
+def _remove_ways(value: ir.Value) -> None:
+    """Remove the Transposes of a weight whose products are gone."""
+    for node in [use.node for use in value.uses() if is_way(use.node)]:
+        _remove_ways(node.outputs[0])
+        if not node.outputs[0].uses():
+            node.graph.remove(node, safe=True)
 
 
 class _Writer:
