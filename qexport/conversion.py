@@ -171,10 +171,10 @@ def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None,
     say("running the classical model")
     outputs, difference = run_classical(source, classical)
     say("converting attention")
-    if opset < 23:
-        left_alone = _to_classical(source, opset, None, recipe)
     sites = []
     if recipe is not None:
+        if opset < 23:
+            left_alone = _to_classical(source, opset, None, recipe)
         sites, more = _rewrite(source, sample_attention, recipe)
         left_alone = [*left_alone, *more]
         _require_sites(source, sites, left_alone)

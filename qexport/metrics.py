@@ -46,7 +46,9 @@ class Metric:
 
     def mean(self, total, count: int):
         """The figure of a sum over `count` rows."""
-        return np.exp(np.asarray(total) / count) if self.name == PERPLEXITY else np.asarray(total) / count
+        mean = np.asarray(total) / count
+        with np.errstate(over="ignore"):  # infinite is what it is
+            return np.exp(mean) if self.name == PERPLEXITY else mean
 
     def loss(self, figure, classical: float):
         """What `figure` has lost against the classical model's."""
@@ -96,7 +98,8 @@ def _looks_back(classical, output: str, feed: dict, tokens: dict, values: dict) 
     ids[:, -1] = (ids[:, -1] + 1) % tokens["high"]
     before = values[output][:, :-1]
     after = runtime.run(classical, [output], {**feed, tokens["name"]: ids})[0][:, :-1]
-    return bool(np.abs(after - before).max() <= LOOKS_AHEAD * np.abs(before).max())
+    with np.errstate(invalid="ignore"):  # a model may give infinity
+        return bool(np.abs(after - before).max() <= LOOKS_AHEAD * np.abs(before).max())
 
 
 def _surprise(ids: np.ndarray, logits: np.ndarray, padded) -> tuple[float, int]:

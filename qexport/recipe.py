@@ -267,7 +267,7 @@ def _first_problem(error: ValidationError) -> str:
         model = in_list if "layers" in loc[:-1] else on_top
         return f"{key}: no such key; known: {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
-        return f"{key}: missing; every entry of layers needs a match"
+        return f"{key}: missing; every entry of layers needs it"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"

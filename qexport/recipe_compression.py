@@ -4,7 +4,7 @@ import math
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # From the most exact to the coarsest.
 METHODS = ("fp16", "int8", "int4", "low-rank")
@@ -69,6 +69,15 @@ class Compression(BaseModel):
     methods: Methods = METHODS
     heal: Annotated[int, BeforeValidator(_heal)] = 0
     layers: tuple[LayerCompression, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_goal(self):
+        if self.ratio is not None and self.max_drop is not None:
+            raise ValueError(
+                f"ratio and max_drop exclude each other, got {self.ratio:g} and {self.max_drop:g}: give the one that must "
+                "hold, the other is what it comes to"
+            )
+        return self
 
     def without(self, method: str) -> "Compression":
         """The same with one method less."""

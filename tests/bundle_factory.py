@@ -21,13 +21,22 @@ def site_output(layer: int) -> str:
     return f"layer{layer}.attention.out"
 
 
-def build_model(*, quantum: bool, layers: int = 2, attention: dict | None = None, per_layer: dict | None = None, sharp=3.0):
+def build_model(
+    *,
+    quantum: bool,
+    layers: int = 2,
+    attention: dict | None = None,
+    per_layer: dict | None = None,
+    sharp=3.0,
+    hidden: int = WIDTH,
+):
     """The encoder as an ONNX model.
 
     Args:
         quantum: QuantumAttention nodes with their fallback function and a seed input; else ai.onnx Attention.
         attention: attributes of every QuantumAttention node; `per_layer[i]` overrides them for layer i.
         sharp: standard deviation of the query and key weights, times sqrt(WIDTH); the larger, the more peaked the softmax.
+        hidden: width of the feed-forward layers.
     """
     rng = np.random.default_rng(1)
     weights, nodes = [], []
@@ -81,8 +90,8 @@ def build_model(*, quantum: bool, layers: int = 2, attention: dict | None = None
         flat = node("Reshape", [joined, "flat_shape"], f"{at}.flat")
         projected = node("MatMul", [flat, weight(f"{at}.o.weight", WIDTH, WIDTH)], f"{at}.projected")
         x = node("LayerNormalization", [node("Add", [x, projected], f"{at}.sum"), ones], f"{at}.norm", axis=-1)
-        hidden = node("Relu", [node("MatMul", [x, weight(f"{at}.up.weight", WIDTH, WIDTH)], f"{at}.up")], f"{at}.relu")
-        x = node("Add", [x, node("MatMul", [hidden, weight(f"{at}.down.weight", WIDTH, WIDTH)], f"{at}.down")], f"{at}.out")
+        raised = node("Relu", [node("MatMul", [x, weight(f"{at}.up.weight", WIDTH, hidden)], f"{at}.up")], f"{at}.relu")
+        x = node("Add", [x, node("MatMul", [raised, weight(f"{at}.down.weight", hidden, WIDTH)], f"{at}.down")], f"{at}.out")
     node("Identity", [x], "hidden")
     ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"]) for name in _INPUTS]
     if quantum:
@@ -141,11 +150,11 @@ def make_bundle(folder, *, layers: int = 2, plant=None, **model_options):
 
     Args:
         plant: called with the converted ModelProto before it is saved, to break it.
-        model_options: `attention`, `per_layer` and `sharp` of `build_model`.
+        model_options: `attention`, `per_layer`, `sharp` and `hidden` of `build_model`.
     """
-    sharp = {"sharp": model_options["sharp"]} if "sharp" in model_options else {}
+    common = {name: model_options[name] for name in ("sharp", "hidden") if name in model_options}
     attention = model_options.get("attention") or {}
-    classical = build_model(quantum=False, layers=layers, **sharp)
+    classical = build_model(quantum=False, layers=layers, **common)
     model = build_model(quantum=True, layers=layers, **model_options)
     if plant:
         plant(model)
@@ -162,11 +171,11 @@ TEXT = "the cat sat </script><b> $x_1$ 日本"
 TOKENS = ["[CLS]", "the", "cat", "sat", "</script><b>", "$x_1$", "日本", "[SEP]"]
 
 
-def make_text_bundle(folder):
-    """The bundle with a tokenizer of the words of TEXT."""
+def make_text_bundle(folder, **options):
+    """The bundle with a tokenizer of the words of TEXT; `options` as for `make_bundle`."""
     import tokenizers
 
-    make_bundle(folder)
+    make_bundle(folder, **options)
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *TOKENS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

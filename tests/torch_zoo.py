@@ -133,6 +133,12 @@ def transformer_layer():
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True), (torch.randn(2, 6, WIDTH),)
 
 
+def wide_layer():
+    """A layer whose weights are worth compressing."""
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(64, HEADS, 96, batch_first=True), (torch.randn(2, 6, 64),)
+
+
 class SplitAndPad(nn.Module):
     """A block between ops whose meaning changed in opset 18."""
 

@@ -15,9 +15,10 @@ from qexport import profiling, runtime
 from qexport.bundle import Bundle, check_output, write_bundle
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.job import Job
-from qexport.compression.model import open_model
+from qexport.compression.model import named_as, open_model
 from qexport.compression.settings import resolve
 from qexport.data import load_inputs
+from qexport.errors import UsageError
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
@@ -114,8 +115,12 @@ def compress(
     started, say = time.monotonic(), progress or (lambda step, done: None)
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, heal=heal)
     check_output(Path(output))
-    with write_bundle(output) as writer:
+    with write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
+        if settings.heal and (source is None or source.kind == "onnx"):
+            raise UsageError(
+                f"{model}: heal needs a torch model to train; give the folder or the callable that it came from"
+            )
         inputs = load_inputs(bundle, data, batch=batch, seq=seq)
         if data is None:
             notes.append(f"{inputs.source} tell too little for low-rank factors, and little about the loss: give --data")
@@ -132,18 +137,21 @@ def compress(
         oldest = max(runtime.version_tuple(bundle.manifest["min_onnxruntime"]), result.oldest_runtime)
         writer.manifest = bundle.manifest | {
             "min_onnxruntime": ".".join(map(str, oldest)),
-            "compression": {
-                "settings": settings.model_dump(mode="json", exclude_none=True),
-                "size": result.size,
-                "metric": figures,
-                "output_errors": {name: entry["relative_error"] for name, entry in result.outputs.items()},
-                "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in result.layers],
-            },
+            "compression": finite(
+                {
+                    "settings": settings.model_dump(mode="json", exclude_none=True),
+                    "size": result.size,
+                    "metric": figures,
+                    "output_errors": {name: entry["relative_error"] for name, entry in result.outputs.items()},
+                    "layers": [{key: layer[key] for key in ("name", "module", "method")} for layer in result.layers],
+                }
+            ),
         }
         measured = None
         if profile:
             say("timing both models", 0.95)
-            measured = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS).to_dict()
+            found = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS)
+            measured = found.to_dict() | {"bundle": str(output)}
         say("writing the bundle", 0.99)
     store.remove()
     return CompressionReport(

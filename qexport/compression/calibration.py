@@ -52,11 +52,15 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
                 for names in group:
                     for name in names:
                         kept = rows(found[name], padded_axis(found[name].shape, shapes.get(name), masks))
-                        sums[names] = sums[names] + _sum(wanted[names], kept)
+                        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
+                            sums[names] = sums[names] + _sum(wanted[names], kept)
         for names, total in sums.items():
             if not np.isfinite(total).all():
                 label = wanted[names].label
-                raise QexportError(f"{bundle.path}: the inputs of {label} are not finite on this data; clean the data")
+                raise QexportError(
+                    f"{bundle.path}: the inputs of {label} are not finite on this data, or their squares are not; check the "
+                    "weights before it"
+                )
             store.save(_key(names), total)
 
 
@@ -69,7 +73,7 @@ def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
 
 def _names(layer: Layer) -> tuple[str, ...]:
     """The values that tell how a layer is used: X of its products, or the indices into a table."""
-    values = [X for _, X in layer.products] or [node.inputs[1] for node in layer.picks]
+    values = [node.inputs[0] for node in layer.products] or [node.inputs[1] for node in layer.picks]
     return tuple(dict.fromkeys(value.name for value in values))
 
 
@@ -92,9 +96,8 @@ def _sum(layer: Layer, value: np.ndarray) -> np.ndarray:
 def _run(session, names: list[str], feed: dict) -> dict[str, np.ndarray]:
     """Values by name; graph inputs come from the feed."""
     computed = [name for name in names if name not in feed]
-    return {name: feed[name] for name in names if name in feed} | dict(
-        zip(computed, runtime.run(session, computed, feed), strict=True)
-    )
+    values = runtime.run(session, computed, feed) if computed else []  # onnxruntime takes none for all
+    return {name: feed[name] for name in names if name in feed} | dict(zip(computed, values, strict=True))
 
 
 def _session(bundle: Bundle, names: list[str], library):

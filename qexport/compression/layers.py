@@ -22,7 +22,7 @@ class Layer:
         kinds: what it is used as: `linear`, the W of X W, or `table`, whose rows are picked by index; a language model that
             ties its head to its embedding uses one weight as both.
         transposed: whether the initializer holds W^T, as it does for a head that is tied.
-        products: (node, X) of each product; `picks`: the Gather nodes.
+        products: the nodes of the products, X on the left; `picks`: the Gather nodes.
         shape: of the initializer.
     """
 
@@ -30,7 +30,7 @@ class Layer:
     label: str
     transposed: bool
     shape: tuple[int, int]
-    products: tuple[tuple[ir.Node, ir.Value], ...] = field(repr=False, compare=False)
+    products: tuple[ir.Node, ...] = field(repr=False, compare=False)
     picks: tuple[ir.Node, ...] = field(repr=False, compare=False)
     value: ir.Value = field(repr=False, compare=False)
 
@@ -50,25 +50,29 @@ class Layer:
 
     def matrix(self) -> np.ndarray:
         """W (in, out) of a linear layer; of a table, (width, entries): what is quantised in blocks down its columns."""
-        array = self.stored()
-        return np.ascontiguousarray(array.T) if self.transposed or not self.products else array
+        return np.ascontiguousarray(self.turned(self.stored()))
+
+    def turned(self, array: np.ndarray) -> np.ndarray:
+        """From the initializer to `matrix()` and back."""
+        return array.T if self.transposed or not self.products else array
 
     def as_stored(self, matrix: np.ndarray) -> np.ndarray:
-        """A replacement of `matrix()` as the initializer holds it."""
-        return np.ascontiguousarray(matrix.T if self.transposed or not self.products else matrix, np.float32)
+        """A replacement of `matrix()` as the initializer holds it, in its type."""
+        return np.ascontiguousarray(self.turned(matrix), self.value.const_value.dtype.numpy())
 
 
 def find_layers(model: ir.Model) -> list[Layer]:
     """The weights of at least SMALLEST numbers whose every use is understood, in the order of their first use.
 
     A use is a MatMul with W on the right, a Gemm with alpha = beta = 1, one of these behind a Transpose of W, or a Gather of
-    rows. Weights are 2-D and of a float type; a weight that anything else reads stays as it is.
+    rows; an Identity between them changes nothing. Weights are 2-D and of a float type; a weight that anything else reads
+    stays as it is.
     """
     found = {}
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.name not in found and _is_weight(value):
-                found[value.name] = _layer(value)
+                found[value.name] = _layer(value, model.graph)
     return [layer for layer in found.values() if layer is not None]
 
 
@@ -85,20 +89,23 @@ def _is_weight(value: ir.Value) -> bool:
     )
 
 
-def _layer(value: ir.Value) -> Layer | None:
+def _layer(value: ir.Value, graph: ir.Graph) -> Layer | None:
     products, picks, ways = [], [], set()
     uses = [(use.node, use.idx, False) for use in value.uses()]
     while uses:
         node, index, turned = uses.pop(0)
-        if is_op(node, "Transpose") and not turned and attribute(node, "perm", (1, 0)) in ([1, 0], (1, 0)):
-            uses += [(use.node, use.idx, True) for use in node.outputs[0].uses()]
+        if node.graph is not graph:  # of a subgraph: nothing outside sees what the weight is multiplied with
+            return None
+        if is_way(node) and not (turned and node.op_type == "Transpose"):
+            turned = turned or node.op_type == "Transpose"
+            uses += [(use.node, use.idx, turned) for use in node.outputs[0].uses()]
             if node.outputs[0].is_graph_output():
                 return None
         elif is_op(node, "MatMul") and index == 1:
-            products.append((node, node.inputs[0]))
+            products.append(node)
             ways.add(turned)
         elif is_op(node, "Gemm") and index == 1 and _plain(node):
-            products.append((node, node.inputs[0]))
+            products.append(node)
             ways.add(turned != bool(attribute(node, "transB", 0)))
         elif is_op(node, "Gather") and index == 0 and not turned and attribute(node, "axis", 0) == 0:
             picks.append(node)
@@ -106,10 +113,15 @@ def _layer(value: ir.Value) -> Layer | None:
             return None
     if len(ways) > 1 or not (products or picks) or (picks and products and ways == {False}):
         return None
-    first = products[0][0] if products else picks[0]
+    first = (products or picks)[0]
     label = first.metadata_props.get("qexport.module") or first.name or value.name
     shape = tuple(value.const_value.shape)
     return Layer(value.name, label, ways == {True}, shape, tuple(products), tuple(picks), value)
+
+
+def is_way(node: ir.Node) -> bool:
+    """Whether a node hands a matrix on, as it is or transposed."""
+    return is_op(node, "Identity") or (is_op(node, "Transpose") and list(attribute(node, "perm", (1, 0))) == [1, 0])
 
 
 def _plain(node: ir.Node) -> bool:

@@ -44,7 +44,8 @@ def spectrum(W: np.ndarray, weights: np.ndarray) -> Spectrum:
         root = np.linalg.cholesky(_full(weights))
         seen = root.T @ W
         values, left = np.linalg.eigh(seen @ seen.T)
-        vectors = seen.T @ left / np.sqrt(np.maximum(values, np.finfo(np.float64).tiny))
+        kept = values > values[-1] * rows * np.finfo(np.float64).eps  # the others are rounding, of no direction
+        vectors = seen.T @ left * np.divide(1, np.sqrt(np.maximum(values, 0.0)), out=np.zeros(rows), where=kept)
     values = np.maximum(values[::-1], 0.0)
     return Spectrum(values, np.ascontiguousarray(vectors[:, ::-1]), float(values.sum()))
 

@@ -1,9 +1,14 @@
 """What is compressed: a bundle that is there, or one made of a model whose attention may stay classical."""
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+from onnx_ir.passes import common as passes
+
 from qexport.bundle import MANIFEST, Bundle
+from qexport.compression.layers import SMALLEST
+from qexport.conversion import OPSETS, write_models
 from qexport.errors import QexportError, UsageError
 from qexport.recipe import Recipe
 
@@ -34,11 +39,23 @@ def open_model(
         say("copying the bundle")
         shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
         return Bundle(folder, dict(bundle.manifest)), None, []
-    from qexport.conversion import write_models
     from qexport.sources import open_source
 
     opset = 23 if opset is None else opset
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
     say("reading the model")
     source = open_source(model, opset=opset, task=task)
+    passes.LiftConstantsToInitializersPass(size_limit=SMALLEST)(source.model)  # where weights are looked for
     report = write_models(folder, source, sampling, opset, None, say)
     return Bundle(folder, report.manifest), source, report.notes
+
+
+@contextmanager
+def named_as(model, folder: Path):
+    """What goes wrong in `folder`, where a bundle is in the making, is told of the model that it is made from."""
+    try:
+        yield
+    except QexportError as error:
+        shown = model.path if isinstance(model, Bundle) else model
+        raise type(error)(str(error).replace(str(folder), str(shown))) from error

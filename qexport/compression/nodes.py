@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.compression.forms import Form, Half
-from qexport.compression.layers import Layer
+from qexport.compression.layers import Layer, is_way
 from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
 from qexport.rewrite.graph import Builder, is_op
@@ -27,9 +27,7 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
         writer.quantized(form)
     else:
         writer.low_rank(form)
-    for use in tuple(layer.value.uses()):  # Transposes whose products are gone
-        if is_op(use.node, "Transpose") and not use.node.outputs[0].uses():
-            model.graph.remove(use.node, safe=True)
+    _remove_ways(layer.value)
     if not layer.value.uses():
         del model.graph.initializers[layer.name]
     if not isinstance(form, Half):
@@ -46,6 +44,14 @@ def oldest_runtime(layer: Layer, form: Form) -> tuple[int, ...]:
     return INT8_SINCE if any(part.bits == 8 for part in parts) else ()
 
 
+def _remove_ways(value: ir.Value) -> None:
+    """Remove the Transposes of a weight whose products are gone."""
+    for node in [use.node for use in value.uses() if is_way(use.node)]:
+        _remove_ways(node.outputs[0])
+        if not node.outputs[0].uses():
+            node.graph.remove(node, safe=True)
+
+
 class _Writer:
     def __init__(self, model: ir.Model, layer: Layer, accuracy_level: int):
         self.graph, self.layer, self.level = model.graph, layer, accuracy_level
@@ -53,10 +59,9 @@ class _Writer:
 
     def half(self, form: Half) -> None:
         """A Cast, which the runtime computes once, when it loads the file."""
-        as_held = form.matrix.T if self.layer.shape != form.matrix.shape or self.layer.transposed else form.matrix
-        first = next(iter(self.layer.value.uses())).node
-        builder = Builder(first, self.layer.name)
-        half = self._keep("half", as_held)
+        users = {use.node for use in self.layer.value.uses()}
+        builder = Builder(next(node for node in self.graph if node in users), self.layer.name)
+        half = self._keep("half", self.layer.turned(form.matrix))
         full = builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype)
         for use in tuple(self.layer.value.uses()):
             if use.node is not full.producer():
@@ -64,19 +69,17 @@ class _Writer:
 
     def quantized(self, form: Quantized) -> None:
         """Codes by column: what a product reads for an output, and a table for an entry."""
-        for node, X in self.layer.products:
-            self._finish(node, lambda builder, X=X: self._product(builder, X, form, "codes"))
+        for node in self.layer.products:
+            self._finish(node, lambda builder, X: self._product(builder, X, form, "codes"))
         for node in self.layer.picks:
             self._replace(node, lambda builder, node=node: self._pick(builder, node, form, "codes"))
 
     def low_rank(self, form: LowRank) -> None:
         """Two products, or a table of short entries and a product."""
-        for node, X in self.layer.products:
+        for node in self.layer.products:
             self._finish(
                 node,
-                lambda builder, X=X: self._product(
-                    builder, self._product(builder, X, form.left, "left"), form.right, "right"
-                ),
+                lambda builder, X: self._product(builder, self._product(builder, X, form.left, "left"), form.right, "right"),
             )
         for node in self.layer.picks:
             self._replace(
@@ -157,7 +160,7 @@ class _Writer:
         bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
 
         def build(builder: Builder) -> ir.Value:
-            value = make(builder)
+            value = make(builder, node.inputs[0])
             return value if bias is None else builder.node("Add", value, bias, like=value, shape=value.shape)
 
         self._replace(node, build)

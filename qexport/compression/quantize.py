@@ -101,8 +101,9 @@ def _scales(block: np.ndarray, bits: int) -> np.ndarray:
     zero, top = 2 ** (bits - 1), 2**bits - 1
     largest = np.take_along_axis(block, np.abs(block).argmax(0)[None], 0)[0]
     best, least = np.zeros(block.shape[1], np.float16), np.full(block.shape[1], np.inf)
+    limit = np.finfo(np.float16).max
     for share in SHRINK:
-        scale = (-share * largest / zero).astype(np.float16)
+        scale = np.clip(-share * largest / zero, -limit, limit).astype(np.float16)
         step = scale.astype(np.float32)
         inverse = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
         rounded = (np.clip(np.rint(block * inverse) + zero, 0, top) - zero) * step

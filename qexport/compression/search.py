@@ -23,6 +23,8 @@ WORST = 0.5
 # A layer is probed with the method whose own squared error is nearest to this one, on so many batches.
 PROBED_ERROR = 1e-2
 PROBE_FEEDS = 2
+# Share of the search's time that the measuring takes, before anything is tried.
+PREPARING = 0.8
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Search:
         """Measure every option: what it takes and what it costs."""
         self.places = []
         for number, layer in enumerate(self.layers):
-            self.say(f"measuring {layer.label}", number / len(self.layers))
+            self.say(f"measuring {layer.label}", PREPARING * number / len(self.layers))
             self.places.append(self._options(layer))
         self.states = front(self.places)
 
@@ -111,7 +113,8 @@ class Search:
             if candidate.methods == methods:
                 return candidate
         nbytes = sum(forms.nbytes(layer, method) for layer, method in zip(self.layers, methods, strict=True))
-        self.say(f"trying weights of {nbytes / 1e6:.2f} MB", len(self.candidates) / (len(self.candidates) + 4))
+        tried = len(self.candidates)
+        self.say(f"trying weights of {nbytes / 1e6:.2f} MB", PREPARING + (1 - PREPARING) * tried / (tried + 4))
         key = f"trial {' '.join(map(str, methods))}"
         found = self.store.compute(key, lambda: list(self.judging.measure(self.dense(methods)).__dict__.values()))
         self.candidates.append(Candidate(methods, nbytes, Measured(*map(float, found))))

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from qexport.errors import UsageError
 from qexport.recipe import Recipe, make_recipe
 from qexport.recipe_compression import Compression
 
@@ -22,12 +21,10 @@ def resolve(recipe, **overrides) -> tuple[Recipe | None, Compression]:
     where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
     resolved = make_recipe(recipe, where=where)
     given = {key: value for key, value in overrides.items() if value is not None}
-    if {"ratio", "max_drop"} <= given.keys():
-        raise UsageError("ratio and max_drop exclude each other: give the one that must hold, the other is what it comes to")
     present = resolved.compress.model_dump(exclude_none=True) if resolved.compress else {}
     if given.keys() & {"ratio", "max_drop"}:
         present = {key: value for key, value in present.items() if key not in ("ratio", "max_drop")}
-    settings = make_recipe({"compress": present | given}, where="compress").compress
+    settings = make_recipe({"compress": present | given}, where="arguments").compress
     if settings.ratio is None and settings.max_drop is None:
         settings = settings.model_copy(update={"max_drop": MAX_DROP})
     samples = bool(resolved.named() or resolved.layers)

@@ -9,6 +9,7 @@ import onnx
 from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.compression.layers import Layer
+from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.metrics import Metric
 from qexport.validation.comparison import Remembered, seeded_feed
@@ -37,6 +38,9 @@ class Trials:
         Args:
             weights: by the name of the initializer; those that are not named are the model's own.
             most: batches that are run; all when None.
+
+        Raises:
+            QexportError: the classical model's figure is not finite.
         """
         manifest, metric = self.bundle.manifest, self.metric
         totals, error, norm, count = np.zeros(2), 0.0, 0.0, 0
@@ -53,6 +57,10 @@ class Trials:
                 kept = kept.astype(np.float64)
                 error, norm = error + float(np.square(other - kept).sum()), norm + float(np.square(kept).sum())
         classical, figure = (float(metric.mean(total, count)) for total in totals)
+        if not np.isfinite(classical):
+            raise QexportError(
+                f"{self.bundle.path}: the classical model has {metric.name} {classical} on this data; choose another metric"
+            )
         return Measured(classical, figure, float(metric.loss(figure, classical)), (error / max(norm, 1e-300)) ** 0.5)
 
 
