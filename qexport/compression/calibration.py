@@ -29,7 +29,7 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
     Raises:
         QexportError: the model does not run, or a value that a weight is multiplied with is not finite.
     """
-    wanted = {_names(layer): layer for layer in layers}
+    wanted = {input_names(layer): layer for layer in layers}
     groups, room = [[]], GRAM_MEMORY
     for names, layer in wanted.items():
         if store.has(_key(names)):
@@ -67,11 +67,11 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
 def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
     """The Gram matrix of a layer's inputs (in, in), or how much each entry of its table counts (entries,): as often as it
     was picked, and a little more, for other inputs pick others."""
-    found = store.load(_key(_names(layer)))
+    found = store.load(_key(input_names(layer)))
     return found if found.ndim == 2 else found / max(found.sum(), 1) + OTHERS / (1 - OTHERS) / len(found)
 
 
-def _names(layer: Layer) -> tuple[str, ...]:
+def input_names(layer: Layer) -> tuple[str, ...]:
     """The values that tell how a layer is used: X of its products, or the indices into a table."""
     values = [node.inputs[0] for node in layer.products] or [node.inputs[1] for node in layer.picks]
     return tuple(dict.fromkeys(value.name for value in values))

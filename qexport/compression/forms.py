@@ -100,14 +100,18 @@ class Seen:
     Args:
         layer: the layer.
         weights: Gram matrix of its inputs, or how much each entry of its table counts.
+        target: of a product, the matrix (in, out) that is stored in place of the weight.
     """
 
     layer: Layer
     weights: np.ndarray
+    target: np.ndarray | None = None
 
     @cached_property
     def matrix(self) -> np.ndarray:
-        """The weight with inputs down its rows: (in, out), or (entries, width)."""
+        """What is stored, with inputs down its rows: (in, out), or (entries, width)."""
+        if self.target is not None:
+            return self.target
         return self.layer.matrix() if self.layer.products else self.layer.stored()
 
     @cached_property
@@ -131,10 +135,15 @@ class Seen:
             return None
         if method.kind == HALF:
             limit = np.finfo(np.float16).max
-            return Half(np.clip(self.layer.matrix(), -limit, limit).astype(np.float16))
+            return Half(np.clip(self._down, -limit, limit).astype(np.float16))
         if method.kind == INTEGER:
-            return quantize(self.layer.matrix(), method.bits, method.block, self.passing)
+            return quantize(self._down, method.bits, method.block, self.passing)
         return factor(self.matrix, self.weights, self.spectrum, method.rank, method.bits, method.block, self.passing)
+
+    @property
+    def _down(self) -> np.ndarray:
+        """What is stored, with codes in blocks down its columns: (in, out), or (width, entries)."""
+        return self.matrix if self.layer.products else np.ascontiguousarray(self.matrix.T)
 
     def error(self, form: Form) -> float:
         """|X (W - W')|^2 / |X W|^2; of a table, entries count by their weights."""

@@ -13,7 +13,9 @@ from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.forms import KEEP, Form, nbytes
+from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
+from qexport.compression.refit import refit
 from qexport.compression.search import Candidate, Search
 from qexport.compression.trials import Measured, Trials, opened
 from qexport.errors import QexportError, UsageError
@@ -25,6 +27,8 @@ from qexport.validation.comparison import output_errors
 
 # A file whose loss turns out too large is made again, so often.
 ATTEMPTS = 4
+# Fitting again takes away about so much of the loss that a search sees.
+GAINED = 2.5
 # One that is too large itself, so often: nodes and names are some bytes more or less than was thought, of small models only.
 FITTINGS = 8
 DRAFT = "compressed.onnx"
@@ -133,12 +137,14 @@ class Job:
                 f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB "
                 f"at least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written:.2f}"
             )
-        return self._finish(search, candidate, chosen, store, say, reasons)
+        chosen, notes = self._improve(candidate, chosen, store, say)
+        self._write(chosen)
+        return self._finish(search, candidate, chosen, say, reasons, notes)
 
     def _by_drop(self, search: Search, store: Checkpoint, say) -> Result:
         """The smallest file whose loss, measured on the file itself, is within the limit."""
-        limit = most = self.settings.max_drop
-        result = None
+        most = self.settings.max_drop
+        limit, result = GAINED * most, None
         for _ in range(ATTEMPTS):
             candidate = search.within_loss(limit)
             if candidate is None and result:
@@ -149,9 +155,9 @@ class Job:
                     f"{self.metric.name} loses {loss:.2g} with all weights as they were, above max_drop {most:g}; allow "
                     "more, or sample attention less coarsely"
                 )
-            chosen = self._forms(search, candidate)
+            chosen, notes = self._improve(candidate, self._forms(search, candidate), store, say)
             self._write(chosen)
-            result = self._finish(search, candidate, chosen, store, say, [])
+            result = self._finish(search, candidate, chosen, say, [], notes)
             if result.measured.loss <= most:
                 return result
             limit *= 0.8 * most / result.measured.loss
@@ -160,8 +166,36 @@ class Job:
         )
         return result
 
+    def _improve(
+        self, candidate: Candidate, chosen: dict[str, Form], store: Checkpoint, say
+    ) -> tuple[dict[str, Form], list[str]]:
+        """The same forms with better numbers in them, and what to say of it."""
+        forms = refit(
+            self.bundle,
+            self.layers,
+            candidate.methods,
+            chosen,
+            self.fitted.feeds,
+            self.library,
+            store,
+            lambda step, done: say(step, 0.5 * done),
+        )
+        if not self.settings.heal:
+            return forms, []
+        healed = heal(
+            self.source,
+            self.layers,
+            forms,
+            self.fitted.feeds,
+            steps=self.settings.heal,
+            metric=self.metric,
+            store=store,
+            say=lambda step, done: say(step, 0.5 + 0.3 * done),
+        )
+        return healed.forms, healed.notes
+
     def _finish(
-        self, search: Search, candidate: Candidate, chosen: dict[str, Form], store: Checkpoint, say, reasons: list[str]
+        self, search: Search, candidate: Candidate, chosen: dict[str, Form], say, reasons: list[str], notes: list[str]
     ) -> Result:
         """Measure the file that was written from `chosen`."""
         say("running the compressed file", 0.8)
@@ -191,6 +225,7 @@ class Job:
                 default=(),
             ),
             reasons=reasons,
+            notes=notes,
         )
 
     def _layer_entry(self, search: Search, layer: Layer, method, form: Form | None) -> dict:

@@ -13,7 +13,7 @@ from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.metrics import Metric
 from qexport.validation.comparison import Remembered, seeded_feed
-from qexport.validation.probes import open_probe
+from qexport.validation.probes import add_outputs, open_probe
 from qexport.validation.unpadded import keep_masks, padded_axis, rows
 
 
@@ -43,25 +43,28 @@ class Trials:
             QexportError: the classical model's figure is not finite.
         """
         manifest, metric = self.bundle.manifest, self.metric
-        totals, error, norm, count = np.zeros(2), 0.0, 0.0, 0
+        names = [output.name for output in self.outputs]
+        judged = names.index(metric.output)
+        totals, errors, norms, count = np.zeros(2), np.zeros(len(names)), np.zeros(len(names)), 0
         for feed in self.feeds[:most]:
-            base = self.classical.run([metric.output], feed)[0]
-            seeded = seeded_feed(feed, self.bundle.seed_input, 0)
-            value = runtime.run(self.session, [metric.output], {**seeded, **weights})[0]
-            sums = [metric.add(manifest, feed, base, x) for x in (base, value)]
+            base = self.classical.run(names, feed)
+            found = runtime.run(self.session, names, {**seeded_feed(feed, self.bundle.seed_input, 0), **weights})
+            sums = [metric.add(manifest, feed, base[judged], values[judged]) for values in (base, found)]
             totals, count = totals + [s for s, _ in sums], count + sums[0][1]
-            padded = padded_axis(base.shape, metric.symbols, keep_masks(manifest, feed))
-            for kept, other in zip(
-                rows(base, padded), rows(value, padded), strict=True
-            ):  # a part at a time: logits are large
-                kept = kept.astype(np.float64)
-                error, norm = error + float(np.square(other - kept).sum()), norm + float(np.square(kept).sum())
+            masks = keep_masks(manifest, feed)
+            for i, output in enumerate(self.outputs):
+                padded = padded_axis(base[i].shape, output.shape, masks)
+                # a part at a time: logits are large
+                for kept, other in zip(rows(base[i], padded), rows(found[i], padded), strict=True):
+                    kept = kept.astype(np.float64)
+                    errors[i], norms[i] = errors[i] + np.square(other - kept).sum(), norms[i] + np.square(kept).sum()
         classical, figure = (float(metric.mean(total, count)) for total in totals)
+        error = float(np.mean(errors / np.maximum(norms, 1e-300)) ** 0.5)
         if not np.isfinite(classical):
             raise QexportError(
                 f"{self.bundle.path}: the classical model has {metric.name} {classical} on this data; choose another metric"
             )
-        return Measured(classical, figure, float(metric.loss(figure, classical)), (error / max(norm, 1e-300)) ** 0.5)
+        return Measured(classical, figure, float(metric.loss(figure, classical)), error)
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,18 @@ class Measured:
 
 
 @contextmanager
-def opened(bundle: Bundle, layers: list[Layer], library):
-    """A session of the converted model whose weights `layers` can be fed; those that are not fed are its own."""
+def opened(bundle: Bundle, layers: list[Layer], library, outputs: list[str] | None = None):
+    """A session of the converted model whose weights `layers` can be fed; those that are not fed are its own.
+
+    Args:
+        outputs: the values that it computes, and nothing that these do not need; the model's outputs when None.
+    """
     model = load_structure(bundle.model_path)
     for layer in layers:
         kind = layer.value.const_value.dtype
         model.graph.input.append(onnx.helper.make_tensor_value_info(layer.name, int(kind), layer.shape))
+    if outputs is not None:
+        del model.graph.output[:]
+        add_outputs(model, outputs)
     with open_probe(model, bundle.model_path, library=library) as session:
         yield session
