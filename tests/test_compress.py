@@ -140,6 +140,27 @@ def test_a_file_that_loses_more_than_its_trial_is_made_again(lm, tmp_path, monke
     assert report.reasons == [f"cosine loses {report.metric['loss']:.3g} in the file, above max_drop 0.001; ask for less"]
 
 
+def test_a_file_that_cannot_be_made_again(tmp_path, monkeypatch):
+    """Sampled attention loses most of what is allowed: no other candidate is left when the file loses more."""
+    from qexport.compression.trials import Measured, Trials
+
+    make_bundle(tmp_path / "bundle", hidden=256)
+    kept = compress(tmp_path / "bundle", tmp_path / "out", None, ratio=1.001, methods=[], profile=False).metric["loss"]
+    measure = Trials.measure
+
+    def dearer(self, weights, most=None):
+        found = measure(self, weights, most)
+        if self.session.get_overridable_initializers():
+            return found
+        return Measured(found.classical, found.figure, found.loss + kept, found.error)
+
+    monkeypatch.setattr(Trials, "measure", dearer)
+    report = compress(tmp_path / "bundle", tmp_path / "out", None, max_drop=1.5 * kept, methods=["int8"], profile=False)
+    assert report.metric["loss"] > 1.5 * kept > kept > 0
+    (reason,) = report.reasons
+    assert reason.startswith(f"cosine loses {report.metric['loss']:.3g} in the file, above max_drop")
+
+
 def test_a_bundle_keeps_its_sampled_attention(text_bundle, tmp_path):
     before = files(text_bundle)
     lines = ["the cat sat", "cat $x_1$ 日本", "</script><b> sat the", "sat sat sat sat"] * 6

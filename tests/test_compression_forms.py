@@ -125,6 +125,22 @@ def test_passed_errors_cost_the_outputs_what_theory_says(block):
     assert seen(X, W - quantize(W, 4, block, error_passing(G)).dense()) < seen(X, W - quantize(W, 4, block).dense()) / 2
 
 
+def test_errors_are_passed_on_to_every_row_behind():
+    """Against a loop in float64, row by row: a number within rounding of the middle between two codes may differ, with all
+    that is behind it in its column, which is rarer than one column in a hundred."""
+    X, W = correlated(600, 200, 0.99), random(200, 300)
+    passing = error_passing(gram(X))
+    found = quantize(W, 4, 32, passing)
+    weights, U = W.astype(np.float64), passing.astype(np.float64)
+    codes = np.empty_like(found.codes)
+    for k in range(200):
+        step = found.scales[k // 32].astype(np.float64)
+        codes[k] = np.clip(np.rint(weights[k] / step) + 8, 0, 15)
+        error = (weights[k] - (codes[k] - 8.0) * step) / U[k, k]
+        weights[k + 1 :] -= np.outer(U[k, k + 1 :], error)
+    assert (codes == found.codes).all(0).mean() > 0.99
+
+
 @pytest.mark.parametrize(("rows", "columns", "samples"), [(48, 32, 200), (32, 48, 200), (61, 97, 300), (40, 40, 7)])
 def test_the_spectrum_tells_what_each_rank_loses(rows, columns, samples):
     X, W = correlated(samples, rows), random(rows, columns)

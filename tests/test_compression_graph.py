@@ -75,7 +75,7 @@ DECLINED = {
     "both ways": (text("a = MatMul(x, w) t = Transpose(w) y = MatMul(a, t)"), WEIGHT),
     "a table and the right side": (text("h = Gather(w, i) y = MatMul(h, w)", IDS, out="float[n,k,m] y"), SQUARE),
     "columns are picked": (text("y = Gather<axis=1>(w, i)", "int64[m] i", out="float[n,m] y"), WEIGHT),
-    "a subgraph": (text(f"z = MatMul(x, v) {IF}", f"float[n,{ROWS}] x, bool c"), WEIGHT | {"v": random(ROWS, COLUMNS)}),
+    "a subgraph": (text(f"z = MatMul(x, w) {IF}", f"float[n,{ROWS}] x, bool c"), WEIGHT),
     "small": (text("y = MatMul(x, w)", "float[n,8] x"), {"w": random(8, 8)}),
     "three axes": (text("y = MatMul(x, w)", f"float[n,2,{ROWS}] x", out="float[n,2,m] y"), {"w": random(2, ROWS, COLUMNS)}),
     "doubles": (text("y = MatMul(x, w)", "double[n,64] x", out="double[n,m] y"), {"w": random(64, 64, dtype=np.float64)}),
