@@ -57,6 +57,14 @@ def test_the_op_table_needs_the_standard_library_alone(module):
     assert done.returncode == 0, done.stderr
 
 
+def test_compressing_needs_neither_torch_nor_a_terminal():
+    done = run(
+        "import qexport.compression, qexport.compression.job",
+        blocked=("torch", "transformers", "tokenizers", "click", "rich"),
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_torch_modules_need_torch_alone():
     """To import, to train and to run them."""
     names = [name for name in HEAVY if name not in ("torch", "psutil")] + ["onnx", "onnxruntime", "ml_dtypes"]
