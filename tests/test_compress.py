@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_made_again(tmp_path, monkeypatch):
 
     def dearer(self, weights, most=None):
         found = measure(self, weights, most)
-        if self.session.get_overridable_initializers():
+        if any("weight" in value.name for value in self.session.get_overridable_initializers()):
             return found
         return Measured(found.classical, found.figure, found.loss + 10 * kept, found.error)
 
