@@ -117,7 +117,7 @@ def compress(
     check_output(Path(output))
     with write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
-        if settings.heal and (source is None or source.kind == "onnx"):
+        if settings.heal and (source is None or source.runnable is None):
             raise UsageError(
                 f"{model}: heal needs a torch model to train; give the folder or the callable that it came from"
             )
