@@ -187,7 +187,7 @@ def test_a_table_of_prime_width(tmp_path):
     """Whole numbers of a table need whole blocks: float16 and factors are what is left."""
     text = f"{HEAD} g (int64[batch,n] i) => (float[batch,n,61] y) {{ h = Gather(w, i) y = Relu(h) }}"
     onnx.save(model_of(text, {"w": random(127, 61)}), tmp_path / "table.onnx")
-    ids = {"i": np.random.default_rng(0).integers(0, 127, (32, 9))}
+    ids = {"i": np.random.default_rng(0).integers(0, 127, (64, 9))}
     for ratio, kind in ((1.5, "fp16"), (3, "rank 32")):
         report = compress(tmp_path / "table.onnx", tmp_path / "out", ids, ratio=ratio, profile=False)
         assert report.passed

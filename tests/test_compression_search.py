@@ -163,6 +163,20 @@ def test_what_is_not_allowed_is_not_used(lm, tmp_path):
         assert search.smallest() == sum(layer.nbytes for layer in search.layers)
 
 
+@pytest.mark.parametrize("items", [21, 22])  # of 12 tokens: 252 and 264 of the 256 that 64 inputs ask for
+def test_few_inputs_make_no_factors(lm, tmp_path, items):
+    with searching(lm, token_ids(items), tmp_path) as (search, _):
+        kinds = {
+            layer.name: {option.choice.kind for option in options}
+            for layer, options in zip(search.layers, search.places, strict=True)
+        }
+        unseen = {layer.name for layer in search.unseen}
+    assert ("low-rank" in kinds["up"]) == (items == 22)
+    assert "low-rank" not in kinds["down"]  # of 160 inputs
+    assert "down" in unseen
+    assert ("up" in unseen) == (items == 21)
+
+
 def test_a_layer_is_not_broken_for_its_size(tmp_path):
     """A weight whose numbers are too small for any scale in float16 becomes zero in whole numbers: it stays as it is."""
     path = language_model(tmp_path / "lm.onnx", up=lambda w: w * 1e-9, down=lambda w: w * 1e9)

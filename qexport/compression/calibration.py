@@ -41,7 +41,7 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
         groups[-1].append(names)
         room -= size
     for number, group in enumerate(groups if groups[0] else []):
-        sums = dict.fromkeys(group, 0)
+        sums, counts = dict.fromkeys(group, 0), dict.fromkeys(group, 0)
         watched = list(dict.fromkeys(name for names in group for name in names))
         with _session(bundle, watched, library) as session:
             shapes = {output.name: output.shape for output in session.get_outputs()}
@@ -54,6 +54,7 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
                         kept = rows(found[name], padded_axis(found[name].shape, shapes.get(name), masks))
                         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
                             sums[names] = sums[names] + _sum(wanted[names], kept)
+                        counts[names] += kept.size // kept.shape[-1] if wanted[names].products else kept.size
         for names, total in sums.items():
             if not np.isfinite(total).all():
                 label = wanted[names].label
@@ -61,6 +62,7 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
                     f"{bundle.path}: the inputs of {label} are not finite on this data, or their squares are not; check the "
                     "weights before it"
                 )
+            store.save(_count_key(names), counts[names])
             store.save(_key(names), total)
 
 
@@ -71,6 +73,11 @@ def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
     return found if found.ndim == 2 else found / max(found.sum(), 1) + OTHERS / (1 - OTHERS) / len(found)
 
 
+def positions(layer: Layer, store: Checkpoint) -> int:
+    """How many inputs of a layer, or picks from its table, `weights_of` comes from."""
+    return int(store.load(_count_key(input_names(layer))))
+
+
 def input_names(layer: Layer) -> tuple[str, ...]:
     """The values that tell how a layer is used: X of its products, or the indices into a table."""
     values = [node.inputs[0] for node in layer.products] or [node.inputs[1] for node in layer.picks]
@@ -79,6 +86,10 @@ def input_names(layer: Layer) -> tuple[str, ...]:
 
 def _key(names: tuple[str, ...]) -> str:
     return f"inputs {' '.join(names)}"
+
+
+def _count_key(names: tuple[str, ...]) -> str:
+    return f"positions {' '.join(names)}"
 
 
 def _size(layer: Layer) -> int:

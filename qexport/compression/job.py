@@ -106,6 +106,10 @@ class Job:
             search.prepare()
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
             result = make(search, store, lambda step, done: say(step, 0.7 + 0.25 * done))
+        if search.unseen:
+            result.notes.append(
+                f"{len(search.unseen)} of {len(self.layers)} weights saw too few inputs for low-rank factors: give more data"
+            )
         self.draft.replace(self.bundle.model_path)
         self._write_samples()
         return result

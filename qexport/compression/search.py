@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qexport.compression import forms
-from qexport.compression.calibration import weights_of
+from qexport.compression.calibration import positions, weights_of
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, Form, Method, Seen
 from qexport.compression.layers import Layer
@@ -23,6 +23,8 @@ WORST = 0.5
 # A layer is probed with the method whose own squared error is nearest to this one, on so many batches.
 PROBED_ERROR = 1e-2
 PROBE_FEEDS = 2
+# Low-rank factors keep what the inputs use: with fewer positions per input than this, the next ones use something else.
+ENOUGH = 4
 # Share of the search's time that the measuring takes, before anything is tried.
 PREPARING = 0.8
 
@@ -51,6 +53,7 @@ class Search:
         self.layers, self.allowed, self.store, self.say = layers, allowed, store, say
         self.calibration, self.judging = calibration, judging
         self.candidates: list[Candidate] = []
+        self.unseen: list[Layer] = []  # too few inputs for low-rank factors
         self._forms: dict[tuple[str, Method], Form | None] = {}
         self._seen: Seen | None = None
 
@@ -122,7 +125,11 @@ class Search:
 
     def _options(self, layer: Layer) -> list[Option]:
         """The methods of a layer as options: bytes under a limit of the squared error at the model's output."""
-        found = forms.methods(layer, self.allowed(layer))
+        allowed = self.allowed(layer)
+        if LOW_RANK in allowed and positions(layer, self.store) < ENOUGH * forms.matrix_shape(layer)[0]:
+            allowed = tuple(method for method in allowed if method != LOW_RANK)
+            self.unseen.append(layer)
+        found = forms.methods(layer, allowed)
         kept = self.store.compute(f"errors {layer.name} {' '.join(map(str, found))}", lambda: self._errors(layer, found))
         options = []
         for method, error, gain in zip(found, *kept, strict=True):
