@@ -31,6 +31,8 @@ ATTEMPTS = 4
 GAINED = 2.5
 # One that is too large itself, so often: nodes and names are some bytes more or less than was thought, of small models only.
 FITTINGS = 8
+# Every so manieth batch of what is fitted to tells how far errors carry, and whether fitting again helped.
+PROBING = 4
 DRAFT = "compressed.onnx"
 SAMPLES = 4
 
@@ -63,6 +65,9 @@ class Job:
     ):
         self.bundle, self.settings, self.metric, self.source = bundle, settings, metric, source
         self.fitted, self.judging, self.classical = fitted, judging, classical
+        probed = fitted.feeds[PROBING - 1 :: PROBING] or fitted.feeds
+        fitting = [feed for feed in fitted.feeds if not any(feed is other for other in probed)] or fitted.feeds
+        self.fitting, self.probing = (Inputs(feeds, fitted.source, fitted.notes) for feeds in (fitting, probed))
         self.library = runtime.find_library() is not None
         self.layers = self._layers(ir.load(bundle.model_path))
         self._check_finite()
@@ -93,12 +98,12 @@ class Job:
         """
         with opened(self.bundle, self.layers, self.library) as session:
             calibrate(
-                self.bundle, self.layers, self.fitted, self.library, store, lambda step, done: say(step, 0.02 + 0.08 * done)
+                self.bundle, self.layers, self.fitting, self.library, store, lambda step, done: say(step, 0.02 + 0.08 * done)
             )
             search = Search(
                 self.layers,
                 self._methods,
-                self._trials(session, self.fitted),
+                self._trials(session, self.probing),
                 self._trials(session, self.judging),
                 store,
                 lambda step, done: say(step, 0.1 + 0.6 * done),
@@ -141,7 +146,7 @@ class Job:
                 f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB "
                 f"at least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written:.2f}"
             )
-        chosen, notes = self._improve(candidate, chosen, store, say)
+        chosen, notes = self._improve(search, candidate, chosen, store, say)
         self._write(chosen)
         return self._finish(search, candidate, chosen, say, reasons, notes)
 
@@ -159,7 +164,7 @@ class Job:
                     f"{self.metric.name} loses {loss:.2g} with all weights as they were, above max_drop {most:g}; allow "
                     "more, or sample attention less coarsely"
                 )
-            chosen, notes = self._improve(candidate, self._forms(search, candidate), store, say)
+            chosen, notes = self._improve(search, candidate, self._forms(search, candidate), store, say)
             self._write(chosen)
             result = self._finish(search, candidate, chosen, say, [], notes)
             if result.measured.loss <= most:
@@ -171,7 +176,7 @@ class Job:
         return result
 
     def _improve(
-        self, candidate: Candidate, chosen: dict[str, Form], store: Checkpoint, say
+        self, search: Search, candidate: Candidate, chosen: dict[str, Form], store: Checkpoint, say
     ) -> tuple[dict[str, Form], list[str]]:
         """The same forms with better numbers in them, and what to say of it."""
         forms = refit(
@@ -179,11 +184,13 @@ class Job:
             self.layers,
             candidate.methods,
             chosen,
-            self.fitted.feeds,
+            self.fitting.feeds,
             self.library,
             store,
             lambda step, done: say(step, 0.5 * done),
         )
+        if search.error(forms) >= search.error(chosen):
+            forms = chosen
         if not self.settings.heal:
             return forms, []
         healed = heal(

@@ -22,8 +22,9 @@ from qexport.compression.trials import opened
 from qexport.validation.comparison import seeded_feed
 from qexport.validation.unpadded import keep_masks, padded_axis, rows
 
-# Positions per input of a layer that are enough to fit it to.
-POSITIONS = 8
+# Positions per input of a layer that are enough to fit it to; with few, what is fitted is their noise, so that the ridge is
+# the number of inputs over that of positions.
+POSITIONS = 64
 
 
 def refit(
@@ -56,8 +57,9 @@ def refit(
     for number, (names, group) in enumerate(groups.items()):
         say(f"fitting {group[0][0].label} again", number / len(groups))
         key = f"refit {' '.join(names)} {label}"
-        gram, cross = store.compute(key, lambda n=names: _products(bundle, layers, n, weights, feeds, library))
-        ridge = DAMPING * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny)
+        gram, cross, seen = store.compute(key, lambda n=names: _products(bundle, layers, n, weights, feeds, library))
+        share = max(DAMPING, len(gram) / seen[0, 0])
+        ridge = share * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny)
         inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
         for layer, method in group:
             W = layer.matrix().astype(np.float64)
@@ -68,7 +70,8 @@ def refit(
 
 
 def _products(bundle: Bundle, layers, names: tuple[str, ...], weights: dict, feeds: list[dict], library) -> np.ndarray:
-    """(2, in, in): X'^T X' and X'^T X, with X of the original model and X' of the one with these weights."""
+    """(3, in, in): X'^T X' and X'^T X, with X of the original model and X' of the one with these weights, and the number of
+    positions."""
     gram = cross = 0.0
     seen = 0
     with opened(bundle, layers, library, list(names)) as session:
@@ -84,4 +87,4 @@ def _products(bundle: Bundle, layers, names: tuple[str, ...], weights: dict, fee
                 seen += len(X)
             if seen >= POSITIONS * len(gram):
                 break
-    return np.array([gram, cross])
+    return np.array([gram, cross, np.full_like(gram, seen)])

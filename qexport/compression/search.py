@@ -23,6 +23,9 @@ WORST = 0.5
 # A layer is probed with the method whose own squared error is nearest to this one, on so many batches.
 PROBED_ERROR = 1e-2
 PROBE_FEEDS = 2
+LEAST = 1e-12
+# Weights with more than this share of all bytes are probed with so many methods of a kind.
+LARGE, LARGE_PROBES = 0.1, 4
 # Low-rank factors keep what the inputs use: with fewer positions per input than this, the next ones use something else.
 ENOUGH = 4
 # Share of the search's time that the measuring takes, before anything is tried.
@@ -44,14 +47,14 @@ class Search:
     Args:
         layers: of the model.
         allowed: called with a layer; its methods, of fp16, int8, int4, low-rank.
-        calibration, judging: trials on the data that weights are fitted to, and on the data that decides.
+        probing, judging: trials on data that nothing is fitted to: for the gains, and for what is tried.
         store: where findings are kept.
         say: called with the step in words and the share that is done.
     """
 
-    def __init__(self, layers: list[Layer], allowed, calibration: Trials, judging: Trials, store: Checkpoint, say):
+    def __init__(self, layers: list[Layer], allowed, probing: Trials, judging: Trials, store: Checkpoint, say):
         self.layers, self.allowed, self.store, self.say = layers, allowed, store, say
-        self.calibration, self.judging = calibration, judging
+        self.probing, self.judging = probing, judging
         self.candidates: list[Candidate] = []
         self.unseen: list[Layer] = []  # too few inputs for low-rank factors
         self._forms: dict[tuple[str, Method], Form | None] = {}
@@ -110,6 +113,11 @@ class Search:
             layer.name: layer.as_stored(self.form(layer, method).dense()) for layer, method in chosen if method.kind != KEEP
         }
 
+    def error(self, chosen: dict[str, Form]) -> float:
+        """The model's relative error with these forms, by the name of the layer, on the probing data."""
+        fed = {layer.name: layer.as_stored(chosen[layer.name].dense()) for layer in self.layers if layer.name in chosen}
+        return self.probing.measure(fed).error
+
     def _try(self, state: State) -> Candidate:
         methods = tuple(option.choice for option in state.options)
         for candidate in self.candidates:
@@ -148,15 +156,22 @@ class Search:
             elif method.kind == LOW_RANK:
                 rounding = [e for m, e in zip(found, errors, strict=True) if (m.kind, m.bits) == (INTEGER, method.bits)]
                 errors[i] = seen.spectrum.errors()[method.rank] + min(rounding, default=0.0)
+        is_large = layer.nbytes > LARGE * sum(other.nbytes for other in self.layers)
         for kinds in ((HALF, INTEGER), (LOW_RANK,)):
-            members = [i for i, method in enumerate(found) if method.kind in kinds]
-            if members:
-                probed = min(members, key=lambda i: abs(np.log(max(errors[i], 1e-12) / PROBED_ERROR)))
-                gains[members] = self._gain(seen, seen.make(found[probed]))
+            members = sorted((i for i, method in enumerate(found) if method.kind in kinds), key=lambda i: errors[i])
+            if not members:
+                continue
+            if is_large:
+                probed = [members[i] for i in sorted({*np.linspace(0, len(members) - 1, LARGE_PROBES).astype(int)})]
+            else:
+                probed = [min(members, key=lambda i: abs(np.log(max(errors[i], LEAST) / PROBED_ERROR)))]
+            reached = [self._gain(seen, seen.make(found[i])) for i in probed]
+            at = np.log(np.maximum(errors, LEAST))
+            gains[members] = np.interp(at[members], at[probed], reached)
         return np.array([errors, gains])
 
     def _gain(self, seen: Seen, form: Form) -> float:
         """Squared error of the model's outputs per squared error of this layer's."""
         weights = {seen.layer.name: seen.layer.as_stored(form.dense())}
-        reached = self.calibration.measure(weights, PROBE_FEEDS).error ** 2
+        reached = self.probing.measure(weights, PROBE_FEEDS).error ** 2
         return reached / max(seen.error(form), np.finfo(float).tiny)
