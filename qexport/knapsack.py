@@ -2,12 +2,18 @@
 
 A multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, ch. 11). Its linear relaxation is solved by walking the lower
 convex hulls of the places' (load, cost) points, always taking the step that saves most cost per load; each state of the walk
-is the optimum for its own load.
+is the optimum for its own load. Between two of them dynamic programming finds what fits a limit best.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+
+# Steps of the limit in which loads are counted.
+STEPS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,28 @@ def _state(options) -> State:
 
 
 def choose(states: list[State], places: list[list[Option]], limit: float) -> State:
-    """The cheapest state found whose load is at most `limit`: of the front, then with the slack spent on single places. The
-    lightest state where none holds."""
+    """The cheapest state found whose load is at most `limit`: of the front, or by dynamic programming over loads in steps of
+    limit / STEPS, rounded up. The lightest state where none holds."""
     within = [state for state in states if state.load <= limit]
     if not within:
         return states[0]
     best = min(within, key=lambda state: state.cost)
-    while True:
-        swaps = [
-            (best.options[p].cost - option.cost, p, option)
-            for p, options in enumerate(places)
-            for option in options
-            if option.cost < best.options[p].cost and best.load - best.options[p].load + option.load <= limit
-        ]
-        if not swaps:
-            return best
-        _, p, option = max(swaps, key=lambda swap: swap[0])
-        best = _state((*best.options[:p], option, *best.options[p + 1 :]))
+    if limit <= 0:
+        return best
+    costs, picks = np.zeros(STEPS + 1), []  # the least cost of the places so far within each load
+    for options in places:
+        reached, pick = np.full(STEPS + 1, np.inf), np.zeros(STEPS + 1, np.int32)
+        for number, option in enumerate(options):
+            steps = math.ceil(max(option.load, 0) / limit * STEPS)
+            if steps <= STEPS:
+                cost = costs[: STEPS + 1 - steps] + option.cost
+                better = cost < reached[steps:]
+                reached[steps:][better], pick[steps:][better] = cost[better], number
+        costs, picks = reached, [*picks, pick]
+    if not costs[-1] < best.cost:
+        return best
+    chosen, room = [], STEPS
+    for options, pick in zip(reversed(places), reversed(picks), strict=True):
+        chosen.append(options[pick[room]])
+        room -= math.ceil(max(chosen[-1].load, 0) / limit * STEPS)
+    return _state(chosen[::-1])
