@@ -5,11 +5,13 @@ from functools import cached_property
 
 import numpy as np
 
-from qexport.compression.layers import TABLE, Layer
+from qexport.compression.layers import LINEAR, TABLE, Layer
 from qexport.compression.lowrank import LEFT_BLOCK, LowRank, Spectrum, apply_gram, factor, spectrum
 from qexport.compression.quantize import BITS, BLOCKS, Quantized, error_passing, quantize
+from qexport.compression.trains import BOND_DIMS, Train, encode, numbers
+from qexport.ops.kernels import kernels
 
-KEEP, HALF, INTEGER, LOW_RANK = "keep", "fp16", "int", "low-rank"
+KEEP, HALF, INTEGER, LOW_RANK, MPO = "keep", "fp16", "int", "low-rank", "mpo"
 # Shares of the numbers of a weight that low-rank factors are tried with.
 KEPT = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.07, 0.05)
 RANK_STEP = 16
@@ -22,9 +24,9 @@ class Method:
     """How one weight is stored.
 
     Attributes:
-        kind: keep, fp16, int (quantised) or low-rank (two quantised factors).
+        kind: keep, fp16, int (quantised), low-rank (two quantised factors) or mpo (a train of cores in float16).
         bits, block: of the codes, and how many share a scale.
-        rank: of the factors.
+        rank: of the factors; bond dimension of a train.
     """
 
     kind: str
@@ -35,6 +37,8 @@ class Method:
     def __str__(self) -> str:
         if self.kind in (KEEP, HALF):
             return "as it was" if self.kind == KEEP else "fp16"
+        if self.kind == MPO:
+            return f"mpo of bond dimension {self.rank}"
         codes = f"int{self.bits} in blocks of {self.block}"
         return codes if self.kind == INTEGER else f"rank {self.rank}, {codes}"
 
@@ -59,14 +63,14 @@ class Half:
         return self.matrix.astype(np.float32)
 
 
-Form = Half | Quantized | LowRank
+Form = Half | Quantized | LowRank | Train
 
 
 def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
     """The methods that fit a layer, `keep` first.
 
     Args:
-        allowed: of fp16, int8, int4, low-rank.
+        allowed: of fp16, int8, int4, low-rank, mpo.
     """
     rows, columns = matrix_shape(layer)
     found = [Method(KEEP)]
@@ -80,6 +84,9 @@ def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
         ranks = {round(share * rows * columns / (rows + columns) / RANK_STEP) * RANK_STEP for share in KEPT}
         ranks = sorted(rank for rank in ranks if RANK_STEP <= rank < min(rows, columns))
         found += [Method(LOW_RANK, bits, _common_block(rank), rank) for bits in widths for rank in ranks]
+    if MPO in allowed and layer.kinds == (LINEAR,) and kernels() is not None:
+        bonds = [bond for bond in BOND_DIMS if numbers(rows, columns, bond) < rows * columns / 4]
+        found += [Method(MPO, rank=bond) for bond in bonds]
     return found
 
 
@@ -138,6 +145,8 @@ class Seen:
             return Half(np.clip(self._down, -limit, limit).astype(np.float16))
         if method.kind == INTEGER:
             return quantize(self._down, method.bits, method.block, self.passing)
+        if method.kind == MPO:
+            return encode(self.matrix, method.rank)
         return factor(self.matrix, self.weights, self.spectrum, method.rank, method.bits, method.block, self.passing)
 
     @property
@@ -167,6 +176,8 @@ def nbytes(layer: Layer, method: Method) -> int:
         return layer.nbytes
     if method.kind == HALF:
         return 2 * rows * columns + NODE
+    if method.kind == MPO:
+        return 2 * numbers(rows, columns, method.rank) + NODE
     if method.kind == INTEGER:
         return codes(rows, columns, method.block) + NODE
     if layer.kinds == (TABLE,):

@@ -12,17 +12,19 @@ from qexport.bundle import Bundle, sha256
 from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint
-from qexport.compression.forms import KEEP, Form, nbytes
+from qexport.compression.forms import KEEP, Form, Method, nbytes
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
 from qexport.compression.refit import refit
 from qexport.compression.search import Candidate, Search
+from qexport.compression.trains import Train
 from qexport.compression.trials import Measured, Trials, opened
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import external_files, load_structure
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
 from qexport.recipe_compression import Compression
+from qexport.rewrite.sample_attention import attach_fallback
 from qexport.validation.comparison import output_errors
 
 # A file whose loss turns out too large is made again, so often.
@@ -210,7 +212,8 @@ class Job:
     ) -> Result:
         """Measure the file that was written from `chosen`."""
         say("running the compressed file", 0.8)
-        with_library = self.library and bool(self.bundle.manifest["sites"])
+        ours = any(isinstance(form, Train) for form in chosen.values())
+        with_library = self.library and (ours or bool(self.bundle.manifest["sites"]))
         if with_library:  # a stock runtime must take the file, too
             runtime.run(runtime.session(self.draft, library=False), None, self.judging.feeds[0])
         session = runtime.session(self.draft, library=with_library)
@@ -224,7 +227,7 @@ class Job:
             measured=measured,
             outputs={name: {"relative_error": float(found.relative_errors()[0])} for name, found in errors.items()},
             layers=[
-                self._layer_entry(search, layer, method, chosen.get(layer.name))
+                self._layer_entry(search, layer, method)
                 for layer, method in zip(self.layers, candidate.methods, strict=True)
             ],
             trials=[
@@ -239,7 +242,7 @@ class Job:
             notes=notes,
         )
 
-    def _layer_entry(self, search: Search, layer: Layer, method, form: Form | None) -> dict:
+    def _layer_entry(self, search: Search, layer: Layer, method: Method) -> dict:
         return {
             "name": layer.name,
             "module": layer.label,
@@ -248,7 +251,7 @@ class Job:
             "method": str(method),
             "before": layer.nbytes,
             "after": nbytes(layer, method),
-            "relative_error": search.seen(layer).error(form) ** 0.5 if form else 0.0,
+            "relative_error": search.seen(layer).error(search.form(layer, method)) ** 0.5 if method.kind != KEEP else 0.0,
         }
 
     def _layers(self, model: ir.Model) -> list[Layer]:
@@ -288,6 +291,7 @@ class Job:
         for layer in self._layers(model):
             if layer.name in chosen:
                 nodes.store(model, layer, chosen[layer.name])
+        attach_fallback(model)
         weights = self.draft.with_name(DRAFT + ".data")
         weights.unlink(missing_ok=True)  # of the attempt before
         conversion.save(model, self.draft, weights.name if conversion.external_name(model) else None)

@@ -1,4 +1,5 @@
-"""Compressed weights as nodes that a stock onnxruntime runs: MatMulNBits and GatherBlockQuantized of its own domain."""
+"""Compressed weights as nodes that a stock onnxruntime runs: MatMulNBits and GatherBlockQuantized of its own domain, and
+MPOLinear of ours, which has a fallback."""
 
 import numpy as np
 import onnx_ir as ir
@@ -7,6 +8,8 @@ from qexport.compression.forms import Form, Half
 from qexport.compression.layers import Layer, is_way
 from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
+from qexport.compression.trains import Train
+from qexport.ops import DOMAIN, VERSION
 from qexport.rewrite.graph import Builder, is_op
 from qexport.rewrite.sample_attention import hand_over
 
@@ -25,18 +28,22 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
         writer.half(form)
     elif isinstance(form, Quantized):
         writer.quantized(form)
+    elif isinstance(form, Train):
+        writer.train(form)
     else:
         writer.low_rank(form)
     _remove_ways(layer.value)
     if not layer.value.uses():
         del model.graph.initializers[layer.name]
-    if not isinstance(form, Half):
+    if isinstance(form, Train):
+        model.graph.opset_imports[DOMAIN] = VERSION
+    elif not isinstance(form, Half):
         model.graph.opset_imports[RUNTIME] = 1
 
 
 def oldest_runtime(layer: Layer, form: Form) -> tuple[int, ...]:
     """The first onnxruntime that runs a layer in this form, () where any does."""
-    if isinstance(form, Half):
+    if isinstance(form, Half | Train):
         return ()
     if layer.picks:
         return TABLES_SINCE
@@ -88,6 +95,20 @@ class _Writer:
                     builder, self._pick(builder, node, form.left, "left"), form.right, "right"
                 ),
             )
+
+    def train(self, form: Train) -> None:
+        """Cores in float16, which the runtime turns into the type of X when it loads the file."""
+
+        def make(builder: Builder, X: ir.Value) -> ir.Value:
+            cores = self._keep("cores", form.cores)
+            if self._dtype != ir.DataType.FLOAT16:
+                cores = builder.node("Cast", cores, like=self.layer.value, to=self._dtype)
+            shape = None if X.shape is None else [*X.shape[:-1], form.layout.cols]
+            product = ir.Value(type=self.layer.value.type, shape=None if shape is None else ir.Shape(shape))
+            return builder.ours("MPOLinear", X, cores, like=product, **form.attributes)
+
+        for node in self.layer.products:
+            self._finish(node, make)
 
     @property
     def _dtype(self) -> ir.DataType:

@@ -13,7 +13,7 @@ import numpy as np
 from qexport.compression import forms
 from qexport.compression.calibration import positions, weights_of
 from qexport.compression.checkpoint import Checkpoint
-from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, Form, Method, Seen
+from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, MPO, Form, Method, Seen
 from qexport.compression.layers import Layer
 from qexport.compression.trials import Measured, Trials
 from qexport.knapsack import Option, State, choose, front
@@ -46,7 +46,7 @@ class Search:
 
     Args:
         layers: of the model.
-        allowed: called with a layer; its methods, of fp16, int8, int4, low-rank.
+        allowed: called with a layer; its methods, of fp16, int8, int4, low-rank, mpo.
         probing, judging: trials on data that nothing is fitted to: for the gains, and for what is tried.
         store: where findings are kept.
         say: called with the step in words and the share that is done.
@@ -151,13 +151,13 @@ class Search:
         bits cost the whole weight."""
         seen, errors, gains = self.seen(layer), np.zeros(len(found)), np.zeros(len(found))
         for i, method in enumerate(found):
-            if method.kind in (HALF, INTEGER):
+            if method.kind in (HALF, INTEGER, MPO):
                 errors[i] = seen.error(seen.make(method))
             elif method.kind == LOW_RANK:
                 rounding = [e for m, e in zip(found, errors, strict=True) if (m.kind, m.bits) == (INTEGER, method.bits)]
                 errors[i] = seen.spectrum.errors()[method.rank] + min(rounding, default=0.0)
         is_large = layer.nbytes > LARGE * sum(other.nbytes for other in self.layers)
-        for kinds in ((HALF, INTEGER), (LOW_RANK,)):
+        for kinds in ((HALF, INTEGER), (LOW_RANK,), (MPO,)):
             members = sorted((i for i, method in enumerate(found) if method.kind in kinds), key=lambda i: errors[i])
             if not members:
                 continue
