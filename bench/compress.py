@@ -2,8 +2,8 @@
 
     python -m bench.compress --threads 2 [--folder DIR] [--json FILE] [--plot FILE]
 
-minilm, char_gpt, vit   size and loss of each contender. Bytes are those of whole files; `ratio` is of the classical file over
-                        them. Nothing was fitted to the data that judges. `no_more_loss`: loses no more than any of
+minilm, char_gpt, vit   size and loss of each contender. Bytes are those of whole files; `ratio` is of the classical file
+                        over them. Nothing was fitted to the data that judges. `no_more_loss`: loses no more than any of
                         onnxruntime's int8; `x_int8_bytes`: how many times as many bytes the smallest of these takes.
 latency                 their times in a stock onnxruntime, runs interleaved: `x_classical` and `x_int8` are how many times
                         as long the classical model and `onnxruntime int8` take
