@@ -124,7 +124,7 @@ class ViT:
     """A ViT-S/14 that marks what matters in a photo, fitted to crops of two photos, judged on crops of two others."""
 
     name, ratios, measure = "vit", (4, 6, 8), "1 - cosine of the output map, other photos"
-    options: ClassVar = {"batch": 4}
+    options: ClassVar = {"batch": 2}
     each = 24
 
     @property

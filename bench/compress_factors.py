@@ -24,13 +24,14 @@ SIZE, RANK = 1024, 64
 INT4 = 4, 32  # bits, and the block that shares a scale
 WEIGHTS = (
     "embeddings.word_embeddings",
+    "embeddings.position_embeddings",
     "encoder.layer.0.attention.self.query",
     "encoder.layer.0.attention.self.value",
     "encoder.layer.0.intermediate.dense",
     "encoder.layer.5.output.dense",
 )
 # Bytes that forms of a weight are given, as shares of its float32 bytes; the first one is what int4 takes.
-BUDGETS = (4.5 / 32, 0.07, 0.035)
+BUDGETS = (4.5 / 32, 0.035)
 
 
 def low_rank_table(folder: Path, threads: int, rounds: int = 200) -> list[dict]:
