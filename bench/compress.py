@@ -40,12 +40,13 @@ INT8_OPTIONS = {INT8: {}, f"{INT8}, per channel": {"per_channel": True}}
 def made(case, folder: Path) -> dict[str, Path]:
     """The file of each contender, classical first; made where it is not there."""
     found = {}
-    for ratio in case.ratios:
-        bundle = folder / f"{case.name}-{ratio}"
+    for ratio, heal in [(ratio, None) for ratio in case.ratios] + [(ratio, case.heal) for ratio in case.healed]:
+        contender = f"compress {ratio}x{', healed' if heal else ''}"
+        bundle = folder / f"{case.name} {contender}"
         if not bundle.is_dir():
-            qexport.compress(case.source, bundle, case.fitted(), ratio=ratio, profile=False, **case.options)
+            qexport.compress(case.source, bundle, case.fitted(), ratio=ratio, heal=heal, profile=False, **case.options)
         found.setdefault(CLASSICAL, bundle / "classical.onnx")
-        found[f"compress {ratio}x"] = bundle / "model.onnx"
+        found[contender] = bundle / "model.onnx"
     for name, options in INT8_OPTIONS.items():
         file = folder / f"{case.name} {name}.onnx"
         if not file.is_file():

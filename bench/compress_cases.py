@@ -1,6 +1,7 @@
 """The models of `bench.compress`: what each is fitted to, what it answers on data it was not, and what is lost by that.
 
-A case has `name`, `source` and `options` for `qexport.compress`, the `ratios` that are asked for, and
+A case has `name`, `source` and `options` for `qexport.compress`, the `ratios` that are asked for, those that are `healed` as
+well by `heal` steps, and
     fitted()            the data of the fit
     answer(session)     what a model makes of the data that judges, kept apart from the data of the fit
     figures(answer, classical)   one dict of numbers; `loss` is the one that is plotted, named by `measure`
@@ -28,7 +29,8 @@ class MiniLM:
     """all-MiniLM-L6-v2, fitted to sentences of the STS-B training split and some film reviews, judged on the test split and
     on other reviews. Its pooler, which no embedding needs and which could be anything for that, stays at 8 bits."""
 
-    name, ratios, measure = "minilm", (4, 6, 8, 10), "1 - embedding cosine, STS-B test"
+    name, measure = "minilm", "1 - embedding cosine, STS-B test"
+    ratios, healed, heal = (4, 6, 8, 10), (), None
     batch, sentences, reviews = 32, 1536, 32
     options: ClassVar = {
         "batch": batch,
@@ -88,9 +90,10 @@ class MiniLM:
 class CharGPT:
     """The character-level GPT of `bench.char_gpt`, fitted to its training text, judged on the test text."""
 
-    name, source, ratios, measure = "char_gpt", "bench.char_gpt:char_gpt", (4, 9, 12, 17), "nats per character, test text"
+    name, source, measure = "char_gpt", "bench.char_gpt:char_gpt", "nats per character, test text"
+    ratios, healed, heal = (4, 9, 12, 17), (9, 17), 200
     options: ClassVar = {"batch": 8}
-    rows, judged, parts = 256, 480, 24
+    rows, judged, parts = 1024, 480, 24
 
     def _windows(self, split: str, count: int) -> np.ndarray:
         """Windows spread evenly over a text."""
@@ -123,7 +126,8 @@ class CharGPT:
 class ViT:
     """A ViT-S/14 that marks what matters in a photo, fitted to crops of two photos, judged on crops of two others."""
 
-    name, ratios, measure = "vit", (4, 6, 8), "1 - cosine of the output map, other photos"
+    name, measure = "vit", "1 - cosine of the output map, other photos"
+    ratios, healed, heal = (4, 6, 8), (), None
     options: ClassVar = {"batch": 2}
     each = 24
 
