@@ -127,7 +127,7 @@ class ViT:
     """A ViT-S/14 that marks what matters in a photo, fitted to crops of two photos, judged on crops of two others."""
 
     name, measure = "vit", "1 - cosine of the output map, other photos"
-    ratios, healed, heal = (4, 6), (), None
+    ratios, healed, heal = (3, 4, 6), (), None
     options: ClassVar = {"batch": 2}
     each = 24
 

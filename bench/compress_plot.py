@@ -37,25 +37,27 @@ def _front(axis, rows: list[dict]) -> None:
     for row, colour, mark in zip(others, GREYS, "D^", strict=False):
         axis.plot(*_points([row]), mark, color=colour, ms=6, label=row["contender"])
     axis.set_yscale("log")
-    axis.set_xlim(left=0)
+    axis.set_xlim(left=1)
     axis.grid(alpha=0.25, which="both", lw=0.5)
     axis.legend(frameon=False, fontsize=7.5, loc="best")
 
 
 def _points(rows: list[dict]) -> tuple[list[float], list[float]]:
-    return [row["ratio"] for row in rows], [row["loss"] for row in rows]
+    """A loss within the interval of its mean is drawn at the end of the interval, as it may be nothing at all."""
+    return [row["ratio"] for row in rows], [max(row["loss"], row.get("ci95", 0)) for row in rows]
 
 
 def _times(axis, rows: list[dict]) -> None:
     """Bars: how many times as long the classical model takes."""
     names = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != "classical"))
     sizes = list(dict.fromkeys((row["batch"], row["n"]) for row in rows))
-    shades = ("#0b2a5b", "#1f4e9c", "#5b86c9", "#a9c3ea", *GREYS)
+    blues, greys = iter(("#0b2a5b", "#1f4e9c", "#5b86c9", "#a9c3ea", "#cfe0f7")), iter(GREYS)
+    shades = {name: next(blues if name.startswith("compress") else greys) for name in names}
     for i, name in enumerate(names):
         found = {(row["batch"], row["n"]): row["x_classical"] for row in rows if row["contender"] == name}
         places = [k + (i - (len(names) - 1) / 2) * 0.8 / len(names) for k in range(len(sizes))]
-        axis.bar(places, [found[size] for size in sizes], 0.8 / len(names), color=shades[i % len(shades)], label=name)
+        axis.bar(places, [found[size] for size in sizes], 0.8 / len(names), color=shades[name], label=name)
     axis.axhline(1, color="#c0392b", lw=0.9)
     axis.set_xticks(range(len(sizes)), [f"{batch} x {n} tokens" for batch, n in sizes])
     axis.set(title="all-MiniLM-L6-v2", ylabel="times as fast as float32")
-    axis.legend(frameon=False, fontsize=7.5, loc="best")
+    axis.legend(frameon=False, fontsize=7.5, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.06))
