@@ -30,8 +30,37 @@ def large_photo() -> np.ndarray:
     return _normalised(np.pad(_astronaut(), ((3, 3), (3, 3), (0, 0)), mode="edge"))
 
 
+def photos() -> dict[str, np.ndarray]:
+    """Photos by name, (height, width, 3) uint8: the astronaut, and those that scikit-learn and matplotlib come with."""
+    from matplotlib import cbook, image
+    from sklearn.datasets import load_sample_image
+
+    found = {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    hopper = image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return found | {"grace hopper": hopper, "astronaut": _astronaut_pixels()}
+
+
+def crops(pixels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Random squares of a photo as `photo` gives the whole one, (count, 3, 224, 224): of 160 pixels up to its shorter side,
+    brought to 224, half of them mirrored."""
+    from PIL import Image
+
+    rng, (height, width, _), found = np.random.default_rng(seed), pixels.shape, []
+    for _ in range(count):
+        size = int(rng.integers(160, min(height, width), endpoint=True))
+        top, left = (int(rng.integers(0, side - size, endpoint=True)) for side in (height, width))
+        square = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC, (left, top, left + size, top + size))
+        square = np.asarray(square, np.float32) / 255
+        found.append(_normalised(square[:, ::-1] if rng.random() < 0.5 else square))
+    return np.concatenate(found)
+
+
 def _astronaut() -> np.ndarray:
-    return read_png((fetch("scikit-image") / "astronaut.png").read_bytes())[..., :3].astype(np.float32) / 255
+    return _astronaut_pixels().astype(np.float32) / 255
+
+
+def _astronaut_pixels() -> np.ndarray:
+    return read_png((fetch("scikit-image") / "astronaut.png").read_bytes())[..., :3]
 
 
 def _normalised(pixels: np.ndarray) -> np.ndarray:
