@@ -220,6 +220,43 @@ def test_a_model_of_float16(tmp_path):
     assert logits.dtype == np.float16
 
 
+def test_a_structured_weight_becomes_a_train(tmp_path):
+    """A Kronecker product is a train of bond dimension 1; nothing else of its error is as small."""
+    small = [np.random.default_rng(i).standard_normal((2, 2)) / 2**0.5 for i in range(6)]
+    kron = small[0]
+    for factor in small[1:]:
+        kron = np.kron(kron, factor)
+    path = language_model(tmp_path / "lm.onnx", wo=lambda array: kron)
+    layers = [{"match": name, "methods": []} for name in ("words", "w[qkv]", "up", "down")]
+    report = compress(
+        path, tmp_path / "out", token_ids(), ratio=1.15, recipe={"compress": {"layers": layers}}, profile=False
+    )
+    found = {layer["name"]: layer for layer in report.layers}["wo"]
+    assert found["method"].startswith("mpo")
+    assert found["relative_error"] < 1e-3
+    bundle, feed = Bundle.open(tmp_path / "out"), token_ids()
+    assert "MPOLinear" in ops(bundle.model_path)
+    expected = run(session(bundle.classical_path, library=False), ["logits"], feed)[0]
+    for library in (False, True):
+        assert relative(run(session(bundle.model_path, library=library), ["logits"], feed)[0], expected) < 1e-3
+
+
+def test_fitting_again_makes_up_for_the_weights_before(lm, tmp_path, monkeypatch):
+    """Against the same forms as they were chosen, on data that neither was fitted to; refused, it changes nothing."""
+    ids = token_ids(400)
+
+    def error(name):
+        return compress(lm, tmp_path / name, ids, ratio=6, profile=False).metric["error"]
+
+    again = error("again")
+    monkeypatch.setattr("qexport.compression.job.refit", lambda *arguments: arguments[3])
+    assert again < error("chosen")
+    worse = lambda bundle, layers, methods, chosen, *rest: {n: f for n, f in chosen.items() if n != "up"}  # noqa: E731
+    monkeypatch.setattr("qexport.compression.search.Search.error", lambda search, forms: 1 / len(forms))
+    monkeypatch.setattr("qexport.compression.job.refit", worse)
+    assert error("refused") == error("chosen")
+
+
 def test_a_torch_model(tmp_path):
     x = torch.randn(24, 6, 64, generator=torch.Generator().manual_seed(1)).numpy()
     np.savez(tmp_path / "data.npz", src=x)
