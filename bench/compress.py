@@ -44,7 +44,8 @@ def made(case, folder: Path) -> dict[str, Path]:
         contender = f"compress {ratio}x{', healed' if heal else ''}"
         bundle = folder / f"{case.name} {contender}"
         if not bundle.is_dir():
-            qexport.compress(case.source, bundle, case.fitted(), ratio=ratio, heal=heal, profile=False, **case.options)
+            options = {"findings": folder / "findings", "profile": False, **case.options}
+            qexport.compress(case.source, bundle, case.fitted(), ratio=ratio, heal=heal, **options)
         found.setdefault(CLASSICAL, bundle / "classical.onnx")
         found[contender] = bundle / "model.onnx"
     for name, options in INT8_OPTIONS.items():

@@ -25,6 +25,7 @@ OUT_OF_TOLERANCE = 3
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
 @click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
 @click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file, unless MODEL is a bundle [23].")
+@click.option("--findings", metavar="DIR", help="Keep here what was found, for other ratios of this model.")
 @click.option("--profile/--no-profile", default=True, help="Also measure latency and memory of both models [yes].")
 @common_options
 def command(model, config, as_json, quiet, verbose, **options):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qexport import profiling, runtime
 from qexport.bundle import Bundle, check_output, write_bundle
-from qexport.compression.checkpoint import Checkpoint
+from qexport.compression.checkpoint import Checkpoint, digest
 from qexport.compression.job import Job
 from qexport.compression.model import named_as, open_model
 from qexport.compression.settings import resolve
@@ -80,6 +80,7 @@ def compress(
     seq: int | None = None,
     opset: int | None = None,
     task: str | None = None,
+    findings=None,
     profile: bool = True,
     progress=None,
 ) -> CompressionReport:
@@ -101,6 +102,8 @@ def compress(
         metric: perplexity, top1 or cosine; what fits the model when None.
         batch, seq: items per run and length that texts are cut to; see `qexport.data.load_inputs`.
         opset, task: of the exported model, see `qexport.convert`; not for bundles.
+        findings: folder where what was found is kept, so that other ratios of the same model, data and methods need not find
+            it again; beside the output, and removed when done, when None.
         profile: also measure latency and memory of both models.
         progress: called with the step in words and the share that is done, 0 to 1.
 
@@ -129,9 +132,10 @@ def compress(
         classical = runtime.session(bundle.classical_path, library=False)
         chosen = choose_metric(bundle, inputs, classical, metric)
         job = Job(bundle, settings, chosen, fitted, judging, classical, source)
-        store = Checkpoint(_beside(Path(output)), job.key())
+        key = job.key()
+        store = Checkpoint(_beside(Path(output)) if findings is None else Path(findings) / digest(key), key)
         if store.resumed:
-            notes.append("took up what a run that was stopped had found")
+            notes.append("took up what another run had found")
         result = job.run(store, say)
         figures = {"name": chosen.name, "output": chosen.output, **result.measured.__dict__}
         oldest = max(runtime.version_tuple(bundle.manifest["min_onnxruntime"]), result.oldest_runtime)
@@ -153,7 +157,8 @@ def compress(
             found = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS)
             measured = found.to_dict() | {"bundle": str(output)}
         say("writing the bundle", 0.99)
-    store.remove()
+    if findings is None:
+        store.remove()
     return CompressionReport(
         path=str(output),
         passed=not result.reasons,

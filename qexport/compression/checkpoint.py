@@ -69,4 +69,9 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
+        return self.folder / f"{digest(name)}.npy"
+
+
+def digest(data) -> str:
+    """A short name for JSON data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:24]

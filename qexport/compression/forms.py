@@ -76,9 +76,7 @@ def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
     found = [Method(KEEP)]
     if HALF in allowed and layer.nbytes >= 4 * rows * columns:
         found.append(Method(HALF))
-    # a table gives whole blocks, so that its width must be some
-    fitting = [block for block in BLOCKS if rows % block == 0 or not layer.picks]
-    found += [Method(INTEGER, bits, block) for bits in BITS if f"int{bits}" in allowed for block in fitting]
+    found += [Method(INTEGER, bits, block) for bits in BITS if f"int{bits}" in allowed for block in _blocks(layer, rows)]
     if LOW_RANK in allowed and len(layer.kinds) == 1:
         widths = [bits for bits in (8, 4) if f"int{bits}" in allowed] or [8]
         ranks = {round(share * rows * columns / (rows + columns) / RANK_STEP) * RANK_STEP for share in KEPT}
@@ -88,6 +86,15 @@ def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
         bonds = [bond for bond in BOND_DIMS if numbers(rows, columns, bond) < rows * columns / 4]
         found += [Method(MPO, rank=bond) for bond in bonds]
     return found
+
+
+def _blocks(layer: Layer, rows: int) -> list[int]:
+    """The blocks that a weight is quantised in. A table gives whole blocks, so that its width must be some. A product is the
+    faster the larger they are: with 32 and 64 onnxruntime takes longer than in float32 where rows are many."""
+    fitting = [block for block in BLOCKS if rows % block == 0]
+    if layer.picks:
+        return fitting
+    return fitting[-1:] or BLOCKS[:1]
 
 
 def _common_block(rank: int) -> int:
