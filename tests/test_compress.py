@@ -344,6 +344,19 @@ def test_a_stopped_run_goes_on_where_it_was(lm, tmp_path):
         assert not (tmp_path / f".{name}.compress").exists()
 
 
+def test_findings_serve_other_ratios_and_leave_what_else_is_there(lm, tmp_path):
+    findings, ids = tmp_path / "findings", token_ids()
+    findings.mkdir()
+    (findings / "mine").write_text("kept")
+    for ratio, known in ((4, False), (5, True)):
+        out = tmp_path / f"out{ratio}"
+        report = compress(lm, out, ids, ratio=ratio, findings=findings, profile=False)
+        assert any("took up" in note for note in report.notes) == known
+        assert report.layers == compress(lm, tmp_path / "alone", ids, ratio=ratio, profile=False).layers
+    assert (findings / "mine").read_text() == "kept"
+    assert len(list(findings.iterdir())) == 2
+
+
 def test_other_data_is_no_continuation(lm, tmp_path):
     def stop(step, _):
         if step.startswith("trying"):
