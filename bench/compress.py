@@ -28,7 +28,7 @@ from bench.attention import goals
 from bench.compress_cases import CASES
 from bench.compress_factors import low_rank_table, trains_table
 from qexport import _core, runtime
-from qexport.compression.job import file_bytes
+from qexport.external_data import file_bytes
 from qexport.profiling import session_options
 from qexport.profiling.calls import make_call
 from qexport.profiling.timing import interleaved

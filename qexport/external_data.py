@@ -42,6 +42,12 @@ def external_files(model: onnx.ModelProto) -> dict[str, tuple[str, int]]:
     return files
 
 
+def file_bytes(path) -> int:
+    """Bytes of a model's file and of the files that its weights lie in."""
+    path = Path(path)
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external_files(load_structure(path)))
+
+
 def check_external_data(path, model: onnx.ModelProto | None = None) -> None:
     """Check that every external file of a model is there, long enough, and inside the model's own folder.
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from qexport.bundle import Bundle, sha256
 from qexport.errors import QexportError
-from qexport.external_data import check_external_data, external_files, load_structure
+from qexport.external_data import check_external_data, external_files, file_bytes, load_structure
 from qexport.ops import DOMAIN
 from qexport.ops.proto import FALLBACK_KEY
 
@@ -89,7 +89,7 @@ def inspect(path) -> dict:
         "limits": manifest.get("limits"),
         "parameters": parameters,
         "parameter_bytes": parameter_bytes,
-        "file_bytes": file.stat().st_size + sum((file.parent / name).stat().st_size for name in external),
+        "file_bytes": file_bytes(file),
         "external_files": sorted(external),
         "sha256": sha256(file),
         "changed_files": bundle.changed_files() if bundle else None,

@@ -1,6 +1,23 @@
-"""Makes `bench` importable for the tests that use it; last on the path, so that the installed qexport is what is tested."""
+"""Makes `bench` importable for the tests that use it, last on the path, so that the installed qexport is what is tested; and
+runs the command line for tests."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).parent.parent))
+
+
+@pytest.fixture
+def qexport(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+    from qexport.cli import main
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run

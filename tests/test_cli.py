@@ -13,20 +13,7 @@ import onnx
 import pytest
 from bundle_factory import build_model, make_bundle
 
-from qexport.cli import COMMANDS, main
-
-
-@pytest.fixture
-def qexport(capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*argv):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
+from qexport.cli import COMMANDS
 
 
 @pytest.fixture(scope="module")

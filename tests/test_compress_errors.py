@@ -12,22 +12,8 @@ from bundle_factory import make_bundle
 from compression_cases import language_model, model_of, random, token_ids
 
 from qexport import conversion
-from qexport.cli import main
 from qexport.compression import SCHEMA, compress
 from qexport.errors import QexportError, UsageError
-
-
-@pytest.fixture
-def qexport(capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*argv):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -75,3 +75,8 @@ class Checkpoint:
 def digest(data) -> str:
     """A short name for JSON data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def array_digest(array: np.ndarray) -> str:
+    """A short name for an array, its type and its shape."""
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:24]

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +10,7 @@ from qexport import conversion, runtime
 from qexport.bundle import Bundle, sha256
 from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
-from qexport.compression.checkpoint import Checkpoint
+from qexport.compression.checkpoint import Checkpoint, array_digest
 from qexport.compression.forms import KEEP, Form, Method, nbytes
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
@@ -20,7 +19,7 @@ from qexport.compression.search import Candidate, Search
 from qexport.compression.trains import Train
 from qexport.compression.trials import Measured, Trials, opened
 from qexport.errors import QexportError, UsageError
-from qexport.external_data import external_files, load_structure
+from qexport.external_data import file_bytes
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
 from qexport.recipe_compression import Compression
@@ -84,7 +83,8 @@ class Job:
             "metric": self.metric.name,
             "methods": {layer.name: self._methods(layer) for layer in self.layers},
             "data": [
-                {name: hash_of(array) for name, array in feed.items()} for feed in (*self.fitted.feeds, *self.judging.feeds)
+                {name: array_digest(array) for name, array in feed.items()}
+                for feed in (*self.fitted.feeds, *self.judging.feeds)
             ],
             "onnxruntime": runtime.onnxruntime().__version__,
         }
@@ -296,16 +296,3 @@ class Job:
         weights.unlink(missing_ok=True)  # of the attempt before
         conversion.save(model, self.draft, weights.name if conversion.external_name(model) else None)
         return file_bytes(self.draft)
-
-
-def file_bytes(path: Path) -> int:
-    """Bytes of a model's file and of the files that its weights lie in."""
-    files = external_files(load_structure(path))
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in files)
-
-
-def hash_of(array) -> str:
-    """What tells an array from another."""
-    import hashlib
-
-    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
