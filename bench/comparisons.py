@@ -121,5 +121,30 @@ def noise() -> str:
     """) + table(header, rows)
 
 
+def compression() -> str:
+    results = load("compress")
+    losses = {
+        "minilm": (
+            "all-MiniLM-L6-v2",
+            lambda row: f"cosine {row['cosine']:.4f}, STS-B {row['spearman_loss_percent']:.2f} %",
+        ),
+        "char_gpt": ("character-level GPT, 3.2 M", lambda row: f"{row['loss']:.4f} ± {row['ci95']:.4f} nats"),
+        "vit": ("ViT-S/14", lambda row: f"cosine {row['cosine']:.4f}"),
+    }
+    speed = {(row["model"], row["contender"]): row for row in results["latency"] if row["batch"] == 1}  # the longest
+    rows = []
+    for model, (title, loss) in losses.items():
+        for row in results[model][1:]:
+            size = f"{row['bytes'] / 1e6:.2f} MB", f"{row['ratio']:.2f} ×"
+            rows.append((title, row["contender"], *size, loss(row), times(speed[model, row["contender"]]["x_classical"])))
+    return paragraph(f"""
+    **Smaller weights.** `qexport compress` beside onnxruntime's dynamic int8: bytes of the file, how many times smaller than
+    the float32 file, what is lost on data that nothing was fitted to (cosine with the embeddings of the original and loss of
+    the correlation on the STS-B test split; nats per character of WikiText-2; cosine of the output map on other photos), and
+    how many times as long the float32 model takes at batch 1, the longest inputs {source("compress", results)}. All run in a
+    stock onnxruntime. The picture: [bench/results/compress.png](bench/results/compress.png).
+    """) + table(("model", "stored by", "file", "smaller", "lost", "float32 takes"), rows)
+
+
 def _time(ms: float) -> str:
     return f"{1e3 * ms:.3g} µs" if ms < 0.1 else f"{ms:,.3g} ms" if ms < 1000 else f"{ms / 1e3:.2g} s"

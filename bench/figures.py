@@ -15,7 +15,14 @@ START, END = "<!-- figures -->\n", "<!-- /figures -->"
 def markdown() -> str:
     """All figures, as Markdown."""
     sections = (sts_b(), comparisons.training(), comparisons.baselines(), seed_table(), minilm_error())
-    sections += (generation(), comparisons.scaling(), attention(), kv_cache(), comparisons.noise())
+    sections += (
+        generation(),
+        comparisons.scaling(),
+        attention(),
+        kv_cache(),
+        comparisons.noise(),
+        comparisons.compression(),
+    )
     return "\n".join(section for section in sections)
 
 
