@@ -24,7 +24,7 @@ from qexport.validation.unpadded import keep_masks, padded_axis, rows
 
 # Positions per input of a layer that are enough to fit it to; with few, what is fitted is their noise, so that the ridge is
 # the number of inputs over that of positions.
-POSITIONS = 64
+POSITIONS = 16
 
 
 def refit(
@@ -76,7 +76,8 @@ def _products(bundle: Bundle, layers, names: tuple[str, ...], weights: dict, fee
     seen = 0
     with opened(bundle, layers, library, list(names)) as session:
         shapes = {output.name: output.shape for output in session.get_outputs()}
-        for feed in feeds:
+        for number in np.random.default_rng(0).permutation(len(feeds)):  # data may be sorted
+            feed = feeds[number]
             masks, seeded = keep_masks(bundle.manifest, feed), seeded_feed(feed, bundle.seed_input, 0)
             pairs = (runtime.run(session, list(names), {**seeded, **fed}) for fed in ({}, weights))
             for name, *both in zip(names, *pairs, strict=True):
