@@ -91,7 +91,7 @@ class CharGPT:
     """The character-level GPT of `bench.char_gpt`, fitted to its training text, judged on the test text."""
 
     name, source, measure = "char_gpt", "bench.char_gpt:char_gpt", "nats per character, test text"
-    ratios, healed, heal = (4, 9, 12, 17), (9, 17), 200
+    ratios, healed, heal = (4, 9, 12, 17), (9, 17), 100
     options: ClassVar = {"batch": 8}
     rows, judged, parts = 1024, 480, 24
 
