@@ -30,7 +30,7 @@ class MiniLM:
     on other reviews. Its pooler, which no embedding needs and which could be anything for that, stays at 8 bits."""
 
     name, measure = "minilm", "1 - embedding cosine, STS-B test"
-    ratios, healed, heal = (4, 6, 8, 10), (), None
+    ratios, healed, heal = (6, 8), (), None
     batch, sentences, reviews = 32, 1536, 32
     options: ClassVar = {
         "batch": batch,
@@ -91,7 +91,7 @@ class CharGPT:
     """The character-level GPT of `bench.char_gpt`, fitted to its training text, judged on the test text."""
 
     name, source, measure = "char_gpt", "bench.char_gpt:char_gpt", "nats per character, test text"
-    ratios, healed, heal = (4, 9, 12, 17), (9, 17), 100
+    ratios, healed, heal = (4, 9, 17), (17,), 100
     options: ClassVar = {"batch": 8}
     rows, judged, parts = 1024, 480, 24
 
@@ -127,7 +127,7 @@ class ViT:
     """A ViT-S/14 that marks what matters in a photo, fitted to crops of two photos, judged on crops of two others."""
 
     name, measure = "vit", "1 - cosine of the output map, other photos"
-    ratios, healed, heal = (3, 4, 6), (), None
+    ratios, healed, heal = (4,), (), None
     options: ClassVar = {"batch": 2}
     each = 24
 

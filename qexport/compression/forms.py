@@ -89,12 +89,8 @@ def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
 
 
 def _blocks(layer: Layer, rows: int) -> list[int]:
-    """The blocks that a weight is quantised in. A table gives whole blocks, so that its width must be some. A product is the
-    faster the larger they are: with 32 and 64 onnxruntime takes longer than in float32 where rows are many."""
-    fitting = [block for block in BLOCKS if rows % block == 0]
-    if layer.picks:
-        return fitting
-    return fitting[-1:] or BLOCKS[:1]
+    """The blocks that a weight is quantised in. A table gives whole blocks, so that its width must be some."""
+    return [block for block in BLOCKS if rows % block == 0 or not layer.picks]
 
 
 def _common_block(rank: int) -> int:
