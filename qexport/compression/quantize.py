@@ -9,8 +9,8 @@ BLOCKS = (32, 64, 128)
 # Scales that are tried for a block, as shares of the one that reaches its largest number: clipping a few numbers can cost
 # less than a coarser step for all.
 SHRINK = np.linspace(1.0, 0.7, 7)
-# Added to the diagonal of a Gram matrix, as a share of its mean: directions that the inputs never use are held still. More of
-# it costs a little on inputs like those that are fitted to, and saves more on others.
+# Added to the diagonal of a Gram matrix, as a share of its mean: directions that the inputs never use are held still. More
+# of it costs a little on inputs like those that are fitted to, and saves more on others.
 DAMPING = 0.03
 LAZY = 64
 
