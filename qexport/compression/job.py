@@ -171,7 +171,8 @@ class Job:
             result = self._finish(search, candidate, chosen, say, [], notes)
             if result.measured.loss <= most:
                 return result
-            limit *= 0.8 * most / result.measured.loss
+            # below what this one lost in its trial, lest it be found again
+            limit = min(limit, candidate.measured.loss) * 0.8 * most / result.measured.loss
         result.reasons.append(
             f"{self.metric.name} loses {result.measured.loss:.3g} in the file, above max_drop {most:g}; ask for less"
         )
