@@ -7,7 +7,8 @@ minilm, char_gpt, vit   size and loss of each contender. Bytes are those of whol
                         onnxruntime's int8; `x_int8_bytes`: how many times as many bytes the smallest of these takes.
 latency                 their times in a stock onnxruntime, runs interleaved: `x_classical` and `x_int8` are how many times
                         as long the classical model and `onnxruntime int8` take
-low_rank                a product with a 1024 x 1024 weight against factors of rank 64 (an eighth of its numbers)
+low_rank                a product with a 1024 x 1024 weight against factors of rank 64 (an eighth of its numbers), on one
+                        thread too, as products of that size hardly gain by more
 trains                  weights of MiniLM as tensor trains, as factors and as int4, at the same bytes
 goals                   those of bench/goals.toml that are decided here
 
@@ -118,7 +119,11 @@ def main():
         tables["latency"] = [
             row for case in cases for row in latency(case, files[case.name], arguments.threads, arguments.runs)
         ]
-        tables["low_rank"] = low_rank_table(scratch, arguments.threads)
+        tables["low_rank"] = [
+            row | {"threads": threads}
+            for threads in sorted({1, arguments.threads})
+            for row in low_rank_table(scratch, threads)
+        ]
         tables["trains"] = trains_table(files["minilm"][CLASSICAL])
     finally:
         if arguments.folder is None:
