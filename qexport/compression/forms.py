@@ -42,10 +42,6 @@ class Method:
         codes = f"int{self.bits} in blocks of {self.block}"
         return codes if self.kind == INTEGER else f"rank {self.rank}, {codes}"
 
-    def to_dict(self) -> dict:
-        """What the report holds."""
-        return {key: value for key, value in self.__dict__.items() if value}
-
 
 @dataclass(frozen=True)
 class Half:
