@@ -13,6 +13,8 @@ import click
 from qexport import __version__
 from qexport.errors import QexportError
 
+# Exit code of a command whose result does not hold what was asked for.
+OUT_OF_TOLERANCE = 3
 # name -> one line for --help; the command is the function `command` of qexport.cli.<name>
 COMMANDS = {
     "convert": "Turn a transformer into a bundle with sampled attention.",

@@ -2,9 +2,7 @@
 
 import click
 
-from qexport.cli import Share, common_options, print_json
-
-OUT_OF_TOLERANCE = 3
+from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
 
 
 @click.command("validate")

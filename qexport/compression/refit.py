@@ -57,8 +57,9 @@ def refit(
     for number, (names, group) in enumerate(groups.items()):
         say(f"fitting {group[0][0].label} again", number / len(groups))
         key = f"refit {' '.join(names)} {label}"
-        gram, cross, seen = store.compute(key, lambda n=names: _products(bundle, layers, n, weights, feeds, library))
-        share = max(DAMPING, len(gram) / seen[0, 0])
+        found = store.compute(key, lambda n=names: _products(bundle, layers, n, weights, feeds, library))
+        gram, cross, seen = *np.split(found[:-1], 2), found[-1, 0]
+        share = max(DAMPING, len(gram) / seen)
         ridge = share * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny)
         inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
         for layer, method in group:
@@ -70,8 +71,8 @@ def refit(
 
 
 def _products(bundle: Bundle, layers, names: tuple[str, ...], weights: dict, feeds: list[dict], library) -> np.ndarray:
-    """(3, in, in): X'^T X' and X'^T X, with X of the original model and X' of the one with these weights, and the number of
-    positions."""
+    """(2 in + 1, in): X'^T X', below it X'^T X, with X of the original model and X' of the one with these weights, and a row
+    of the number of positions."""
     gram = cross = 0.0
     seen = 0
     with opened(bundle, layers, library, list(names)) as session:
@@ -88,4 +89,4 @@ def _products(bundle: Bundle, layers, names: tuple[str, ...], weights: dict, fee
                 seen += len(X)
             if seen >= POSITIONS * len(gram):
                 break
-    return np.array([gram, cross, np.full_like(gram, seen)])
+    return np.vstack([gram, cross, np.full((1, len(gram)), seen)])
