@@ -1,0 +1,151 @@
+// What every CUDA kernel here stands on: launches that report errors, shared memory, conversions of elements.
+//
+// The same sources compile as plain C++ with QEXPORT_CUDA_EMULATION, for tests without a GPU: emulation.h then runs the
+// threads of a block one after the other, as fibers. For that, kernels are started by `launch` alone, take dynamic shared
+// memory from `dynamic_shared`, and give the warp operations the full mask, with all 32 lanes of the warp arriving.
+#pragma once
+
+#ifdef QEXPORT_CUDA_EMULATION
+#include "emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qexport/cuda_kernels.h"
+#include "qexport/dtype.h"
+
+namespace qexport {
+namespace cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// The first error of a call; later steps are skipped. `text` is null as long as all went well.
+struct Status {
+  const char* text = nullptr;
+  bool ok() const { return text == nullptr; }
+  void fail(const char* message) {
+    if (!text) text = message;
+  }
+};
+
+#ifndef QEXPORT_CUDA_EMULATION
+
+__device__ __forceinline__ char* dynamic_shared_bytes() {
+  extern __shared__ __align__(1024) char qexport_dynamic_shared[];
+  return qexport_dynamic_shared;
+}
+
+inline void check(Status& status, cudaError_t code) {
+  if (code != cudaSuccess) status.fail(cudaGetErrorString(code));
+}
+
+// Queues kernel<<<grid, block, shared_bytes, stream>>>(args...).
+template <class... Params, class... Args>
+void launch(Status& status, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Args... args) {
+  if (!status.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    check(status, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared_bytes)));
+    if (!status.ok()) return;
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+  check(status, cudaGetLastError());
+}
+
+inline void fill_zero(Status& status, void* data, size_t bytes, void* stream) {
+  if (status.ok() && bytes) check(status, cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+// Compute capability of the current device as 10 * major + minor, and its number of multiprocessors.
+struct Device {
+  int capability, multiprocessors;
+};
+inline Device current_device(Status& status) {
+  int id = 0, major = 0, minor = 0, count = 1;
+  check(status, cudaGetDevice(&id));
+  check(status, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
+  check(status, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id));
+  check(status, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id));
+  return {10 * major + minor, count};
+}
+
+#endif
+
+template <class T>
+__device__ __forceinline__ T* dynamic_shared(size_t offset_bytes = 0) {
+  return reinterpret_cast<T*>(dynamic_shared_bytes() + offset_bytes);
+}
+
+__host__ __device__ __forceinline__ float to_float(float x) { return x; }
+__host__ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__host__ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__host__ __device__ __forceinline__ T from_float(float x);
+template <>
+__host__ __device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__host__ __device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__host__ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <class T>
+__host__ __device__ __forceinline__ T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// Sums and maxima over a warp, the same on every lane and in the same order on every device.
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kFullWarp, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// Sum over the warps of a block (of a multiple of 32 threads), the same on every thread. `parts` is shared memory of 32
+// values that nothing else uses until all threads have passed the next barrier.
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* parts) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  T sum = parts[0];
+  for (int i = 1; i < warps; ++i) sum += parts[i];
+  return sum;
+}
+template <class T>
+__device__ __forceinline__ T block_max(T x, T* parts) {
+  x = warp_max(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  T most = parts[0];
+  for (int i = 1; i < warps; ++i) most = parts[i] > most ? parts[i] : most;
+  return most;
+}
+
+}  // namespace cuda
+}  // namespace qexport

@@ -1,0 +1,58 @@
+#include "emulation.h"
+
+namespace emulation {
+
+Block* block = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+std::vector<std::unique_ptr<char[]>> stacks;  // of earlier blocks, to be used again
+const std::function<void()>* work = nullptr;
+
+void enter() {
+  (*work)();
+  block->now->done = true;
+  block->progress = true;
+  yield();
+}
+
+}  // namespace
+
+char* shared_memory() {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(block->shared.data());
+  return reinterpret_cast<char*>((address + 1023) / 1024 * 1024);
+}
+
+void run_block(const std::function<void()>& body) {
+  work = &body;
+  const unsigned count = block->size.x * block->size.y * block->size.z;
+  block->threads.resize(count);
+  block->warps.resize((count + 31) / 32);
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = block->threads[i];
+    thread.index = dim3(i % block->size.x, i / block->size.x % block->size.y, i / block->size.x / block->size.y);
+    thread.lane = static_cast<int>(i % 32), thread.warp = static_cast<int>(i / 32);
+    if (stacks.empty()) stacks.emplace_back(new char[kStackBytes]);
+    thread.stack = std::move(stacks.back());
+    stacks.pop_back();
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&thread.context, enter, 0);
+  }
+  for (unsigned round = 0, left = count; left > 0; ++round) {
+    block->progress = false;
+    for (unsigned i = 0; i < count; ++i) {
+      Thread& thread = block->threads[round % 2 ? count - 1 - i : i];
+      if (thread.done) continue;
+      block->now = &thread;
+      swapcontext(&block->scheduler, &thread.context);
+      left -= thread.done;
+    }
+    if (!block->progress && left > 0) die("threads wait for each other: a barrier or warp operation that not all reach");
+  }
+  for (Thread& thread : block->threads) stacks.push_back(std::move(thread.stack));
+}
+
+}  // namespace emulation

@@ -1,0 +1,378 @@
+// CUDA kernels on the CPU, for tests without a GPU: the threads of a block run as fibers of one thread, switching at
+// barriers and warp operations, in an order that changes from round to round so that a missing barrier shows as a wrong
+// result. Needs the headers of a CUDA toolkit (types alone), no CUDA library and no GPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <ucontext.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+#undef __align__
+#define __align__(n) alignas(n)
+#undef __restrict__
+#define __restrict__ __restrict
+
+namespace emulation {
+
+struct Thread {
+  dim3 index;
+  int lane, warp;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  uint64_t barriers = 0;   // barriers of the block that this thread has reached
+  uint64_t exchanges = 0;  // operations of the warp that it has reached
+};
+
+struct Warp {
+  uint64_t slot[2][32][2];  // by parity of the operation: a thread is never two of them ahead
+};
+
+struct Block {
+  dim3 index, size, grid;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<char> shared;
+  ucontext_t scheduler;
+  Thread* now = nullptr;
+  bool progress = false;
+};
+
+extern Block* block;
+
+inline void yield() { swapcontext(&block->now->context, &block->scheduler); }
+
+[[noreturn]] inline void die(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %u,%u,%u thread %u)\n", what, block->index.x, block->index.y, block->index.z,
+               block->now ? block->now->index.x : 0);
+  std::abort();
+}
+
+// Waits until no thread of [begin, end) that still runs has reached fewer than this one.
+template <class Counter>
+void meet(size_t begin, size_t end, Counter counter) {
+  Thread& self = *block->now;
+  const uint64_t mine = ++(self.*counter);
+  block->progress = true;
+  for (;;) {
+    bool all = true;
+    for (size_t i = begin; i < end; ++i) {
+      const Thread& other = block->threads[i];
+      if (!other.done && other.*counter < mine) all = false;
+    }
+    if (all) break;
+    yield();
+  }
+  block->progress = true;
+}
+
+inline void barrier() { meet(0, block->threads.size(), &Thread::barriers); }
+inline void warp_meet() {
+  const size_t begin = static_cast<size_t>(block->now->warp) * 32;
+  meet(begin, std::min(begin + 32, block->threads.size()), &Thread::exchanges);
+}
+
+// Every lane gives 16 bytes; returns the slots of all lanes.
+template <class T>
+const uint64_t (*exchange(const T& value))[2] {
+  static_assert(sizeof(T) <= 16);
+  Thread& self = *block->now;
+  auto& slots = block->warps[static_cast<size_t>(self.warp)].slot[(self.exchanges + 1) % 2];
+  std::memcpy(slots[self.lane], &value, sizeof(T));
+  warp_meet();
+  return slots;
+}
+template <class T>
+T from_slot(const uint64_t (&slot)[2]) {
+  T value;
+  std::memcpy(&value, slot, sizeof(T));
+  return value;
+}
+inline void check_mask(unsigned mask) {
+  if (mask != 0xffffffffu) die("warp operation without the full mask");
+}
+
+void run_block(const std::function<void()>& body);
+char* shared_memory();
+
+}  // namespace emulation
+
+#define threadIdx (emulation::block->now->index)
+#define blockIdx (emulation::block->index)
+#define blockDim (emulation::block->size)
+#define gridDim (emulation::block->grid)
+
+inline void __syncthreads() { emulation::barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulation::check_mask(mask);
+  emulation::warp_meet();
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline int __syncthreads_or(int predicate) {
+  static int any[2];
+  // One word per parity of the barrier; the first thread behind a barrier clears the other.
+  const int slot = static_cast<int>((emulation::block->now->barriers / 2) % 2);
+  if (predicate) any[slot] = 1;
+  emulation::barrier();
+  const int result = any[slot];
+  emulation::barrier();
+  any[slot] = 0;
+  return result;
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  emulation::check_mask(mask);
+  const auto* slots = emulation::exchange(value);
+  const int self = emulation::block->now->lane;
+  return emulation::from_slot<T>(slots[self / width * width + (lane & (width - 1))]);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other, int width = 32) {
+  return __shfl_sync(mask, value, (emulation::block->now->lane % width) ^ other, width);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int at = emulation::block->now->lane % width - static_cast<int>(delta);
+  return __shfl_sync(mask, value, at < 0 ? emulation::block->now->lane % width : at, width);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int at = emulation::block->now->lane % width + static_cast<int>(delta);
+  return __shfl_sync(mask, value, at >= width ? emulation::block->now->lane % width : at, width);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  emulation::check_mask(mask);
+  const auto* slots = emulation::exchange(predicate ? 1 : 0);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= emulation::from_slot<int>(slots[i]) ? 1u << i : 0u;
+  return bits;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline unsigned __brev(unsigned x) {
+  unsigned y = 0;
+  for (int i = 0; i < 32; ++i) y |= (x >> i & 1u) << (31 - i);
+  return y;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) {
+  volatile float y = a * b;
+  return y;
+}
+inline float __fadd_rn(float a, float b) {
+  volatile float y = a + b;
+  return y;
+}
+inline float __fsub_rn(float a, float b) {
+  volatile float y = a - b;
+  return y;
+}
+inline float __fdiv_rn(float a, float b) {
+  volatile float y = a / b;
+  return y;
+}
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }
+inline int __float2int_rz(float x) { return static_cast<int>(x); }
+inline int __float_as_int(float x) {
+  int y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(__float_as_int(x)); }
+inline float __int_as_float(int x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T atomicAdd(T* p, T x) {
+  const T old = *p;
+  *p = static_cast<T>(old + x);
+  return old;
+}
+template <class T>
+T atomicMax(T* p, T x) {
+  const T old = *p;
+  *p = x > old ? x : old;
+  return old;
+}
+template <class T>
+T atomicMin(T* p, T x) {
+  const T old = *p;
+  *p = x < old ? x : old;
+  return old;
+}
+template <class T>
+T atomicOr(T* p, T x) {
+  const T old = *p;
+  *p = old | x;
+  return old;
+}
+template <class T>
+T atomicExch(T* p, T x) {
+  const T old = *p;
+  *p = x;
+  return old;
+}
+template <class T>
+T atomicCAS(T* p, T expected, T x) {
+  const T old = *p;
+  if (old == expected) *p = x;
+  return old;
+}
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+using std::max;
+using std::min;
+
+namespace qexport {
+namespace cuda {
+
+struct Status;
+struct Device {
+  int capability, multiprocessors;
+};
+
+inline char* dynamic_shared_bytes() { return emulation::shared_memory(); }
+
+// Template bodies see Status once it is complete.
+template <class AnyStatus, class... Params, class... Args>
+void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared_bytes, void*, Args... args) {
+  if (!status.ok()) return;
+  if (shared_bytes > 227 * 1024) return status.fail("too much shared memory");
+  if (size.x * size.y * size.z > 1024) return status.fail("too many threads");
+  const std::tuple<Params...> values(static_cast<Params>(args)...);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        emulation::Block block{};
+        block.index = dim3(x, y, z), block.size = size, block.grid = grid;
+        // Memory that a kernel does not fill holds anything, here NaN of every type.
+        block.shared.assign(shared_bytes + 1024, static_cast<char>(0xff));
+        emulation::block = &block;
+        emulation::run_block([&] { std::apply(kernel, values); });
+        emulation::block = nullptr;
+      }
+    }
+  }
+}
+template <class AnyStatus>
+void fill_zero(AnyStatus& status, void* data, size_t bytes, void*) {
+  if (status.ok() && bytes) std::memset(data, 0, bytes);
+}
+// The Hopper of the tests, small enough that persistent grids loop.
+template <class AnyStatus>
+Device current_device(AnyStatus&) {
+  return {90, 4};
+}
+
+inline uint32_t pack_pair(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }
+template <class T>
+float half_at(uint32_t pair, int i) {
+  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
+  T value;
+  std::memcpy(static_cast<void*>(&value), &bits, 2);
+  return static_cast<float>(value);
+}
+
+// All lanes' fragments are gathered, and every lane computes its own four elements.
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Pair {
+    uint32_t x[4];
+  };
+  float A[16][16], B[16][8];
+  Pair pair{{a[0], a[1], a[2], a[3]}};
+  const auto* left = emulation::exchange(pair);
+  for (int lane = 0; lane < 32; ++lane) {
+    const Pair p = emulation::from_slot<Pair>(left[lane]);
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < 2; ++e) A[lane / 4 + i % 2 * 8][2 * (lane % 4) + e + i / 2 * 8] = half_at<T>(p.x[i], e);
+    }
+  }
+  pair = {{b[0], b[1], 0, 0}};
+  const auto* right = emulation::exchange(pair);
+  for (int lane = 0; lane < 32; ++lane) {
+    const Pair p = emulation::from_slot<Pair>(right[lane]);
+    for (int i = 0; i < 2; ++i) {
+      for (int e = 0; e < 2; ++e) B[2 * (lane % 4) + e + i * 8][lane / 4] = half_at<T>(p.x[i], e);
+    }
+  }
+  const int self = emulation::block->now->lane;
+  for (int i = 0; i < 4; ++i) {
+    const int row = self / 4 + i / 2 * 8, column = 2 * (self % 4) + i % 2;
+    float sum = c[i];
+    for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+    c[i] = sum;
+  }
+}
+
+inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+  const auto* slots = emulation::exchange(row);
+  const int self = emulation::block->now->lane;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int r_index = transposed ? 2 * (self % 4) + e : self / 4, c_index = transposed ? self / 4 : 2 * (self % 4) + e;
+      const char* base = emulation::from_slot<const char*>(slots[m * 8 + r_index]);
+      if (reinterpret_cast<uintptr_t>(base) % 16) emulation::die("ldmatrix: a row is not aligned to 16 bytes");
+      std::memcpy(&pair[e], base + 2 * c_index, 2);
+    }
+    r[m] = pack_pair(pair[0], pair[1]);
+  }
+  emulation::warp_meet();  // nobody writes the rows before all have read them
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
+// Copies arrive at once: emulation does not find a missing wait.
+inline void cp_async_16(void* dst, const void* src, bool valid) {
+  if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16)
+    emulation::die("cp_async: not aligned");
+  if (valid) {
+    std::memcpy(dst, src, 16);
+  } else {
+    std::memset(dst, 0, 16);
+  }
+}
+inline void cp_async_commit() {}
+template <int>
+void cp_async_wait() {}
+inline float fast_exp2(float x) { return std::exp2(x); }
+
+}  // namespace cuda
+}  // namespace qexport
