@@ -35,6 +35,8 @@ FITTINGS = 8
 # Every so manieth batch of what is fitted to tells how far errors carry, and whether fitting again helped.
 PROBING = 4
 DRAFT = "compressed.onnx"
+# Of what is stored while it runs; a new number where it comes to mean something else, so that nobody takes up the old.
+FORMAT = 2
 SAMPLES = 4
 
 
@@ -87,6 +89,7 @@ class Job:
                 for feed in (*self.fitted.feeds, *self.judging.feeds)
             ],
             "onnxruntime": runtime.onnxruntime().__version__,
+            "format": FORMAT,
         }
 
     def run(self, store: Checkpoint, say) -> Result:
