@@ -18,6 +18,12 @@ DType type_of(const py::array& array, const std::string& where) {
   throw std::invalid_argument(where + "must be float32, float16, bfloat16, float64 or bool, got " + type);
 }
 
+void check_rank(int64_t rank, int most, const std::string& where) {
+  if (rank <= most) return;
+  throw std::invalid_argument(where + "must have at most " + std::to_string(most) + " dimensions, got " +
+                              std::to_string(rank));
+}
+
 // Whether the last axis is contiguous and the others are made of whole elements, so that HeadRows can describe the array.
 bool is_rows(const py::array& array) {
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
@@ -56,22 +62,20 @@ void run_on_pool(void* pool, void (*body)(void*, size_t), size_t total, void* da
 
 }  // namespace
 
-TensorView view(py::object& object, const char* op_name, const char* name, bool keep_rows, int most) {
-  TensorView result{};
+ArrayView view(py::object& object, const char* op_name, const char* name, bool keep_rows, int most) {
+  ArrayView result{};
   if (object.is_none()) return result;
   const std::string where = "[" + std::string(op_name) + "] " + name + " ";
   py::array array = py::array::ensure(object);  // calls of microseconds: no attribute of numpy is looked up on the way
   if (!array) throw py::error_already_set();
-  if (array.ndim() > most) {
-    throw std::invalid_argument(where + "must have at most " + std::to_string(most) + " dimensions, got " +
-                                std::to_string(array.ndim()));
-  }
+  check_rank(array.ndim(), most, where);
   if (!(array.flags() & py::array::c_style) && !(keep_rows && is_rows(array))) {
     array = py::array::ensure(array, py::array::c_style);
   }
   object = array;
-  result = {array.data(), true, type_of(array, where), {static_cast<int>(array.ndim()), {}}};
+  static_cast<TensorView&>(result) = {array.data(), true, type_of(array, where), {static_cast<int>(array.ndim()), {}}};
   std::copy_n(array.shape(), array.ndim(), result.shape.dim);
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) result.stride[axis] = array.strides(axis) / array.itemsize();
   return result;
 }
 

@@ -1,4 +1,4 @@
-// qexport._core: the kernels on numpy arrays, one def per op, no maths.
+// qexport._core: the kernels on numpy arrays and on tensors of a device, one def per op, no maths.
 #include "arrays.h"
 #include "qexport/philox.h"
 #include "qexport/quantum_attention.h"
@@ -27,7 +27,8 @@ py::tuple philox(const Words& key_lo, const Words& key_hi, const Words& c0, cons
 
 PYBIND11_MODULE(_core, m) {
   using namespace pybind11::literals;
-  m.doc() = "The CPU kernels on numpy arrays.";
+  m.doc() = "The kernels on numpy arrays, and on tensors in the memory of a device.";
+  qexport::define_cuda(m);
   qexport::define_mps(m);
   qexport::define_mps_product(m);
   qexport::define_quantum_attention(m);

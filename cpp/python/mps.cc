@@ -24,21 +24,27 @@ py::tuple mps_encode(py::object matrix, const std::vector<int64_t>& row_factors,
   return py::make_tuple(cores, ranks, error, bound);
 }
 
-py::array mps_decode(py::object cores, int64_t rows, int64_t cols, const std::vector<int64_t>& row_factors,
-                     const std::vector<int64_t>& col_factors, const std::vector<int64_t>& bonds, int threads) {
+py::object mps_decode(py::object cores, int64_t rows, int64_t cols, const std::vector<int64_t>& row_factors,
+                      const std::vector<int64_t>& col_factors, const std::vector<int64_t>& bonds, int threads,
+                      py::object device) {
+  const Memory memory(std::move(device));
   const MpsTrainAttributes attributes{rows, cols, row_factors, col_factors, bonds};
   check_attributes("MPSDecode", attributes);
-  const TensorView in = view(cores, "MPSDecode", "cores");
+  const ArrayView in = memory.view(cores, "MPSDecode", "cores");
   const MpsDecodeCall call = resolve_call(attributes, in);
-  py::array matrix = empty(call.matrix, cores.attr("dtype"));
-  const MpsDecodeTensors tensors{in.data, matrix.mutable_data()};
+  const NewTensor matrix = memory.empty(call.matrix, cores.attr("dtype"));
+  const MpsDecodeTensors tensors{in.data, matrix.data};
+  if (const CudaKernels* cuda = memory.cuda()) {
+    memory.run("MPSDecode", nullptr, cuda->mps_decode_scratch_bytes(call.params), cuda->mps_decode, call.params, tensors);
+    return matrix.tensor;
+  }
   const ParallelFor parallel = own_threads(threads);
   {
     const py::gil_scoped_release release;
     const std::unique_ptr<char[]> scratch(new char[mps_decode_cpu_scratch_bytes(call.params, parallel)]);
     mps_decode_cpu(call.params, tensors, scratch.get(), parallel);
   }
-  return matrix;
+  return matrix.tensor;
 }
 
 }  // namespace
@@ -51,8 +57,9 @@ void define_mps(py::module_& m) {
         "qexport.ops.mps_encode.SPEC, `pool` as in quantum_attention. Raises ValueError, and RuntimeError where eigenvalues "
         "do not converge.");
   m.def("mps_decode", mps_decode, "cores"_a, py::kw_only(), "rows"_a, "cols"_a, "row_factors"_a, "col_factors"_a, "bonds"_a,
-        "threads"_a = 1,
-        "matrix of MPSDecode. float32 or float64; attributes as in qexport.ops.mps_decode.SPEC. Raises ValueError.");
+        "threads"_a = 1, "device"_a = py::none(),
+        "matrix of MPSDecode. float32 or float64; attributes as in qexport.ops.mps_decode.SPEC, `device` as in "
+        "quantum_attention. Raises ValueError.");
 }
 
 }  // namespace qexport

@@ -1,0 +1,30 @@
+"""The fixture `device`: what the CUDA kernels are tested on."""
+
+import shutil
+
+import devices
+import emulation_library
+import pytest
+
+DEVICES = ("emulated", pytest.param("gpu", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(scope="session")
+def emulated(pytestconfig):
+    if emulation_library.cuda_headers() is None or shutil.which("g++") is None:
+        pytest.skip("the emulation needs g++ and the headers of a CUDA toolkit: pip install 'qexport[cuda-build]'")
+    return devices.Emulated(emulation_library.build(pytestconfig.cache.mkdir("cuda_emulation")))
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no NVIDIA GPU")
+    return devices.gpu()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each test runs on both. A test that only one of them can take in time parametrises it indirectly (`split`)."""
+    return request.getfixturevalue(request.param)

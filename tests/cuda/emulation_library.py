@@ -1,0 +1,67 @@
+"""The CUDA sources as a shared library for the CPU (emulation.h): each compiled again only when it, or a header that it
+includes, has changed."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+INCLUDES = (ROOT / "cpp" / "include", ROOT / "cpp" / "cuda", ROOT / "tests" / "cuda")
+FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DQEXPORT_CUDA_EMULATION")
+
+
+def cuda_headers() -> Path | None:
+    """The folder of a toolkit's headers, of the system or of the extra `cuda-build`."""
+    nvcc = shutil.which("nvcc")
+    spec = find_spec("nvidia")
+    folders = [
+        *(Path(root) / "include" for root in (os.environ.get("CUDA_PATH"), "/usr/local/cuda") if root),
+        *([Path(nvcc).resolve().parents[1] / "include"] if nvcc else []),
+        *(found for root in (spec.submodule_search_locations if spec else ()) for found in Path(root).glob("*/include")),
+    ]
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").is_file()), None)
+
+
+def _text(source: Path, seen: set) -> str:
+    """Of a source and of all headers of this project that it includes."""
+    if source in seen:
+        return ""
+    seen.add(source)
+    text = source.read_text()
+    for name in re.findall(r'^\s*#include "(.+)"', text, flags=re.M):
+        found = next((folder / name for folder in (source.parent, *INCLUDES) if (folder / name).is_file()), None)
+        text += _text(found, seen) if found else ""
+    return text
+
+
+def _compile(source: Path, headers: Path, compiler: str, cache: Path) -> Path:
+    command = [compiler, *FLAGS, *(f"-I{folder}" for folder in INCLUDES), "-isystem", str(headers), "-x", "c++", "-c"]
+    key = hashlib.sha256("\n".join([*command, _text(source, set())]).encode()).hexdigest()[:16]
+    result = cache / f"{source.stem}-{key}.o"
+    if not result.is_file():
+        part = result.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{source.name} does not compile for the emulation:\n{done.stderr}"
+        part.replace(result)
+    return result
+
+
+def build(cache: Path) -> Path:
+    """The library, in the folder `cache`. Needs `cuda_headers`, and a C++ compiler."""
+    headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
+    kernels = ROOT / "cpp" / "cuda"
+    sources = [*sorted(kernels.glob("*.cu")), kernels / "table.cc", ROOT / "tests" / "cuda" / "emulation.cc"]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _compile(source, headers, compiler, cache), sources))
+    key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = cache / f"libqexport_cuda_emulation-{key}.so"
+    if not library.is_file():
+        part = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(part)], check=True)
+        part.replace(library)
+    return library

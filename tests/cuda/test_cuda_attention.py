@@ -1,0 +1,192 @@
+"""QuantumAttention by its CUDA kernels, against the float64 reference, as test_ops.py has it for the CPU."""
+
+import itertools
+
+import numpy as np
+import pytest
+from attention_backends import DTYPES, rounded, run_ref
+from attention_cases import CASES
+from calls import attention
+from devices import split
+from test_ops import DRAWING, SAMPLES, allowed_flips, assert_close
+
+from qexport.ops.quantum_attention import STRATEGIES
+
+SEED = 1234567890123  # both words count
+# One of each kind: what the emulation takes beside float32.
+FEW = ("plain", "longer_than_a_tile", "3d_grouped_odd", "softcap_mask_causal", "nonpad_causal", "causal_with_past", "window")
+
+
+def case_of(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def ids(value):
+    return getattr(value, "name", None)
+
+
+@pytest.mark.parametrize(
+    ("device", "case", "dtype"),
+    split(itertools.product(CASES, DTYPES), lambda case, dtype: dtype == "float32" or case.name in FEW),
+    ids=ids,
+    indirect=["device"],
+)
+def test_exact(device, case, dtype):
+    feeds, attributes = rounded(case.inputs(), dtype), case.all_attributes(strategy="exact")
+    got = attention(device, feeds, dtype, 0, attributes)
+    assert_close(got["Y"], run_ref(feeds, dtype, 0, attributes)["Y"], dtype, "Y")
+    assert not got["error_estimate"].any()
+
+
+@pytest.mark.parametrize(
+    ("device", "case", "strategy", "control_variate", "dtype"),
+    split(
+        itertools.product(CASES, DRAWING, (0, 1), DTYPES),
+        lambda case, strategy, control_variate, dtype: case.name in FEW and (dtype == "float32" or control_variate),
+    ),
+    ids=ids,
+    indirect=["device"],
+)
+def test_sampled(device, case, strategy, control_variate, dtype):
+    """The keys that the reference draws, from the same Philox words."""
+    feeds = rounded(case.inputs(), dtype)
+    attributes = case.all_attributes(strategy=strategy, num_samples=SAMPLES, control_variate=control_variate, layer=3)
+    want = run_ref(feeds, dtype, SEED, attributes)["Y"]
+    flips = allowed_flips(case.batch * case.q_heads * case.q_len, SAMPLES, case.past_len + case.kv_len)
+    assert_close(attention(device, feeds, dtype, SEED, attributes)["Y"], want, dtype, "Y", flips)
+
+
+@pytest.mark.parametrize(
+    ("device", "case", "strategy", "mode"),
+    split(
+        itertools.product(CASES, STRATEGIES, range(4)),
+        lambda case, strategy, mode: case.name in FEW and (mode == 3 or strategy == "exact"),
+    ),
+    ids=ids,
+    indirect=["device"],
+)
+def test_probabilities_beside_the_output(device, case, strategy, mode):
+    feeds = case.inputs()
+    attributes = case.all_attributes(strategy=strategy, num_samples=SAMPLES, qk_matmul_output_mode=mode, layer=3)
+    got = attention(device, feeds, "float32", SEED, attributes, probabilities=True)
+    want = run_ref(feeds, "float32", SEED, attributes)
+    assert_close(got["qk_matmul_output"], want["qk_matmul_output"], "float32", "qk_matmul_output")
+    flips = allowed_flips(case.batch * case.q_heads * case.q_len, SAMPLES, case.past_len + case.kv_len)
+    assert_close(got["Y"], want["Y"], "float32", "Y", flips)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", ["exact", "stratified", "tree"])
+@pytest.mark.parametrize("name", ["causal_with_past", "3d_with_past", "plain"])
+def test_present(device, name, strategy, dtype):
+    """Copies of the past and the new rows, to the bit."""
+    feeds = rounded(case_of(name).inputs(), dtype)
+    attributes = case_of(name).all_attributes(strategy=strategy, num_samples=SAMPLES)
+    got, want = attention(device, feeds, dtype, 0, attributes, present=True), run_ref(feeds, dtype, 0, attributes)
+    assert np.array_equal(got["present_key"], want["present_key"])
+    assert np.array_equal(got["present_value"], want["present_value"])
+    flips = allowed_flips(4 * 2 * 7, SAMPLES, 30)
+    assert_close(got["Y"], want["Y"], dtype, "Y", flips)
+
+
+@pytest.mark.parametrize(
+    ("device", "case", "strategy"),
+    split(
+        itertools.product(CASES, [s for s in STRATEGIES if s not in ("exact", "naive")]),
+        lambda case, strategy: case.name in FEW,
+    ),
+    ids=ids,
+    indirect=["device"],
+)
+def test_enough_samples_are_exact(device, case, strategy):
+    feeds, samples = case.inputs(), case.past_len + case.kv_len
+    want = run_ref(feeds, "float32", 0, case.all_attributes(strategy="exact"))["Y"]
+    got = attention(device, feeds, "float32", 9, case.all_attributes(strategy=strategy, num_samples=samples))["Y"]
+    assert_close(got, want, "float32", "Y")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_samples_per_head(device, strategy):
+    case = case_of("longer_than_a_tile")
+    feeds, attributes = case.inputs(), case.all_attributes(strategy=strategy, num_samples=[4, 150, 9, 31])
+    want = run_ref(feeds, "float32", 5, attributes)["Y"]
+    flips = allowed_flips(case.batch * case.q_heads * case.q_len, 64, case.kv_len)
+    assert_close(attention(device, feeds, "float32", 5, attributes)["Y"], want, "float32", "Y", flips)
+
+
+@pytest.mark.parametrize("strategy", DRAWING)
+def test_seed_and_layer_choose_the_draws(device, strategy):
+    def y(seed, layer):  # without control variate: with it, `hybrid` draws nothing
+        attributes = {"strategy": strategy, "num_samples": 4, "layer": layer, "control_variate": 0}
+        return attention(device, case_of("plain").inputs(), "float32", seed, attributes)["Y"]
+
+    assert np.array_equal(y(1, 0), y(1, 0))
+    assert not np.array_equal(y(1, 0), y(2, 0))
+    assert not np.array_equal(y(1, 0), y(1, 1))
+    assert not np.array_equal(y(1, 0), y(1 + (1 << 32), 0)), "the high word of the seed must count"
+
+
+def gaps(device):
+    """Brings an array to the device with other elements between its rows, and with its heads inside."""
+
+    def put(array):
+        if array.ndim < 3:
+            return device.put(array)
+        wide = np.full((*array.shape[:-1], array.shape[-1] + 8), 77, array.dtype)
+        wide[..., : array.shape[-1]] = array
+        if array.ndim == 4:
+            return device.put(np.ascontiguousarray(wide.swapaxes(1, 2))).swapaxes(1, 2)[..., : array.shape[-1]]
+        return device.put(wide)[..., : array.shape[-1]]
+
+    return put
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", ["exact", "stratified", "adaptive", "hybrid"])
+@pytest.mark.parametrize("name", ["longer_than_a_tile", "3d_grouped_odd", "causal_with_past"])
+def test_rows_may_lie_apart(device, name, strategy, dtype):
+    """Strides of Q, K and V are read where they lie; the same bits come out."""
+    feeds, attributes = case_of(name).inputs(), case_of(name).all_attributes(strategy=strategy, num_samples=SAMPLES)
+    packed = attention(device, feeds, dtype, 3, attributes)["Y"]
+    assert_close(attention(device, feeds, dtype, 3, attributes, put=gaps(device))["Y"], packed, dtype, "Y")
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "tree"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_nan_stays_where_it_belongs(device, rows, strategy):
+    """Under the mask nowhere, in a query in its row."""
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((1, 2, n, 8), dtype=np.float32) for name, n in (("Q", rows), ("K", 70), ("V", 70))}
+    feeds["attn_mask"] = np.arange(70)[None] < 60
+    attributes = {"strategy": strategy, "num_samples": 9}
+    clean = attention(device, feeds, "float32", 3, attributes)["Y"]
+    feeds["K"][:, :, 60:] = np.nan
+    feeds["V"][:, :, 60:] = np.inf
+    np.testing.assert_array_equal(attention(device, feeds, "float32", 3, attributes)["Y"], clean)
+    feeds["Q"][0, 1, -1, 0] = np.nan
+    y = attention(device, feeds, "float32", 3, attributes)["Y"][0]
+    assert np.isnan(y[1, -1]).all()
+    assert np.isfinite(y[0]).all()
+    assert np.isfinite(y[1, :-1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_do_not_overflow(device, dtype):
+    ends = np.linspace(-200, 200, 70, dtype=np.float32)[None, None, :, None].repeat(4, -1)
+    feeds = {
+        "Q": np.full((1, 1, 3, 4), 200, np.float32),
+        "K": ends,
+        "V": np.arange(70.0, dtype=np.float32)[None, None, :, None],
+    }
+    feeds["V"] = feeds["V"].repeat(4, -1)
+    np.testing.assert_allclose(attention(device, feeds, dtype, 0, {"strategy": "exact"})["Y"], 69.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_queries_and_no_keys(device, strategy):
+    def y(queries, keys):
+        feeds = {name: np.zeros((1, 2, n, 4), np.float32) for name, n in (("Q", queries), ("K", keys), ("V", keys))}
+        return attention(device, feeds, "float32", 0, {"strategy": strategy, "num_samples": 3})["Y"]
+
+    assert y(0, 5).shape == (1, 2, 0, 4)
+    np.testing.assert_array_equal(y(3, 0), np.zeros((1, 2, 3, 4)))
