@@ -7,7 +7,7 @@
 namespace qexport {
 namespace {
 
-struct Kernel {
+struct Kernel : OpOn<Device::cpu> {
   static constexpr const char* kName = "MPSEncode";
   static constexpr size_t kInputCount = 1, kOutputCount = 4, kRequiredInputs = 1, kRequiredOutputs = 4;
   static OrtElementType input_type(OrtElementType type, size_t) { return type; }

@@ -73,15 +73,15 @@ TensorView ort_input(const OrtKernelContext* context, size_t index, const char* 
   return view;
 }
 
-int64_t ort_seed(const TensorView& seed, const char* op_name) {
-  if (!seed.present) return 0;
+const int64_t* ort_seed(const TensorView& seed, const char* op_name) {
+  if (!seed.present) return nullptr;
   for (int i = 0; i < seed.shape.rank; ++i) {
     if (seed.shape.dim[i] != 1) {
       throw std::invalid_argument("[" + std::string(op_name) + "] seed has shape " + to_string(seed.shape) +
                                   ", expected a scalar");
     }
   }
-  return *static_cast<const int64_t*>(seed.data);
+  return static_cast<const int64_t*>(seed.data);
 }
 
 void* ort_output(OrtKernelContext* context, size_t index, const Shape& shape) {

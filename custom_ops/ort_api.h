@@ -17,6 +17,9 @@ namespace qexport {
 
 constexpr uint32_t kOrtApiVersion = 17;
 
+// Where an op runs.
+enum class Device { cpu, cuda };
+
 // Set by RegisterCustomOps, before any op can be created.
 extern const OrtApi* ort;
 
@@ -98,13 +101,14 @@ class NodeAttributes {
 TensorView ort_input(const OrtKernelContext* context, size_t index, const char* op_name, const char* input_name,
                      size_t most = 4);
 
-// The int64 scalar of an input `seed`; 0 where it is absent.
-int64_t ort_seed(const TensorView& seed, const char* op_name);
+// The int64 scalar of an input `seed`, where the op runs; null where it is absent.
+const int64_t* ort_seed(const TensorView& seed, const char* op_name);
 
 // The data of an output of that shape, or null where the node leaves it out.
 void* ort_output(OrtKernelContext* context, size_t index, const Shape& shape);
 
-// Memory of the session's allocator, freed at the end of the scope.
+// Memory of the session's allocator on the device of input 0, given back at the end of the scope. On CUDA the kernel that
+// uses it has then only been queued; whoever gets the memory next queues behind it on the same stream.
 class OrtScratch {
  public:
   OrtScratch(const OrtKernelContext* context, size_t bytes);

@@ -1,8 +1,8 @@
 // What onnxruntime asks about an op, answered once for all ops.
 //
-// A Kernel has: kName, kInputCount, kRequiredInputs, kOutputCount, kRequiredOutputs; input_type(type, i) and
-// output_type(type, i), where `type` is the one that the variant of the op is for; a constructor from OrtKernelInfo;
-// compute.
+// A Kernel derives from OpOn a device and has: kName, kInputCount, kRequiredInputs, kOutputCount, kRequiredOutputs;
+// input_type(type, i) and output_type(type, i), where `type` is the one that the variant of the op is for; a constructor
+// from OrtKernelInfo; compute.
 #pragma once
 
 #include <climits>
@@ -16,6 +16,14 @@ using InferShapes = void (*)(OrtShapeInferContext*);
 
 struct TypedOp : OrtCustomOp {
   OrtElementType type;
+};
+
+template <Device kWhere>
+struct OpOn {
+  // Null: the CPU.
+  static constexpr const char* kProvider = kWhere == Device::cuda ? "CUDAExecutionProvider" : nullptr;
+  // Whether input i lies in host memory on every device; for ops to override.
+  static bool on_host(size_t) { return false; }
 };
 
 inline OrtElementType ort_type(DType type) {
@@ -37,7 +45,7 @@ TypedOp make_op(DType type) {
   op.version = kOrtApiVersion;
   op.type = ort_type(type);
   op.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return Kernel::kProvider; };
   op.GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputCount; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return Kernel::kOutputCount; };
   op.GetInputType = [](const OrtCustomOp* self, size_t i) {
@@ -52,7 +60,9 @@ TypedOp make_op(DType type) {
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) {
     return i < Kernel::kRequiredOutputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t i) {
+    return Kernel::on_host(i) ? OrtMemTypeCPUInput : OrtMemTypeDefault;
+  };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
   op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
   op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
@@ -84,6 +94,12 @@ const OrtCustomOp* op_for(DType type, bool infer) {
     return &op;
   }
   return nullptr;
+}
+
+template <template <Device> class Kernel, InferShapes kInfer>
+const OrtCustomOp* op_for(DType type, Device device, bool infer) {
+  return device == Device::cuda ? op_for<Kernel<Device::cuda>, kInfer>(type, infer)
+                                : op_for<Kernel<Device::cpu>, kInfer>(type, infer);
 }
 
 }  // namespace qexport

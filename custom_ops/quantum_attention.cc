@@ -1,5 +1,6 @@
 #include "quantum_attention.h"
 
+#include "ort_cuda.h"
 #include "ort_op.h"
 #include "qexport/quantum_attention_check.h"
 #include "shape_inference.h"
@@ -10,7 +11,8 @@ namespace {
 constexpr const char* kInputs[] = {"Q",    "K",          "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen",
                                    "seed", "key_summary"};
 
-struct Kernel {
+template <Device kDevice>
+struct Kernel : OpOn<kDevice> {
   static constexpr const char* kName = "QuantumAttention";
   static constexpr size_t kInputCount = 9, kOutputCount = 6, kRequiredInputs = 3, kRequiredOutputs = 1;
   static OrtElementType input_type(OrtElementType type, size_t i) {
@@ -50,9 +52,10 @@ struct Kernel {
   void compute(OrtKernelContext* context) const {
     const auto input = [&](size_t i) { return ort_input(context, i, kName, kInputs[i]); };
     QuantumAttentionInputs in{input(0), input(1), input(2), input(3), input(4), input(5), nullptr, {}, 0, input(8)};
-    const TensorView nonpad = input(6), seed = input(7);
+    const TensorView nonpad = input(6);
+    const int64_t* seed = ort_seed(input(7), kName);
     if (nonpad.present) in.nonpad_kv_seqlen = static_cast<const int64_t*>(nonpad.data), in.nonpad_shape = nonpad.shape;
-    in.seed = ort_seed(seed, kName);
+    if (kDevice == Device::cpu && seed) in.seed = *seed;
     QuantumAttentionCall call = resolve_call(attributes, in);
     call.tensors.y = ort_output(context, 0, call.y);
     call.tensors.present_key = ort_output(context, 1, call.present_key);
@@ -62,16 +65,22 @@ struct Kernel {
     call.tensors.present_key_summary = static_cast<float*>(ort_output(context, 5, call.key_summary));
     if (call.tensors.error_estimate) check_error_estimate(call.params.strategy);
     check_outputs(call);
-    const ParallelFor parallel = ort_parallel(context);
-    const OrtScratch scratch(context, quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
-    quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);
+    if constexpr (kDevice == Device::cuda) {
+      const CudaKernels& cuda = *cuda_plugin().kernels;
+      const size_t bytes = cuda.quantum_attention_scratch_bytes(call.params, call.tensors);
+      ort_cuda(context, kName, cuda.quantum_attention, bytes, call.params, call.tensors, seed);
+    } else {
+      const ParallelFor parallel = ort_parallel(context);
+      const OrtScratch scratch(context, quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
+      quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);
+    }
   }
 };
 
 }  // namespace
 
-const OrtCustomOp* quantum_attention_op(DType type, bool shape_inference) {
-  return op_for<Kernel, infer_attention_shapes>(type, shape_inference);
+const OrtCustomOp* quantum_attention_op(DType type, Device device, bool shape_inference) {
+  return op_for<Kernel, infer_attention_shapes>(type, device, shape_inference);
 }
 
 }  // namespace qexport

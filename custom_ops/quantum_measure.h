@@ -5,8 +5,8 @@
 
 namespace qexport {
 
-// The OrtCustomOp for tensors of one type; lives as long as the library. With shape_inference the op tells onnxruntime the
-// shapes of its outputs.
-const OrtCustomOp* quantum_measure_op(DType type, bool shape_inference);
+// The OrtCustomOp for tensors of one type on a device; lives as long as the library. With shape_inference the op tells
+// onnxruntime the shapes of its outputs.
+const OrtCustomOp* quantum_measure_op(DType type, Device device, bool shape_inference);
 
 }  // namespace qexport

@@ -9,7 +9,7 @@
 namespace qexport {
 namespace {
 
-struct Kernel {
+struct Kernel : OpOn<Device::cpu> {
   static constexpr const char* kName = "QuantumOverlap";
   static constexpr size_t kInputCount = 7, kOutputCount = 1, kRequiredInputs = 3, kRequiredOutputs = 1;
   static OrtElementType input_type(OrtElementType type, size_t i) {

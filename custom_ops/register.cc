@@ -5,6 +5,7 @@
 #include "mps_attention.h"
 #include "mps_decode.h"
 #include "mps_encode.h"
+#include "qexport/cuda_plugin.h"
 #include "quantum_attention.h"
 #include "quantum_measure.h"
 #include "quantum_noise.h"
@@ -21,26 +22,28 @@ bool can_infer_shapes(const char* version) {
   return std::sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 28);
 }
 
-// One domain for the life of the process; every session refers to it.
+// One domain for the life of the process; every session refers to it. Ops with CUDA kernels are in it once for each device,
+// and onnxruntime takes the one of the provider that it gives a node to; a runtime without that provider passes over them.
 OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
   ort = base->GetApi(kOrtApiVersion);
   const bool infer = can_infer_shapes(base->GetVersionString());
   OrtCustomOpDomain* domain = nullptr;
   ort_check(ort->CreateCustomOpDomain("com.qexport", &domain));
-  for (const DType type : {DType::f32, DType::f16, DType::bf16}) {
-    ort_check(ort->CustomOpDomain_Add(domain, quantum_attention_op(type, infer)));
+  const auto add = [&](const OrtCustomOp* op) { ort_check(ort->CustomOpDomain_Add(domain, op)); };
+  std::vector<Device> devices{Device::cpu};
+  if (cuda_plugin().kernels) devices.push_back(Device::cuda);
+  for (const Device device : devices) {
+    for (const DType type : {DType::f32, DType::f16, DType::bf16}) add(quantum_attention_op(type, device, infer));
+    for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
+      add(quantum_noise_op(type, device, infer));
+      add(quantum_measure_op(type, device, infer));
+      add(mps_attention_op(type, device, infer));
+      add(mpo_linear_op(type, device, infer));
+    }
+    for (const DType type : {DType::f32, DType::f64}) add(mps_decode_op(type, device, infer));
   }
-  for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
-    ort_check(ort->CustomOpDomain_Add(domain, quantum_noise_op(type, infer)));
-    ort_check(ort->CustomOpDomain_Add(domain, quantum_measure_op(type, infer)));
-    ort_check(ort->CustomOpDomain_Add(domain, quantum_overlap_op(type, infer)));
-    ort_check(ort->CustomOpDomain_Add(domain, mps_attention_op(type, infer)));
-    ort_check(ort->CustomOpDomain_Add(domain, mpo_linear_op(type, infer)));
-  }
-  for (const DType type : {DType::f32, DType::f64}) {
-    ort_check(ort->CustomOpDomain_Add(domain, mps_encode_op(type, infer)));
-    ort_check(ort->CustomOpDomain_Add(domain, mps_decode_op(type, infer)));
-  }
+  for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::f64}) add(quantum_overlap_op(type, infer));
+  for (const DType type : {DType::f32, DType::f64}) add(mps_encode_op(type, infer));
   return domain;
 }
 

@@ -262,12 +262,14 @@ def write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
 
 
 def _copy_library(folder: Path) -> None:
-    from qexport.runtime import find_library
+    from qexport.runtime import find_library, plugin_path
 
     library = find_library()
     if library is not None:
         folder.mkdir()
-        shutil.copyfile(library, folder / library.name)
+        for file in (library, plugin_path(library)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def _report(path, source, recipe, sites, left_alone, difference) -> ConversionReport:

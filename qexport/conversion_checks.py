@@ -112,7 +112,7 @@ class Runner:
             raise QexportError(str(error).replace(str(path), path.name)) from error
 
     def __call__(self, feeds: dict) -> dict[str, np.ndarray]:
-        from qexport.runtime import one_line
+        from qexport.failures import one_line
 
         names = [output.name for output in self.session.get_outputs()]
         try:

@@ -30,7 +30,7 @@ def doctor() -> list[Finding]:
     if findings[-1].state != BROKEN:
         findings.append(_library())
         findings += [_kernel()] if findings[-1].state != BROKEN else []
-        findings.append(_providers())
+        findings += [_providers(), _cuda()]
     return [*findings, *_extras()]
 
 
@@ -66,7 +66,18 @@ def _library() -> Finding:
 
 
 def _kernel() -> Finding:
-    """Run the op once and compare it with numpy."""
+
+    try:
+        error = kernel_error("CPUExecutionProvider")
+    except Exception as failure:  # whatever onnxruntime raises here is the finding
+        return Finding("kernel", BROKEN, str(failure).splitlines()[0], "reinstall qexport, or use a newer onnxruntime")
+    if not error < 1e-5:
+        return Finding("kernel", BROKEN, f"QuantumAttention is off by {error:.2g}", "reinstall qexport and report this")
+    return Finding("kernel", OK, f"QuantumAttention agrees with numpy to {error:.0e}{_instruction_set()}")
+
+
+def kernel_error(provider: str) -> float:
+    """How far QuantumAttention on a provider is from numpy."""
     import numpy as np
     from onnx import TensorProto, helper
 
@@ -80,20 +91,13 @@ def _kernel() -> Finding:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     x = np.random.default_rng(0).standard_normal((1, 1, 4, 8)).astype(np.float32)
-    ort = runtime.onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        runtime.register_library(options, runtime.get_library_path())
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        got = session.run(None, {"Q": x, "K": x, "V": x})[0]
-    except Exception as error:  # whatever onnxruntime raises here is the finding
-        return Finding("kernel", BROKEN, str(error).splitlines()[0], "reinstall qexport, or use a newer onnxruntime")
+    options = runtime.quiet_options()
+    runtime.register_library(options, runtime.get_library_path())
+    providers = runtime.check_providers([provider])
+    session = runtime.create_session("doctor", model.SerializeToString(), options, providers, True)
+    got = session.run(None, {"Q": x, "K": x, "V": x})[0]
     weights = np.exp(x @ x.swapaxes(-1, -2) / np.sqrt(8))
-    error = np.abs(got - weights @ x / weights.sum(-1, keepdims=True)).max()
-    if not error < 1e-5:
-        return Finding("kernel", BROKEN, f"QuantumAttention is off by {error:.2g}", "reinstall qexport and report this")
-    return Finding("kernel", OK, f"QuantumAttention agrees with numpy to {error:.0e}{_instruction_set()}")
+    return float(np.abs(got - weights @ x / weights.sum(-1, keepdims=True)).max())
 
 
 def _instruction_set() -> str:
@@ -105,19 +109,35 @@ def _instruction_set() -> str:
 
 
 def _providers() -> Finding:
-    import onnxruntime
+    from qexport import runtime
 
-    available = onnxruntime.get_available_providers()
-    found = ", ".join(available)
-    if "CUDAExecutionProvider" not in available:
-        return Finding("providers", OK, found)
+    return Finding("providers", OK, ", ".join(runtime.onnxruntime().get_available_providers()))
+
+
+def _cuda() -> Finding:
+    """Whether models run on a GPU here. Broken only where there is one."""
+    from qexport import cuda_checks, runtime
+
+    library = runtime.find_library()
+    obstacle = cuda_checks.provider_obstacle() or (library and cuda_checks.plugin_obstacle(library))
+    found = ""
+    if library and not obstacle:
+        obstacle, found = _cuda_kernel(runtime.plugin_path(library))
+    if not obstacle:
+        return Finding("CUDA", OK, found or "onnxruntime can use it")
+    return Finding("CUDA", BROKEN if obstacle.gpu else NOTE, f"{obstacle.found}; models run on the CPU", obstacle.mend)
+
+
+def _cuda_kernel(plugin):
+    from qexport import cuda_checks, runtime
+
     try:
-        import ctypes
-
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Finding("providers", NOTE, f"{found}; no NVIDIA driver here, so sessions run on the CPU")
-    return Finding("providers", OK, found)
+        error = kernel_error(runtime.CUDA)
+    except Exception as failure:  # as for the kernel of the CPU
+        return cuda_checks.explain_kernel_error(str(failure), plugin), ""
+    if not error < 1e-5:
+        return cuda_checks.explain_kernel_error(f"QuantumAttention is off by {error:.2g}", plugin), ""
+    return None, f"QuantumAttention agrees with numpy to {error:.0e}"
 
 
 def _extras() -> list[Finding]:

@@ -4,18 +4,20 @@ Needs numpy, onnx and onnxruntime alone. onnxruntime is imported when it is firs
 of its packages is installed.
 """
 
-import os
+import io
 import re
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import check_external_data
+from qexport.failures import explain_load_error, explain_run_error, one_line
 
 LIBRARY_STEM = "qexport_ops"
+CUDA = "CUDAExecutionProvider"
 OLDEST = (1, 20)
 # The distributions that all unpack into the import folder `onnxruntime`.
 RUNTIME_PACKAGES = (
@@ -32,6 +34,12 @@ def library_file_name() -> str:
     """The file name of the op library on this platform."""
     prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform, ("lib", ".so"))
     return f"{prefix}{LIBRARY_STEM}{suffix}"
+
+
+def plugin_path(library) -> Path:
+    """Where the op library `library` looks for its CUDA kernels: beside itself."""
+    library = Path(library)
+    return library.with_name(f"{library.stem}_cuda{library.suffix}")
 
 
 def find_library() -> Path | None:
@@ -136,6 +144,11 @@ def onnxruntime():
     return module
 
 
+def provider_name(provider) -> str:
+    """The name of a provider that is given as onnxruntime takes it: the name, or a pair of it and options."""
+    return provider if isinstance(provider, str) else provider[0]
+
+
 def check_providers(providers) -> list:
     """`providers` as a list, or the CPU provider when None.
 
@@ -148,14 +161,15 @@ def check_providers(providers) -> list:
     if providers is None:
         return ["CPUExecutionProvider"]
     available = onnxruntime().get_available_providers()
-    for provider in providers:
-        name = provider if isinstance(provider, str) else provider[0]
+    for name in map(provider_name, providers):
         if name not in available:
             raise UsageError(f"provider {name!r} is not in this onnxruntime; available: {', '.join(available)}")
+    if CUDA in map(provider_name, providers):
+        preload_cuda()
     return list(providers)
 
 
-def session(path, *, library=True, providers=None, options=None):
+def session(path, *, library=True, providers=None, options=None, allow_fallback=False):
     """An onnxruntime session of a model, with the op library registered.
 
     Args:
@@ -164,10 +178,12 @@ def session(path, *, library=True, providers=None, options=None):
             fallback), a path registers that file.
         providers: execution providers in the order of preference; the CPU alone when None.
         options: an onnxruntime.SessionOptions to add the library to; a fresh one that logs nothing when None.
+        allow_fallback: whether nodes of com.qexport may run on the CPU where CUDA is asked for and has no kernels of them.
 
     Raises:
         UsageError: a provider that is not available.
-        QexportError: the file is missing, damaged, too new for this onnxruntime, or needs an op that is not there.
+        QexportError: the file is missing, damaged, too new for this onnxruntime, or needs an op that is not there; a
+            provider does not start, or the CUDA kernels of the op library are missing.
     """
     ort = onnxruntime()
     path = Path(path)
@@ -178,12 +194,17 @@ def session(path, *, library=True, providers=None, options=None):
     providers = check_providers(providers)
     if options is None:
         options = quiet_options()
+    if library is True:
+        library = get_library_path()
     if library:
-        register_library(options, get_library_path() if library is True else str(library))
+        register_library(options, str(library))
     # Older runtimes read external data from anywhere on the disk; newer ones check the folder themselves.
     if version_tuple(ort.__version__) < (1, 25):
         check_external_data(path)
-    return create_session(path, str(path), options, providers, bool(library))
+    opened = create_session(path, str(path), options, providers, bool(library))
+    if library:
+        check_kernels(library, providers, allow_fallback)
+    return opened
 
 
 def create_session(path, source, options, providers, library: bool):
@@ -197,17 +218,29 @@ def create_session(path, source, options, providers, library: bool):
     try:
         opened = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
-        raise explain_load_error(path, error, library) from error
+        raise explain_load_error(path, error, f"onnxruntime {ort.__version__}", library) from error
     finally:
         ort.set_default_logger_severity(2)  # onnxruntime's default; it has no getter
-    for provider in providers:
-        name = provider if isinstance(provider, str) else provider[0]
+    for name in map(provider_name, providers):
         if name not in opened.get_providers():
-            raise QexportError(
-                f"provider {name!r} did not start; its driver or libraries are missing "
-                "(for CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]', and an NVIDIA driver)"
-            )
+            raise QexportError(f"provider {name!r} did not start: {_why_not_started(name)}")
     return opened
+
+
+def _why_not_started(provider: str) -> str:
+    from qexport.cuda_checks import provider_obstacle
+
+    obstacle = provider_obstacle() if provider == CUDA else None
+    return f"{obstacle.found}; {obstacle.mend}" if obstacle else "its driver or libraries are missing"
+
+
+@cache
+def preload_cuda() -> None:
+    """Load the CUDA libraries that pip installed beside onnxruntime, where its provider would not look for them."""
+    preload = getattr(onnxruntime(), "preload_dlls", None)  # from 1.21 on
+    if preload:
+        with redirect_stdout(io.StringIO()):  # it prints what is missing; the provider that does not start is raised
+            preload()
 
 
 def run(opened, outputs, feed: dict) -> list:
@@ -219,7 +252,7 @@ def run(opened, outputs, feed: dict) -> list:
     try:
         return opened.run(outputs, feed)
     except Exception as error:  # as in session()
-        raise _explain_run_error(error) from error
+        raise explain_run_error(error) from error
 
 
 def run_bound(opened, binding) -> None:
@@ -231,16 +264,7 @@ def run_bound(opened, binding) -> None:
     try:
         opened.run_with_iobinding(binding)
     except Exception as error:  # as in session()
-        raise _explain_run_error(error) from error
-
-
-def _explain_run_error(error: Exception) -> QexportError:
-    """A failure of a running model as one line."""
-    message = _bare(str(error))
-    if match := re.search(r"while running (\S+) node\. Name:'(.*?)' Status Message: (.*)", message, flags=re.S):
-        name = f"node {match[2]!r} ({match[1]})" if match[2] else f"a node {match[1]} of a fallback"
-        return QexportError(f"{name} failed: {one_line(_bare(match[3]))}")
-    return QexportError(f"the model does not run: {one_line(message)}")
+        raise explain_run_error(error) from error
 
 
 def quiet_options():
@@ -250,6 +274,22 @@ def quiet_options():
     return options
 
 
+def check_kernels(library, providers, allow_fallback=False) -> None:
+    """Check that nodes of com.qexport run where they are asked to.
+
+    Raises:
+        QexportError: CUDA is among the providers and the op library `library` has no CUDA kernels, unless `allow_fallback`.
+    """
+    if allow_fallback or CUDA not in map(provider_name, providers):
+        return
+    from qexport.cuda_checks import plugin_obstacle
+
+    if obstacle := plugin_obstacle(library):
+        raise QexportError(
+            f"{obstacle.found}; {obstacle.mend}, or run these nodes on the CPU: allow_fallback=True (--allow-fallback)"
+        )
+
+
 def register_library(options, library: str) -> None:
     """Add the op library to session options; a failure names the file."""
     try:
@@ -257,48 +297,3 @@ def register_library(options, library: str) -> None:
     except Exception as error:
         reason = one_line(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)))
         raise QexportError(f"cannot load the op library {library}: {reason}") from error
-
-
-def one_line(message, limit: int = 300) -> str:
-    """A message on one line, cut off at `limit` characters."""
-    text = " ".join(str(message).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def explain_load_error(path, error: Exception, library: bool) -> QexportError:
-    """A failure of onnxruntime to load `path` as one line: what is wrong, where, and what to do."""
-    return QexportError(f"{path}: {_load_failure(path, str(error), library)}")
-
-
-def _load_failure(path, message: str, library: bool) -> str:
-    runtime = f"onnxruntime {onnxruntime().__version__}"
-    if "Protobuf parsing failed" in message or "No graph was found" in message or "does not have a graph" in message:
-        size = os.path.getsize(path)
-        return f"not an ONNX model, or cut short ({size} bytes); copy or convert it again"
-    if match := re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", message):
-        return f"IR version {match[1]} is newer than {runtime} reads ({match[2]}); upgrade it or write IR 10"
-    if match := re.search(r"Opset (\d+) is under development", message):
-        return f"opset {match[1]} is newer than {runtime} knows; upgrade it or convert with a lower --opset"
-    if match := re.search(r"Fatal error: (\S+?):(\w+)\(-?\d+\) is not a registered function/op", message):
-        domain, op = match[1], match[2]
-        if domain == "com.qexport" and not library:
-            return f"op {domain}:{op} has no fallback function in the file; load it with the op library"
-        return f"op {domain}:{op} is unknown to {runtime}; register the library that holds it or convert it away"
-    if match := re.search(r"No Op registered for (\w+) with domain_version of (\d+)", message):
-        return f"op {match[1]} of opset {match[2]} is unknown to {runtime}; upgrade it or lower the --opset"
-    if match := re.search(r"Please load external data into raw data for tensor: (\S+)", message):
-        return (
-            f"{runtime} needs {match[1]!r} to compute shapes, but it is stored outside the file; keep small tensors inside"
-        )
-    if "External data path" in message or "external data" in message.lower() or "External initializer" in message:
-        return f"its external data is missing, cut short or outside its folder: {one_line(_bare(message))}"
-    if "cannot get file size" in message or "cannot open file" in message.lower():
-        return f"a file it needs cannot be read: {one_line(_bare(message))}"
-    return f"{runtime} cannot load it: {one_line(_bare(message))}"
-
-
-def _bare(message: str) -> str:
-    """An onnxruntime message without its code, source file and C++ signature."""
-    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message)
-    message = re.sub(r"Load model from .*? failed:", "", message)
-    return re.sub(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=\w)", "", message, flags=re.S)

@@ -8,13 +8,14 @@ from qexport.cli import Numbers, common_options, print_json
 @click.command("profile")
 @click.argument("bundle", metavar="DIR")
 @click.option("--provider", "providers", multiple=True, metavar="NAME", help="Execution provider, repeatable [CPU].")
+@click.option("--allow-fallback", is_flag=True, help="Run nodes on the CPU that lack a CUDA kernel.")
 @click.option("--batch", type=Numbers(), default=(1,), help="Batch sizes to sweep [1].")
 @click.option("--seq", type=Numbers(), default=(128,), help="Sequence lengths to sweep [128].")
 @click.option("--runs", type=click.IntRange(1), default=50, show_default=True, help="Timed runs per model and size.")
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the clock starts.")
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
 @common_options
-def command(bundle, providers, batch, seq, runs, warmup, threads, as_json, quiet, verbose):
+def command(bundle, providers, allow_fallback, batch, seq, runs, warmup, threads, as_json, quiet, verbose):
     """Time the bundle in DIR and its classical model in one run, interleaved: latency, per op, memory, placement."""
     from qexport.cli.render import show_profile
     from qexport.cli.text import progress_line
@@ -23,6 +24,7 @@ def command(bundle, providers, batch, seq, runs, warmup, threads, as_json, quiet
     report = profile(
         bundle,
         providers=list(providers) or None,
+        allow_fallback=allow_fallback,
         batch=batch,
         seq=seq,
         runs=runs,

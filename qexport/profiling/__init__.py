@@ -66,6 +66,7 @@ def profile(
     warmup: int = 5,
     threads: int | None = None,
     library=True,
+    allow_fallback=False,
     progress=None,
 ) -> ProfileReport:
     """Measure latency, throughput, time per op, placement and memory of a bundle's two models.
@@ -77,7 +78,7 @@ def profile(
             one size where the model's inputs have no such dimension.
         runs, warmup: timed runs of each model and size, and runs before them.
         threads: intra-op threads; the runtime's choice when None.
-        library: as in `qexport.runtime.session`, for the converted model.
+        library, allow_fallback: as in `qexport.runtime.session`, for the converted model.
         progress: called with one line per step.
 
     Raises:
@@ -97,7 +98,9 @@ def profile(
     models = {CLASSICAL: (opened.classical_path, None), CONVERTED: (opened.model_path, library_path)}
 
     sessions = {
-        which: runtime.session(path, library=lib, providers=providers, options=session_options(threads))
+        which: runtime.session(
+            path, library=lib, providers=providers, options=session_options(threads), allow_fallback=allow_fallback
+        )
         for which, (path, lib) in models.items()
     }
     feeds = [_summarised(opened, sessions[CONVERTED], feed) for feed in feeds]
@@ -118,7 +121,7 @@ def profile(
                 **_traced(path, lib, providers, threads, feed, shared, min(runs, TRACED_RUNS)),
             }
         entries.append(entry)
-    names = [p if isinstance(p, str) else p[0] for p in providers]
+    names = [runtime.provider_name(p) for p in providers]
     settings = {"providers": names, "runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
     return ProfileReport(str(opened.path), settings, machine(), entries, versions())
 
@@ -226,7 +229,8 @@ def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
         options.enable_profiling = True
         options.enable_mem_pattern = False
         options.profile_file_prefix = str(Path(folder) / "trace")
-        session = runtime.session(path, library=library, providers=providers, options=options)
+        # what may fall back to the CPU was settled when the timed sessions were opened
+        session = runtime.session(path, library=library, providers=providers, options=options, allow_fallback=True)
         call = make_call(session, feed, shared)
         for _ in range(runs + 1):
             call()
@@ -234,7 +238,7 @@ def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
     if len(events) != runs + 1:
         raise QexportError(f"{path}: the trace holds {len(events)} runs instead of {runs + 1}; lower the number of runs")
     nodes = node_table(events[1:], events[0])
-    names = [p if isinstance(p, str) else p[0] for p in providers]
+    names = [runtime.provider_name(p) for p in providers]
     return {
         "ops": op_table(nodes),
         "placement": placement(nodes, names),

@@ -16,12 +16,15 @@ def shared_buffers(manifest: dict) -> list[list[str]]:
 def make_call(session, feed: dict[str, np.ndarray], shared: list[list[str]]) -> Callable[[], None]:
     """A function that runs the model once on `feed`. With `shared` pairs nothing of a past is copied, as in
     `qexport.Generator`; what a run writes goes into copies of the feed's arrays, again at the same places in every run.
+    On CUDA all inputs and outputs stay in the memory of the device.
     """
-    if not shared:
+    on_cuda = session.get_providers()[0] == runtime.CUDA
+    if not shared and not on_cuda:
         return lambda: runtime.run(session, None, feed)
+    device = ("cuda", int(session.get_provider_options()[runtime.CUDA]["device_id"])) if on_cuda else ("cpu", 0)
     make = runtime.onnxruntime().OrtValue.ortvalue_from_numpy
     pasts = {past for past, _ in shared}
-    values = {name: make(array.copy() if name in pasts else array) for name, array in feed.items()}
+    values = {name: make(array.copy() if name in pasts else array, *device) for name, array in feed.items()}
     places = {present: values[past] for past, present in shared}
     binding = session.io_binding()
     for name, value in values.items():
@@ -30,7 +33,7 @@ def make_call(session, feed: dict[str, np.ndarray], shared: list[list[str]]) -> 
         if output.name in places:
             binding.bind_ortvalue_output(output.name, places[output.name])
         else:
-            binding.bind_output(output.name)
+            binding.bind_output(output.name, *device)
 
     def call() -> None:
         runtime.run_bound(session, binding)

@@ -15,9 +15,9 @@ import psutil
 
 from qexport import profiling
 from qexport.errors import QexportError, UsageError
+from qexport.failures import one_line
 from qexport.profiling.rss import extra_rss
 from qexport.profiling.timing import interleaved
-from qexport.runtime import one_line
 from qexport.scaling import plot as picture
 from qexport.scaling import reference
 from qexport.scaling.contenders import FAMILIES, Entry, entries

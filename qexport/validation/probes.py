@@ -16,6 +16,7 @@ import onnx
 from qexport.external_data import check_external_data, external_files, load_structure
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION
 from qexport.runtime import (
+    check_kernels,
     check_providers,
     create_session,
     get_library_path,
@@ -267,8 +268,11 @@ def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=N
     """
     ort = onnxruntime()
     options = options or quiet_options()
+    providers = check_providers(providers)
+    if library is True:
+        library = get_library_path()
     if library:
-        register_library(options, get_library_path() if library is True else str(library))
+        register_library(options, str(library))
     folder, scratch, source = Path(path).resolve().parent, None, model.SerializeToString()
     files = external_files(model)
     if files:
@@ -283,7 +287,10 @@ def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=N
                 (scratch / location).symlink_to(folder / location)
             (scratch / "model.onnx").write_bytes(source)
             source = str(scratch / "model.onnx")
-        yield create_session(path, source, options, check_providers(providers), bool(library))
+        opened = create_session(path, source, options, providers, bool(library))
+        if library:
+            check_kernels(library, providers)
+        yield opened
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
