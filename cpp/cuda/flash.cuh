@@ -1,7 +1,7 @@
 // Attention of one tile of queries over a list of blocks of keys, by online softmax (Milakov and Gimelshein, arXiv
 // 1805.02867; Dao, arXiv 2307.08691) on the tensor cores: fp16 and bf16, float32 sums. Scores are logarithms of base 2.
 //
-// `flash_attend` walks over the blocks 0..count-1 of a `Blocks`, which says where rows lie and what a score becomes:
+// `attend` walks over the blocks 0..count-1 of a `Blocks`, which says where rows lie and what a score becomes:
 //   const T* query(int row)              row of the tile, aligned to 16 bytes; null: zeros
 //   const T* key(int block, int row)     row of K of a block, likewise
 //   const T* value(int block, int row)   row of V; null for every row that no query may see, since 0 * NaN is NaN
@@ -32,43 +32,37 @@ struct FlashTile {
   static constexpr int kSharedBytes = kQueryBytes + 4 * kKeyBytes;  // Q, and two blocks of K and of V
 };
 
-// What a thread holds of a tile: of the rows flash_row(i, half) the columns 8 n + 2 (lane % 4) + {0, 1}.
+// What a thread holds of a tile: pairs of columns of some rows, not yet divided by the sum of their row.
 template <class Tile>
 struct FlashState {
-  float o[Tile::kRowTiles][Tile::kHead / 8][4];  // elements 0, 1 are of half 0, 2, 3 of half 1; not yet divided by the sum
-  float most[Tile::kRowTiles][2];                // of the scores so far; the same on the four lanes of a row
-  float sum[Tile::kRowTiles][2];                 // of 2^(score - most); each of the four lanes holds a part
+  static constexpr int kRows = 2 * Tile::kRowTiles, kPairs = Tile::kHead / 8;
+  float o[Tile::kRowTiles][kPairs][4];
+  float most[kRows];  // of the scores so far; the same on the four lanes of a row
+  float sum[kRows];   // of 2^(score - most); a part of it on each of the four lanes, until join_sums
+
+  __device__ __forceinline__ static int row(int i) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    return (warp * kRows + i) * 8 + lane / 4;
+  }
+  __device__ __forceinline__ static int column(int n) { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4); }
+  __device__ __forceinline__ float* pair(int i, int n) { return o[i / 2][n] + i % 2 * 2; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < Tile::kRowTiles; ++i) {
+    for (int i = 0; i < kRows; ++i) {
+      most[i] = -kInf, sum[i] = 0.0f;
 #pragma unroll
-      for (int n = 0; n < Tile::kHead / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[i][n][e] = 0.0f;
-      }
-      most[i][0] = most[i][1] = -kInf, sum[i][0] = sum[i][1] = 0.0f;
+      for (int n = 0; n < kPairs; ++n) pair(i, n)[0] = pair(i, n)[1] = 0.0f;
     }
   }
-  // Gives all four lanes of a row its whole sum.
   __device__ __forceinline__ void join_sums() {
 #pragma unroll
-    for (int i = 0; i < Tile::kRowTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        sum[i][half] += __shfl_xor_sync(kFullWarp, sum[i][half], 1);
-        sum[i][half] += __shfl_xor_sync(kFullWarp, sum[i][half], 2);
-      }
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 2);
     }
   }
 };
-
-// Row of the tile that a thread's row tile i, half 0 or 1 is.
-template <class Tile>
-__device__ __forceinline__ int flash_row(int i, int half) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  return (warp * Tile::kRowTiles + i) * 16 + half * 8 + lane / 4;
-}
 
 // Where 16 bytes of a row of a tile lie in shared memory: permuted so that the same chunk of eight rows that follow each
 // other fills all banks.
@@ -150,10 +144,10 @@ __device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s
       for (int n = 0; n < Tile::kKeys / 8; ++n) most = fmaxf(most, fmaxf(s[i][n][2 * half], s[i][n][2 * half + 1]));
       most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
       most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
-      most = fmaxf(state.most[i][half], most * factor);
+      most = fmaxf(state.most[2 * i + half], most * factor);
       const float base = most == -kInf ? 0.0f : most;  // -inf - -inf would be NaN
-      const float fade = fast_exp2(state.most[i][half] - base);
-      state.most[i][half] = most;
+      const float fade = fast_exp2(state.most[2 * i + half] - base);
+      state.most[2 * i + half] = most;
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < Tile::kKeys / 8; ++n) {
@@ -163,7 +157,7 @@ __device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s
           sum += s[i][n][e];
         }
       }
-      state.sum[i][half] = fmaf(state.sum[i][half], fade, sum);
+      state.sum[2 * i + half] = fmaf(state.sum[2 * i + half], fade, sum);
 #pragma unroll
       for (int n = 0; n < Tile::kHead / 8; ++n) {
         state.o[i][n][2 * half] *= fade;
@@ -219,7 +213,7 @@ __device__ __forceinline__ void flash_negate(char* queries) {
 // Joins blocks 0..count-1 to `state`, which the caller has cleared or filled. `shared` has Tile::kSharedBytes. All threads of
 // the block call this, and may write to `shared` again behind a barrier.
 template <class Tile, class Blocks>
-__device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
+__device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
   if (count == 0) return;
   char* const queries = shared;
   char* const keys = shared + Tile::kQueryBytes;
@@ -256,7 +250,7 @@ __device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shar
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int key = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e % 2;
-            s[i][n][e] = blocks.score(block, flash_row<Tile>(i, e / 2), key, s[i][n][e] * factor);
+            s[i][n][e] = blocks.score(block, state.row(2 * i + e / 2), key, s[i][n][e] * factor);
           }
         }
       }
