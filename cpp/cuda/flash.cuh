@@ -12,6 +12,8 @@
 //   float score(int block, int row, int key, float x)   the score in such a block from x = scale * (q . k); -inf: shut out
 #pragma once
 
+#include <cstring>
+
 #include "attention.cuh"
 #include "mma.cuh"
 
@@ -21,8 +23,9 @@ namespace cuda {
 constexpr float kLog2E = 1.44269504088896340736f;
 
 // The shape of a tile. A warp computes 16 * kRowTiles queries and shares what it reads of K and V among them.
-template <class T_, int kHead_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocksPerProcessor_>
+template <class T_, int kHead_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocksPerProcessor_, bool kKeep_ = false>
 struct FlashTile {
+  static constexpr bool kKeep = kKeep_;  // Q stays in registers
   using T = T_;
   static constexpr int kHead = kHead_, kRowTiles = kRowTiles_, kKeys = kKeys_, kThreads = kWarps_ * kWarp;
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
@@ -88,18 +91,32 @@ __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const
 
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
   const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 
-// s = Q K' of the warp's rows.
 template <class Tile>
-__device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const char* queries,
-                                               const char* keys) {
+__device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i) {
+    const int row = (warp * Tile::kRowTiles + i) * 16 + lane % 16;
+    ldmatrix_x4(a[i], queries + flash_offset<Tile::kHead>(row, 2 * k + lane / 16));
+  }
+}
+
+// s = Q K' of the warp's rows. `load(a, k)` gives columns 16 k.. of Q.
+template <class Tile, class Load>
+__device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
+                                               const char* keys) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll
@@ -111,11 +128,7 @@ __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile:
 #pragma unroll
   for (int k = 0; k < Tile::kHead / 16; ++k) {
     uint32_t a[Tile::kRowTiles][4];
-#pragma unroll
-    for (int i = 0; i < Tile::kRowTiles; ++i) {
-      const int row = (warp * Tile::kRowTiles + i) * 16 + lane % 16;
-      ldmatrix_x4(a[i], queries + flash_offset<Tile::kHead>(row, 2 * k + lane / 16));
-    }
+    load(a, k);
 #pragma unroll
     for (int n = 0; n < Tile::kKeys / 16; ++n) {
       uint32_t b[4];
@@ -131,39 +144,51 @@ __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile:
   }
 }
 
-// Turns scores into weights 2^(factor * s - most), moving the maximum, and brings sum and o to it.
+// The maximum that weights are relative to may lag behind by this, so that o is rarely multiplied; 2^8 is no matter in fp16.
+constexpr float kSlack = 8.0f;
+
+// Turns scores into weights 2^(factor * s - most), moving the maximum where it has to, with sum and o.
 template <class Tile>
 __device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
                                               float factor) {
+  constexpr int kRows = FlashState<Tile>::kRows;
+  float most[kRows];
+  bool moves = false;
 #pragma unroll
-  for (int i = 0; i < Tile::kRowTiles; ++i) {
+  for (int i = 0; i < kRows; ++i) {
+    most[i] = s[i / 2][0][i % 2 * 2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = s[i][0][2 * half];
+    for (int n = 0; n < Tile::kKeys / 8; ++n) {
+      most[i] = fmaxf(most[i], fmaxf(s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]));
+    }
+    most[i] = fmaxf(most[i], __shfl_xor_sync(kFullWarp, most[i], 1));
+    most[i] = fmaxf(most[i], __shfl_xor_sync(kFullWarp, most[i], 2)) * factor;
+    moves = moves || most[i] > state.most[i] + kSlack;
+  }
+  if (__any_sync(kFullWarp, moves)) {
 #pragma unroll
-      for (int n = 0; n < Tile::kKeys / 8; ++n) most = fmaxf(most, fmaxf(s[i][n][2 * half], s[i][n][2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
-      most = fmaxf(state.most[2 * i + half], most * factor);
-      const float base = most == -kInf ? 0.0f : most;  // -inf - -inf would be NaN
-      const float fade = fast_exp2(state.most[2 * i + half] - base);
-      state.most[2 * i + half] = most;
-      float sum = 0.0f;
+    for (int i = 0; i < kRows; ++i) {
+      most[i] = fmaxf(most[i], state.most[i]);
+      const float fade = most[i] == -kInf ? 1.0f : fast_exp2(state.most[i] - most[i]);
+      state.most[i] = most[i];
+      state.sum[i] *= fade;
 #pragma unroll
-      for (int n = 0; n < Tile::kKeys / 8; ++n) {
+      for (int n = 0; n < FlashState<Tile>::kPairs; ++n) state.pair(i, n)[0] *= fade, state.pair(i, n)[1] *= fade;
+    }
+  }
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], factor, -base));
-          sum += s[i][n][e];
-        }
-      }
-      state.sum[2 * i + half] = fmaf(state.sum[2 * i + half], fade, sum);
+  for (int i = 0; i < kRows; ++i) {
+    const float base = state.most[i] == -kInf ? 0.0f : state.most[i];  // -inf - -inf would be NaN
+    float sum = 0.0f;
 #pragma unroll
-      for (int n = 0; n < Tile::kHead / 8; ++n) {
-        state.o[i][n][2 * half] *= fade;
-        state.o[i][n][2 * half + 1] *= fade;
+    for (int n = 0; n < Tile::kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
+        s[i / 2][n][e] = fast_exp2(fmaf(s[i / 2][n][e], factor, -base));
+        sum += s[i / 2][n][e];
       }
     }
+    state.sum[i] += sum;
   }
 }
 
@@ -233,13 +258,31 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
     cp_async_wait<0>();
     flash_negate<Tile>(queries);
   }
+  uint32_t kept[Tile::kKeep ? Tile::kHead / 16 : 1][Tile::kRowTiles][4];
+  if constexpr (Tile::kKeep) {
+    cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Tile::kHead / 16; ++k) flash_load_queries<Tile>(kept[k], queries, k);
+  }
+  const auto load = [&](uint32_t(&a)[Tile::kRowTiles][4], int k) {
+    if constexpr (Tile::kKeep) {
+#pragma unroll
+      for (int i = 0; i < Tile::kRowTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[i][e] = kept[k][i][e];
+      }
+    } else {
+      flash_load_queries<Tile>(a, queries, k);
+    }
+  };
   for (int block = 0; block < count; ++block) {
     cp_async_wait<0>();
     __syncthreads();  // the block is there, and nobody reads the one before any more
     if (block + 1 < count) copy_block(block + 1);
     const int at = block % 2 * Tile::kKeyBytes;
     float s[Tile::kRowTiles][Tile::kKeys / 8][4];
-    flash_products<Tile>(s, queries, keys + at);
+    flash_products<Tile>(s, load, keys + at);
     const bool plain = blocks.plain(block);
     if (!plain) {
       blocks.prepare(block);
