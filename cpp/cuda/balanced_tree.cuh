@@ -15,9 +15,7 @@ struct BalancedTree {
 };
 
 // Rows of the order of one (batch, kv head), and the chunks they are in.
-inline int64_t tree_chunks(const AttentionJob& job, const BalancedTree& tree) {
-  return ceil_div(job.total_len, tree.chunk);
-}
+inline int64_t tree_chunks(const AttentionJob& job, const BalancedTree& tree) { return ceil_div(job.total_len, tree.chunk); }
 inline int64_t tree_places(const AttentionJob& job, const BalancedTree& tree) {
   const int64_t chunk = tree.chunk < job.total_len ? tree.chunk : job.total_len;
   return tree_chunks(job, tree) * ceil_div(chunk, tree.cluster) * tree.cluster;
