@@ -14,7 +14,7 @@ constexpr int kPass = kRowThreads * kChunkRow;  // elements of a row that its th
 constexpr int kPowerSteps = 3;
 constexpr int kDirectionRows = 256;  // of a larger node, so many evenly spaced ones say where it is long
 
-inline int node_width(int64_t size) { return static_cast<int>(ceil_div<int64_t>(size, kPass) * kPass); }
+__host__ __device__ inline int node_width(int64_t size) { return static_cast<int>(ceil_div<int64_t>(size, kPass) * kPass); }
 
 // Shared memory of one node. Rows are `width` elements here, zeros from `size` on.
 template <class T>
@@ -66,10 +66,9 @@ __device__ __forceinline__ float sum_partial(const float* partial, int width, in
   return sum;
 }
 
-// The mean of the rows, and for a first direction the axis along which they vary most (the first of them).
+// mean, and in `direction` the sums of squared differences from it.
 template <class T>
-__device__ inline void start_direction(NodeShared<T>& node, const NodeArrays& s, int count, int size, int width,
-                                       bool aligned) {
+__device__ inline void row_moments(NodeShared<T>& node, const NodeArrays& s, int count, int size, int width, bool aligned) {
   const int thread = static_cast<int>(threadIdx.x);
   const float share = 1.0f / static_cast<float>(count);
   for (int x = thread % kRowThreads * kChunkRow; x < width; x += kPass) {
@@ -93,9 +92,17 @@ __device__ inline void start_direction(NodeShared<T>& node, const NodeArrays& s,
     const float sum = sum_partial(s.partial, width, 0, x);
     const float origin = x < size ? to_float(node.rows[0][x]) : 0.0f;
     s.mean[x] = origin + sum * share;
-    s.direction[x] = sum_partial(s.partial, width, 1, x) - sum * sum * share;  // for now
+    s.direction[x] = sum_partial(s.partial, width, 1, x) - sum * sum * share;
   }
   __syncthreads();
+}
+
+// The mean of the rows, and for a first direction the axis along which they vary most (the first of them).
+template <class T>
+__device__ inline void start_direction(NodeShared<T>& node, const NodeArrays& s, int count, int size, int width,
+                                       bool aligned) {
+  const int thread = static_cast<int>(threadIdx.x);
+  row_moments(node, s, count, size, width, aligned);
   if (thread < kWarp) {
     float most = -1.0f;
     int axis = 0;
