@@ -10,12 +10,8 @@
 namespace qexport {
 namespace cuda {
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = 16;  // at most: less where the scores of fewer rows fit into shared memory
 constexpr int kRowThreads = kTileRows * kWarp;
-constexpr int kTileKeys = 512;             // keys whose scores are computed at a time, 4 per thread and row
-constexpr int kTileDims = 16;              // elements of their rows that are in shared memory at a time
-constexpr int kTilePitch = kTileDims + 4;  // floats: eight rows, 16 bytes of each, lie in 32 different banks
-constexpr int kWaiting = 2 * kWarp;        // keys of a row that wait for their values to be added up
 
 enum class RowPass : int32_t {
   output,   // the strategy's output, and qk_matmul_output if it is wanted
@@ -28,15 +24,17 @@ struct RowWork {
   AttentionJob job;
   HeadSamples samples;
   RowPass pass;
-  const float* value_norm;     // (batch, kv_heads, total_len): |v_j - mean|, the mean that of its cluster if any; or null
+  const float* value_norm;     // (batch, kv_heads, norm_pitch): |v_j - mean|, the mean that of its cluster if any; or null
   const float* value_mean;     // (batch, kv_heads, v_head_size), or null
   const int32_t* value_order;  // (batch, kv_heads, total_len): the keys cluster by cluster, or null
   const float* value_centre;   // (batch, kv_heads, value_clusters, v_head_size): means of the clusters, or null
   float* entropy;              // (batch, q_heads, q_len), adaptive only
   int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, adaptive only
   const double* budget;        // (batch, q_heads, q_len): samples of each row, adaptive only
-  float* rows;                 // (blocks, kTileRows, row_pitch): scores, or null: they are in shared memory
-  int32_t row_pitch;
+  float* rows;                 // (blocks, tile_rows, row_pitch): scores, or null: they are in shared memory
+  int64_t tiles;
+  int32_t tile_rows, row_pitch;
+  bool matrix_units;  // may be used for the scores
 };
 
 // Clusters of values, where `hybrid` reads their means for the keys that it does not read.
@@ -57,17 +55,41 @@ __device__ __forceinline__ int64_t valid_keys(const AttentionJob& job, int64_t b
   return nonpad ? min(max(nonpad[b], int64_t{0}), job.total_len) : job.total_len;
 }
 
-// Up to kTileRows query rows of one kv head. Row r is query `query(r)` of query head `head(r)`.
-struct RowTile {
-  int64_t batch, kv_head, first;
-  int count;
-  int64_t begin, end;  // the keys whose scores are computed
+// Floats from the norms of one kv head to those of the next: rows are read four keys at a time.
+__host__ __device__ inline int64_t norm_pitch(const AttentionJob& job) { return ceil_div<int64_t>(job.total_len, 4) * 4; }
 
-  __device__ int64_t head(const AttentionJob& job, int r) const {
-    return kv_head * job.group + (first + r) / job.params.q_len;
-  }
-  __device__ int64_t query(const AttentionJob& job, int r) const { return (first + r) % job.params.q_len; }
+// One query row of a tile: where it is, and the keys [lo, hi) that it may attend to.
+struct TileRow {
+  int32_t head, query, lo, hi;
 };
+
+// Up to kTileRows query rows of one kv head, in shared memory.
+struct RowTile {
+  int32_t batch, kv_head, count;
+  int32_t begin, end;  // the keys whose scores are computed, multiples of 4: `end` may lie behind the last key
+  TileRow rows[kTileRows];
+};
+
+// Rows of K or V of one kv head, those before `split` in the past.
+template <class T>
+struct JoinedRows {
+  const T *past, *fresh;  // row 0, and row `split`
+  int64_t past_stride, fresh_stride;
+  int32_t split;
+
+  __device__ __forceinline__ const T* row(int32_t j) const {
+    return j < split ? past + j * past_stride : fresh + (j - split) * fresh_stride;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ JoinedRows<T> joined_rows(const AttentionJob& job, bool values, int64_t b, int64_t kv_head) {
+  const QuantumAttentionTensors& t = job.tensors;
+  const HeadRows &past = values ? t.past_value : t.past_key, &fresh = values ? t.v : t.k;
+  const int32_t split = static_cast<int32_t>(job.params.past_len);
+  return {split > 0 ? row_of<T>(past, b, kv_head, 0) : nullptr, row_of<T>(fresh, b, kv_head, 0), past.row_stride,
+          fresh.row_stride, split};
+}
 
 // value_stats.cu: value_mean and value_norm, by way of the sums in `partial` of value_partial_floats(job).
 void value_stats(Status& status, const AttentionJob& job, float* partial, float* mean, float* norm, void* stream);

@@ -48,7 +48,7 @@ __global__ void value_norms_kernel(const AttentionJob job, const float* partial,
       square += d * d;
     }
     square = warp_sum(square);
-    if (lane == 0) norm[head * job.total_len + j] = sqrtf(square);
+    if (lane == 0) norm[head * norm_pitch(job) + j] = sqrtf(square);
   }
 }
 
