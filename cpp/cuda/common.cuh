@@ -63,17 +63,19 @@ inline void fill_zero(Status& status, void* data, size_t bytes, void* stream) {
   if (status.ok() && bytes) check(status, cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// Compute capability of the current device as 10 * major + minor, and its number of multiprocessors.
+// Compute capability of the current device as 10 * major + minor, its number of multiprocessors, and the most shared memory
+// that a block of threads may have.
 struct Device {
-  int capability, multiprocessors;
+  int capability, multiprocessors, shared_bytes;
 };
 inline Device current_device(Status& status) {
-  int id = 0, major = 0, minor = 0, count = 1;
+  int id = 0, major = 0, minor = 0, count = 1, shared = 0;
   check(status, cudaGetDevice(&id));
   check(status, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
   check(status, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id));
   check(status, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id));
-  return {10 * major + minor, count};
+  check(status, cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+  return {10 * major + minor, count, shared};
 }
 
 #endif

@@ -11,15 +11,15 @@ DIRECTION_KEYS = 256
 class Tree:
     """Clusters of the keys of one (batch, kv head), with their summaries."""
 
-    def __init__(self, K, V, kept, causal):
+    def __init__(self, K, V, kept, causal, leaf=LEAF):
         n = K.shape[0]
-        self.K, self.V, self.kept = K, V, kept
-        self.clusters = math.ceil(n / LEAF)
+        self.K, self.V, self.kept, self.leaf = K, V, kept, leaf
+        self.clusters = math.ceil(n / leaf)
         self.members = [[] for _ in range(self.clusters)]
         for first in range(0, n, CHUNK if causal else n):
             keys = [j for j in range(first, min(n, first + CHUNK) if causal else n) if kept[j]]
-            for i, leaf in enumerate(leaves(K, torch.tensor(keys, dtype=torch.long))):
-                self.members[first // LEAF + i] = leaf.tolist()
+            for i, members in enumerate(leaves(K, torch.tensor(keys, dtype=torch.long), leaf)):
+                self.members[first // leaf + i] = members.tolist()
         used = [m for m in self.members if m]
         self.count = torch.tensor([len(m) for m in self.members], dtype=K.dtype)
         self.mean, self.variance = K.new_zeros(self.clusters, K.shape[1]), K.new_zeros(self.clusters, K.shape[1])
@@ -42,16 +42,16 @@ class Tree:
         return total / max(keys, 1)
 
 
-def leaves(X, rows):
+def leaves(X, rows, leaf=LEAF):
     """The clusters of the tree over rows of X.
 
     Args:
-        X: (n, size). rows: int64 tensor, those that belong to the tree, in order.
+        X: (n, size). rows: int64 tensor, those that belong to the tree, in order. leaf: rows of a cluster.
 
     Returns:
-        list of int64 tensors: the rows of each cluster, LEAF of them but for the last.
+        list of int64 tensors: the rows of each cluster, all full but the last.
     """
-    if len(rows) <= LEAF:
+    if len(rows) <= leaf:
         return [rows] if len(rows) else []
     some = X[rows if len(rows) <= DIRECTION_KEYS else rows[torch.arange(DIRECTION_KEYS) * len(rows) // DIRECTION_KEYS]]
     x = some - some.mean(0)
@@ -60,7 +60,7 @@ def leaves(X, rows):
     for _ in range(3):
         step = x.T @ (x @ u)
         u = step / step.norm() if step.norm() > 0 else u
-    left = LEAF * math.ceil(math.ceil(len(rows) / LEAF) / 2)
+    left = leaf * math.ceil(math.ceil(len(rows) / leaf) / 2)
     first = torch.zeros(len(rows), dtype=torch.bool)
     first[torch.argsort(X[rows] @ u, stable=True)[:left]] = True
-    return leaves(X, rows[first]) + leaves(X, rows[~first])
+    return leaves(X, rows[first], leaf) + leaves(X, rows[~first], leaf)

@@ -7,7 +7,7 @@ from qexport.ops import key_summary as key_summaries
 from qexport.ops.draws_ref import combine, draw
 from qexport.ops.philox import philox4x32
 from qexport.ops.quantum_attention import BLOCKWISE, SPEC
-from qexport.ops.quantum_attention_tree_ref import kept_keys, tree_attention_ref
+from qexport.ops.quantum_attention_tree_ref import CPU, kept_keys, tree_attention_ref
 
 
 def quantum_attention_ref(
@@ -23,6 +23,7 @@ def quantum_attention_ref(
     *,
     dtype=torch.float64,
     dropout_p=0.0,
+    blocks=CPU,
     **attributes,
 ):
     """Attention by sampling, in torch.
@@ -34,6 +35,7 @@ def quantum_attention_ref(
         dtype: what is computed in; the outputs are rounded to Q's type.
         dropout_p: share of the probabilities that is dropped, by torch's generator at this seed and layer; Y alone feels it.
             Strategy tree, whose clusters have no single probabilities to drop, is then exact.
+        blocks: of strategy tree, as the device has them.
         attributes: those of the op table, with its defaults.
 
     Returns:
@@ -87,7 +89,7 @@ def quantum_attention_ref(
         offset = torch.full((Q.shape[0],), past_len) if nonpad_kv_seqlen is None else nonpad_kv_seqlen - Q.shape[2]
         if nonpad_kv_seqlen is not None:
             kept = kept & (torch.arange(raw.shape[-1]) < nonpad_kv_seqlen[:, None])
-        Y, error = tree_attention_ref(scale * Q, *heads, kept, offset, a, seed)
+        Y, error = tree_attention_ref(scale * Q, *heads, kept, offset, a, seed, blocks)
     summary = None
     if key_summary is not None:
         summary = key_summaries.update(key_summary, *present, nonpad_kv_seqlen, Q.shape[2])

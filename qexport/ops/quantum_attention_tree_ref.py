@@ -9,7 +9,6 @@ from qexport.ops.clusters_ref import CHUNK, LEAF, Tree
 from qexport.ops.draws_ref import T, inclusion_scale
 from qexport.ops.philox import philox4x32
 
-TILE = 32  # queries
 FEWEST_QUERIES, FEWEST_KEYS, MOST_DENSITY = 32, 256, 0.5
 QUERIES_FOR_TOLERANCE, KEYS_FOR_TOLERANCE = 1024, 200
 MASKED = -1e4
@@ -40,7 +39,18 @@ def kept_keys(attn_mask, a, batch, q_len, total_len):
     return torch.nn.functional.pad(kept, (0, total_len - mask.shape[1]), value=False)
 
 
-def tree_attention_ref(Q, K, V, kept, offset, a, seed):
+@dataclass(frozen=True)
+class Blocks:
+    """Keys of a cluster, and queries that share a choice of clusters: what differs between devices (docs/math.md)."""
+
+    keys: int = LEAF
+    queries: int = 32
+
+
+CPU, CUDA = Blocks(), Blocks(keys=64, queries=128)
+
+
+def tree_attention_ref(Q, K, V, kept, offset, a, seed, blocks=CPU):
     """Y and error_estimate of strategy `tree`.
 
     Args:
@@ -48,14 +58,17 @@ def tree_attention_ref(Q, K, V, kept, offset, a, seed):
         kept: bool (batch, total_len), the keys that padding and mask leave.
         offset: position of the first query of each batch item.
         a: attributes of the op. seed: int of 64 bits.
+        blocks: those of the device.
     """
     batch, q_heads = Q.shape[:2]
     group = q_heads // K.shape[1]
     Y, errors = Q.new_zeros(*Q.shape[:3], V.shape[-1]), torch.zeros(batch, q_heads)
     for b in range(batch):
-        trees = [Tree(K[b, h], V[b, h], kept[b], bool(a["is_causal"])) for h in range(K.shape[1])]
+        trees = [Tree(K[b, h], V[b, h], kept[b], bool(a["is_causal"]), blocks.keys) for h in range(K.shape[1])]
         heads = [
-            Head(trees[h // group], Q[b, h], int(offset[b]), b * q_heads + h, a, seed, _budget(a, h, trees[0].clusters))
+            Head(
+                trees[h // group], Q[b, h], int(offset[b]), b * q_heads + h, a, seed, _budget(a, h, trees[0]), blocks.queries
+            )
             for h in range(q_heads)
         ]
         if a["error_tolerance"]:
@@ -68,8 +81,8 @@ def tree_attention_ref(Q, K, V, kept, offset, a, seed):
     return Y, errors
 
 
-def _budget(a, h, clusters):
-    return min(math.ceil(a["num_samples"][h % len(a["num_samples"])] / LEAF), clusters)
+def _budget(a, h, tree):
+    return min(math.ceil(a["num_samples"][h % len(a["num_samples"])] / tree.leaf), tree.clusters)
 
 
 @dataclass
@@ -83,11 +96,12 @@ class Head:
     a: dict
     seed: int
     budget: int
+    tile_rows: int
     threshold: float = 0.0
 
     @property
     def tiles(self):
-        return math.ceil(len(self.Q) / TILE)
+        return math.ceil(len(self.Q) / self.tile_rows)
 
     def run(self):
         if self.budget >= self.tree.clusters:
@@ -112,7 +126,7 @@ class Head:
         return allowed
 
     def rows(self, tile):
-        return torch.arange(tile * TILE, min(len(self.Q), (tile + 1) * TILE))
+        return torch.arange(tile * self.tile_rows, min(len(self.Q), (tile + 1) * self.tile_rows))
 
     def probe(self, i):
         return self.tiles * (2 * (PROBES - i) - 1) // (2 * PROBES)
@@ -120,9 +134,9 @@ class Head:
     def open(self, tile):
         """Keys from here on are read as they come, and clusters that may be chosen lie before."""
         if not self.a["is_causal"]:
-            return self.tree.clusters * LEAF, self.tree.clusters
-        first = max(tile * TILE + self.offset, 0) // CHUNK * CHUNK
-        return first, min(first // LEAF, self.tree.clusters)
+            return self.tree.clusters * self.tree.leaf, self.tree.clusters
+        first = max(tile * self.tile_rows + self.offset, 0) // CHUNK * CHUNK
+        return first, min(first // self.tree.leaf, self.tree.clusters)
 
     def model(self, tile, candidates):
         """log w and g of the clusters that may be chosen: (rows, candidates) and (candidates,)."""

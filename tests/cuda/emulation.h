@@ -267,7 +267,7 @@ namespace cuda {
 
 struct Status;
 struct Device {
-  int capability, multiprocessors;
+  int capability, multiprocessors, shared_bytes;
 };
 
 inline char* dynamic_shared_bytes() { return emulation::shared_memory(); }
@@ -300,10 +300,10 @@ void fill_zero(AnyStatus& status, void* data, size_t bytes, void*) {
 // The Hopper of the tests, small enough that persistent grids loop.
 template <class AnyStatus>
 Device current_device(AnyStatus&) {
-  return {90, 4};
+  return {90, 4, 227 * 1024};
 }
 
-inline uint32_t pack_pair(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }
+inline uint32_t join_halves(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }
 template <class T>
 float half_at(uint32_t pair, int i) {
   const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
@@ -355,7 +355,7 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
       if (reinterpret_cast<uintptr_t>(base) % 16) emulation::die("ldmatrix: a row is not aligned to 16 bytes");
       std::memcpy(&pair[e], base + 2 * c_index, 2);
     }
-    r[m] = pack_pair(pair[0], pair[1]);
+    r[m] = join_halves(pair[0], pair[1]);
   }
   emulation::warp_meet();  // nobody writes the rows before all have read them
 }

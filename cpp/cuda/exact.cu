@@ -1,0 +1,295 @@
+// Exact attention: tiles of queries on tensor cores (fp16, bf16) or without; a row per warp for what has no tile.
+#include <algorithm>
+
+#include "exact_tile.cuh"
+#include "simt.cuh"
+
+namespace qexport {
+namespace cuda {
+namespace {
+
+constexpr const char* kTooMany = "[QuantumAttention] batch * q_heads * q_len is too large for one launch; split the batch";
+constexpr int kMostParts = 512;
+constexpr int kPartBlocks = 4;     // blocks of keys that a part has at least
+constexpr int kJoinThreads = 128;
+constexpr int kWideThreads = 128;
+constexpr int kWideColumns = 4;    // of V per lane
+
+template <class T>
+__device__ __forceinline__ void put_pair(T* to, float a, float b, int left, bool aligned) {
+  if constexpr (sizeof(T) == 2) {
+    if (aligned && left > 1) {
+      *reinterpret_cast<uint32_t*>(to) = pack_pair(a, b, T{});
+      return;
+    }
+  } else {
+    if (aligned && left > 1) {
+      *reinterpret_cast<float2*>(to) = make_float2(a, b);
+      return;
+    }
+  }
+  if (left > 0) to[0] = from_float<T>(a);
+  if (left > 1) to[1] = from_float<T>(b);
+}
+
+// Queries of one ExactTile per block of threads: to y, or with several parts to part_outputs and part_stats.
+template <class Tile, template <class> class State>
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor) void exact_kernel(
+    const __grid_constant__ ExactLaunch launch) {
+  using T = typename Tile::T;
+  char* const shared = dynamic_shared<char>();
+  ExactTile<T, Tile::kQueries, Tile::kKeys> tile;
+  if (!tile.open(launch, shared + Tile::kSharedBytes)) return;
+  State<Tile> state;
+  state.clear();
+  attend(state, shared, tile.count, tile);
+  state.join_sums();
+#pragma unroll
+  for (int i = 0; i < State<Tile>::kRows; ++i) {
+    const int row = state.row(i);
+    if (!tile.ours(row)) continue;
+    if (launch.parts > 1) {
+      const int64_t at = tile.part_row(row);
+      if (state.column(0) == 0) launch.part_stats[2 * at] = state.most[i], launch.part_stats[2 * at + 1] = state.sum[i];
+      if (state.sum[i] == 0.0f) continue;  // join_parts_kernel does not read it
+      float* const to = launch.part_outputs + at * tile.v_head_size;
+#pragma unroll
+      for (int n = 0; n < State<Tile>::kPairs; ++n) {
+        const int column = state.column(n);
+        put_pair(to + column, state.pair(i, n)[0], state.pair(i, n)[1], tile.v_head_size - column, tile.v_head_size % 2 == 0);
+      }
+    } else {
+      const float unit = state.sum[i] == 0.0f ? 0.0f : 1.0f / state.sum[i];  // a row without keys is 0
+      T* const to = tile.output(row);
+      const bool aligned = reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
+#pragma unroll
+      for (int n = 0; n < State<Tile>::kPairs; ++n) {
+        const int column = state.column(n);
+        put_pair(to + column, state.pair(i, n)[0] * unit, state.pair(i, n)[1] * unit, tile.v_head_size - column, aligned);
+      }
+    }
+  }
+}
+
+// One row per block of threads.
+template <class T>
+__global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_constant__ ExactLaunch launch) {
+  const QuantumAttentionParams& p = launch.job.params;
+  const int64_t row = blockIdx.x, query = row % p.q_len, head = row / p.q_len % p.q_heads, b = row / p.q_len / p.q_heads;
+  if (launch.only && !launch.only[b * p.q_heads + head]) return;
+  float* const fade = dynamic_shared<float>();
+  const float* const stats = launch.part_stats + 2 * row;
+  const int64_t step = launch.rows();
+  float most = -kInf;
+  for (int i = 0; i < launch.parts; ++i) most = fmaxf(most, stats[2 * i * step]);
+  const float base = most == -kInf ? 0.0f : most;
+  float sum = 0.0f;
+  for (int i = 0; i < launch.parts; ++i) sum += fast_exp2(stats[2 * i * step] - base) * stats[2 * i * step + 1];
+  for (int i = static_cast<int>(threadIdx.x); i < launch.parts; i += kJoinThreads) {
+    fade[i] = stats[2 * i * step + 1] == 0.0f ? 0.0f : fast_exp2(stats[2 * i * step] - base) / sum;
+  }
+  __syncthreads();
+  T* const y = output_row<T>(launch.job, b, head, query);
+  for (int64_t column = threadIdx.x; column < p.v_head_size; column += kJoinThreads) {
+    float x = 0.0f;
+    for (int i = 0; i < launch.parts; ++i) {
+      if (stats[2 * i * step + 1] != 0.0f) x = fmaf(fade[i], launch.part_outputs[(i * step + row) * p.v_head_size + column], x);
+    }
+    y[column] = from_float<T>(x);
+  }
+}
+
+// One row and kWarp * kWideColumns columns per warp, key by key: head sizes without a tile.
+template <class T>
+__global__ __launch_bounds__(kWideThreads) void wide_kernel(const __grid_constant__ ExactLaunch launch) {
+  const AttentionJob& job = launch.job;
+  const QuantumAttentionParams& p = job.params;
+  const int64_t chunks = ceil_div<int64_t>(p.v_head_size, kWarp * kWideColumns);
+  const int64_t item = int64_t{blockIdx.x} * (kWideThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = item / chunks, query = row % p.q_len, head = row / p.q_len % p.q_heads, b = row / p.q_len / p.q_heads;
+  if (row >= launch.rows() || (launch.only && !launch.only[b * p.q_heads + head])) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t kv_head = head / job.group, first = item % chunks * kWarp * kWideColumns + lane;
+  const KeyRange range = key_range(job, b, query);
+  const T* const q = row_of<T>(job.tensors.q, b, head, query);
+  const float scale = p.scale * kLog2E;
+  float o[kWideColumns] = {}, most = -kInf, sum = 0.0f;
+  for (int64_t j = range.lo; j < range.hi; ++j) {
+    const T* const k = key_row<T>(job, false, b, kv_head, j);
+    float x = 0.0f;
+    for (int64_t c = lane; c < p.head_size; c += kWarp) x = fmaf(to_float(q[c]), to_float(k[c]), x);
+    x = capped_score(warp_sum(x) * scale, p.softcap);
+    if (job.tensors.mask.data) {
+      const float bias = mask_bias2(job.tensors.mask, b, head, query, j);
+      if (bias == -kInf) continue;
+      x += bias;
+    }
+    const float before = most;
+    most = fmaxf(most, x);
+    const float base = most == -kInf ? 0.0f : most, fade = fast_exp2(before - base), weight = fast_exp2(x - base);
+    sum = fmaf(sum, fade, weight);
+    const T* const v = key_row<T>(job, true, b, kv_head, j);
+#pragma unroll
+    for (int e = 0; e < kWideColumns; ++e) {
+      const int64_t c = first + e * kWarp;
+      if (c < p.v_head_size) o[e] = fmaf(weight, to_float(v[c]), o[e] * fade);
+    }
+  }
+  T* const y = output_row<T>(job, b, head, query);
+  for (int e = 0; e < kWideColumns; ++e) {
+    const int64_t c = first + e * kWarp;
+    if (c < p.v_head_size) y[c] = from_float<T>(sum == 0.0f ? 0.0f : o[e] / sum);
+  }
+}
+
+// 16-byte rows everywhere, so that they can be copied asynchronously.
+bool aligned_rows(const AttentionJob& job) {
+  const auto aligned = [](const HeadRows& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 && rows.head_stride % 8 == 0 &&
+           rows.row_stride % 8 == 0;
+  };
+  const QuantumAttentionTensors& t = job.tensors;
+  return job.params.head_size % 8 == 0 && job.params.v_head_size % 8 == 0 && aligned(t.q) && aligned(t.k) && aligned(t.v) &&
+         (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
+}
+
+template <class Tile_, template <class> class State_>
+struct Choice {
+  using Tile = Tile_;
+  template <class T>
+  using State = State_<T>;
+  static size_t shared_bytes(const AttentionJob& job) {
+    return Tile::kSharedBytes + ExactTile<typename Tile::T, Tile::kQueries, Tile::kKeys>::shared_bytes(job);
+  }
+};
+template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
+using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
+template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
+using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
+template <class T_>
+struct Wide {
+  using T = T_;
+};
+
+// Heads that share K and V share tiles too where one head leaves a tile half empty.
+template <class Tile>
+int pack_of(const AttentionJob& job) {
+  return 2 * job.params.q_len <= Tile::kQueries ? static_cast<int>(job.group) : 1;
+}
+template <class Tile>
+int64_t tiles_of(const AttentionJob& job) {
+  return ceil_div<int64_t>(pack_of<Tile>(job) * job.params.q_len, Tile::kQueries);
+}
+// Blocks of threads, for each part of the keys.
+template <class Tile>
+int64_t blocks_of(const AttentionJob& job) {
+  return tiles_of<Tile>(job) * job.params.batch * (job.params.q_heads / pack_of<Tile>(job));
+}
+// Where the queries do not give every multiprocessor a block of threads, their keys are split.
+template <class Tile>
+int parts_of(const AttentionJob& job, const Device& device) {
+  const int64_t blocks = blocks_of<Tile>(job);
+  if (blocks == 0 || blocks >= device.multiprocessors) return 1;
+  const int64_t room = Tile::kBlocksPerProcessor * device.multiprocessors / blocks;
+  const int64_t most = ceil_div<int64_t>(job.total_len, kPartBlocks * Tile::kKeys);
+  return static_cast<int>(std::max<int64_t>(1, std::min({room, most, int64_t{kMostParts}})));
+}
+
+// Visits the large choice where it fills the card and fits into it, else the small one.
+template <class Large, class Small, class Visit>
+void visit_choice(const AttentionJob& job, const Device& device, const Visit& visit) {
+  const bool fits = Large::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes);
+  if (fits && blocks_of<typename Large::Tile>(job) >= device.multiprocessors) return visit(Large{});
+  if (Small::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes)) return visit(Small{});
+  visit(Wide<typename Small::Tile::T>{});
+}
+
+template <class T, class Visit>
+void choose_half(const AttentionJob& job, const Device& device, const Visit& visit) {
+  const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
+  if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
+    if (size <= 32) return visit_choice<Flash<T, 32, 2, 2>, Flash<T, 32, 1, 4>>(job, device, visit);
+    if (size <= 64) return visit_choice<Flash<T, 64, 2, 2>, Flash<T, 64, 1, 4>>(job, device, visit);
+    return visit_choice<Flash<T, 128, 2, 2>, Flash<T, 128, 1, 2>>(job, device, visit);
+  }
+  if (size <= 64) return visit_choice<Simt<T, 64, 2, 32, 3>, Simt<T, 64, 2, 32, 3>>(job, device, visit);
+  if (size <= 128) return visit_choice<Simt<T, 128, 2, 32, 3>, Simt<T, 128, 2, 32, 3>>(job, device, visit);
+  if (size <= 256) return visit_choice<Simt<T, 256, 2, 16, 2>, Simt<T, 256, 2, 16, 2>>(job, device, visit);
+  visit(Wide<T>{});
+}
+template <class Visit>
+void choose_float(const AttentionJob& job, const Device& device, const Visit& visit) {
+  const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
+  if (size <= 32) return visit_choice<Simt<float, 32, 8, 64, 2>, Simt<float, 32, 2, 32, 4>>(job, device, visit);
+  if (size <= 64) return visit_choice<Simt<float, 64, 8, 64, 2>, Simt<float, 64, 2, 32, 4>>(job, device, visit);
+  if (size <= 128) return visit_choice<Simt<float, 128, 8, 32, 2>, Simt<float, 128, 2, 32, 3>>(job, device, visit);
+  if (size <= 256) return visit_choice<Simt<float, 256, 2, 16, 2>, Simt<float, 256, 2, 16, 2>>(job, device, visit);
+  visit(Wide<float>{});
+}
+template <class Visit>
+void choose(const AttentionJob& job, const Device& device, const Visit& visit) {
+  switch (job.params.type) {
+    case DType::f16:
+      return choose_half<__half>(job, device, visit);
+    case DType::bf16:
+      return choose_half<__nv_bfloat16>(job, device, visit);
+    default:
+      return choose_float(job, device, visit);
+  }
+}
+
+template <class Tile, template <class> class State>
+int64_t parts_in(const AttentionJob& job, const Device& device, Choice<Tile, State>) {
+  return parts_of<Tile>(job, device);
+}
+template <class T>
+int64_t parts_in(const AttentionJob&, const Device&, Wide<T>) {
+  return 1;
+}
+
+template <class Tile, template <class> class State>
+void start(Status& status, ExactLaunch exact, const Device& device, void* scratch, void* stream, Choice<Tile, State>) {
+  const AttentionJob& job = exact.job;
+  using T = typename Tile::T;
+  exact.pack = pack_of<Tile>(job), exact.tiles = tiles_of<Tile>(job), exact.parts = parts_of<Tile>(job, device);
+  const int64_t blocks = blocks_of<Tile>(job) * exact.parts, rows = exact.rows();
+  if (blocks > INT32_MAX || (exact.parts > 1 && rows > INT32_MAX)) return status.fail(kTooMany);
+  exact.part_stats = static_cast<float*>(scratch);
+  exact.part_outputs = exact.part_stats + 2 * exact.parts * rows;
+  launch(status, exact_kernel<Tile, State>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+         Choice<Tile, State>::shared_bytes(job), stream, exact);
+  if (exact.parts > 1) {
+    launch(status, join_parts_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(kJoinThreads),
+           sizeof(float) * static_cast<size_t>(exact.parts), stream, exact);
+  }
+}
+template <class T>
+void start(Status& status, const ExactLaunch& exact, const Device&, void*, void* stream, Wide<T>) {
+  const int64_t chunks = ceil_div<int64_t>(exact.job.params.v_head_size, kWarp * kWideColumns);
+  const int64_t blocks = ceil_div<int64_t>(exact.rows() * chunks, kWideThreads / kWarp);
+  if (blocks > INT32_MAX) return status.fail(kTooMany);
+  launch(status, wide_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kWideThreads), 0, stream, exact);
+}
+
+}  // namespace
+
+size_t exact_attention_scratch_bytes(const AttentionJob& job) {
+  Status status;  // an error shows again when the call is made
+  const Device device = current_device(status);
+  size_t bytes = 0;
+  choose(job, device, [&](auto choice) {
+    const int64_t parts = parts_in(job, device, choice), rows = job.params.batch * job.params.q_heads * job.params.q_len;
+    if (parts > 1) bytes = static_cast<size_t>(parts * rows * (job.params.v_head_size + 2)) * sizeof(float);
+  });
+  return bytes;
+}
+
+void exact_attention(Status& status, const AttentionJob& job, const int32_t* only, void* scratch, void* stream) {
+  const Device device = current_device(status);
+  if (!status.ok()) return;
+  const ExactLaunch exact{job, only, 1, 1, 0, nullptr, nullptr};
+  choose(job, device, [&](auto choice) { start(status, exact, device, scratch, stream, choice); });
+}
+
+}  // namespace cuda
+}  // namespace qexport
