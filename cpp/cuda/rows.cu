@@ -188,7 +188,7 @@ size_t shared_limit(int capability) {
 
 // Where everything lies in scratch, and how the kernel is launched.
 struct RowPlan {
-  size_t norm, mean, partial, order, centre, tree, entropy, allowed, budget, rows, total;
+  size_t norm, mean, partial, order, count, centre, tree, entropy, allowed, budget, rows, total;
   bool matrix_units, shared_rows;
   int64_t tile_rows, tiles, blocks;
   size_t shared_bytes;
@@ -228,7 +228,8 @@ RowPlan plan_rows(const AttentionJob& job) {
   plan.partial = take(centred && !clustered, static_cast<size_t>(value_partial_floats(job)) * sizeof(float));
   plan.order = take(clustered, kv * static_cast<size_t>(value_clusters(job) * kValueCluster) * sizeof(int32_t));
   plan.centre = take(clustered, kv * static_cast<size_t>(value_clusters(job)) * size * sizeof(float));
-  plan.tree = take(clustered, 0);
+  plan.count = take(clustered, kv * sizeof(int32_t));
+  plan.tree = take(clustered, clustered ? value_tree_scratch_bytes(job) : 0);
   plan.entropy = take(adaptive, all_rows * sizeof(float));
   plan.allowed = take(adaptive, all_rows * sizeof(int32_t));
   plan.budget = take(adaptive, all_rows * sizeof(double));
@@ -271,10 +272,18 @@ void row_attention(Status& status, const AttentionJob& job, const HeadSamples& s
   work.tiles = plan.tiles;
   if (!plan.shared_rows) work.rows = floats(plan.rows);
   if (!samples_rows(job)) return run_rows(status, plan, work, RowPass::scores, stream);
-  if (job.params.control_variate) {
-    work.value_norm = floats(plan.norm);
-    work.value_mean = floats(plan.mean);
+  if (clusters_values(job.params)) {
+    int32_t* order = reinterpret_cast<int32_t*>(base + plan.order);
+    const ValueClusters clusters{order, reinterpret_cast<int32_t*>(base + plan.count), floats(plan.centre),
+                                 floats(plan.norm), base + plan.tree};
+    cluster_values(status, job, clusters, stream);
+    work.value_order = order;
+    work.value_centre = clusters.centre;
+    work.value_norm = clusters.norm;
+  } else if (job.params.control_variate) {
     value_stats(status, job, floats(plan.partial), floats(plan.mean), floats(plan.norm), stream);
+    work.value_mean = floats(plan.mean);
+    work.value_norm = floats(plan.norm);
   }
   if (job.params.strategy == Strategy::adaptive) {
     work.entropy = floats(plan.entropy);

@@ -26,8 +26,8 @@ struct RowWork {
   RowPass pass;
   const float* value_norm;     // (batch, kv_heads, norm_pitch): |v_j - mean|, the mean that of its cluster if any; or null
   const float* value_mean;     // (batch, kv_heads, v_head_size), or null
-  const int32_t* value_order;  // (batch, kv_heads, total_len): the keys cluster by cluster, or null
-  const float* value_centre;   // (batch, kv_heads, value_clusters, v_head_size): means of the clusters, or null
+  const int32_t* value_order;  // of ValueClusters, or null
+  const float* value_centre;   // of ValueClusters, or null
   float* entropy;              // (batch, q_heads, q_len), adaptive only
   int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, adaptive only
   const double* budget;        // (batch, q_heads, q_len): samples of each row, adaptive only
@@ -94,6 +94,17 @@ __device__ __forceinline__ JoinedRows<T> joined_rows(const AttentionJob& job, bo
 // value_stats.cu: value_mean and value_norm, by way of the sums in `partial` of value_partial_floats(job).
 void value_stats(Status& status, const AttentionJob& job, float* partial, float* mean, float* norm, void* stream);
 int64_t value_partial_floats(const AttentionJob& job);
+
+// value_clusters.cu: the same from the mean of the cluster of each key, where clusters_values(params).
+struct ValueClusters {
+  int32_t* order;  // (batch, kv_heads, value_clusters, kValueCluster): the keys of each cluster, -1 behind the last one
+  int32_t* count;  // (batch, kv_heads)
+  float* centre;   // (batch, kv_heads, value_clusters, v_head_size)
+  float* norm;     // (batch, kv_heads, norm_pitch)
+  void* tree;      // of value_tree_scratch_bytes
+};
+void cluster_values(Status& status, const AttentionJob& job, const ValueClusters& clusters, void* stream);
+size_t value_tree_scratch_bytes(const AttentionJob& job);
 
 // row_budget.cu: the samples of every row of `adaptive`, from entropies and numbers of allowed keys.
 void share_budget(Status& status, const RowWork& work, double* budget, void* stream);
