@@ -31,6 +31,8 @@
 #define __grid_constant__
 #undef __align__
 #define __align__(n) alignas(n)
+#undef __noinline__
+#define __noinline__
 #undef __restrict__
 #define __restrict__ __restrict
 
