@@ -1,6 +1,7 @@
 // QuantumMeasure on CUDA: a block per row finds its cumulative distribution in fixed point, and a thread per four shots
 // searches in it.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "probability_rows.cuh"
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int kFewThreads = 128, kManyThreads = 512;
 constexpr int64_t kFewNumbers = 1024;  // up to which a row has few threads
-constexpr int kPart = 512;              // numbers that are added up one by one between two barriers
+constexpr int kPart = 512;             // numbers that are added up one by one between two barriers
 
 struct MeasureJob {
   QuantumMeasureParams params;
@@ -42,7 +43,8 @@ __device__ double sum_in_order(const T* p, int64_t n) {
   sum = 0.0;
   for (int64_t begin = 0; begin < n; begin += kPart) {
     const int count = static_cast<int>(min(int64_t{kPart}, n - begin));
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) part[i] = to_real(p[begin + i]);
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x))
+      part[i] = to_real(p[begin + i]);
     __syncthreads();
     if (threadIdx.x == 0) {
 #pragma unroll 16
@@ -57,13 +59,14 @@ __device__ double sum_in_order(const T* p, int64_t n) {
 
 // Replaces numbers by their prefix sums, the last of which comes back on every thread. Threads have adjacent numbers; that
 // these are an odd number keeps the threads of a warp in different banks.
-__device__ uint32_t cumulate(uint32_t* numbers, int64_t n) {
+template <class Index>
+__device__ uint32_t cumulate(uint32_t* numbers, Index n) {
   __shared__ uint32_t warp_sums[kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t each = ceil_div(n, static_cast<int64_t>(blockDim.x)) | 1;
-  const int64_t begin = min(n, static_cast<int64_t>(threadIdx.x) * each), end = min(n, begin + each);
+  const Index each = ceil_div(n, static_cast<Index>(blockDim.x)) | 1;
+  const Index begin = min(n, static_cast<Index>(threadIdx.x) * each), end = min(n, begin + each);
   uint32_t own = 0;
-  for (int64_t j = begin; j < end; ++j) own += numbers[j];
+  for (Index j = begin; j < end; ++j) own += numbers[j];
   uint32_t before = own;
   for (int step = 1; step < kWarp; step *= 2) {
     const uint32_t lower = __shfl_up_sync(kFullWarp, before, static_cast<unsigned>(step));
@@ -77,35 +80,39 @@ __device__ uint32_t cumulate(uint32_t* numbers, int64_t n) {
     if (w == warp) before += total;
     total += warp_sums[w];
   }
-  for (int64_t j = begin; j < end; ++j) numbers[j] = before += numbers[j];
+  for (Index j = begin; j < end; ++j) numbers[j] = before += numbers[j];
   __syncthreads();
   return total;
 }
 
-// The first j with cumulative[j] > target.
-__device__ __forceinline__ int64_t outcome(const uint32_t* cumulative, int64_t n, uint32_t target) {
-  int64_t found = 0;
+// found[i] = the first j with cumulative[j] > target[i]; four at a time, since each step waits for the one before.
+template <class Index>
+__device__ __forceinline__ void outcomes(const uint32_t* cumulative, Index n, const uint32_t (&target)[4],
+                                         Index (&found)[4]) {
+  for (Index& place : found) place = 0;
   while (n > 1) {
-    const int64_t half = n / 2;
-    found += cumulative[found + half - 1] <= target ? half : 0;
+    const Index half = n / 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found[i] += cumulative[found[i] + half - 1] <= target[i] ? half : 0;
     n -= half;
   }
-  return found;
 }
 
+template <class Index>
 __device__ void count_shots(const QuantumMeasureParams& p, uint64_t seed, int64_t row, const uint32_t* cumulative,
                             uint32_t total, uint32_t* counts) {
-  const int64_t blocks = ceil_div(p.shots, int64_t{4});
-  for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) {
-    const PhiloxBlock random =
-        philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                   {{p.layer, static_cast<uint32_t>(row / p.queries), static_cast<uint32_t>(row % p.queries),
-                     static_cast<uint32_t>(block)}});
+  const uint32_t number = static_cast<uint32_t>(row / p.queries), query = static_cast<uint32_t>(row % p.queries);
+  for (int64_t shot = 4 * static_cast<int64_t>(threadIdx.x); shot < p.shots; shot += 4 * static_cast<int64_t>(blockDim.x)) {
+    const PhiloxBlock random = philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                                          {{p.layer, number, query, static_cast<uint32_t>(shot / 4)}});
+    uint32_t target[4];
+    Index found[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) target[i] = __umulhi(random.word[i], total);
+    outcomes(cumulative, static_cast<Index>(p.n), target, found);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (block * 4 + i >= p.shots) break;
-      const uint32_t target = __umulhi(random.word[i], total);
-      atomicAdd(counts + outcome(cumulative, p.n, target), 1u);
+      if (shot + i < p.shots) atomicAdd(counts + found[i], 1u);
     }
   }
 }
@@ -113,6 +120,7 @@ __device__ void count_shots(const QuantumMeasureParams& p, uint64_t seed, int64_
 template <class T, bool kShared>
 __global__ void __launch_bounds__(kManyThreads) measure_kernel(MeasureJob job) {
   using Real = decltype(to_real(T{}));
+  using Index = std::conditional_t<kShared, int, int64_t>;
   const QuantumMeasureParams& p = job.params;
   const int64_t n = p.n;
   uint32_t* cumulative = kShared ? dynamic_shared<uint32_t>() : job.scratch + 2 * n * static_cast<int64_t>(blockIdx.x);
@@ -134,8 +142,8 @@ __global__ void __launch_bounds__(kManyThreads) measure_kernel(MeasureJob job) {
       counts[j] = 0;
     }
     __syncthreads();
-    const uint32_t total = cumulate(cumulative, n);
-    count_shots(p, seed, row, cumulative, total, counts);
+    const uint32_t total = cumulate(cumulative, static_cast<Index>(n));
+    count_shots<Index>(p, seed, row, cumulative, total, counts);
     __syncthreads();
     for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
       const uint32_t count = counts[j];  // mostly 0, and division of doubles is slow

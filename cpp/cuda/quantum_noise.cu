@@ -1,22 +1,22 @@
 // QuantumNoise on CUDA: a block holds rows side by side in shared memory, and a thread takes 16 numbers of them at a time,
-// those whose places differ in four bits (8 of wide or complex ones): as many qubits for one reading and writing. A row that is too long for that lies in
-// scratch, one for each block. With a unitary of all qubits each row has a density matrix: quantum_noise_density.cu.
-#include "quantum_noise.cuh"
-
+// those whose places differ in four bits (8 of wide or complex ones): as many qubits for one reading and writing. A row that
+// is too long for that lies in scratch, one for each block. With a unitary of all qubits each row has a density matrix:
+// quantum_noise_density.cu.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "kernels.h"
+#include "quantum_noise.cuh"
 
 namespace qexport {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kMostThreads = 512;
-constexpr int kMostRows = kThreads;            // of a block: each has a thread at least
-constexpr int kBlockBits = 12;                 // a block has 2^12 numbers, or more where a row has
-constexpr int kManyBits = 16;                  // of which a block holds less in shared memory, whatever the device
+constexpr int kMostRows = kThreads;  // of a block: each has a thread at least
+constexpr int kBlockBits = 12;       // a block has 2^12 numbers, or more where a row has
+constexpr int kManyBits = 16;        // of which a block holds less in shared memory, whatever the device
 constexpr int64_t kMostBlocks = int64_t{1} << 20;
 
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
@@ -140,13 +140,15 @@ __device__ void read_rows(const NoiseJob<Real>& job, int64_t first, const Rows& 
 #pragma unroll 8
   for (Index i = threadIdx.x; i < rows.count(); i += blockDim.x) {
     const int64_t row = first + static_cast<int64_t>(i >> rows.qubits), j = i & mask;
-    rows.re[Rows::place(i)] = row < job.rows && j < job.width ? static_cast<Real>(to_real(source[row * job.width + j])) : Real{0};
+    rows.re[Rows::place(i)] =
+        row < job.rows && j < job.width ? static_cast<Real>(to_real(source[row * job.width + j])) : Real{0};
   }
 }
 
 // p <- scale p + shift, a pair for each row.
 template <class T, class Rows, class Real>
-__device__ void write_rows(const NoiseJob<Real>& job, int64_t first, const Rows& rows, const Real* scale, const Real* shift) {
+__device__ void write_rows(const NoiseJob<Real>& job, int64_t first, const Rows& rows, const Real* scale,
+                           const Real* shift) {
   using Index = typename Rows::Index;
   T* noisy = static_cast<T*>(job.noisy);
   const Index mask = (Index{1} << rows.qubits) - 1;
@@ -154,7 +156,8 @@ __device__ void write_rows(const NoiseJob<Real>& job, int64_t first, const Rows&
   for (Index i = threadIdx.x; i < rows.count(); i += blockDim.x) {
     const int side = static_cast<int>(i >> rows.qubits);
     const int64_t row = first + side, j = i & mask;
-    if (row < job.rows && j < job.n) noisy[row * job.n + j] = from_real<T>(rows.re[Rows::place(i)] * scale[side] + shift[side]);
+    if (row < job.rows && j < job.n)
+      noisy[row * job.n + j] = from_real<T>(rows.re[Rows::place(i)] * scale[side] + shift[side]);
   }
 }
 
@@ -165,7 +168,7 @@ __global__ void __launch_bounds__(kMostThreads)
   using Index = typename Rows::Index;
   __shared__ Real scale[kMostRows], shift[kMostRows];
   char* memory = Rows::kShared ? dynamic_shared<char>()
-                         : reinterpret_cast<char*>(job.scratch) + blockIdx.x * Rows::bytes(row_bits + job.qubits);
+                               : reinterpret_cast<char*>(job.scratch) + blockIdx.x * Rows::bytes(row_bits + job.qubits);
   Real* re = reinterpret_cast<Real*>(memory);
   const Rows rows{re, re + Rows::plane(row_bits + job.qubits), row_bits, job.qubits};
   // Behind reading, threads keep to one row of the block.
@@ -237,7 +240,8 @@ void with_layout(Status& status, const NoiseJob<Real>& job, const Visit& visit) 
   while (row_bits + job.qubits < kBlockBits && 2 << row_bits <= kMostRows) ++row_bits;
   const Device device = current_device(status);
   const int64_t blocks = ceil_div(job.rows, int64_t{1} << row_bits);
-  if (row_bits + job.qubits < kManyBits && static_cast<size_t>(InShared::bytes(row_bits + job.qubits)) <= most_shared_bytes(device)) {
+  if (row_bits + job.qubits < kManyBits &&
+      static_cast<size_t>(InShared::bytes(row_bits + job.qubits)) <= most_shared_bytes(device)) {
     return visit(InShared{}, row_bits, std::min(blocks, kMostBlocks));
   }
   visit(Rows<Real, false, kTwisted>{}, row_bits, std::min<int64_t>(blocks, device.multiprocessors));

@@ -11,8 +11,8 @@ constexpr int kMaxQubits = 40;
 
 template <class Real>
 struct QubitNoise {
-  Real cosine, sine;          // of half the angle of its direction to the Z axis
-  Real phase_re, phase_im;    // exp(-i azimuth)
+  Real cosine, sine;              // of half the angle of its direction to the Z axis
+  Real phase_re, phase_im;        // exp(-i azimuth)
   Real stay0, fall, rise, stay1;  // p(0) <- stay0 p(0) + fall p(1), p(1) <- rise p(0) + stay1 p(1)
 };
 

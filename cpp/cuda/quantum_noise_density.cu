@@ -1,5 +1,6 @@
 // Density matrices of noisy registers on CUDA, some rows at a time in scratch: amplitudes, the maps of the channel on two
-// qubits at a time, the quadratic forms of the rows of the unitary as tiles of a product, and what the closed form does last.
+// qubits at a time, the quadratic forms of the rows of the unitary as tiles of a product, and what the closed form does
+// last.
 #include <algorithm>
 
 #include "quantum_noise.cuh"
@@ -20,8 +21,8 @@ struct Matrices {
   int qubits;
   int64_t rows;
   Real *re, *im;     // (rows, 2^qubits, 2^qubits); im null: 0
-  Real *amplitudes;  // (rows, 2^qubits)
-  Real *found;       // (rows, 2^qubits), probabilities behind the unitary
+  Real* amplitudes;  // (rows, 2^qubits)
+  Real* found;       // (rows, 2^qubits), probabilities behind the unitary
 
   // Returns how many numbers it lays out from `memory`.
   int64_t lay_out(const QuantumNoiseParams& p, void* memory) {
@@ -65,8 +66,8 @@ struct Maps {
   Map<Real> qubit[kQubits];
 };
 
-// The maps of kQubits qubits from `qubit` on, on all elements that differ in these bits of their row and column. `first`: the
-// matrix is still that of the amplitudes.
+// The maps of kQubits qubits from `qubit` on, on all elements that differ in these bits of their row and column. `first`:
+// the matrix is still that of the amplitudes.
 template <class Real, int kQubits>
 __global__ void __launch_bounds__(kThreads)
     map_kernel(Matrices<Real> m, const __grid_constant__ Maps<Real, kQubits> maps, int qubit, bool first) {
