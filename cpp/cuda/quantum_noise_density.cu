@@ -12,6 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr size_t kMatrixBytes = size_t{512} << 20;  // of the rows that are worked on at once, if one takes less
 constexpr int64_t kMostRows = 65535;                // what a grid takes
+constexpr int kPieceBytes = 32000;                  // what a kernel takes as parameters, since CUDA 12.1
 constexpr int kTile = 64, kDepth = 16;              // of the product: states and rows of a matrix, and steps
 constexpr int kEach = 4;                            // of the tile's edges, a thread's share
 
@@ -21,6 +22,7 @@ struct Matrices {
   int qubits;
   int64_t rows;
   Real *re, *im;     // (rows, 2^qubits, 2^qubits); im null: 0
+  Real* unitary;     // (2^qubits, 2^qubits, 2)
   Real* amplitudes;  // (rows, 2^qubits)
   Real* found;       // (rows, 2^qubits), probabilities behind the unitary
 
@@ -31,11 +33,24 @@ struct Matrices {
     qubits = p.qubits, rows = std::min({p.rows, kMostRows, std::max(fit, int64_t{1})});
     re = static_cast<Real*>(memory);
     im = p.real_maps ? nullptr : re + rows * size;
-    amplitudes = re + planes * rows * size;
+    unitary = re + planes * rows * size;
+    amplitudes = unitary + 2 * size;
     found = amplitudes + rows * states;
-    return rows * (planes * size + 2 * states);
+    return rows * (planes * size + 2 * states) + 2 * size;
   }
 };
+
+// Numbers of the host as parameters of a kernel: a graph that captures the call has them, whatever becomes of their memory.
+template <class Real>
+struct Piece {
+  static constexpr int kNumbers = kPieceBytes / static_cast<int>(sizeof(Real));
+  Real number[kNumbers];
+};
+template <class Real>
+__global__ void unpack_kernel(const __grid_constant__ Piece<Real> piece, int count, Real* to) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < count) to[i] = piece.number[i];
+}
 
 // A row's square roots, with zeros from n on; NaN where it holds no probabilities.
 template <class T, class Real>
@@ -141,8 +156,8 @@ struct Tile {
 
 // found_i = sum over r, c of u_ir rho_rc conj(u_ic), for kTile states i of a row. The mirror image of an element adds the
 // same, so only columns up to the end of the tile's own rows are read.
-template <class Real, class Given, bool kComplex>
-__global__ void __launch_bounds__(kThreads) forms_kernel(Matrices<Real> m, const Given* unitary) {
+template <class Real, bool kComplex>
+__global__ void __launch_bounds__(kThreads) forms_kernel(Matrices<Real> m) {
   static_assert(kThreads == kTile / kEach * kTile / kEach);
   Tile<Real>& tile = *dynamic_shared<Tile<Real>>();
   const int64_t states = int64_t{1} << m.qubits, row = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * kTile;
@@ -161,8 +176,8 @@ __global__ void __launch_bounds__(kThreads) forms_kernel(Matrices<Real> m, const
         const int64_t of_rho = (r + line) * states + c + step, of_u = 2 * ((first + line) * states + c + step);
         tile.rho_re[step][line] = in_rho ? re[of_rho] : Real{0};
         if (kComplex) tile.rho_im[step][line] = in_rho ? im[of_rho] : Real{0};
-        tile.u_re[step][line] = in_u ? static_cast<Real>(unitary[of_u]) : Real{0};
-        tile.u_im[step][line] = in_u ? static_cast<Real>(unitary[of_u + 1]) : Real{0};
+        tile.u_re[step][line] = in_u ? m.unitary[of_u] : Real{0};
+        tile.u_im[step][line] = in_u ? m.unitary[of_u + 1] : Real{0};
       }
       __syncthreads();
       if (c == r) {
@@ -201,8 +216,8 @@ __global__ void __launch_bounds__(kThreads) forms_kernel(Matrices<Real> m, const
       for (int j = 0; j < kEach; ++j) {
         const int64_t state = first + down + i * (kTile / kEach), column = r + across + j * (kTile / kEach);
         if (state >= states || column >= states) continue;
-        const Given* u = unitary + 2 * (state * states + column);
-        sum[i] += static_cast<Real>(u[0]) * z_re[i][j] - static_cast<Real>(u[1]) * z_im[i][j];
+        const Real* u = m.unitary + 2 * (state * states + column);
+        sum[i] += u[0] * z_re[i][j] - u[1] * z_im[i][j];
       }
     }
   }
@@ -235,11 +250,22 @@ void map_qubits(Status& status, const QuantumNoiseParams& p, int qubit, const Ma
   }
 }
 
-template <class Real, class Given>
+template <class Real>
 void find_forms(Status& status, const QuantumNoiseParams& p, const Matrices<Real>& m, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(int64_t{1} << p.qubits, int64_t{kTile})), static_cast<unsigned>(m.rows));
-  const auto kernel = p.real_maps ? forms_kernel<Real, Given, false> : forms_kernel<Real, Given, true>;
-  launch(status, kernel, grid, kThreads, sizeof(Tile<Real>), stream, m, static_cast<const Given*>(p.unitary));
+  const auto kernel = p.real_maps ? forms_kernel<Real, false> : forms_kernel<Real, true>;
+  launch(status, kernel, grid, kThreads, sizeof(Tile<Real>), stream, m);
+}
+
+template <class Real, class Given>
+void send(Status& status, const Given* from, int64_t count, Real* to, void* stream) {
+  Piece<Real> piece;
+  for (int64_t begin = 0; begin < count; begin += Piece<Real>::kNumbers) {
+    const int numbers = static_cast<int>(std::min(int64_t{Piece<Real>::kNumbers}, count - begin));
+    std::transform(from + begin, from + begin + numbers, piece.number, [](Given x) { return static_cast<Real>(x); });
+    launch(status, unpack_kernel<Real>, static_cast<unsigned>(ceil_div(numbers, kThreads)), kThreads, 0, stream, piece,
+           numbers, to + begin);
+  }
 }
 
 }  // namespace
@@ -253,6 +279,12 @@ void density_matrices(Status& status, const QuantumNoiseParams& p, const Quantum
   last.width = int64_t{1} << p.qubits;
   last.tolerance = kInfinity;  // rows that were none are NaN
   const int64_t bytes = p.type == DType::f64 ? 8 : p.type == DType::f32 ? 4 : 2;
+  const int64_t numbers = int64_t{2} << 2 * p.qubits;
+  if (p.unitary_type == DType::f64) {
+    send(status, static_cast<const double*>(p.unitary), numbers, m.unitary, call.stream);
+  } else {
+    send(status, static_cast<const float*>(p.unitary), numbers, m.unitary, call.stream);
+  }
   for (int64_t first = 0; first < p.rows; first += m.rows) {
     m.rows = std::min(m.rows, p.rows - first);
     const char* rows = static_cast<const char*>(t.probabilities) + first * p.n * bytes;
@@ -268,11 +300,7 @@ void density_matrices(Status& status, const QuantumNoiseParams& p, const Quantum
     int qubit = p.qubits % 2;
     if (qubit) map_qubits<Real, 1>(status, p, 0, m, call.stream);
     for (; qubit < p.qubits; qubit += 2) map_qubits<Real, 2>(status, p, qubit, m, call.stream);
-    if (p.unitary_type == DType::f64) {
-      find_forms<Real, double>(status, p, m, call.stream);
-    } else {
-      find_forms<Real, float>(status, p, m, call.stream);
-    }
+    find_forms(status, p, m, call.stream);
     last.rows = m.rows;
     last.noisy = static_cast<char*>(t.noisy) + first * p.n * bytes;
     last.leak = t.leak ? static_cast<Real*>(t.leak) + first : nullptr;

@@ -25,7 +25,6 @@ struct CudaKernels {
   size_t (*quantum_attention_scratch_bytes)(const QuantumAttentionParams&, const QuantumAttentionTensors&);
   const char* (*quantum_attention)(const QuantumAttentionParams&, const QuantumAttentionTensors&, const CudaCall&);
   size_t (*quantum_noise_scratch_bytes)(const QuantumNoiseParams&);
-  // Of params, `unitary` is in device memory too.
   const char* (*quantum_noise)(const QuantumNoiseParams&, const QuantumNoiseTensors&, const CudaCall&);
   size_t (*quantum_measure_scratch_bytes)(const QuantumMeasureParams&);
   const char* (*quantum_measure)(const QuantumMeasureParams&, const QuantumMeasureTensors&, const CudaCall&);
