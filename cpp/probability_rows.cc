@@ -29,10 +29,6 @@ std::string to_string(const Shape& shape) {
   return text + (shape.rank == 1 ? ",)" : ")");
 }
 
-double sum_tolerance(DType type) {
-  return type == DType::f64 ? 1e-9 : type == DType::f32 ? 1e-4 : type == DType::f16 ? 2e-3 : 1e-2;
-}
-
 ProbabilityRows probability_rows(const char* op_name, const TensorView& probabilities, int64_t least) {
   const std::string where = "[" + std::string(op_name) + "] probabilities ";
   const Shape& shape = probabilities.shape;
