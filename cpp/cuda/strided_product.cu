@@ -1,0 +1,332 @@
+// Products of strided matrices in float or double, in tiles of 128 x 128 or 64 x 64 for 256 threads.
+#include <algorithm>
+
+#include "strided_product.cuh"
+
+namespace qexport {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRun = 4;                 // neighbouring elements that a thread reads of an operand's tile
+constexpr int kTile = 1024;             // elements of an operand's tile: a run for each thread
+constexpr int64_t kOutside = kNoLimit;  // coordinates of what is no row or column; two of them can be added
+
+// What a kernel knows of an operand beside its strides: along which axis its elements are neighbours, whether runs of them
+// are aligned and whole.
+struct Access {
+  bool along_depth, runs;
+};
+struct Job {
+  Product product;
+  Access a, b;
+  bool runs_of_c;
+  int64_t m, n, k, splits, chunk;  // each part of the depth has `chunk`, the last what is left
+  void* partials;                  // (splits, batch, m, n), if there are more than one
+};
+
+template <class Real>
+__device__ __forceinline__ void read_run(DType type, const void* data, int64_t at, Real (&x)[kRun]);
+template <>
+__device__ __forceinline__ void read_run<float>(DType type, const void* data, int64_t at, float (&x)[kRun]) {
+  if (type == DType::f32) {
+    const Quad<float> four = *reinterpret_cast<const Quad<float>*>(static_cast<const float*>(data) + at);
+    for (int e = 0; e < kRun; ++e) x[e] = four.x[e];
+    return;
+  }
+  const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + at);
+  const uint32_t bits[kRun] = {four.x & 0xffffu, four.x >> 16, four.y & 0xffffu, four.y >> 16};
+  for (int e = 0; e < kRun; ++e) {
+    if (type == DType::f16) {
+      x[e] = to_float(__ushort_as_half(static_cast<unsigned short>(bits[e])));
+    } else {
+      x[e] = __uint_as_float(bits[e] << 16);
+    }
+  }
+}
+template <>
+__device__ __forceinline__ void read_run<double>(DType, const void* data, int64_t at, double (&x)[kRun]) {
+  const Quad<double> four = *reinterpret_cast<const Quad<double>*>(static_cast<const double*>(data) + at);
+  for (int e = 0; e < kRun; ++e) x[e] = four.x[e];
+}
+
+// A thread's run of an operand's tile. `outer` are the places of the tile's rows of A, or columns of B.
+template <class Real>
+__device__ __forceinline__ void read_operand(const Strided& s, const Access& access, int64_t batch, const Index& depth_index,
+                                             const Place* outer, int first, int64_t depth, int64_t end, Real (&x)[kRun]) {
+  if (access.runs) {
+    for (int e = 0; e < kRun; ++e) x[e] = Real{0};
+    if (depth >= end) return;
+    const Place place = outer[first] + locate(depth_index, depth);
+    if (place.row < s.rows && place.column < s.columns) read_run<Real>(s.type, s.data, batch * s.batch + place.at, x);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) {
+    x[e] = Real{0};
+    const int64_t at = access.along_depth ? depth + e : depth;
+    if (at >= end) continue;
+    const Place place = outer[access.along_depth ? first : first + e] + locate(depth_index, at);
+    if (place.row < s.rows && place.column < s.columns) read_one(s.type, s.data, batch * s.batch + place.at, x[e]);
+  }
+}
+
+template <class Real, int kSize>
+__device__ __forceinline__ void keep_operand(const Access& access, Real* tile, int row, int first, const Real (&x)[kRun]) {
+  constexpr int kPitch = kSize + kRun;
+  if (access.along_depth) {
+    for (int e = 0; e < kRun; ++e) tile[(row + e) * kPitch + first] = x[e];
+  } else {
+    Quad<Real> four;
+    for (int e = 0; e < kRun; ++e) four.x[e] = x[e];
+    *reinterpret_cast<Quad<Real>*>(tile + row * kPitch + first) = four;
+  }
+}
+
+template <class Real, int kSize>
+struct Shared {
+  static constexpr int kDepth = kTile / kSize;
+  Quad<Real> tiles[2][2][kDepth * (kSize + kRun) / kRun];
+  Place places[2][kSize];  // of the rows of A and the columns of B, then of the rows and columns of C
+};
+
+// Each thread computes kChunks x kChunks blocks of 4 x 4, 64 rows or columns apart.
+template <class Real, int kSize>
+__global__ void __launch_bounds__(kThreads, kSize == 64 && sizeof(Real) == 4 ? 3 : 2)
+    strided_product(const __grid_constant__ Job job) {
+  constexpr int kChunks = kSize / 64, kDepth = kTile / kSize, kPitch = kSize + kRun;
+  Shared<Real, kSize>& shared = *dynamic_shared<Shared<Real, kSize>>();
+  const Product& p = job.product;
+  const int thread = static_cast<int>(threadIdx.x), column = thread % 16 * kRun, row = thread / 16 * kRun;
+  // Where a thread's run of each operand begins in its tile.
+  const int outer_fast = thread % (kSize / kRun) * kRun, depth_slow = thread / (kSize / kRun);
+  const int depth_fast = thread % (kDepth / kRun) * kRun, outer_slow = thread / (kDepth / kRun);
+  const int a_row = job.a.along_depth ? depth_fast : depth_slow, a_first = job.a.along_depth ? outer_slow : outer_fast;
+  const int b_row = job.b.along_depth ? depth_fast : depth_slow, b_first = job.b.along_depth ? outer_slow : outer_fast;
+  const int64_t tiles_m = ceil_div<int64_t>(job.m, kSize), tiles_n = ceil_div<int64_t>(job.n, kSize);
+  const int64_t total = tiles_m * tiles_n * p.batch * job.splits;
+  for (int64_t tile = blockIdx.x; tile < total; tile += gridDim.x) {
+    // Tiles that share columns of B, which is the larger operand as a rule, follow each other.
+    int64_t rest = quotient(tile, tiles_m);
+    const int64_t first_m = (tile - rest * tiles_m) * kSize;
+    const int64_t next = quotient(rest, tiles_n), first_n = (rest - next * tiles_n) * kSize;
+    const int64_t split = quotient(next, p.batch), batch = next - split * p.batch;
+    const int64_t begin = split * job.chunk, end = min(begin + job.chunk, job.k);
+    __syncthreads();  // the last tile's places have been read
+    for (int i = thread; i < 2 * kSize; i += kThreads) {
+      const bool of_a = i < kSize;
+      const int64_t at = of_a ? first_m + i : first_n + i - kSize;
+      const bool inside = at < (of_a ? job.m : job.n);
+      shared.places[i / kSize][i % kSize] = inside ? locate(of_a ? p.a.i : p.b.j, at) : Place{0, kOutside, kOutside};
+    }
+    __syncthreads();
+
+    Real acc[kChunks * kRun][kChunks * kRun] = {};
+    Real a[kRun], b[kRun];
+    const auto read = [&](int64_t depth) {
+      read_operand<Real>(p.a, job.a, batch, p.a.j, shared.places[0], a_first, depth + a_row, end, a);
+      read_operand<Real>(p.b, job.b, batch, p.b.i, shared.places[1], b_first, depth + b_row, end, b);
+    };
+    const auto keep = [&](int buffer) {
+      keep_operand<Real, kSize>(job.a, shared.tiles[buffer][0]->x, a_row, a_first, a);
+      keep_operand<Real, kSize>(job.b, shared.tiles[buffer][1]->x, b_row, b_first, b);
+    };
+    read(begin);
+    keep(0);
+    __syncthreads();
+    int buffer = 0;
+    for (int64_t depth = begin; depth < end; depth += kDepth, buffer ^= 1) {
+      const bool more = depth + kDepth < end;
+      if (more) read(depth + kDepth);
+      const Real *left = shared.tiles[buffer][0]->x + row, *right = shared.tiles[buffer][1]->x + column;
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        Quad<Real> x[kChunks], y[kChunks];
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          x[c] = *reinterpret_cast<const Quad<Real>*>(left + d * kPitch + c * 64);
+          y[c] = *reinterpret_cast<const Quad<Real>*>(right + d * kPitch + c * 64);
+        }
+#pragma unroll
+        for (int i = 0; i < kChunks * kRun; ++i) {
+#pragma unroll
+          for (int j = 0; j < kChunks * kRun; ++j) acc[i][j] += x[i / kRun].x[i % kRun] * y[j / kRun].x[j % kRun];
+        }
+      }
+      if (more) keep(buffer ^ 1);
+      __syncthreads();
+    }
+
+    if (job.splits > 1) {
+      Real* part = static_cast<Real*>(job.partials) + (split * p.batch + batch) * job.m * job.n;
+#pragma unroll
+      for (int i = 0; i < kChunks * kRun; ++i) {
+        const int64_t m = first_m + row + i / kRun * 64 + i % kRun;
+#pragma unroll
+        for (int j = 0; j < kChunks * kRun; ++j) {
+          const int64_t n = first_n + column + j / kRun * 64 + j % kRun;
+          if (m < job.m && n < job.n) part[m * job.n + n] = acc[i][j];
+        }
+      }
+      continue;
+    }
+    for (int i = thread; i < 2 * kSize; i += kThreads) {
+      const bool rows = i < kSize;
+      const int64_t at = rows ? first_m + i : first_n + i - kSize;
+      const bool inside = at < (rows ? job.m : job.n);
+      shared.places[i / kSize][i % kSize] = inside ? locate(rows ? p.c.i : p.c.j, at) : Place{0, kOutside, kOutside};
+    }
+    __syncthreads();
+    void* const result = const_cast<void*>(p.c.data);
+#pragma unroll
+    for (int i = 0; i < kChunks * kRun; ++i) {
+      const Place start = shared.places[0][row + i / kRun * 64 + i % kRun];
+#pragma unroll
+      for (int j = 0; j < kChunks * kRun; j += kRun) {
+        const Place* columns = shared.places[1] + column + j / kRun * 64;
+        const Place first = start + columns[0];
+        if (job.runs_of_c && p.c.type != DType::f16 && p.c.type != DType::bf16) {
+          if (first.row >= p.c.rows || first.column >= p.c.columns) continue;
+          Quad<Real> four;
+          for (int e = 0; e < kRun; ++e) four.x[e] = acc[i][j + e];
+          *reinterpret_cast<Quad<Real>*>(static_cast<Real*>(result) + batch * p.c.batch + first.at) = four;
+          continue;
+        }
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) {
+          const Place place = start + columns[e];
+          if (place.row >= p.c.rows || place.column >= p.c.columns) continue;
+          Real bias{0};
+          if (p.bias) read_one(p.c.type, p.bias, place.column, bias);
+          write_one(p.c.type, result, batch * p.c.batch + place.at, acc[i][j + e] + bias);
+        }
+      }
+    }
+  }
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kThreads) sum_splits(const __grid_constant__ Job job) {
+  const Product& p = job.product;
+  const int64_t each = job.m * job.n, total = each * p.batch;
+  for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < total; at += int64_t{gridDim.x} * kThreads) {
+    Real sum{0};
+    for (int64_t s = 0; s < job.splits; ++s) sum += static_cast<const Real*>(job.partials)[s * total + at];
+    const int64_t batch = quotient(at, each), rest = at - batch * each, m = quotient(rest, job.n);
+    const Place place = locate(p.c.i, m) + locate(p.c.j, rest - m * job.n);
+    if (place.row >= p.c.rows || place.column >= p.c.columns) continue;
+    Real bias{0};
+    if (p.bias) read_one(p.c.type, p.bias, place.column, bias);
+    write_one(p.c.type, const_cast<void*>(p.c.data), batch * p.c.batch + place.at, sum + bias);
+  }
+}
+
+// Whether 4 elements along an index lie behind each other, aligned, and are all inside the limits or all outside.
+bool has_runs(const Strided& s, const Index& along, const Index& other) {
+  const Digit& fast = along.digits[0];
+  const int64_t bytes = s.type == DType::f64 ? 8 : s.type == DType::f32 ? 4 : 2;
+  int64_t all = reinterpret_cast<intptr_t>(s.data) / bytes | s.batch;
+  if (fast.step != 1 || (fast.size | along.count) % kRun || reinterpret_cast<uintptr_t>(s.data) % bytes) return false;
+  const bool by_row = s.rows < kNoLimit && fast.row, by_column = s.columns < kNoLimit && fast.column;
+  if ((by_row && (fast.row != 1 || s.rows % kRun)) || (by_column && (fast.column != 1 || s.columns % kRun))) return false;
+  for (const Index* index : {&along, &other}) {
+    for (int d = 0; d < index->digits_used; ++d) {
+      const Digit& digit = index->digits[d];
+      if (&digit == &fast) continue;
+      all |= digit.step | (by_row ? digit.row : 0) | (by_column ? digit.column : 0);
+    }
+  }
+  return all % kRun == 0;
+}
+
+Access access_of(const Strided& s, const Index& depth, const Index& outer) {
+  if (has_runs(s, outer, depth)) return {false, true};
+  if (has_runs(s, depth, outer)) return {true, true};
+  return {depth.digits[0].step == 1 && outer.digits[0].step != 1, false};
+}
+
+template <class Real, int kSize>
+void launch_tiles(Status& status, const Job& job, void* stream) {
+  const int64_t tiles = ceil_div<int64_t>(job.m, kSize) * ceil_div<int64_t>(job.n, kSize) * job.product.batch * job.splits;
+  launch(status, strided_product<Real, kSize>, dim3(static_cast<unsigned>(std::min<int64_t>(tiles, 1 << 30))),
+         dim3(kThreads), sizeof(Shared<Real, kSize>), stream, job);
+}
+
+template <class Real>
+void launch_sum(Status& status, const Job& job, void* stream) {
+  const int64_t blocks = ceil_div<int64_t>(job.m * job.n * job.product.batch, kThreads);
+  launch(status, sum_splits<Real>, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 20))), dim3(kThreads), 0,
+         stream, job);
+}
+
+}  // namespace
+
+Digit digit(int64_t size, int64_t step, int64_t row, int64_t column) {
+  return {size, step, row, column, size > 0 ? ~uint64_t{0} / static_cast<uint64_t>(size) : 0};
+}
+Index index_of(const Digit& only) { return {only.size, 1, {only, {}, {}}}; }
+Index index_of(const Digit& fast, const Digit& slow) {
+  if (slow.size == 1) return index_of(fast);
+  if (fast.size == 1) return index_of(slow);
+  return {fast.size * slow.size, 2, {fast, slow, {}}};
+}
+Index index_of(const Digit& fast, const Digit& middle, const Digit& slow) {
+  if (slow.size == 1) return index_of(fast, middle);
+  if (middle.size == 1) return index_of(fast, slow);
+  if (fast.size == 1) return index_of(middle, slow);
+  return {fast.size * middle.size * slow.size, 3, {fast, middle, slow}};
+}
+
+// Assumed of an H100: 132 multiprocessors of 455 float operations a nanosecond, half as many in double, of which the inner
+// loops reach three quarters and a half; 600 ns from a read of a tile to its use; 2.5 us from launch to launch; 3 TB/s.
+Tiling choose_tiling(DType type, int64_t batch, int64_t m, int64_t n, int64_t k) {
+  constexpr double kMultiprocessors = 132.0, kReadNs = 600.0, kLaunchNs = 2500.0, kBytesPerNs = 3000.0;
+  const bool is_double = type == DType::f64;
+  Tiling best{};
+  for (const bool wide : {false, true}) {
+    if (wide && is_double) continue;
+    const double size = wide ? 128.0 : 64.0, depth = kTile / size, resident = wide ? 2.0 : 3.0;
+    const double step = 2.0 * size * size * depth / (wide ? 340.0 : is_double ? 115.0 : 230.0);
+    const double tiles = static_cast<double>(ceil_div<int64_t>(m, wide ? 128 : 64)) *
+                         static_cast<double>(ceil_div<int64_t>(n, wide ? 128 : 64)) * static_cast<double>(batch);
+    const double bytes = is_double ? 8.0 : 4.0,
+                 numbers = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(batch);
+    for (int64_t splits = 1; splits <= 64 && (splits == 1 || k >= splits * 64); splits *= 2) {
+      const double blocks = tiles * static_cast<double>(splits), per = blocks / kMultiprocessors;
+      const double together = per > resident ? resident : per < 1.0 ? 1.0 : per;
+      const double steps = static_cast<double>(ceil_div(ceil_div(k, splits), static_cast<int64_t>(depth))) + 1.0;
+      const double waves = per > resident ? per / resident : 1.0;
+      const double traffic =
+          (numbers + static_cast<double>(k) * static_cast<double>(m + n) * static_cast<double>(batch)) * bytes / kBytesPerNs;
+      double time = kLaunchNs + std::max(traffic, waves * steps * std::max(kReadNs, together * step));
+      if (splits > 1) time += kLaunchNs + 2.0 * static_cast<double>(splits) * numbers * bytes / kBytesPerNs;
+      if (best.splits && time >= best.nanoseconds) continue;
+      best = {wide, splits, time, splits > 1 ? splits * batch * m * n : 0};
+    }
+  }
+  return best;
+}
+
+void multiply(Status& status, const Product& p, void* partials, void* stream) {
+  Job job{p, {}, {}, false, p.c.i.count, p.c.j.count, p.a.j.count, 0, 0, partials};
+  if (job.m == 0 || job.n == 0 || p.batch == 0) return;
+  const Tiling tiling = choose_tiling(p.c.type, p.batch, job.m, job.n, job.k);
+  job.splits = tiling.splits;
+  job.chunk = ceil_div(ceil_div(job.k, job.splits), int64_t{16}) * 16;
+  job.a = access_of(p.a, p.a.j, p.a.i), job.b = access_of(p.b, p.b.i, p.b.j);
+  job.runs_of_c = !p.bias && has_runs(p.c, p.c.j, p.c.i);
+  if (p.c.type == DType::f64) {
+    launch_tiles<double, 64>(status, job, stream);
+    if (job.splits > 1) launch_sum<double>(status, job, stream);
+    return;
+  }
+  if (tiling.wide) {
+    launch_tiles<float, 128>(status, job, stream);
+  } else {
+    launch_tiles<float, 64>(status, job, stream);
+  }
+  if (job.splits > 1) launch_sum<float>(status, job, stream);
+}
+
+}  // namespace cuda
+}  // namespace qexport
