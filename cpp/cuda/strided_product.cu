@@ -131,74 +131,71 @@ __global__ void __launch_bounds__(kThreads, kSize == 64 && sizeof(Real) == 4 ? 3
       keep_operand<Real, kSize>(job.a, shared.tiles[buffer][0]->x, a_row, a_first, a);
       keep_operand<Real, kSize>(job.b, shared.tiles[buffer][1]->x, b_row, b_first, b);
     };
-    read(begin);
-    keep(0);
-    __syncthreads();
-    int buffer = 0;
-    for (int64_t depth = begin; depth < end; depth += kDepth, buffer ^= 1) {
+    // The first round only reads: a second copy of that code would take the compiler as long as all the rest.
+    int buffer = 1;
+    for (int64_t depth = begin - kDepth; depth < end; depth += kDepth, buffer ^= 1) {
       const bool more = depth + kDepth < end;
       if (more) read(depth + kDepth);
       const Real *left = shared.tiles[buffer][0]->x + row, *right = shared.tiles[buffer][1]->x + column;
+      if (depth >= begin) {
 #pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        Quad<Real> x[kChunks], y[kChunks];
+        for (int d = 0; d < kDepth; ++d) {
+          Quad<Real> x[kChunks], y[kChunks];
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          x[c] = *reinterpret_cast<const Quad<Real>*>(left + d * kPitch + c * 64);
-          y[c] = *reinterpret_cast<const Quad<Real>*>(right + d * kPitch + c * 64);
-        }
+          for (int c = 0; c < kChunks; ++c) {
+            x[c] = *reinterpret_cast<const Quad<Real>*>(left + d * kPitch + c * 64);
+            y[c] = *reinterpret_cast<const Quad<Real>*>(right + d * kPitch + c * 64);
+          }
 #pragma unroll
-        for (int i = 0; i < kChunks * kRun; ++i) {
+          for (int i = 0; i < kChunks * kRun; ++i) {
 #pragma unroll
-          for (int j = 0; j < kChunks * kRun; ++j) acc[i][j] += x[i / kRun].x[i % kRun] * y[j / kRun].x[j % kRun];
+            for (int j = 0; j < kChunks * kRun; ++j) acc[i][j] += x[i / kRun].x[i % kRun] * y[j / kRun].x[j % kRun];
+          }
         }
       }
       if (more) keep(buffer ^ 1);
       __syncthreads();
     }
 
-    if (job.splits > 1) {
-      Real* part = static_cast<Real*>(job.partials) + (split * p.batch + batch) * job.m * job.n;
-#pragma unroll
-      for (int i = 0; i < kChunks * kRun; ++i) {
-        const int64_t m = first_m + row + i / kRun * 64 + i % kRun;
-#pragma unroll
-        for (int j = 0; j < kChunks * kRun; ++j) {
-          const int64_t n = first_n + column + j / kRun * 64 + j % kRun;
-          if (m < job.m && n < job.n) part[m * job.n + n] = acc[i][j];
-        }
-      }
-      continue;
-    }
+    const bool part = job.splits > 1;
     for (int i = thread; i < 2 * kSize; i += kThreads) {
       const bool rows = i < kSize;
       const int64_t at = rows ? first_m + i : first_n + i - kSize;
-      const bool inside = at < (rows ? job.m : job.n);
-      shared.places[i / kSize][i % kSize] = inside ? locate(rows ? p.c.i : p.c.j, at) : Place{0, kOutside, kOutside};
+      Place place{0, kOutside, kOutside};
+      if (at < (rows ? job.m : job.n)) place = part ? Place{rows ? at * job.n : at, 0, 0} : locate(rows ? p.c.i : p.c.j, at);
+      shared.places[i / kSize][i % kSize] = place;
     }
     __syncthreads();
-    void* const result = const_cast<void*>(p.c.data);
+    const DType type = part ? (sizeof(Real) == 8 ? DType::f64 : DType::f32) : p.c.type;
+    void* const result = part ? job.partials : const_cast<void*>(p.c.data);
+    const int64_t origin = part ? (split * p.batch + batch) * job.m * job.n : batch * p.c.batch;
+    const void* const bias = part ? nullptr : p.bias;
+    const bool runs = part ? job.n % kRun == 0 : job.runs_of_c;
 #pragma unroll
     for (int i = 0; i < kChunks * kRun; ++i) {
       const Place start = shared.places[0][row + i / kRun * 64 + i % kRun];
 #pragma unroll
       for (int j = 0; j < kChunks * kRun; j += kRun) {
         const Place* columns = shared.places[1] + column + j / kRun * 64;
-        const Place first = start + columns[0];
-        if (job.runs_of_c && p.c.type != DType::f16 && p.c.type != DType::bf16) {
+        if (runs) {
+          const Place first = start + columns[0];
           if (first.row >= p.c.rows || first.column >= p.c.columns) continue;
           Quad<Real> four;
           for (int e = 0; e < kRun; ++e) four.x[e] = acc[i][j + e];
-          *reinterpret_cast<Quad<Real>*>(static_cast<Real*>(result) + batch * p.c.batch + first.at) = four;
+          *reinterpret_cast<Quad<Real>*>(static_cast<Real*>(result) + origin + first.at) = four;
           continue;
         }
 #pragma unroll
         for (int e = 0; e < kRun; ++e) {
           const Place place = start + columns[e];
           if (place.row >= p.c.rows || place.column >= p.c.columns) continue;
-          Real bias{0};
-          if (p.bias) read_one(p.c.type, p.bias, place.column, bias);
-          write_one(p.c.type, result, batch * p.c.batch + place.at, acc[i][j + e] + bias);
+          Real sum = acc[i][j + e];
+          if (bias) {
+            Real added;
+            read_one(type, bias, place.column, added);
+            sum += added;
+          }
+          write_one(type, result, origin + place.at, sum);
         }
       }
     }
@@ -224,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) sum_splits(const __grid_constant__ J
 // Whether 4 elements along an index lie behind each other, aligned, and are all inside the limits or all outside.
 bool has_runs(const Strided& s, const Index& along, const Index& other) {
   const Digit& fast = along.digits[0];
-  const int64_t bytes = s.type == DType::f64 ? 8 : s.type == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(s.type);
   int64_t all = reinterpret_cast<intptr_t>(s.data) / bytes | s.batch;
   if (fast.step != 1 || (fast.size | along.count) % kRun || reinterpret_cast<uintptr_t>(s.data) % bytes) return false;
   const bool by_row = s.rows < kNoLimit && fast.row, by_column = s.columns < kNoLimit && fast.column;
@@ -314,7 +311,7 @@ void multiply(Status& status, const Product& p, void* partials, void* stream) {
   job.splits = tiling.splits;
   job.chunk = ceil_div(ceil_div(job.k, job.splits), int64_t{16}) * 16;
   job.a = access_of(p.a, p.a.j, p.a.i), job.b = access_of(p.b, p.b.i, p.b.j);
-  job.runs_of_c = !p.bias && has_runs(p.c, p.c.j, p.c.i);
+  job.runs_of_c = !p.bias && bytes_of(p.c.type) >= 4 && has_runs(p.c, p.c.j, p.c.i);
   if (p.c.type == DType::f64) {
     launch_tiles<double, 64>(status, job, stream);
     if (job.splits > 1) launch_sum<double>(status, job, stream);

@@ -20,6 +20,9 @@ struct Index {
   Digit digits[kDigits];
 };
 
+// Of a float type.
+inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
 constexpr int64_t kNoLimit = int64_t{1} << 61;
 
 // Element (i, j) of matrix b of a batch lies at b * batch + the steps of i and j. Elements whose row or column coordinate
@@ -99,6 +102,7 @@ __device__ __forceinline__ Place operator+(const Place& a, const Place& b) {
 }
 __device__ __forceinline__ Place locate(const Index& index, int64_t i) {
   Place place{0, 0, 0};
+#pragma unroll 1
   for (int d = 0; d < index.digits_used; ++d) {
     const Digit& digit = index.digits[d];
     int64_t rest = 0, x = i;

@@ -22,7 +22,6 @@ TrainCore core_shape(const MpsLayout& layout, int64_t begin, int64_t end);  // w
 
 // The type of what is made on the way.
 inline DType real_type(DType type) { return type == DType::f64 ? DType::f64 : DType::f32; }
-inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 inline const void* element(const void* data, DType type, int64_t at) {
   return data ? static_cast<const char*>(data) + at * bytes_of(type) : nullptr;  // null: dry
 }
