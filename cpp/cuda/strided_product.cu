@@ -1,29 +1,13 @@
 // Products of strided matrices in float or double, in tiles of 128 x 128 or 64 x 64 for 256 threads.
 #include <algorithm>
 
-#include "strided_product.cuh"
+#include "strided_tiles.cuh"
 
 namespace qexport {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRun = 4;                 // neighbouring elements that a thread reads of an operand's tile
-constexpr int kTile = 1024;             // elements of an operand's tile: a run for each thread
-constexpr int64_t kOutside = kNoLimit;  // coordinates of what is no row or column; two of them can be added
-
-// What a kernel knows of an operand beside its strides: along which axis its elements are neighbours, whether runs of them
-// are aligned and whole.
-struct Access {
-  bool along_depth, runs;
-};
-struct Job {
-  Product product;
-  Access a, b;
-  bool runs_of_c;
-  int64_t m, n, k, splits, chunk;  // each part of the depth has `chunk`, the last what is left
-  void* partials;                  // (splits, batch, m, n), if there are more than one
-};
+constexpr int kTile = 1024;  // elements of an operand's tile: a run for each thread
 
 template <class Real>
 __device__ __forceinline__ void read_run(DType type, const void* data, int64_t at, Real (&x)[kRun]);
@@ -92,7 +76,7 @@ struct Shared {
 
 // Each thread computes kChunks x kChunks blocks of 4 x 4, 64 rows or columns apart.
 template <class Real, int kSize>
-__global__ void __launch_bounds__(kThreads, kSize == 64 && sizeof(Real) == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kProductThreads, kSize == 64 && sizeof(Real) == 4 ? 3 : 2)
     strided_product(const __grid_constant__ Job job) {
   constexpr int kChunks = kSize / 64, kDepth = kTile / kSize, kPitch = kSize + kRun;
   Shared<Real, kSize>& shared = *dynamic_shared<Shared<Real, kSize>>();
@@ -103,29 +87,17 @@ __global__ void __launch_bounds__(kThreads, kSize == 64 && sizeof(Real) == 4 ? 3
   const int depth_fast = thread % (kDepth / kRun) * kRun, outer_slow = thread / (kDepth / kRun);
   const int a_row = job.a.along_depth ? depth_fast : depth_slow, a_first = job.a.along_depth ? outer_slow : outer_fast;
   const int b_row = job.b.along_depth ? depth_fast : depth_slow, b_first = job.b.along_depth ? outer_slow : outer_fast;
-  const int64_t tiles_m = ceil_div<int64_t>(job.m, kSize), tiles_n = ceil_div<int64_t>(job.n, kSize);
-  const int64_t total = tiles_m * tiles_n * p.batch * job.splits;
-  for (int64_t tile = blockIdx.x; tile < total; tile += gridDim.x) {
-    // Tiles that share columns of B, which is the larger operand as a rule, follow each other.
-    int64_t rest = quotient(tile, tiles_m);
-    const int64_t first_m = (tile - rest * tiles_m) * kSize;
-    const int64_t next = quotient(rest, tiles_n), first_n = (rest - next * tiles_n) * kSize;
-    const int64_t split = quotient(next, p.batch), batch = next - split * p.batch;
-    const int64_t begin = split * job.chunk, end = min(begin + job.chunk, job.k);
+  for (int64_t index = blockIdx.x; index < tile_count<kSize>(job); index += gridDim.x) {
+    const Tile tile = tile_at<kSize>(job, index);
     __syncthreads();  // the last tile's places have been read
-    for (int i = thread; i < 2 * kSize; i += kThreads) {
-      const bool of_a = i < kSize;
-      const int64_t at = of_a ? first_m + i : first_n + i - kSize;
-      const bool inside = at < (of_a ? job.m : job.n);
-      shared.places[i / kSize][i % kSize] = inside ? locate(of_a ? p.a.i : p.b.j, at) : Place{0, kOutside, kOutside};
-    }
+    place_operands<kSize>(job, tile, shared.places);
     __syncthreads();
 
     Real acc[kChunks * kRun][kChunks * kRun] = {};
     Real a[kRun], b[kRun];
     const auto read = [&](int64_t depth) {
-      read_operand<Real>(p.a, job.a, batch, p.a.j, shared.places[0], a_first, depth + a_row, end, a);
-      read_operand<Real>(p.b, job.b, batch, p.b.i, shared.places[1], b_first, depth + b_row, end, b);
+      read_operand<Real>(p.a, job.a, tile.batch, p.a.j, shared.places[0], a_first, depth + a_row, tile.end, a);
+      read_operand<Real>(p.b, job.b, tile.batch, p.b.i, shared.places[1], b_first, depth + b_row, tile.end, b);
     };
     const auto keep = [&](int buffer) {
       keep_operand<Real, kSize>(job.a, shared.tiles[buffer][0]->x, a_row, a_first, a);
@@ -133,11 +105,11 @@ __global__ void __launch_bounds__(kThreads, kSize == 64 && sizeof(Real) == 4 ? 3
     };
     // The first round only reads: a second copy of that code would take the compiler as long as all the rest.
     int buffer = 1;
-    for (int64_t depth = begin - kDepth; depth < end; depth += kDepth, buffer ^= 1) {
-      const bool more = depth + kDepth < end;
+    for (int64_t depth = tile.begin - kDepth; depth < tile.end; depth += kDepth, buffer ^= 1) {
+      const bool more = depth + kDepth < tile.end;
       if (more) read(depth + kDepth);
       const Real *left = shared.tiles[buffer][0]->x + row, *right = shared.tiles[buffer][1]->x + column;
-      if (depth >= begin) {
+      if (depth >= tile.begin) {
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
           Quad<Real> x[kChunks], y[kChunks];
@@ -157,56 +129,27 @@ __global__ void __launch_bounds__(kThreads, kSize == 64 && sizeof(Real) == 4 ? 3
       __syncthreads();
     }
 
-    const bool part = job.splits > 1;
-    for (int i = thread; i < 2 * kSize; i += kThreads) {
-      const bool rows = i < kSize;
-      const int64_t at = rows ? first_m + i : first_n + i - kSize;
-      Place place{0, kOutside, kOutside};
-      if (at < (rows ? job.m : job.n)) place = part ? Place{rows ? at * job.n : at, 0, 0} : locate(rows ? p.c.i : p.c.j, at);
-      shared.places[i / kSize][i % kSize] = place;
-    }
+    place_result<kSize>(job, tile, shared.places);
     __syncthreads();
-    const DType type = part ? (sizeof(Real) == 8 ? DType::f64 : DType::f32) : p.c.type;
-    void* const result = part ? job.partials : const_cast<void*>(p.c.data);
-    const int64_t origin = part ? (split * p.batch + batch) * job.m * job.n : batch * p.c.batch;
-    const void* const bias = part ? nullptr : p.bias;
-    const bool runs = part ? job.n % kRun == 0 : job.runs_of_c;
+    const Target<Real> target(job, tile);
 #pragma unroll
     for (int i = 0; i < kChunks * kRun; ++i) {
-      const Place start = shared.places[0][row + i / kRun * 64 + i % kRun];
 #pragma unroll
-      for (int j = 0; j < kChunks * kRun; j += kRun) {
-        const Place* columns = shared.places[1] + column + j / kRun * 64;
-        if (runs) {
-          const Place first = start + columns[0];
-          if (first.row >= p.c.rows || first.column >= p.c.columns) continue;
-          Quad<Real> four;
-          for (int e = 0; e < kRun; ++e) four.x[e] = acc[i][j + e];
-          *reinterpret_cast<Quad<Real>*>(static_cast<Real*>(result) + origin + first.at) = four;
-          continue;
-        }
-#pragma unroll
-        for (int e = 0; e < kRun; ++e) {
-          const Place place = start + columns[e];
-          if (place.row >= p.c.rows || place.column >= p.c.columns) continue;
-          Real sum = acc[i][j + e];
-          if (bias) {
-            Real added;
-            read_one(type, bias, place.column, added);
-            sum += added;
-          }
-          write_one(type, result, origin + place.at, sum);
-        }
+      for (int j = 0; j < kChunks; ++j) {
+        Real sums[kRun];
+        for (int e = 0; e < kRun; ++e) sums[e] = acc[i][j * kRun + e];
+        target.store(shared.places[0][row + i / kRun * 64 + i % kRun], shared.places[1] + column + j * 64, sums);
       }
     }
   }
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) sum_splits(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kProductThreads) sum_splits(const __grid_constant__ Job job) {
   const Product& p = job.product;
   const int64_t each = job.m * job.n, total = each * p.batch;
-  for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < total; at += int64_t{gridDim.x} * kThreads) {
+  for (int64_t at = int64_t{blockIdx.x} * kProductThreads + threadIdx.x; at < total;
+       at += int64_t{gridDim.x} * kProductThreads) {
     Real sum{0};
     for (int64_t s = 0; s < job.splits; ++s) sum += static_cast<const Real*>(job.partials)[s * total + at];
     const int64_t batch = quotient(at, each), rest = at - batch * each, m = quotient(rest, job.n);
@@ -244,15 +187,14 @@ Access access_of(const Strided& s, const Index& depth, const Index& outer) {
 
 template <class Real, int kSize>
 void launch_tiles(Status& status, const Job& job, void* stream) {
-  const int64_t tiles = ceil_div<int64_t>(job.m, kSize) * ceil_div<int64_t>(job.n, kSize) * job.product.batch * job.splits;
-  launch(status, strided_product<Real, kSize>, dim3(static_cast<unsigned>(std::min<int64_t>(tiles, 1 << 30))),
-         dim3(kThreads), sizeof(Shared<Real, kSize>), stream, job);
+  launch(status, strided_product<Real, kSize>, tile_grid<kSize>(job), dim3(kProductThreads), sizeof(Shared<Real, kSize>),
+         stream, job);
 }
 
 template <class Real>
 void launch_sum(Status& status, const Job& job, void* stream) {
-  const int64_t blocks = ceil_div<int64_t>(job.m * job.n * job.product.batch, kThreads);
-  launch(status, sum_splits<Real>, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 20))), dim3(kThreads), 0,
+  const int64_t blocks = ceil_div<int64_t>(job.m * job.n * job.product.batch, kProductThreads);
+  launch(status, sum_splits<Real>, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 20))), dim3(kProductThreads), 0,
          stream, job);
 }
 
@@ -275,26 +217,28 @@ Index index_of(const Digit& fast, const Digit& middle, const Digit& slow) {
 }
 
 // Assumed of an H100: 132 multiprocessors of 455 float operations a nanosecond, half as many in double, of which the inner
-// loops reach three quarters and a half; 600 ns from a read of a tile to its use; 2.5 us from launch to launch; 3 TB/s.
+// loops reach three quarters and a half; 1000 of a product of float16 numbers by three of their halves; 700 ns from the read
+// of a tile to its use; 2.5 us from launch to launch; 3 TB/s.
 Tiling choose_tiling(DType type, int64_t batch, int64_t m, int64_t n, int64_t k) {
-  constexpr double kMultiprocessors = 132.0, kReadNs = 600.0, kLaunchNs = 2500.0, kBytesPerNs = 3000.0;
-  const bool is_double = type == DType::f64;
+  constexpr double kMultiprocessors = 132.0, kReadNs = 700.0, kLaunchNs = 2500.0, kBytesPerNs = 3000.0;
+  const bool is_double = type == DType::f64, narrow = !is_double && type != DType::f32;
+  const double numbers = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(batch);
+  const double read = static_cast<double>(k) * static_cast<double>(m + n) * static_cast<double>(batch);
+  const double bytes = is_double ? 8.0 : 4.0, traffic = (numbers + read) * bytes / kBytesPerNs;
   Tiling best{};
   for (const bool wide : {false, true}) {
     if (wide && is_double) continue;
-    const double size = wide ? 128.0 : 64.0, depth = kTile / size, resident = wide ? 2.0 : 3.0;
-    const double step = 2.0 * size * size * depth / (wide ? 340.0 : is_double ? 115.0 : 230.0);
-    const double tiles = static_cast<double>(ceil_div<int64_t>(m, wide ? 128 : 64)) *
-                         static_cast<double>(ceil_div<int64_t>(n, wide ? 128 : 64)) * static_cast<double>(batch);
-    const double bytes = is_double ? 8.0 : 4.0,
-                 numbers = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(batch);
+    const int64_t size = wide ? 128 : 64, depth = narrow ? 32 : kTile / size;
+    const double resident = narrow ? (wide ? 1.0 : 2.0) : wide || is_double ? 2.0 : 3.0;
+    const double rate = narrow ? (wide ? 1000.0 : 700.0) : is_double ? 115.0 : wide ? 340.0 : 230.0;
+    const double step = 2.0 * static_cast<double>(size * size * depth) / rate;
+    const double tiles =
+        static_cast<double>(ceil_div(m, size)) * static_cast<double>(ceil_div(n, size)) * static_cast<double>(batch);
     for (int64_t splits = 1; splits <= 64 && (splits == 1 || k >= splits * 64); splits *= 2) {
-      const double blocks = tiles * static_cast<double>(splits), per = blocks / kMultiprocessors;
+      const double per = tiles * static_cast<double>(splits) / kMultiprocessors;
       const double together = per > resident ? resident : per < 1.0 ? 1.0 : per;
-      const double steps = static_cast<double>(ceil_div(ceil_div(k, splits), static_cast<int64_t>(depth))) + 1.0;
+      const double steps = static_cast<double>(ceil_div(ceil_div(k, splits), depth)) + 1.0;
       const double waves = per > resident ? per / resident : 1.0;
-      const double traffic =
-          (numbers + static_cast<double>(k) * static_cast<double>(m + n) * static_cast<double>(batch)) * bytes / kBytesPerNs;
       double time = kLaunchNs + std::max(traffic, waves * steps * std::max(kReadNs, together * step));
       if (splits > 1) time += kLaunchNs + 2.0 * static_cast<double>(splits) * numbers * bytes / kBytesPerNs;
       if (best.splits && time >= best.nanoseconds) continue;
@@ -307,22 +251,26 @@ Tiling choose_tiling(DType type, int64_t batch, int64_t m, int64_t n, int64_t k)
 void multiply(Status& status, const Product& p, void* partials, void* stream) {
   Job job{p, {}, {}, false, p.c.i.count, p.c.j.count, p.a.j.count, 0, 0, partials};
   if (job.m == 0 || job.n == 0 || p.batch == 0) return;
-  const Tiling tiling = choose_tiling(p.c.type, p.batch, job.m, job.n, job.k);
+  const Tiling tiling = choose_tiling(p.type, p.batch, job.m, job.n, job.k);
   job.splits = tiling.splits;
-  job.chunk = ceil_div(ceil_div(job.k, job.splits), int64_t{16}) * 16;
+  job.chunk = ceil_div(ceil_div(job.k, job.splits), int64_t{32}) * 32;
   job.a = access_of(p.a, p.a.j, p.a.i), job.b = access_of(p.b, p.b.i, p.b.j);
   job.runs_of_c = !p.bias && bytes_of(p.c.type) >= 4 && has_runs(p.c, p.c.j, p.c.i);
-  if (p.c.type == DType::f64) {
+  if (p.type == DType::f64) {
     launch_tiles<double, 64>(status, job, stream);
-    if (job.splits > 1) launch_sum<double>(status, job, stream);
-    return;
-  }
-  if (tiling.wide) {
+  } else if (p.type != DType::f32 && current_device(status).capability >= 80) {
+    launch_mma(status, job, tiling.wide, stream);
+  } else if (tiling.wide) {
     launch_tiles<float, 128>(status, job, stream);
   } else {
     launch_tiles<float, 64>(status, job, stream);
   }
-  if (job.splits > 1) launch_sum<float>(status, job, stream);
+  if (job.splits == 1) return;
+  if (p.type == DType::f64) {
+    launch_sum<double>(status, job, stream);
+  } else {
+    launch_sum<float>(status, job, stream);
+  }
 }
 
 }  // namespace cuda

@@ -21,7 +21,9 @@ struct Index {
 };
 
 // Of a float type.
-inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+__host__ __device__ __forceinline__ int64_t bytes_of(DType type) {
+  return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
+}
 
 constexpr int64_t kNoLimit = int64_t{1} << 61;
 
@@ -37,6 +39,7 @@ struct Strided {
 
 // C = A B + bias for each matrix of a batch; i of A and C, j of A and i of B, j of B and C count alike.
 struct Product {
+  DType type;  // of the call's tensors: what is exact enough for them
   int64_t batch;
   Strided a, b, c;
   const void* bias;  // of C's type, by the column coordinate; or null
@@ -47,7 +50,8 @@ Index index_of(const Digit& only);
 Index index_of(const Digit& fast, const Digit& slow);
 Index index_of(const Digit& fast, const Digit& middle, const Digit& slow);
 
-// How a product is cut into tiles: from shapes alone, the same on every device, so that results and scratch are too.
+// How a product is cut into tiles: from type and shapes alone, the same on every device, so that results and scratch are
+// too.
 struct Tiling {
   bool wide;           // tiles of 128 x 128, else 64 x 64
   int64_t splits;      // parts of the depth, summed in a second pass

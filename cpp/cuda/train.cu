@@ -124,7 +124,7 @@ Product combine(const TrainCore& p, const TrainCore& q, const TrainCore& result,
                   index_of(digit(width, 1, 0, 1), digit(q.r, pitch * right, 1, 0)),
                   rows < result.r ? rows : kNoLimit,
                   cols < result.c ? cols : kNoLimit};
-  return {trains, a, b, c, nullptr};
+  return {{}, trains, a, b, c, nullptr};
 }
 
 }  // namespace
@@ -135,18 +135,19 @@ TrainCore core_shape(const MpsLayout& l, int64_t begin, int64_t end) {
   return core;
 }
 
-TrainRun::TrainRun(DType type, const CudaCall* call) : type_(real_type(type)), call_(call) {}
+TrainRun::TrainRun(DType type, const CudaCall* call) : type_(type), call_(call) {}
 
 void* TrainRun::take(int64_t elements) {
   char* const p = dry() ? nullptr : static_cast<char*>(call_->scratch) + used_;
-  used_ += static_cast<size_t>((elements * bytes_of(type_) + 255) / 256 * 256);
+  used_ += static_cast<size_t>((elements * bytes_of(real_type(type_)) + 255) / 256 * 256);
   most_ = std::max(most_, used_);
   return p;
 }
 
-void TrainRun::multiply(const Product& p) {
+void TrainRun::multiply(Product p) {
+  p.type = type_;
   const size_t used = used_;
-  const Tiling tiling = choose_tiling(type_, p.batch, p.c.i.count, p.c.j.count, p.a.j.count);
+  const Tiling tiling = choose_tiling(p.type, p.batch, p.c.i.count, p.c.j.count, p.a.j.count);
   void* const partials = take(tiling.partials);
   if (!dry()) cuda::multiply(status, p, partials, call_->stream);
   used_ = used;

@@ -62,7 +62,7 @@ class TrainRun {
   size_t used() const { return used_; }
   void give_back(size_t used) { used_ = used; }
   size_t most() const { return most_; }
-  void multiply(const Product& product);
+  void multiply(Product product);  // sets its type
 
   Status status;
 
