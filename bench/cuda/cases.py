@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bench.cuda import attention, measure, ops
-from bench.cuda.activations import load
+from bench.cuda.models import load
 from bench.cuda.runner import Case
 
 TABLES = ("ceilings", "exact", "tree", "strategies", "decode", "rows", "trains")

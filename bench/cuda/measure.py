@@ -1,4 +1,4 @@
-"""Times on a GPU: by events, behind a delay that hides what the host needs to queue the work, and as a caller waits for them."""
+"""Times on a GPU: by events, behind a delay that hides what the host needs to queue the work, and as a caller waits."""
 
 import contextlib
 import itertools
@@ -47,7 +47,7 @@ def on_stream(device: str):
 
 
 def device_ms(call) -> float:
-    """Milliseconds between two events around the call's work. The device is kept busy until the host has queued all of it."""
+    """Milliseconds between two events around the work of a call. Until the host has queued it the device is kept busy."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(DELAY_CYCLES)
     start.record()
@@ -95,7 +95,7 @@ def times_of(contenders: dict[str, Contender], device: str) -> dict[str, Times]:
 
 
 def number_of_sets(set_bytes: int, cache_bytes: int) -> int:
-    """How many sets of inputs hold twice what the cache holds, so that none is in it when its turn comes; at most MOST_SETS."""
+    """How many sets of inputs are twice what the cache holds, so that none is in it when its turn comes; up to MOST_SETS."""
     return int(np.clip(-(-2 * cache_bytes // max(set_bytes, 1)), 2, MOST_SETS))
 
 

@@ -24,8 +24,8 @@ ELEMENTS = {
 
 
 def node_model(node, feeds: dict, outputs: dict, constants: dict, opset: int) -> bytes:
-    """A model of `node`. `feeds` and `outputs`: name -> tensor of that type and rank; `constants`: initializers. Sizes are left
-    open, so that a session serves many lengths."""
+    """A model of `node`. `feeds` and `outputs`: name -> tensor of that type and rank; `constants`: initializers. Sizes are
+    left open, so that a session serves many lengths."""
     # onnxruntime's shape inference of Attention makes 0 of an open size.
     open_sizes = node.op_type != "Attention"
 

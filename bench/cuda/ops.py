@@ -44,8 +44,8 @@ def row_case(op: str, rows: int, n: int, attributes: dict, device: str) -> list[
 
 
 def train_case(op: str, n: int, bond_dim: int, tokens: int, device: str) -> list[dict]:
-    """MPSDecode, MPSAttention of FEATURES values or MPOLinear of `tokens` rows, of an n x n matrix with interleaved sites; the
-    latter two beside torch's product with the matrix at hand, the first beside torch's core by core."""
+    """MPSDecode, MPSAttention of FEATURES values or MPOLinear of `tokens` rows, of an n x n matrix with interleaved sites:
+    the first beside torch's product core by core, the others beside torch's product with the matrix at hand."""
     layout = make_layout("interleaved", n, n)
     bonds = layout.bonds(bond_dim)
     cores = _cores(layout, bonds, device)
