@@ -14,13 +14,13 @@ import argparse
 import itertools
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import onnx
 
 import qexport
 from bench import models
+from bench.attention_inputs import stretch_positions, stretch_rotary, taken
 from bench.data import large_photo, reviews, speech_features
 
 
@@ -29,23 +29,20 @@ def minilm(n: int, skip: int = 0):
     import torch
 
     module = models.minilm()[0]
-    embeddings = module.model.embeddings
-    if n > embeddings.position_embeddings.num_embeddings:
-        table = embeddings.position_embeddings.weight.detach()
-        stretched = torch.nn.functional.interpolate(table.T[None], size=n, mode="linear", align_corners=True)[0].T
-        embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(stretched.contiguous())
-        embeddings.register_buffer("position_ids", torch.arange(n)[None], persistent=False)
-        embeddings.register_buffer("token_type_ids", torch.zeros(1, n, dtype=torch.long), persistent=False)
-        module.model.config.max_position_embeddings = n
+    stretch_positions(module.model, n)
+    ids = torch.from_numpy(minilm_tokens(n, skip))[None]
+    return captured(module, ids, torch.ones_like(ids))
+
+
+def minilm_tokens(n: int, skip: int = 0) -> np.ndarray:
+    """The `n` tokens of `minilm`, [CLS] and [SEP] around them."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(models.minilm_dir() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    ids = torch.from_numpy(_tokens(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, n - 2, skip))
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    ids = torch.cat([torch.tensor([cls]), ids, torch.tensor([sep])])[None]
-    return captured(module, ids, torch.ones_like(ids))
+    ids = _review_tokens(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, n - 2, skip)
+    return np.concatenate([[tokenizer.token_to_id("[CLS]")], ids, [tokenizer.token_to_id("[SEP]")]])
 
 
 def stories15m(n: int, skip: int = 0):
@@ -53,11 +50,14 @@ def stories15m(n: int, skip: int = 0):
     import torch
 
     module = models.stories15m()[0]
-    rotary = module.model.model.rotary_emb
-    rotary.inv_freq = rotary.inv_freq / max(1.0, n / module.model.config.max_position_embeddings)
+    stretch_rotary(module.model.model, n)
+    return captured(module, torch.from_numpy(stories_tokens(n, skip))[None])
+
+
+def stories_tokens(n: int, skip: int = 0) -> np.ndarray:
+    """The `n` tokens of `stories15m`, the first of them BOS."""
     pieces = {piece: i for i, piece in reversed(list(enumerate(models.stories15m_vocabulary())))}
-    ids = torch.from_numpy(_tokens(lambda text: _longest_pieces(text, pieces), n - 1, skip))
-    return captured(module, torch.cat([torch.tensor([1]), ids])[None])
+    return np.concatenate([[1], _review_tokens(lambda text: _longest_pieces(text, pieces), n - 1, skip)])
 
 
 def whisper(n: int = 1500, skip: int = 0):
@@ -107,25 +107,13 @@ def activations(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def captured(module, *inputs):
-    """What every scaled_dot_product_attention of one forward pass was given."""
+    """What every scaled_dot_product_attention of one forward pass was given, as numpy arrays."""
     import torch
 
-    exact = torch.nn.functional.scaled_dot_product_attention
-    sites = []
-
-    def attention(query, key, value, *rest, scale=None, **options):
-        head_scale = query.shape[-1] ** -0.5
-        sites.append((query * ((head_scale if scale is None else scale) / head_scale), key, value))
-        return exact(query, key, value, *rest, scale=scale, **options)
-
-    with torch.no_grad(), mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
-        module(*inputs)
-    if not sites:
-        raise ValueError("the model did not call scaled_dot_product_attention; load it with attn_implementation='sdpa'")
-    return tuple(torch.cat(tensors).contiguous().numpy() for tensors in zip(*sites, strict=True))
+    return tuple(torch.cat(tensors).contiguous().numpy() for tensors in zip(*taken(module, *inputs), strict=True))
 
 
-def _tokens(encode, count: int, skip: int) -> np.ndarray:
+def _review_tokens(encode, count: int, skip: int) -> np.ndarray:
     """The first `count` tokens of the reviews after the first `skip`."""
     ids = []
     for text, _ in itertools.islice(reviews(), skip, None):

@@ -12,7 +12,7 @@ import numpy as np
 from bench.packages import fetch
 from qexport.errors import QexportError
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def photo() -> np.ndarray:
@@ -64,7 +64,7 @@ def _astronaut_pixels() -> np.ndarray:
 
 
 def _normalised(pixels: np.ndarray) -> np.ndarray:
-    return ((pixels - _IMAGENET_MEAN) / _IMAGENET_STD).astype(np.float32).transpose(2, 0, 1)[None]
+    return ((pixels - IMAGENET_MEAN) / IMAGENET_STD).astype(np.float32).transpose(2, 0, 1)[None]
 
 
 def read_png(data: bytes) -> np.ndarray:

@@ -255,14 +255,14 @@ def run(opened, outputs, feed: dict) -> list:
         raise explain_run_error(error) from error
 
 
-def run_bound(opened, binding) -> None:
-    """`session.run_with_iobinding`, with failures as one line.
+def run_bound(opened, binding, options=None) -> None:
+    """`session.run_with_iobinding`, with failures as one line; `options` are onnxruntime's RunOptions.
 
     Raises:
         QexportError: names the node that failed and why.
     """
     try:
-        opened.run_with_iobinding(binding)
+        opened.run_with_iobinding(binding, options)
     except Exception as error:  # as in session()
         raise explain_run_error(error) from error
 
