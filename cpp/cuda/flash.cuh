@@ -9,7 +9,8 @@
 //   float scale                          of the products q . k, times log2(e)
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
 //   void prepare(int block)              called by all threads before the scores of a block that is not plain
-//   float score(int block, int row, int key, float x)   the score in such a block from x = scale * (q . k); -inf: shut out
+//   void adjust<kCount>(int block, int row, at, key)    turns at(0)..at(kCount - 1), which are scale * (q . k) of a row with
+//                                        the keys key(0).. of such a block, into scores; -inf: the query does not see the key
 #pragma once
 
 #include <cstring>
@@ -286,16 +287,13 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
     const bool plain = blocks.plain(block);
     if (!plain) {
       blocks.prepare(block);
+const int first = 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
+      for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+        const auto at = [&](int m) -> float& { return s[i / 2][m / 2][i % 2 * 2 + m % 2]; };
 #pragma unroll
-        for (int n = 0; n < Tile::kKeys / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int key = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e % 2;
-            s[i][n][e] = blocks.score(block, state.row(2 * i + e / 2), key, s[i][n][e] * factor);
-          }
-        }
+        for (int m = 0; m < Tile::kKeys / 4; ++m) at(m) *= factor;
+        blocks.template adjust<Tile::kKeys / 4>(block, state.row(i), at, [&](int m) { return 8 * (m / 2) + first + m % 2; });
       }
     }
     flash_weights<Tile>(state, s, plain ? factor : 1.0f);
