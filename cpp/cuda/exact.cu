@@ -118,7 +118,8 @@ __global__ __launch_bounds__(kWideThreads) void wide_kernel(const __grid_constan
     const T* const k = key_row<T>(job, false, b, kv_head, j);
     float x = 0.0f;
     for (int64_t c = lane; c < p.head_size; c += kWarp) x = fmaf(to_float(q[c]), to_float(k[c]), x);
-    x = capped_score(warp_sum(x) * scale, p.softcap);
+    x = warp_sum(x) * scale;
+    if (p.softcap > 0.0f) x = capped_score(x, p.softcap, 2.0f / p.softcap);
     if (job.tensors.mask.data) {
       const float bias = mask_bias2(job.tensors.mask, b, head, query, j);
       if (bias == -kInf) continue;

@@ -26,12 +26,11 @@ struct QueryPlace {
   int64_t head, query;
 };
 
-// What a score of base 2 becomes under softcap: cap * tanh(x / cap). fast_exp2 is as exact as a score of the size of the cap
-// can be.
-__device__ __forceinline__ float capped_score(float x, float cap) {
-  if (cap == 0.0f) return x;
-  const float t = fast_exp2(-2.0f * fabsf(x) / cap);
-  return copysignf(cap * kLog2E * (1.0f - t) / (1.0f + t), x);
+// What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of the
+// cap.
+__device__ __forceinline__ float capped_score(float x, float cap, float two_over_cap) {
+  const float t = fast_exp2(fabsf(x) * -two_over_cap);
+  return copysignf(cap * kLog2E * __fdividef(1.0f - t, 1.0f + t), x);
 }
 
 // mask_bias in base 2. A finite bias that is beyond float32 there does not shut its key out: it may be that of all keys.
@@ -131,6 +130,7 @@ class ExactTile {
   // Lays the mask of the tile into shared memory, as logarithms of base 2. Where all rows have the same, row 0 serves them.
   __device__ __forceinline__ void prepare(int block) {
     const AttentionMask& mask = launch->job.tensors.mask;
+    two_over_cap = 2.0f / launch->job.params.softcap;
     if (!mask.data) return;
     bias_step = mask.query_stride == 0 && (launch->pack == 1 || mask.head_stride == 0) ? 0 : kBiasRow;
     const int rows = bias_step ? kQueries : 1, from = first + block * kKeys;
@@ -146,17 +146,25 @@ class ExactTile {
     __syncthreads();
   }
 
-  __device__ __forceinline__ float score(int block, int row, int key, float x) const {
+  template <int kCount, class At, class Key>
+  __device__ __forceinline__ void adjust(int block, int row, const At& at, const Key& key) const {
     const AttentionJob& job = launch->job;
-    const int j = first + block * kKeys + key;
-    x = capped_score(x, job.params.softcap);
-    bool sees = j >= ranges[2 * row] && j < ranges[2 * row + 1];
-    if (job.tensors.mask.data) {
-      const float b = bias[row * bias_step + key];
-      sees = sees && b > -kInf;
-      x += b;
+    if (job.params.softcap > 0.0f) {
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) at(m) = capped_score(at(m), job.params.softcap, two_over_cap);
     }
-    return sees ? x : -kInf;  // selected, so that a NaN behind the mask does not leak
+    // Everything is selected, so that a NaN behind the mask does not leak.
+    if (job.tensors.mask.data) {
+      const float* const row_bias = bias + row * bias_step;
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+        const float b = row_bias[key(m)];
+        at(m) = b > -kInf ? at(m) + b : -kInf;
+      }
+    }
+    const int from = first + block * kKeys, lo = ranges[2 * row] - from, hi = ranges[2 * row + 1] - from;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) at(m) = key(m) >= lo && key(m) < hi ? at(m) : -kInf;
   }
 
   // The row's place among the rows of all heads, for parts.
@@ -191,6 +199,7 @@ class ExactTile {
   int* ranges;           // (kQueries, 2); -1 as the end of a row that is not ours
   float* bias;           // (kQueries, kBiasRow)
   int bias_step = 0;
+  float two_over_cap = 0.0f;
   uintptr_t key_past, key_new, value_past, value_new;
 };
 

@@ -9,7 +9,8 @@
 //   float scale                          of the products q . k, times log2(e)
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
 //   void prepare(int block)              called by all threads before the scores of a block that is not plain
-//   float score(int block, int row, int key, float x)   the score in such a block from x = scale * (q . k); -inf: shut out
+//   void adjust<kCount>(int block, int row, at, key)    turns at(0)..at(kCount - 1), which are scale * (q . k) of a row with
+//                                        the keys key(0).. of such a block, into scores; -inf: the query does not see the key
 #pragma once
 
 #include <cstring>
@@ -70,10 +71,26 @@ struct FlashState {
 // Where 16 bytes of a row of a tile lie in shared memory: permuted so that the same chunk of eight rows that follow each
 // other fills all banks.
 template <int kHead>
-__device__ __forceinline__ int flash_offset(int row, int chunk) {
-  const int turn = kHead >= 64 ? row & 7 : row >> 1 & 3;
-  return row * kHead * 2 + ((chunk ^ turn) << 4);
+__device__ __forceinline__ int flash_turn(int row) {
+  return kHead >= 64 ? row & 7 : row >> 1 & 3;
 }
+template <int kHead>
+__device__ __forceinline__ int flash_offset(int row, int chunk) {
+  return row * kHead * 2 + ((chunk ^ flash_turn<kHead>(row)) << 4);
+}
+
+// What a lane gives to ldmatrix: chunk 2 k + half of row 16 n + row of a tile, as the sum of what is known to the compiler and
+// little that is not.
+template <int kHead>
+struct FlashLane {
+  int first, chunk;
+  __device__ __forceinline__ FlashLane(int row, int half)
+      : first(row * kHead * 2), chunk((half ^ flash_turn<kHead>(row)) << 4) {}
+  __device__ __forceinline__ int at(int n, int k) const {
+    constexpr int kChunks = kHead >= 64 ? 8 : 4;  // that are permuted among themselves
+    return n * 32 * kHead + 2 * k / kChunks * kChunks * 16 + first + (chunk ^ (2 * k % kChunks << 4));
+  }
+};
 
 template <class Tile, int kRows, class Row>
 __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
@@ -105,11 +122,10 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
 template <class Tile>
 __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const FlashLane<Tile::kHead> place(lane % 16, lane / 16);
+  const char* const rows = queries + warp * Tile::kRowTiles * 16 * Tile::kRowBytes;
 #pragma unroll
-  for (int i = 0; i < Tile::kRowTiles; ++i) {
-    const int row = (warp * Tile::kRowTiles + i) * 16 + lane % 16;
-    ldmatrix_x4(a[i], queries + flash_offset<Tile::kHead>(row, 2 * k + lane / 16));
-  }
+  for (int i = 0; i < Tile::kRowTiles; ++i) ldmatrix_x4(a[i], rows + place.at(i, k));
 }
 
 // s = Q K' of the warp's rows. `load(a, k)` gives columns 16 k.. of Q.
@@ -117,6 +133,7 @@ template <class Tile, class Load>
 __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
                                                const char* keys) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const FlashLane<Tile::kHead> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll
@@ -132,8 +149,7 @@ __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile:
 #pragma unroll
     for (int n = 0; n < Tile::kKeys / 16; ++n) {
       uint32_t b[4];
-      const int row = n * 16 + lane / 16 * 8 + lane % 8;
-      ldmatrix_x4(b, keys + flash_offset<Tile::kHead>(row, 2 * k + lane / 8 % 2));
+      ldmatrix_x4(b, keys + place.at(n, k));
       const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -197,6 +213,7 @@ template <class Tile>
 __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
                                              const float (&p)[Tile::kRowTiles][Tile::kKeys / 8][4], const char* values) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const FlashLane<Tile::kHead> place(lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k) {
     uint32_t a[Tile::kRowTiles][4];
@@ -211,7 +228,7 @@ __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
 #pragma unroll
     for (int n = 0; n < Tile::kHead / 16; ++n) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, values + flash_offset<Tile::kHead>(k * 16 + lane % 16, 2 * n + lane / 16));
+      ldmatrix_x4_trans(b, values + place.at(k, n));
       const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -286,16 +303,13 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
     const bool plain = blocks.plain(block);
     if (!plain) {
       blocks.prepare(block);
+const int first = 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
+      for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+        const auto at = [&](int m) -> float& { return s[i / 2][m / 2][i % 2 * 2 + m % 2]; };
 #pragma unroll
-        for (int n = 0; n < Tile::kKeys / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int key = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e % 2;
-            s[i][n][e] = blocks.score(block, state.row(2 * i + e / 2), key, s[i][n][e] * factor);
-          }
-        }
+        for (int m = 0; m < Tile::kKeys / 4; ++m) at(m) *= factor;
+        blocks.template adjust<Tile::kKeys / 4>(block, state.row(i), at, [&](int m) { return 8 * (m / 2) + first + m % 2; });
       }
     }
     flash_weights<Tile>(state, s, plain ? factor : 1.0f);

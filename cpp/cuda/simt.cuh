@@ -122,9 +122,13 @@ __device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
         s[i][j] *= blocks.scale;
-        if (!plain) s[i][j] = blocks.score(block, row, x + 8 * j, s[i][j]);
-        most = fmaxf(most, s[i][j]);
       }
+      if (!plain) {
+        blocks.template adjust<kKeys / 8>(
+            block, row, [&](int j) -> float& { return s[i][j]; }, [&](int j) { return x + 8 * j; });
+      }
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) most = fmaxf(most, s[i][j]);
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
       most = fmaxf(most, state.most[i]);
