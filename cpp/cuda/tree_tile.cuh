@@ -131,8 +131,11 @@ __device__ __forceinline__ void for_summaries(const TreeRowBlock<Tile>& block, E
     if (i + 1 < block.blocks()) copy(i + 1);
     const char* const stage = block.stages + i % 2 * Tile::kStage;
     float s[kRowTiles][kCluster / 8][4], s2[kRowTiles][kCluster / 8][4];
-    flash_products<Flash>(s, block.queries, stage);
-    flash_products<typename Tile::Squares>(s2, block.squares, stage + Flash::kKeyBytes);
+    const auto columns_of = [](const char* rows) {
+      return [rows](uint32_t (&a)[kRowTiles][4], int k) { flash_load_queries<Flash>(a, rows, k); };
+    };
+    flash_products<Flash>(s, columns_of(block.queries), stage);
+    flash_products<typename Tile::Squares>(s2, columns_of(block.squares), stage + Flash::kKeyBytes);
 #pragma unroll
     for (int n = 0; n < kCluster / 8; ++n) {
 #pragma unroll
