@@ -4,7 +4,8 @@
 
 #include "row_chunk.cuh"
 #include "tree.cuh"
-#include "tree_tile.cuh"
+#include "tree_chosen.cuh"
+#include "tree_passes.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -102,13 +103,27 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
   bool all = !probe && budget == block.candidates;
   if (!all) {
     load_queries(block);
-    score_clusters(block, scores);
-    budget = probe ? 0 : min(tile_budget(block, budget), block.candidates);
-    all = !probe && budget == block.candidates;
-  }
-  if (!all) {
-    choose_clusters(block, budget);
-    attend_centroids(block, state);
+    RowWeights<Tile> weights;
+    weights.clear();
+    // A pass computes the weights again: kept, they would be queries x clusters.
+    for (int pass = 0; pass < 3 && !all; ++pass) {
+      for_summaries(block, pass == 2, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char* values) {
+        if (pass == 0) {
+          weights.add(s);
+        } else if (pass == 1) {
+          score_clusters(block, i, s, s2, weights, scores);
+        } else {
+          attend_centroids(block, i, s, values, state);
+        }
+      });
+      if (pass == 0) weights.finish(block.rows);
+      if (pass != 1) continue;
+      __syncthreads();
+      budget = probe ? 0 : min(tile_budget(block, budget), block.candidates);
+      all = !probe && budget == block.candidates;
+      if (!all) choose_clusters(block, budget);
+    }
+    if (!all) add_slope(block, state);
   }
   if (probe) {
     state.join_sums();
