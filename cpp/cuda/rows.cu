@@ -143,7 +143,7 @@ __device__ __forceinline__ void set_tile(const RowWork& work, int64_t t, bool al
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, 2) rows_kernel(const RowWork work) {
+__global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
   const AttentionJob& job = work.job;
   const QuantumAttentionParams& p = job.params;
   RowTile& tile = *dynamic_shared<RowTile>();
