@@ -136,9 +136,8 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 64 && sizeof(Real) =
     for (int i = 0; i < kChunks * kRun; ++i) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        Real sums[kRun];
-        for (int e = 0; e < kRun; ++e) sums[e] = acc[i][j * kRun + e];
-        target.store(shared.places[0][row + i / kRun * 64 + i % kRun], shared.places[1] + column + j * 64, sums);
+        target.store(shared.places[0][row + i / kRun * 64 + i % kRun], shared.places[1] + column + j * 64,
+                     acc[i] + j * kRun);
       }
     }
   }
@@ -255,7 +254,7 @@ void multiply(Status& status, const Product& p, void* partials, void* stream) {
   job.splits = tiling.splits;
   job.chunk = ceil_div(ceil_div(job.k, job.splits), int64_t{32}) * 32;
   job.a = access_of(p.a, p.a.j, p.a.i), job.b = access_of(p.b, p.b.i, p.b.j);
-  job.runs_of_c = !p.bias && bytes_of(p.c.type) >= 4 && has_runs(p.c, p.c.j, p.c.i);
+  job.runs_of_c = !p.bias && has_runs(p.c, p.c.j, p.c.i);
   if (p.type == DType::f64) {
     launch_tiles<double, 64>(status, job, stream);
   } else if (p.type != DType::f32 && current_device(status).capability >= 80) {
