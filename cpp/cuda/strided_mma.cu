@@ -9,7 +9,6 @@ namespace cuda {
 namespace {
 
 constexpr int kDepth = 32;
-constexpr int kWarps = kProductThreads / kWarp;
 
 // A tile of an operand, high and low: its rows of A or columns of B behind each other, or its depth, as they are in memory.
 // 80, 144 and 272 bytes from row to row: eight rows are in different banks.
@@ -144,7 +143,6 @@ struct Reader {
 // Warps compute kSize / 2 rows of kSize / 4 columns each.
 template <int kSize>
 __global__ void __launch_bounds__(kProductThreads, kSize == 128 ? 1 : 2) strided_mma(const __grid_constant__ Job job) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kRows = kSize / 32, kPairs = kSize / 64;  // fragments of A, and of B, two of its products at once
   SharedMma<kSize>& shared = *dynamic_shared<SharedMma<kSize>>();
   const Product& p = job.product;
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 128 ? 1 : 2) strided
   const int first_row = warp / 4 * (kSize / 2), first_column = warp % 4 * (kSize / 4);
   const bool a_low = p.a.type != DType::bf16, b_low = p.b.type != DType::bf16;
   const Reader<kSize> of_a{p.a, job.a, p.a.j, shared.places[0]}, of_b{p.b, job.b, p.b.i, shared.places[1]};
-  static_assert(kWarps == 8);
+  static_assert(kProductThreads == 8 * kWarp);
   for (int64_t index = blockIdx.x; index < tile_count<kSize>(job); index += gridDim.x) {
     const Tile tile = tile_at<kSize>(job, index);
     __syncthreads();  // the last tile's places have been read
@@ -226,7 +224,6 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 128 ? 1 : 2) strided
       target.store(shared.places[0][row], shared.places[1] + column, shared.sums[row] + column);
     }
   }
-#endif
 }
 
 }  // namespace

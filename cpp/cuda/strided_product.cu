@@ -74,10 +74,20 @@ struct Shared {
   Place places[2][kSize];  // of the rows of A and the columns of B, then of the rows and columns of C
 };
 
+// Blocks per multiprocessor that registers are kept for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kWideBlocks = 1;  // there the compiler spills at 128 registers
+#else
+constexpr int kWideBlocks = 2;
+#endif
+template <class Real, int kSize>
+constexpr int kBlocks = kSize == 128        ? kWideBlocks
+                        : sizeof(Real) == 8 ? 2
+                                            : 3;
+
 // Each thread computes kChunks x kChunks blocks of 4 x 4, 64 rows or columns apart.
 template <class Real, int kSize>
-__global__ void __launch_bounds__(kProductThreads, kSize == 64 && sizeof(Real) == 4 ? 3 : 2)
-    strided_product(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kProductThreads, kBlocks<Real, kSize>) strided_product(const __grid_constant__ Job job) {
   constexpr int kChunks = kSize / 64, kDepth = kTile / kSize, kPitch = kSize + kRun;
   Shared<Real, kSize>& shared = *dynamic_shared<Shared<Real, kSize>>();
   const Product& p = job.product;
