@@ -9,7 +9,6 @@ namespace cuda {
 namespace {
 
 constexpr int kDepth = 32;
-constexpr int kWarps = kProductThreads / kWarp;
 
 // A tile of an operand, high and low: its rows of A or columns of B behind each other, or its depth, as they are in memory.
 // 80, 144 and 272 bytes from row to row: eight rows are in different banks.
@@ -20,7 +19,10 @@ struct Halves {
 };
 template <int kSize>
 struct SharedMma {
-  Halves<kSize> operand[2][2];  // by buffer
+  union {
+    Halves<kSize> operand[2][2];  // by buffer
+    float sums[kSize][kSize + 8];
+  };
   Place places[2][kSize];
 };
 
@@ -31,6 +33,20 @@ struct Raw {
 __device__ __forceinline__ uint32_t read_bits(DType type, const void* data, int64_t at) {
   if (type == DType::f32) return static_cast<const uint32_t*>(data)[at];
   return static_cast<const uint16_t*>(data)[at];
+}
+
+// A run whose elements lie apart.
+__device__ __forceinline__ Raw scattered(const Strided& s, int64_t origin, const Index& depth_index, int64_t depth,
+                                         int64_t depth_step, int64_t end, const Place* outer, int outer_step) {
+  Raw raw;
+#pragma unroll
+  for (int e = 0; e < kRun; ++e, depth += depth_step, outer += outer_step) {
+    raw.x[e] = 0;
+    if (depth >= end) continue;
+    const Place at = *outer + locate(depth_index, depth);
+    if (at.row < s.rows && at.column < s.columns) raw.x[e] = read_bits(s.type, s.data, origin + at.at);
+  }
+  return raw;
 }
 
 template <int kSize>
@@ -68,13 +84,8 @@ struct Reader {
         }
         continue;
       }
-#pragma unroll
-      for (int e = 0; e < kRun; ++e) {
-        const int64_t deep = depth + d + (access.along_depth ? e : 0);
-        if (deep >= end) continue;
-        const Place at = outer[access.along_depth ? o : o + e] + locate(depth_index, deep);
-        if (at.row < s.rows && at.column < s.columns) raw[r].x[e] = read_bits(s.type, s.data, origin + at.at);
-      }
+      const int deep = access.along_depth ? 1 : 0;
+      raw[r] = scattered(s, origin, depth_index, depth + d, deep, end, outer + o, 1 - deep);
     }
   }
 
@@ -139,7 +150,7 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 128 ? 1 : 2) strided
   const int first_row = warp / 4 * (kSize / 2), first_column = warp % 4 * (kSize / 4);
   const bool a_low = p.a.type != DType::bf16, b_low = p.b.type != DType::bf16;
   const Reader<kSize> of_a{p.a, job.a, p.a.j, shared.places[0]}, of_b{p.b, job.b, p.b.i, shared.places[1]};
-  static_assert(kWarps == 8);
+  static_assert(kProductThreads == 8 * kWarp);
   for (int64_t index = blockIdx.x; index < tile_count<kSize>(job); index += gridDim.x) {
     const Tile tile = tile_at<kSize>(job, index);
     __syncthreads();  // the last tile's places have been read
@@ -195,19 +206,22 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 128 ? 1 : 2) strided
     }
 
     place_result<kSize>(job, tile, shared.places);
-    __syncthreads();
-    const Target<float> target(job, tile);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < 2 * kPairs; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float sums[2] = {acc[i][j][2 * half], acc[i][j][2 * half + 1]};
-          target.store(shared.places[0][first_row + 16 * i + 8 * half + lane / 4],
-                       shared.places[1] + first_column + 8 * j + lane % 4 * 2, sums);
+          float* sums = shared.sums[first_row + 16 * i + 8 * half + lane / 4] + first_column + 8 * j + lane % 4 * 2;
+          *reinterpret_cast<float2*>(sums) = make_float2(acc[i][j][2 * half], acc[i][j][2 * half + 1]);
         }
       }
+    }
+    __syncthreads();
+    const Target<float> target(job, tile);
+    for (int run = static_cast<int>(threadIdx.x); run < kSize * kSize / kRun; run += kProductThreads) {
+      const int row = run / (kSize / kRun), column = run % (kSize / kRun) * kRun;
+      target.store(shared.places[0][row], shared.places[1] + column, shared.sums[row] + column);
     }
   }
 }

@@ -74,10 +74,20 @@ struct Shared {
   Place places[2][kSize];  // of the rows of A and the columns of B, then of the rows and columns of C
 };
 
+// Blocks per multiprocessor that registers are kept for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kWideBlocks = 1;  // there the compiler spills at 128 registers
+#else
+constexpr int kWideBlocks = 2;
+#endif
+template <class Real, int kSize>
+constexpr int kBlocks = kSize == 128        ? kWideBlocks
+                        : sizeof(Real) == 8 ? 2
+                                            : 3;
+
 // Each thread computes kChunks x kChunks blocks of 4 x 4, 64 rows or columns apart.
 template <class Real, int kSize>
-__global__ void __launch_bounds__(kProductThreads, kSize == 64 && sizeof(Real) == 4 ? 3 : 2)
-    strided_product(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kProductThreads, kBlocks<Real, kSize>) strided_product(const __grid_constant__ Job job) {
   constexpr int kChunks = kSize / 64, kDepth = kTile / kSize, kPitch = kSize + kRun;
   Shared<Real, kSize>& shared = *dynamic_shared<Shared<Real, kSize>>();
   const Product& p = job.product;
@@ -136,9 +146,8 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 64 && sizeof(Real) =
     for (int i = 0; i < kChunks * kRun; ++i) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        Real sums[kRun];
-        for (int e = 0; e < kRun; ++e) sums[e] = acc[i][j * kRun + e];
-        target.store(shared.places[0][row + i / kRun * 64 + i % kRun], shared.places[1] + column + j * 64, sums);
+        target.store(shared.places[0][row + i / kRun * 64 + i % kRun], shared.places[1] + column + j * 64,
+                     acc[i] + j * kRun);
       }
     }
   }
@@ -255,7 +264,7 @@ void multiply(Status& status, const Product& p, void* partials, void* stream) {
   job.splits = tiling.splits;
   job.chunk = ceil_div(ceil_div(job.k, job.splits), int64_t{32}) * 32;
   job.a = access_of(p.a, p.a.j, p.a.i), job.b = access_of(p.b, p.b.i, p.b.j);
-  job.runs_of_c = !p.bias && bytes_of(p.c.type) >= 4 && has_runs(p.c, p.c.j, p.c.i);
+  job.runs_of_c = !p.bias && has_runs(p.c, p.c.j, p.c.i);
   if (p.type == DType::f64) {
     launch_tiles<double, 64>(status, job, stream);
   } else if (p.type != DType::f32 && current_device(status).capability >= 80) {

@@ -95,22 +95,15 @@ struct Target {
     rows = c.rows, columns = c.columns;
   }
 
-  // kCount neighbouring sums of a row; kCount divides kRun.
-  template <int kCount>
-  __device__ __forceinline__ void store(const Place& row, const Place* column, const Real (&sums)[kCount]) const {
-    struct alignas(sizeof(Real) * kCount < 16 ? sizeof(Real) * kCount : 16) Run {
-      Real x[kCount];
-    };
+  // Neighbouring sums of a row.
+  __device__ __forceinline__ void store(const Place& row, const Place* column, const Real* sums) const {
     if (runs) {
       const Place first = row + column[0];
-      if (first.row >= rows || first.column >= columns) return;
-      Run run;
-      for (int e = 0; e < kCount; ++e) run.x[e] = sums[e];
-      *reinterpret_cast<Run*>(reinterpret_cast<Real*>(data) + first.at) = run;
+      if (first.row < rows && first.column < columns) store_run(first.at, sums);
       return;
     }
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
+    for (int e = 0; e < kRun; ++e) {
       const Place place = row + column[e];
       if (place.row >= rows || place.column >= columns) continue;
       Real sum = sums[e];
@@ -121,6 +114,23 @@ struct Target {
       }
       write_one(type, data, place.at, sum);
     }
+  }
+
+ private:
+  __device__ __forceinline__ void store_run(int64_t at, const Real* sums) const {
+    if (type == DType::f16) return store_halves<__half>(at, sums);
+    if (type == DType::bf16) return store_halves<__nv_bfloat16>(at, sums);
+    Quad<Real> four;
+    for (int e = 0; e < kRun; ++e) four.x[e] = sums[e];
+    *reinterpret_cast<Quad<Real>*>(reinterpret_cast<Real*>(data) + at) = four;
+  }
+  template <class T>
+  __device__ __forceinline__ void store_halves(int64_t at, const Real* sums) const {
+    struct alignas(8) Four {
+      T x[kRun];
+    } four;
+    for (int e = 0; e < kRun; ++e) four.x[e] = from_float<T>(static_cast<float>(sums[e]));
+    *reinterpret_cast<Four*>(reinterpret_cast<T*>(data) + at) = four;
   }
 };
 

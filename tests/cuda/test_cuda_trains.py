@@ -60,6 +60,42 @@ def test_linear(device, case, method, dtype):
         assert relative(found, want) <= ROUNDING[dtype]
 
 
+def train_of(rows, cols, row_factors, col_factors, bonds):
+    """Attributes, and Gaussian cores whose matrix has entries of about one."""
+    shapes = list(zip(bonds[:-1], row_factors, col_factors, bonds[1:], strict=True))
+    rng = np.random.default_rng(rows + cols)
+    cores = np.concatenate([rng.standard_normal(np.prod(shape)) / shape[0] ** 0.5 for shape in shapes])
+    attributes = {"rows": rows, "cols": cols, "row_factors": row_factors, "col_factors": col_factors, "bonds": bonds}
+    return attributes, cores
+
+
+ROUTES = {
+    "two_groups": train_of(256, 256, [2] * 8, [2] * 8, [1, 4, 8, 8, 8, 8, 8, 4, 1]),
+    "deep_product_in_parts": train_of(256, 250, [4] * 4, [4] * 4, [1, 16, 32, 16, 1]),
+    "odd_and_padded": train_of(40, 113, [7, 2, 1, 3], [1, 5, 23, 1], [1, 6, 5, 3, 1]),
+    "longer_than_a_chain": train_of(8000, 1, [2] * 13, [1] * 13, [1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 1]),
+    "bonds_beyond_a_chain": train_of(9, 20, [3, 1, 3, 1], [1, 4, 1, 5], [1, 3, 300, 4, 1]),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_way_to_merge(device, route):
+    """Shapes for which a GPU merges sites in other ways than for those above, few of which fill a tile."""
+    attributes, cores = ROUTES[route]
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "float16"):
+        small = typed(cores, dtype)
+        V = typed(rng.standard_normal((2, attributes["cols"], 3)), dtype)
+        x = typed(rng.standard_normal((2, attributes["rows"])), dtype)
+        bias = typed(rng.standard_normal(attributes["cols"]), dtype)
+        products = [("mps_attention", mps_attention_ref, (small, V)), ("mpo_linear", mpo_linear_ref, (x, small, bias))]
+        for name, reference, inputs in products:
+            found = train(device, name, *inputs, **attributes, method="auto")
+            assert relative(found, exact(reference, *inputs, **attributes)) <= ROUNDING[dtype]
+    found = train(device, "mps_decode", cores, **attributes)
+    assert relative(found, exact(mps_decode_ref, cores, **attributes)) <= ROUNDING["float64"]
+
+
 def test_no_tokens(device):
     case = next(c for c in CASES if c.name == "square")
     x, cores, bias = (typed(array, "float32") for array in case.linear())
