@@ -59,10 +59,9 @@ def find_library() -> Path | None:
 
 
 def find_cuda_plugin() -> Path | None:
-    """The CUDA kernels of this installation, which the op library loads from beside itself, or None."""
+    """The CUDA kernels of this installation, or None."""
     library = find_library()
-    plugin = library and library.with_name(library.name.replace(LIBRARY_STEM, f"{LIBRARY_STEM}_cuda"))
-    return plugin if plugin and plugin.is_file() else None
+    return plugin_path(library) if library and plugin_path(library).is_file() else None
 
 
 def get_library_path() -> str:

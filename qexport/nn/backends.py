@@ -20,6 +20,7 @@ import torch
 
 from qexport.errors import QexportError, UsageError
 from qexport.mps.layout import Layout
+from qexport.nn.cuda import cuda_memory, has_kernels
 from qexport.ops.kernels import kernels
 
 GROUP = "qexport.backends"
@@ -33,7 +34,7 @@ class AttentionCall:
         Q, K, V: (batch, heads, length, size), or (batch, length, heads * size) with the head counts among the attributes.
         attn_mask: bool (true = attend) or of Q's type, broadcastable to (batch, heads, q_len, kv_len), or None.
         attributes: those of the op table, all of them, None where an optional one is absent.
-        seed: of the draws.
+        seed: of the draws; for backend `kernel` on a CUDA device also a tensor there, which is read when the kernels run.
         need_weights: whether the probabilities (batch, heads, q_len, kv_len) are asked for.
         dropout_p: share of the probabilities that is set to 0, the others scaled up to keep their sum on average.
     """
@@ -43,7 +44,7 @@ class AttentionCall:
     V: torch.Tensor
     attn_mask: torch.Tensor | None
     attributes: dict
-    seed: int
+    seed: int | torch.Tensor
     need_weights: bool
     dropout_p: float
 
@@ -75,10 +76,11 @@ def get_backend(name: str) -> Backend:
 
 
 def chosen_backend(backend: str, tensor: torch.Tensor, dropout_p: float) -> str:
-    """What `auto` is for a call: the kernel for float32, float16 and bfloat16 on the CPU, the reference otherwise."""
+    """What `auto` is for a call: the kernel for float32, float16 and bfloat16 on the CPU, and on a CUDA device where the
+    kernels for it were built; the reference otherwise."""
     if backend != "auto":
         return backend
-    fits = tensor.device.type == "cpu" and tensor.dtype in _KERNEL_TYPES and dropout_p == 0 and kernels() is not None
+    fits = tensor.dtype in _KERNEL_TYPES and dropout_p == 0 and has_kernels(tensor.device)
     return "kernel" if fits else "reference"
 
 
@@ -96,53 +98,59 @@ def reference(call: AttentionCall):
 
 
 def kernel(call: AttentionCall):
-    """The C++ kernels on the memory of CPU tensors, with as many threads as torch has; no gradient flows through it."""
-    core = kernels()
-    if core is None:
+    """The compiled kernels on the memory of the tensors: on the CPU in C++, with as many threads as torch has, on a CUDA
+    device on torch's stream. No gradient flows through it."""
+    device = call.Q.device
+    if kernels() is None:
         raise QexportError("backend kernel: qexport was installed without its kernels; take backend reference, or reinstall")
-    if call.Q.device.type != "cpu" or call.Q.dtype not in _KERNEL_TYPES:
+    if device.type not in ("cpu", "cuda") or call.Q.dtype not in _KERNEL_TYPES:
         types = ", ".join(str(t).removeprefix("torch.") for t in _KERNEL_TYPES)
-        got = f"{str(call.Q.dtype).removeprefix('torch.')} on {call.Q.device}"
-        raise UsageError(f"backend kernel takes {types} on the CPU, got {got}; take backend reference")
+        got = f"{str(call.Q.dtype).removeprefix('torch.')} on {device}"
+        raise UsageError(f"backend kernel takes {types} on the CPU or a CUDA device, got {got}; take backend reference")
     if call.dropout_p:
         raise UsageError(
             f"backend kernel has no dropout, got dropout_p {call.dropout_p}; take backend reference or set it to 0"
         )
     attributes = {name: value for name, value in call.attributes.items() if value is not None}
     attributes.pop("softmax_precision", None)
-    arrays = [None if x is None else to_numpy(x) for x in (call.Q, call.K, call.V, call.attn_mask)]
-    outputs = core.quantum_attention(
-        *arrays,
+    attributes |= {"qk_matmul_output_mode": 3, "qk_matmul_output": call.need_weights}
+    tensors = call.Q, call.K, call.V, call.attn_mask
+    if device.type == "cuda":
+        memory = cuda_memory(device)
+        outputs = memory.call("quantum_attention", *tensors, seed=memory.seed(call.seed), **attributes)
+        return outputs[0], outputs[3]
+    outputs = kernels().quantum_attention(
+        *(None if x is None else to_numpy(x) for x in tensors),
         seed=call.seed,
-        qk_matmul_output=call.need_weights,
         threads=torch.get_num_threads(),
         pool=torch_pool(),
-        **attributes | {"qk_matmul_output_mode": 3},
+        **attributes,
     )
     return to_torch(outputs[0], call.Q.dtype), to_torch(outputs[3], call.Q.dtype) if call.need_weights else None
 
 
 def kernel_train_product(cores: torch.Tensor, layout: Layout, bonds: tuple[int, ...], V: torch.Tensor):
     """MPSAttention by its kernel, for cores (..., numbers) of the type of V (..., cols, features) and as many leading axes.
-    None where it cannot be asked: not on the CPU, no float type, not built, or a gradient is wanted."""
-    core = kernels()
-    fits = {cores.device.type, V.device.type} == {"cpu"} and V.dtype in (*_KERNEL_TYPES, torch.float64)
+    None where it cannot be asked: no float type, not built for their device, or a gradient is wanted."""
+    fits = cores.device == V.device and V.dtype in (*_KERNEL_TYPES, torch.float64) and has_kernels(V.device)
     wants_gradient = torch.is_grad_enabled() and (cores.requires_grad or V.requires_grad)
-    if core is None or not fits or wants_gradient or torch.compiler.is_compiling():
+    if not fits or wants_gradient or torch.compiler.is_compiling():
         return None
-    Y = core.mps_attention(
-        to_numpy(cores.reshape(-1, cores.shape[-1])),
-        to_numpy(V.reshape(-1, *V.shape[-2:])),
-        rows=layout.rows,
-        cols=layout.cols,
-        row_factors=layout.row_factors,
-        col_factors=layout.col_factors,
-        bonds=bonds,
-        method="auto",
-        threads=torch.get_num_threads(),
-        pool=torch_pool(),
-    )
-    return to_torch(Y, V.dtype).reshape(*V.shape[:-2], layout.rows, V.shape[-1])
+    attributes = {
+        "rows": layout.rows,
+        "cols": layout.cols,
+        "row_factors": layout.row_factors,
+        "col_factors": layout.col_factors,
+        "bonds": bonds,
+        "method": "auto",
+    }
+    tensors = cores.reshape(-1, cores.shape[-1]), V.reshape(-1, *V.shape[-2:])
+    if V.is_cuda:
+        Y = cuda_memory(V.device).call("mps_attention", *tensors, **attributes)
+    else:
+        threads = {"threads": torch.get_num_threads(), "pool": torch_pool()}
+        Y = to_torch(kernels().mps_attention(*map(to_numpy, tensors), **attributes, **threads), V.dtype)
+    return Y.reshape(*V.shape[:-2], layout.rows, V.shape[-1])
 
 
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)

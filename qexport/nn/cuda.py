@@ -1,4 +1,4 @@
-"""The CUDA kernels on the memory of torch tensors, on the stream that torch uses."""
+"""The CUDA kernels on the memory of torch tensors: nothing is copied; the work is queued on the stream that torch uses."""
 
 import functools
 
@@ -6,7 +6,8 @@ import torch
 
 from qexport.errors import QexportError
 from qexport.ops.kernels import kernels
-from qexport.runtime import find_cuda_plugin
+
+OLDEST = (7, 5)  # compute capability
 
 
 class TorchMemory:
@@ -16,11 +17,17 @@ class TorchMemory:
         device: of the tensors.
 
     Raises:
-        QexportError: there are no CUDA kernels; the message says why.
+        QexportError: there are no kernels for it; the message says why.
     """
 
     def __init__(self, device: torch.device):
-        self.kernels, self.device = cuda_kernels(), device
+        self.kernels, self.device = _plugin(), device
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            have, need = (".".join(map(str, version)) for version in (capability, OLDEST))
+            raise QexportError(
+                f"the CUDA kernels need compute capability {need} or newer, {device} has {have}; take backend reference"
+            )
 
     @property
     def stream(self) -> int:
@@ -39,23 +46,56 @@ class TorchMemory:
         """A new tensor of a type of torch, or of the name of one."""
         return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device=self.device)
 
+    def seed(self, seed) -> torch.Tensor:
+        """A seed, a number or a tensor, as the kernels read it: on the device, when they run."""
+        if isinstance(seed, torch.Tensor) and seed.is_cuda:
+            return seed.reshape(()).to(self.device, torch.int64)
+        return torch.full((), int(seed), dtype=torch.int64, device=self.device)
+
+    def call(self, op: str, *tensors, **attributes):
+        """The outputs of an op, by the name of its function in qexport._core."""
+        with torch.cuda.device(self.device):
+            return getattr(kernels(), op)(*tensors, **attributes, device=self)
+
 
 @functools.cache
-def cuda_kernels():
-    """The kernels of the installed plugin.
+def cuda_memory(device: torch.device) -> TorchMemory:
+    """The kernels for tensors on a device.
 
     Raises:
-        QexportError: it was not built, or cannot be loaded.
+        QexportError: as TorchMemory.
     """
+    return TorchMemory(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for tensors on this device, CPU or CUDA."""
+    if device.type == "cpu":
+        return kernels() is not None
+    return device.type == "cuda" and _has_cuda_kernels(device)
+
+
+@functools.cache
+def _has_cuda_kernels(device: torch.device) -> bool:
+    try:
+        cuda_memory(device)
+    except QexportError:
+        return False
+    return True
+
+
+@functools.cache
+def _plugin():
+    from qexport.runtime import find_cuda_plugin  # with onnx, which the CPU alone does not need
+
     core, path = kernels(), find_cuda_plugin()
     if core is None or path is None:
         raise QexportError(
-            'this installation of qexport has no CUDA kernels; install it where there is nvcc (README, "CUDA"), or take '
+            "this installation of qexport has no CUDA kernels: install it where there is nvcc (docs/cuda.md), or take "
             "backend reference"
         )
     try:
         return core.load_cuda(str(path))
     except RuntimeError as error:
-        raise QexportError(
-            f"the CUDA kernels cannot be loaded: {error}; reinstall qexport, or take backend reference"
-        ) from None
+        why = f"the CUDA kernels cannot be loaded: {error}"
+        raise QexportError(f"{why}; reinstall qexport, or take backend reference") from None

@@ -37,6 +37,7 @@ def quantum_attention(
         attn_mask: bool (true = attend) or of Q's type (added to the scores), broadcastable to
             (batch, q_heads, q_len, kv_len).
         seed: int, or an int64 scalar tensor (which a compiled graph takes as an input); the same seed draws the same keys.
+            The kernels of a CUDA device read one there when they run, so that a replayed CUDA graph draws anew.
         backend: `auto`, or a name of `qexport.nn.backend_names()`.
         dropout_p: share of the softmax weights that is dropped.
         need_weights: also return the softmax probabilities. They are what is sampled from, not what was drawn.
@@ -61,7 +62,7 @@ def attend(Q, K, V, attn_mask, seed, backend: str, dropout_p: float, need_weight
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype):
         attn_mask = attn_mask.to(Q.dtype)
     if _is_plain(Q, K, V, attn_mask):
-        return _compute(AttentionCall(Q, K, V, attn_mask, attributes, int(seed), need_weights, dropout_p), backend)
+        return _compute(AttentionCall(Q, K, V, attn_mask, attributes, seed, need_weights, dropout_p), backend)
     values = [attributes[name] for name in ATTRIBUTES]
     seed = torch.as_tensor(seed, dtype=torch.int64)
     Y, weights = _attention(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values)
@@ -120,7 +121,10 @@ def _compute(call: AttentionCall, backend: str):
     _check(call)
     if is_exact():
         call = replace(call, attributes=_exactly(call.attributes))
-    return get_backend(chosen_backend(backend, call.Q, call.dropout_p))(call)
+    name = chosen_backend(backend, call.Q, call.dropout_p)
+    if not (name == "kernel" and call.Q.is_cuda):  # they read it on the device, without waiting for it
+        call = replace(call, seed=int(call.seed))
+    return get_backend(name)(call)
 
 
 def _check(call: AttentionCall) -> None:
@@ -155,7 +159,7 @@ def _shapes(call: AttentionCall) -> str:
 
 
 def _operator(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, *values):
-    call = AttentionCall(Q, K, V, attn_mask, _attributes(values), int(seed), need_weights, dropout_p)
+    call = AttentionCall(Q, K, V, attn_mask, _attributes(values), seed, need_weights, dropout_p)
     Y, weights = _compute(call, backend)
     return Y, Y.new_empty(0) if weights is None else weights
 

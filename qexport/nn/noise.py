@@ -2,13 +2,15 @@
 torch.export, exported to ONNX as one node each.
 
 Gradients of noise and overlaps are those of their closed forms, by the reference; a measurement passes on f / p
-(docs/noise.md, "Gradients"). In `exact_attention()` there is no noise and no measurement.
+(docs/noise.md, "Gradients"). In `exact_attention()` there is no noise and no measurement. Rows that are no probabilities are
+an error; the kernels of a CUDA device, which nobody waits for, turn them into NaN.
 """
 
 import torch
 
 from qexport.errors import UsageError
 from qexport.nn.backends import to_numpy, to_torch
+from qexport.nn.cuda import cuda_memory, has_kernels
 from qexport.nn.functional import ATTRIBUTE_TYPES, autograd_inside, is_exact
 from qexport.ops import QUANTUM_MEASURE, QUANTUM_NOISE, QUANTUM_OVERLAP
 from qexport.ops.kernels import kernels
@@ -97,6 +99,10 @@ def _reference_noise(probabilities, level, *inputs, **attributes):
     return noisy, leak.to(level.dtype)
 
 
+def _reference_measure(probabilities, seed, **attributes):
+    return (quantum_measure_ref(probabilities, int(seed), **attributes),)
+
+
 def _no_noise(probabilities, level, *_):
     return probabilities.clone(), level.new_zeros(probabilities.shape[:-1])
 
@@ -106,16 +112,22 @@ def _overlap_without_noise(queries, keys, level, *_):
 
 
 def _computed(spec, tensors, attributes: dict, reference) -> tuple:
-    """The outputs of an op, by its kernel on the CPU and by its reference elsewhere."""
-    if tensors[0].device.type != "cpu" or kernels() is None:
+    """The outputs of an op, by its kernel where there is one for the device, else by its reference."""
+    rows, *more = tensors
+    if not has_kernels(rows.device) or (rows.is_cuda and spec is QUANTUM_OVERLAP):
         return reference(*tensors, **attributes)
-    arrays = [x if x is None or isinstance(x, int) else to_numpy(x) for x in tensors]
     try:
-        found = getattr(kernels(), spec.stem)(*arrays, **attributes, threads=torch.get_num_threads())
+        if rows.is_cuda:
+            memory = cuda_memory(rows.device)
+            more = [x if x is None else memory.seed(x) if x.dtype == torch.int64 else x.numpy(force=True) for x in more]
+            found = memory.call(spec.stem, rows, *more, **attributes)
+        else:
+            arrays = [x if x is None else to_numpy(x.cpu()) for x in tensors]
+            found = getattr(kernels(), spec.stem)(*arrays, **attributes, threads=torch.get_num_threads())
     except ValueError as error:
         raise UsageError(str(error)) from None
-    first, *others = found if isinstance(found, tuple) else (found,)
-    return to_torch(first, tensors[0].dtype), *map(torch.from_numpy, others)
+    found = found if isinstance(found, tuple) else (found,)
+    return found if rows.is_cuda else (to_torch(found[0], rows.dtype), *map(torch.from_numpy, found[1:]))
 
 
 def _schema(spec) -> str:
@@ -202,8 +214,7 @@ def _measure(probabilities, seed, *values):
     if is_exact():
         return probabilities.clone()
     _, attributes = split_values(QUANTUM_MEASURE, (probabilities, seed, *values))
-    tensors = probabilities, int(seed)
-    return _computed(QUANTUM_MEASURE, tensors, attributes, lambda *t, **a: (quantum_measure_ref(*t, **a),))[0]
+    return _computed(QUANTUM_MEASURE, (probabilities, seed), attributes, _reference_measure)[0]
 
 
 @_measure.register_fake

@@ -119,7 +119,7 @@ def test_kernel_limits():
     module.eval()(x, x, x)
     module.to(torch.float64)
     with pytest.raises(
-        UsageError, match="takes float32, float16, bfloat16 on the CPU, got float64 on cpu; take backend ref"
+        UsageError, match="takes float32, float16, bfloat16 on the CPU or a CUDA device, got float64 on cpu; take"
     ):
         module(x.double(), x.double(), x.double())
     meta = [x.to("meta").unflatten(-1, (HEADS, -1))] * 3
@@ -128,9 +128,10 @@ def test_kernel_limits():
 
 
 def test_a_tree_without_kernels(monkeypatch):
-    from qexport.nn import backends
+    from qexport.nn import backends, cuda
 
-    monkeypatch.setattr(backends, "kernels", lambda: None)
+    for module in (backends, cuda):
+        monkeypatch.setattr(module, "kernels", lambda: None)
     q = rows(1, 2, 3, 4)
     with pytest.raises(QexportError, match="installed without its kernels; take backend reference, or reinstall"):
         quantum_attention(q, q, q, backend="kernel")
