@@ -61,7 +61,7 @@ def find_library() -> Path | None:
 def find_cuda_plugin() -> Path | None:
     """The CUDA kernels of this installation, which the op library loads from beside itself, or None."""
     library = find_library()
-    plugin = library and library.with_name(library.name.replace(LIBRARY_STEM, f"{LIBRARY_STEM}_cuda"))
+    plugin = library and plugin_path(library)
     return plugin if plugin and plugin.is_file() else None
 
 
