@@ -72,7 +72,7 @@ struct Kernel : OpOn<kDevice> {
 
   static void run(OrtKernelContext* context, const MpoLinearCall& call, const TensorView& x, const void* weights,
                   const TensorView& bias, const ParallelFor& parallel) {
-    const OrtScratch scratch(context, mpo_linear_cpu_scratch_bytes(call.params, parallel));
+    const OrtScratch scratch(context, Device::cpu, mpo_linear_cpu_scratch_bytes(call.params, parallel));
     mpo_linear_cpu(call.params, {x.data, weights, bias.data, ort_output(context, 0, call.y)}, scratch.data(), parallel);
   }
 };

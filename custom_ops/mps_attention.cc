@@ -31,7 +31,7 @@ struct Kernel : OpOn<kDevice> {
       ort_cuda(context, kName, cuda.mps_attention, cuda.mps_attention_scratch_bytes(call.params), call.params, tensors);
     } else {
       const ParallelFor parallel = ort_parallel(context);
-      const OrtScratch scratch(context, mps_attention_cpu_scratch_bytes(call.params, parallel));
+      const OrtScratch scratch(context, Device::cpu, mps_attention_cpu_scratch_bytes(call.params, parallel));
       mps_attention_cpu(call.params, tensors, scratch.data(), parallel);
     }
   }

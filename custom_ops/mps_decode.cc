@@ -32,7 +32,7 @@ struct Kernel : OpOn<kDevice> {
       ort_cuda(context, kName, cuda.mps_decode, cuda.mps_decode_scratch_bytes(call.params), call.params, tensors);
     } else {
       const ParallelFor parallel = ort_parallel(context);
-      const OrtScratch scratch(context, mps_decode_cpu_scratch_bytes(call.params, parallel));
+      const OrtScratch scratch(context, Device::cpu, mps_decode_cpu_scratch_bytes(call.params, parallel));
       mps_decode_cpu(call.params, tensors, scratch.data(), parallel);
     }
   }

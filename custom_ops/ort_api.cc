@@ -96,14 +96,23 @@ void* ort_output(OrtKernelContext* context, size_t index, const Shape& shape) {
   return data;
 }
 
-OrtScratch::OrtScratch(const OrtKernelContext* context, size_t bytes) {
-  // KernelContext_GetScratchBuffer is newer than version 17; the allocator of the first input is the same memory.
+// KernelContext_GetScratchBuffer, the second function that version 18 of the API put behind those of version 17, with which
+// the headers in use may end. It needs a stream: on the CPU it ends the process.
+static OrtStatus* allocate_on_stream(const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes,
+                                     void** data) {
+  using Function = OrtStatus*(ORT_API_CALL*)(const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**);
+  const auto* last = reinterpret_cast<const Function*>(&ort->SessionOptionsAppendExecutionProvider_OpenVINO_V2);
+  return last[2](context, memory, bytes, data);
+}
+
+OrtScratch::OrtScratch(const OrtKernelContext* context, Device device, size_t bytes) {
   const OrtValue* value = nullptr;
   ort_check(ort->KernelContext_GetInput(context, 0, &value));
   const OrtMemoryInfo* memory = nullptr;
   ort_check(ort->GetTensorMemoryInfo(value, &memory));
   ort_check(ort->KernelContext_GetAllocator(context, memory, &allocator_));
-  OrtStatus* status = ort->AllocatorAlloc(allocator_, bytes, &data_);
+  OrtStatus* status = device == Device::cuda ? allocate_on_stream(context, memory, bytes, &data_)
+                                             : ort->AllocatorAlloc(allocator_, bytes, &data_);
   if (status) ort->ReleaseAllocator(allocator_);
   ort_check(status);
 }

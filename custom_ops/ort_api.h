@@ -1,7 +1,7 @@
 // The C API of onnxruntime, with its statuses turned into exceptions and its objects released.
 //
-// Version 17 of the API is asked for and nothing newer is called, so that one library loads on every onnxruntime from 1.20
-// on (1.17 in fact). The C++ wrapper of the headers is not used: its shape inference drops symbolic dimensions.
+// Version 17 of the API is asked for, and on the CPU nothing newer is called, so that one library loads on every onnxruntime
+// from 1.20 on (1.17 in fact). The C++ wrapper of the headers is not used: its shape inference drops symbolic dimensions.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -16,6 +16,7 @@
 namespace qexport {
 
 constexpr uint32_t kOrtApiVersion = 17;
+constexpr uint32_t kOrtCudaApiVersion = 18;  // what ops on CUDA need of the runtime
 
 // Where an op runs.
 enum class Device { cpu, cuda };
@@ -107,11 +108,12 @@ const int64_t* ort_seed(const TensorView& seed, const char* op_name);
 // The data of an output of that shape, or null where the node leaves it out.
 void* ort_output(OrtKernelContext* context, size_t index, const Shape& shape);
 
-// Memory of the session's allocator on the device of input 0, given back at the end of the scope. On CUDA the kernel that
-// uses it has then only been queued; whoever gets the memory next queues behind it on the same stream.
+// Memory of the session's allocator where input 0 lies, given back at the end of the scope. On CUDA the kernel that uses it
+// has then only been queued: onnxruntime notes the stream of this run with the memory, and gives it to a run that goes on at
+// the same time, on another stream, only behind what is queued here.
 class OrtScratch {
  public:
-  OrtScratch(const OrtKernelContext* context, size_t bytes);
+  OrtScratch(const OrtKernelContext* context, Device device, size_t bytes);
   ~OrtScratch();
   OrtScratch(const OrtScratch&) = delete;
   OrtScratch& operator=(const OrtScratch&) = delete;

@@ -11,7 +11,7 @@ template <class Params, class Tensors>
 void ort_cuda(OrtKernelContext* context, const char* op_name,
               const char* (*kernel)(const Params&, const Tensors&, const CudaCall&), size_t scratch_bytes,
               const Params& params, const Tensors& tensors, const int64_t* seed = nullptr) {
-  const OrtScratch scratch(context, scratch_bytes);
+  const OrtScratch scratch(context, Device::cuda, scratch_bytes);
   void* stream = nullptr;
   ort_check(ort->KernelContext_GetGPUComputeStream(context, &stream));
   if (const char* error = kernel(params, tensors, {seed, scratch.data(), stream})) {

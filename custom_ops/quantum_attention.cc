@@ -71,7 +71,8 @@ struct Kernel : OpOn<kDevice> {
       ort_cuda(context, kName, cuda.quantum_attention, bytes, call.params, call.tensors, seed);
     } else {
       const ParallelFor parallel = ort_parallel(context);
-      const OrtScratch scratch(context, quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
+      const OrtScratch scratch(context, Device::cpu,
+                               quantum_attention_cpu_scratch_bytes(call.params, call.tensors, parallel));
       quantum_attention_cpu(call.params, call.tensors, scratch.data(), parallel);
     }
   }

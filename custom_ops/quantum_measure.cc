@@ -37,7 +37,7 @@ struct Kernel : OpOn<kDevice> {
       ort_cuda(context, kName, cuda.quantum_measure, bytes, call.params, tensors, seed);
     } else {
       const ParallelFor parallel = ort_parallel(context);
-      const OrtScratch scratch(context, quantum_measure_cpu_scratch_bytes(call.params, parallel));
+      const OrtScratch scratch(context, Device::cpu, quantum_measure_cpu_scratch_bytes(call.params, parallel));
       const int64_t bad_row = quantum_measure_cpu(call.params, tensors, scratch.data(), parallel);
       if (bad_row >= 0) fail_row(kName, call.rows, bad_row);
     }

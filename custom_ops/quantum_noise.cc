@@ -45,7 +45,7 @@ struct Kernel : OpOn<kDevice> {
       ort_cuda(context, kName, cuda.quantum_noise, cuda.quantum_noise_scratch_bytes(call.params), call.params, tensors);
     } else {
       const ParallelFor parallel = ort_parallel(context);
-      const OrtScratch scratch(context, quantum_noise_cpu_scratch_bytes(call.params, parallel));
+      const OrtScratch scratch(context, Device::cpu, quantum_noise_cpu_scratch_bytes(call.params, parallel));
       const int64_t bad_row = quantum_noise_cpu(call.params, tensors, scratch.data(), parallel);
       if (bad_row >= 0) fail_row(kName, call.rows, bad_row);
     }

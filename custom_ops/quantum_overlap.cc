@@ -32,7 +32,7 @@ struct Kernel : OpOn<Device::cpu> {
     const QuantumOverlapCall call = resolve_overlap(attributes, in);
     const QuantumOverlapTensors tensors{in.queries.data, in.keys.data, ort_output(context, 0, call.overlaps)};
     const ParallelFor parallel = ort_parallel(context);
-    const OrtScratch scratch(context, quantum_overlap_cpu_scratch_bytes(call.params, parallel));
+    const OrtScratch scratch(context, Device::cpu, quantum_overlap_cpu_scratch_bytes(call.params, parallel));
     quantum_overlap_cpu(call.params, tensors, scratch.data(), parallel);
   }
 };

@@ -31,7 +31,7 @@ OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
   ort_check(ort->CreateCustomOpDomain("com.qexport", &domain));
   const auto add = [&](const OrtCustomOp* op) { ort_check(ort->CustomOpDomain_Add(domain, op)); };
   std::vector<Device> devices{Device::cpu};
-  if (cuda_plugin().kernels) devices.push_back(Device::cuda);
+  if (cuda_plugin().kernels && base->GetApi(kOrtCudaApiVersion)) devices.push_back(Device::cuda);
   for (const Device device : devices) {
     for (const DType type : {DType::f32, DType::f16, DType::bf16}) add(quantum_attention_op(type, device, infer));
     for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::f64}) {

@@ -61,7 +61,8 @@ def find_library() -> Path | None:
 def find_cuda_plugin() -> Path | None:
     """The CUDA kernels of this installation, or None."""
     library = find_library()
-    return plugin_path(library) if library and plugin_path(library).is_file() else None
+    plugin = library and plugin_path(library)
+    return plugin if plugin and plugin.is_file() else None
 
 
 def get_library_path() -> str:
