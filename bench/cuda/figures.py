@@ -54,8 +54,8 @@ def _exact(results: dict) -> str:
     header = ("n", "d", "", "type", "device", "call", "MultiHeadAttention", "its call", "torch flash", "of a product")
     return paragraph(f"""
     **On a GPU.** {card["card"]}, driver {card["driver"]}, CUDA {card["cuda"]}, onnxruntime {card["onnxruntime"]}, torch
-    {card["torch"]} (`python -m bench.cuda`), which in the same run copies {card["copy_gb_per_s"]:.0f} GB/s (read and written)
-    and multiplies large matrices at {card["float16_tflops"]:.0f} TFLOP/s in float16. Strategy `exact`, 8 heads, through
+    {card["torch"]} (`python -m bench.cuda`), which in the same run copies {card["copy_gb_per_s"]:.0f} GB/s (read and
+    written) and multiplies large matrices at {card["float16_tflops"]:.0f} TFLOP/s in float16. Strategy `exact`, 8 heads, through
     onnxruntime: time on the device, until a caller has the result, how many times as long onnxruntime's MultiHeadAttention
     takes for either; how many times as long torch's flash attention takes as ours through torch; and what the operations at
     the speed of the large product would be of the time.
@@ -101,8 +101,8 @@ def _decode(results: dict) -> str:
     if not rows:
         return ""
     return paragraph("""
-    One new token over a past, 8 heads of 64 in float16: how many times as long onnxruntime's GroupQueryAttention with a shared
-    buffer takes, and what reading the cache once at the speed of the copy would be of the time.
+    One new token over a past, 8 heads of 64 in float16: how many times as long onnxruntime's GroupQueryAttention with a
+    shared buffer takes, and what reading the cache once at the speed of the copy would be of the time.
     """) + table(("past", "kv heads", "attention", "time", "GroupQueryAttention", "of the copy"), rows)
 
 
@@ -128,8 +128,8 @@ def _others(results: dict) -> str:
     if not rows:
         return ""
     return paragraph("""
-    The other ops in float32: time on the device, what copying the rows would be of it, and how many times as long torch takes
-    core by core or with the matrix at hand.
+    The other ops in float32: time on the device, what copying the rows would be of it, and how many times as long torch
+    takes core by core or with the matrix at hand.
     """) + table(("op", "", "time", "of the copy", "torch"), rows)
 
 
