@@ -26,7 +26,7 @@ STRATEGIES = {
 
 @pytest.fixture(scope="module")
 def nodes():
-    """Contenders of the benchmark: sessions whose tensors stay on the device. Skips where onnxruntime has no CUDA provider."""
+    """Contenders of the benchmark: sessions whose tensors stay on the device."""
     from bench.cuda import nodes
     from qexport.runtime import onnxruntime
 
