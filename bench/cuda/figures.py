@@ -56,9 +56,9 @@ def _exact(results: dict) -> str:
     **On a GPU.** {card["card"]}, driver {card["driver"]}, CUDA {card["cuda"]}, onnxruntime {card["onnxruntime"]}, torch
     {card["torch"]} (`python -m bench.cuda`), which in the same run copies {card["copy_gb_per_s"]:.0f} GB/s (read and
     written) and multiplies large matrices at {card["float16_tflops"]:.0f} TFLOP/s in float16. Strategy `exact`, 8 heads,
-    through onnxruntime: time on the device, until a caller has the result, how many times as long onnxruntime's MultiHeadAttention
-    takes for either; how many times as long torch's flash attention takes as ours through torch; and what the operations at
-    the speed of the large product would be of the time.
+    through onnxruntime: time on the device, until a caller has the result, how many times as long onnxruntime's
+    MultiHeadAttention takes for either; how many times as long torch's flash attention takes as ours through torch; and
+    what the operations at the speed of the large product would be of the time.
     """) + table(header, rows)
 
 

@@ -80,9 +80,8 @@ def test_torch_keeps_its_memory(strategy):
     from qexport.nn import quantum_attention
 
     inputs = tensors()
-    settings = {"strategy": strategy, "q_num_heads": HEADS, "kv_num_heads": HEADS, "backend": "kernel"} | STRATEGIES[
-        strategy
-    ]
+    settings = {"strategy": strategy, "q_num_heads": HEADS, "kv_num_heads": HEADS, "backend": "kernel"}
+    settings |= STRATEGIES[strategy]
 
     def call(seed):
         quantum_attention(inputs["q"], inputs["k"], inputs["v"], seed=seed, **settings)
