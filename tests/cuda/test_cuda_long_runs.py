@@ -1,4 +1,4 @@
-"""What a program that runs for long relies on, on a GPU: memory is kept, a captured graph draws anew, streams do not meet."""
+"""What a program that runs for long relies on, on a GPU: memory is kept, captured graphs draw anew, streams do not meet."""
 
 import pytest
 import torch
