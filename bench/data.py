@@ -27,7 +27,12 @@ def photo() -> np.ndarray:
 
 def large_photo() -> np.ndarray:
     """The whole 512 x 512 photo with three pixels of edge repeated all round, (1, 3, 518, 518), normalised as `photo`."""
-    return _normalised(np.pad(_astronaut(), ((3, 3), (3, 3), (0, 0)), mode="edge"))
+    return _normalised(large_photo_pixels().astype(np.float32) / 255)
+
+
+def large_photo_pixels() -> np.ndarray:
+    """The same as pixels, (518, 518, 3) uint8."""
+    return np.pad(_astronaut_pixels(), ((3, 3), (3, 3), (0, 0)), mode="edge")
 
 
 def photos() -> dict[str, np.ndarray]:

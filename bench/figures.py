@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 
 from bench import comparisons
+from bench.attention.goals import judged
+from bench.cuda import figures as cuda
 from bench.markdown import load, paragraph, percent, source, table, times
 
 START, END = "<!-- figures -->\n", "<!-- /figures -->"
@@ -22,8 +24,9 @@ def markdown() -> str:
         kv_cache(),
         comparisons.noise(),
         comparisons.compression(),
+        cuda.section(),
     )
-    return "\n".join(section for section in sections)
+    return "\n".join(section for section in sections if section)
 
 
 def sts_b() -> str:
@@ -250,7 +253,8 @@ def _goals(results: dict) -> str:
             row["verdict"],
             row["decided_by"],
         )
-        for row in results["goals"]
+        for row in judged(results, results["parameters"]["isa"])
+        if row["command"] != "python -m bench.cuda"  # a GPU has its own table
     ]
     return paragraph("""
     **Goals** (`bench/goals.toml`), each with what decides it.

@@ -39,7 +39,7 @@ def _judge(goal: dict, tables: dict[str, list[dict]], isa: str, fresh: str | Non
     smallest = least == (goal.get("pick", "worst") == "worst")
     decisive = (min if smallest else max)(found, key=lambda r: r[goal["value"]])
     value = decisive[goal["value"]]
-    names = ("data", "strategy", "contender", "n", "past", "density", "samples", "threads", "causal")
+    names = ("data", "strategy", "contender", "dtype", "n", "past", "density", "samples", "threads", "causal")
     words = ", ".join(f"{name} {decisive[name]}" for name in names if name in decisive)
     verdict = "met" if (value >= limit if least else value <= limit) else "missed"
     return row | {"measured": value, "verdict": verdict, "decided_by": words, "command": command}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from qexport.runtime import one_line
 
-CASE_SECONDS = 60  # until a case counts as hung; the first one also loads the programs
+START_SECONDS = 120  # until a process has loaded its programs
+CASE_SECONDS = 60  # until a case counts as hung
 
 
 @dataclass(frozen=True)
@@ -31,27 +32,29 @@ def run(make_cases: Callable[[], list[Case]], device: str, seconds: float, say=p
     """
     cases, tables, failures = make_cases(), {}, []
     start, left = time.monotonic(), list(range(len(cases)))
-    while left:
+
+    def passed() -> float:
+        return time.monotonic() - start
+
+    def record(case, rows, error, outcome):
+        tables.setdefault(case.table, []).extend(rows or [])
+        if error:
+            failures.append({"table": case.table, "case": case.name, "error": error})
+        say(f"[{passed():5.1f} s] {case.table}, {case.name}: {error or outcome}")
+        for row in rows or []:
+            say(f"{'':10}{_line(row)}")
+
+    while left and passed() < seconds:
         worker = _Worker(make_cases, device, left)
-        try:
-            while left:
-                case, remaining = cases[left[0]], start + seconds - time.monotonic()
-                begun = time.monotonic()
-                rows, error = (
-                    worker.next(min(CASE_SECONDS, remaining)) if remaining > 0 else (None, "left out: no time left")
-                )
-                left.pop(0)
-                tables.setdefault(case.table, []).extend(rows or [])
-                if error:
-                    failures.append({"table": case.table, "case": case.name, "error": error})
-                at = f"[{time.monotonic() - start:5.1f} s]"
-                say(f"{at} {case.table}, {case.name}: {error or f'{time.monotonic() - begun:.1f} s'}")
-                for row in rows or []:
-                    say(f"{'':10}{_line(row)}")
-                if worker.ended and remaining > 0:
-                    break
-        finally:
-            worker.close()
+        while left and passed() < seconds:
+            begun = passed()
+            rows, error = worker.next(min(CASE_SECONDS, seconds - begun))
+            record(cases[left.pop(0)], rows, error, f"{passed() - begun:.1f} s")
+            if worker.ended:
+                break
+        worker.close()
+    for i in left:
+        record(cases[i], None, "left out: no time left", "")
     return tables, failures
 
 
@@ -72,9 +75,12 @@ class _Worker:
         self._process.start()
         theirs.close()
         self.ended = False
+        self._greeting = self.next(START_SECONDS)
 
     def next(self, seconds: float):
         """(rows, None) of the next case, or (None, error)."""
+        if self.ended:  # it has not even started
+            return self._greeting
         if not self._pipe.poll(seconds):
             self.ended = True
             return None, f"no answer in {seconds:.0f} s"
@@ -95,6 +101,7 @@ def _work(make_cases, device, left, pipe):
     from bench.cuda.measure import on_stream, synchronize
 
     cases = make_cases()
+    pipe.send((None, None, False))
     with on_stream(device):
         for i in left:
             case, rows, error, broken = cases[i], None, None, False
