@@ -29,9 +29,10 @@ __device__ __forceinline__ bool first_by(Cut cut, uint32_t key, int32_t equals_b
   return key < cut.key || (key == cut.key && equals_before < cut.equal);
 }
 
-// Radix selection over eight bits at a time, beginning with those in which the keys differ at all. 1 <= k <= count.
+// Radix selection over eight bits at a time, beginning with those in which the keys differ at all. 0 <= k <= count.
 __device__ inline Cut find_cut(const uint32_t* key, int32_t count, int32_t k, PartitionShared& s) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (k == 0) return {0, 0};
   uint32_t low = 0xffffffffu, high = 0;
   for (int32_t i = thread; i < count; i += threads) low = min(low, key[i]), high = max(high, key[i]);
   high = block_max(high, s.warp);
