@@ -51,9 +51,14 @@ struct ChosenBlocks {
     return natural(i, kCluster - 1) <= block.position && natural(i, kCluster) <= key_end;
   }
   __device__ __forceinline__ void prepare(int) {}
-  __device__ __forceinline__ float score(int i, int row, int key, float x) const {
-    const bool sees = i < chosen ? key < block.rest : natural(i, key) <= min(block.position + row, key_end - 1);
-    return sees ? x : -kInf;
+  template <int kCount, class At, class Key>
+  __device__ __forceinline__ void adjust(int i, int row, const At& at, const Key& key) const {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      const int k = key(m);
+      const bool sees = i < chosen ? k < block.rest : natural(i, k) <= min(block.position + row, key_end - 1);
+      at(m) = sees ? at(m) : -kInf;
+    }
   }
 };
 
