@@ -6,6 +6,7 @@ from collections import Counter
 import click
 
 from qexport.cli.text import percent, plural, recipe_text, site_label, table
+from qexport.runtime import CUDA
 
 
 def _show_kinds(sites: list[dict]) -> None:
@@ -191,7 +192,9 @@ def show_profile(report, verbose: bool) -> None:
     for which, model in last["models"].items():
         rows = [(op["op"], op["nodes"], f"{op['time_us'] / 1e3:.2f}", f"{100 * op['share']:.0f} %") for op in model["ops"]]
         size = f"batch {last['batch']}, seq {last['sequence'] or 'fixed'}"
-        table(f"Where the time goes, {which}, {size}", ("op", "nodes", "ms", "share"), rows if verbose else rows[:6])
+        # Kernels on a GPU run behind the back of the runtime's trace.
+        what = "Time to queue kernels" if settings["providers"][0] == CUDA else "Where the time goes"
+        table(f"{what}, {which}, {size}", ("op", "nodes", "ms", "share"), rows if verbose else rows[:6])
         if verbose:
             _show_nodes(which, model["nodes"])
         placement = model["placement"]
