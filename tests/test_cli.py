@@ -257,7 +257,7 @@ def test_doctor(qexport):
     code, out, _ = qexport("doctor", "--json")
     assert code == 0
     subjects = {f["subject"] for f in json.loads(out)["findings"]}
-    assert subjects >= {"python", "onnxruntime", "op library", "kernel", "[qiskit]", "[pennylane]"}
+    assert subjects >= {"python", "onnxruntime", "op library", "kernel", "CUDA", "[qiskit]", "[pennylane]"}
 
 
 def test_ops(qexport):

@@ -126,6 +126,16 @@ def test_session_and_probe_check_the_kernels(tmp_path, monkeypatch):
     assert len(opened) == 3
 
 
+@pytest.mark.parametrize("flag", [[], ["--allow-fallback"]])
+def test_the_flag_of_profile_reaches_its_sessions(qexport, tmp_path, monkeypatch, flag):
+    make_bundle(tmp_path / "b")
+    asked = []
+    monkeypatch.setattr(runtime, "check_kernels", lambda library, providers, allow_fallback: asked.append(allow_fallback))
+    code, _, err = qexport("profile", tmp_path / "b", "--seq", 8, "--runs", 1, "--warmup", 0, *flag)
+    assert code == 0, err
+    assert asked[0] == bool(flag)
+
+
 def test_a_broken_plugin_leaves_the_cpu_alone(tmp_path):
     make_bundle(tmp_path / "b")
     library = tmp_path / runtime.library_file_name()
