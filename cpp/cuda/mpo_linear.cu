@@ -17,11 +17,13 @@ namespace {
 
 std::vector<int64_t> choose_groups(const MpoLinearParams& p) {
   const MpsLayout& l = p.layout;
-  return least_groups(l.sites, [&](int64_t begin, int64_t end) {
-    const TrainCore core = core_shape(l, begin, end);
-    const int64_t n = p.tokens * core_shape(l, 0, begin).c * core_shape(l, end, l.sites).r;
-    return merge_nanoseconds(l, p.type, 1, begin, end) +
-           choose_tiling(p.type, 1, core.c * core.right, n, core.left * core.r).nanoseconds;
+  return remembered_groups(l, {1, static_cast<int64_t>(p.type), p.tokens}, [&] {
+    MergeTimes merging(l, p.type, 1);
+    return least_groups(l.sites, [&](int64_t begin, int64_t end) {
+      const TrainCore core = core_shape(l, begin, end);
+      const int64_t n = p.tokens * core_shape(l, 0, begin).c * core_shape(l, end, l.sites).r;
+      return merging(begin, end) + choose_tiling(p.type, 1, core.c * core.right, n, core.left * core.r).nanoseconds;
+    });
   });
 }
 

@@ -24,12 +24,14 @@ Around around(const MpsLayout& l, int64_t begin, int64_t end) {
 
 std::vector<int64_t> choose_groups(const MpsAttentionParams& p) {
   const MpsLayout& l = p.layout;
-  return least_groups(l.sites, [&](int64_t begin, int64_t end) {
-    const TrainCore core = core_shape(l, begin, end);
-    const Around rest = around(l, begin, end);
-    const int64_t n = p.items * rest.columns_before * rest.rows_behind * p.features;
-    return merge_nanoseconds(l, p.type, p.trains, begin, end) +
-           choose_tiling(p.type, p.trains, core.left * core.r, n, core.c * core.right).nanoseconds;
+  return remembered_groups(l, {0, static_cast<int64_t>(p.type), p.trains, p.items, p.features}, [&] {
+    MergeTimes merging(l, p.type, p.trains);
+    return least_groups(l.sites, [&](int64_t begin, int64_t end) {
+      const TrainCore core = core_shape(l, begin, end);
+      const Around rest = around(l, begin, end);
+      const int64_t n = p.items * rest.columns_before * rest.rows_behind * p.features;
+      return merging(begin, end) + choose_tiling(p.type, p.trains, core.left * core.r, n, core.c * core.right).nanoseconds;
+    });
   });
 }
 

@@ -1,6 +1,7 @@
 // Merging of sites. A vector of bonds goes through a chain of sites, a warp for each vector; where that is more work than a
 // product of two halves, or the bonds are too many, the halves are merged and multiplied.
 #include <algorithm>
+#include <map>
 
 #include "train.cuh"
 
@@ -96,19 +97,6 @@ int64_t middle_of(const MpsLayout& l, int64_t begin, int64_t end) {
       begin, end, [&](int64_t k) { return std::max(core_shape(l, begin, k).numbers(), core_shape(l, k, end).numbers()); });
 }
 
-double halves_nanoseconds(const MpsLayout& l, DType type, int64_t trains, int64_t begin, int64_t end) {
-  const int64_t middle = middle_of(l, begin, end);
-  const TrainCore p = core_shape(l, begin, middle), q = core_shape(l, middle, end);
-  return merge_nanoseconds(l, type, trains, begin, middle) + merge_nanoseconds(l, type, trains, middle, end) +
-         choose_tiling(type, trains, p.left * p.r * p.c, q.r * q.c * q.right, p.right).nanoseconds;
-}
-
-bool is_chain(const MpsLayout& l, DType type, int64_t trains, int64_t begin, int64_t end) {
-  if (end - begin == 1) return true;
-  return fits_chain(l, begin, end) &&
-         chain_nanoseconds(l, trains, begin, end) <= halves_nanoseconds(l, type, trains, begin, end);
-}
-
 // result[a, (I, i), (J, j), b] = sum_x p[a, I, J, x] q[x, i, j, b]; a row of the result has room for `pitch` columns.
 Product combine(const TrainCore& p, const TrainCore& q, const TrainCore& result, int64_t trains, int64_t pitch, int64_t rows,
                 int64_t cols) {
@@ -154,7 +142,7 @@ void TrainRun::multiply(Product p) {
 }
 
 CoreMaker::CoreMaker(TrainRun& run, const MpsLayout& layout, DType type, int64_t trains, const void* cores)
-    : run_(run), l_(layout), chains_{cores, type, 0, trains, 0, {}} {
+    : run_(run), l_(layout), times_(layout, type, trains), chains_{cores, type, 0, trains, 0, {}} {
   for (int64_t k = 0; k < l_.sites; ++k) chains_.numbers += core_shape(l_, k, k + 1).numbers();
 }
 
@@ -182,7 +170,7 @@ void CoreMaker::decode(void* matrix) {
 }
 
 void CoreMaker::merge(int64_t begin, int64_t end, TrainCore result, int64_t pitch, int64_t rows, int64_t cols) {
-  if (is_chain(l_, chains_.type, chains_.trains, begin, end)) return add_chain(begin, end, result, pitch, rows, cols);
+  if (times_.is_chain(begin, end)) return add_chain(begin, end, result, pitch, rows, cols);
   const int64_t middle = middle_of(l_, begin, end);
   const size_t used = run_.used();
   const TrainCore left = make(begin, middle), right = make(middle, end);
@@ -228,10 +216,42 @@ void CoreMaker::queue() {
   chains_.count = 0;
 }
 
-double merge_nanoseconds(const MpsLayout& l, DType type, int64_t trains, int64_t begin, int64_t end) {
+MergeTimes::MergeTimes(const MpsLayout& layout, DType type, int64_t trains)
+    : l_(layout), type_(type), trains_(trains), known_(static_cast<size_t>((l_.sites + 1) * (l_.sites + 1)), -1.0) {}
+
+double MergeTimes::operator()(int64_t begin, int64_t end) {
   if (end - begin == 1) return 0.0;
-  const double halves = halves_nanoseconds(l, type, trains, begin, end);
-  return fits_chain(l, begin, end) ? std::min(halves, chain_nanoseconds(l, trains, begin, end)) : halves;
+  double& known = known_[static_cast<size_t>(begin * (l_.sites + 1) + end)];
+  if (known < 0.0) {
+    const double by_halves = halves(begin, end);
+    known = fits_chain(l_, begin, end) ? std::min(by_halves, chain_nanoseconds(l_, trains_, begin, end)) : by_halves;
+  }
+  return known;
+}
+
+double MergeTimes::halves(int64_t begin, int64_t end) {
+  const int64_t middle = middle_of(l_, begin, end);
+  const TrainCore p = core_shape(l_, begin, middle), q = core_shape(l_, middle, end);
+  return (*this)(begin, middle) + (*this)(middle, end) +
+         choose_tiling(type_, trains_, p.left * p.r * p.c, q.r * q.c * q.right, p.right).nanoseconds;
+}
+
+bool MergeTimes::is_chain(int64_t begin, int64_t end) {
+  if (end - begin == 1) return true;
+  return fits_chain(l_, begin, end) && chain_nanoseconds(l_, trains_, begin, end) <= (*this)(begin, end);
+}
+
+std::vector<int64_t> remembered_groups(const MpsLayout& l, std::vector<int64_t> key,
+                                       const std::function<std::vector<int64_t>()>& choose) {
+  constexpr size_t kMost = 1024;
+  thread_local std::map<std::vector<int64_t>, std::vector<int64_t>> known;
+  key.insert(key.end(), l.row_factors, l.row_factors + l.sites);
+  key.insert(key.end(), l.col_factors, l.col_factors + l.sites);
+  key.insert(key.end(), l.bonds, l.bonds + l.sites + 1);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  if (known.size() >= kMost) known.clear();
+  return known[key] = choose();
 }
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 // scratch, then to queue them.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "qexport/mps_product.h"
@@ -73,6 +74,22 @@ class TrainRun {
   size_t used_ = 0, most_ = 0;
 };
 
+// Estimated nanoseconds to merge sites, each found once.
+class MergeTimes {
+ public:
+  MergeTimes(const MpsLayout& layout, DType type, int64_t trains);
+  double operator()(int64_t begin, int64_t end);
+  bool is_chain(int64_t begin, int64_t end);  // what takes less time, or may be done alone
+
+ private:
+  double halves(int64_t begin, int64_t end);
+
+  const MpsLayout& l_;
+  DType type_;
+  int64_t trains_;
+  std::vector<double> known_;
+};
+
 // Merges sites of trains whose cores lie behind each other.
 class CoreMaker {
  public:
@@ -89,11 +106,9 @@ class CoreMaker {
 
   TrainRun& run_;
   const MpsLayout& l_;
+  MergeTimes times_;
   Chains chains_;
 };
-
-// Estimated nanoseconds to merge sites.
-double merge_nanoseconds(const MpsLayout& layout, DType type, int64_t trains, int64_t begin, int64_t end);
 
 // Ends of the groups that take the least time, by nanoseconds(begin, end) of each.
 template <class Cost>
@@ -110,6 +125,11 @@ std::vector<int64_t> least_groups(int64_t sites, const Cost& nanoseconds) {
   for (int64_t end = sites; end > 0; end = from[static_cast<size_t>(end)]) ends.insert(ends.begin(), end);
   return ends;
 }
+
+// The same from call to call of a thread: choosing takes longer than most products. `key` is what groups depend on beside
+// the sites.
+std::vector<int64_t> remembered_groups(const MpsLayout& layout, std::vector<int64_t> key,
+                                       const std::function<std::vector<int64_t>()>& choose);
 
 // States and merged cores of a piece of work stay below so many numbers where they can: they then stay in the second cache.
 constexpr int64_t kPieceNumbers = int64_t{1} << 23;
