@@ -12,7 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 INCLUDES = (ROOT / "cpp" / "include", ROOT / "cpp" / "cuda", ROOT / "tests" / "cuda")
-FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DQEXPORT_CUDA_EMULATION")
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    "-DQEXPORT_CUDA_EMULATION",
+)
 
 
 def cuda_headers() -> Path | None:
