@@ -17,8 +17,9 @@ STRATEGIES = ("naive", "stratified", "adaptive", "hybrid")
 # Largest relative error against float64 of what is exact, in the elements' type.
 LIMITS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # Of the rows of a strategy that draws, so many may differ from the CPU's: sums in another order move an edge of the
-# distribution by a few 2^-24, and a draw that falls between is another key's.
-MOST_OTHER_ROWS = 0.005
+# distribution by a few 2^-24, and a draw that falls between is another key's. They also move keys between the clusters of
+# hybrid, which has no draws: its error may differ by so much of it.
+MOST_OTHER_ROWS, MOST_OTHER_ERROR = 0.005, 0.05
 FLASH, TORCH = "onnxruntime MultiHeadAttention", "torch flash"
 GROUPED = "onnxruntime GroupQueryAttention"
 PREFILL_RIVALS = {"x_flash": FLASH, "x_gqa": GROUPED, "x_torch_flash": TORCH}
@@ -138,7 +139,7 @@ def tree(data: Activations, n: int, causal: bool, device: str) -> list[dict]:
     def check(name, contender):
         found = torch.cat([errors(contender.result(i), want, rows) for i, want in enumerate(wanted)])
         columns = {"error_mean": float(found.mean()), "error_worst": float(found.max())}
-        return columns, "" if name.startswith("tree") else within(found, LIMITS[sets[0][0].dtype])
+        return columns, "" if name.startswith("tree") else within(found, 2 * LIMITS[sets[0][0].dtype])
 
     settings = {f"tree 1/{density}": {"strategy": "tree", "num_samples": [n // density]} for density in DENSITIES}
     settings["exact, onnxruntime"] = {"strategy": "exact"}
@@ -163,13 +164,19 @@ def strategies(n: int, dtype, device: str) -> list[dict]:
 
     def check(name, contender):
         output = contender.result()
-        columns = {"error": float(errors(output, wanted, rows).mean()), "other_rows": None}
+        error = float(errors(output, wanted, rows).mean())
         if name not in STRATEGIES:
-            return columns, within(errors(output, wanted, rows), LIMITS[dtype])
+            return {"error": error}, within(errors(output, wanted, rows), LIMITS[dtype])
         node = nodes.quantum_node(HEADS, HEADS, strategy=name, num_samples=[SAMPLES])
         on_cpu = nodes.heads_of(nodes.cpu_output(node, dict(zip("qkv", sets[0], strict=True)), sets[0][0]), HEADS)
-        share = columns["other_rows"] = other_rows(output.cpu(), on_cpu)
-        return columns, "" if share <= MOST_OTHER_ROWS else f"wrong: {share:.2%} of the rows are not the CPU's; not timed"
+        share, on_cpu_error = other_rows(output.cpu(), on_cpu), float(errors(on_cpu.to(device), wanted, rows).mean())
+        off = share > MOST_OTHER_ROWS
+        if name == "hybrid":
+            off = not abs(error - on_cpu_error) <= MOST_OTHER_ERROR * on_cpu_error
+        note = (
+            f"wrong: {share:.2%} of the rows are not the CPU's, whose error is {on_cpu_error:.2g}; not timed" if off else ""
+        )
+        return {"error": error, "error_on_cpu": on_cpu_error, "other_rows": share}, note
 
     makers = {name: maker(name) for name in STRATEGIES} | {FLASH: prefill_rivals(sets, HEADS, HEADS, device, False)[FLASH]}
     base = {"n": n, "samples": SAMPLES, "heads": HEADS, "head_size": SIZE, "dtype": type_name(dtype)}

@@ -18,7 +18,7 @@ DELAY_CYCLES = 1_000_000  # half a millisecond; a call is queued within it
 MATRIX = 8192
 COPY_BYTES = 1 << 30
 MOST_SETS = 16
-ROUNDS = (5, 60)  # at least and at most; in between so many that the slowest contender takes SECONDS
+ROUNDS = (5, 40)  # at least and at most; in between so many that the slowest contender takes SECONDS
 SECONDS = 0.2
 NOTE_LENGTH = 200
 

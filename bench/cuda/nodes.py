@@ -14,6 +14,7 @@ from qexport.ops.proto import make_node
 from qexport.runtime import create_session, get_library_path, onnxruntime, register_library, run_bound
 
 MICROSOFT = "com.microsoft"
+OPSET = 23
 ELEMENTS = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
@@ -23,7 +24,7 @@ ELEMENTS = {
 }
 
 
-def node_model(node, feeds: dict, outputs: dict, constants: dict, opset: int) -> bytes:
+def node_model(node, feeds: dict, outputs: dict, constants: dict) -> bytes:
     """A model of `node`. `feeds` and `outputs`: name -> tensor of that type and rank; `constants`: initializers. Sizes are
     left open, so that a session serves many lengths."""
     # onnxruntime's shape inference of Attention makes 0 of an open size.
@@ -38,7 +39,7 @@ def node_model(node, feeds: dict, outputs: dict, constants: dict, opset: int) ->
     ]
     inputs, results = ([value(*item) for item in tensors.items()] for tensors in (feeds, outputs))
     graph = helper.make_graph([node], node.op_type, inputs, results, weights)
-    domains = {"": opset, node.domain: 1 if node.domain else opset}
+    domains = {node.domain: 1, "": OPSET}
     opsets = [helper.make_opsetid(*item) for item in domains.items()]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
@@ -62,7 +63,7 @@ def _run_options():
 
 
 def node_contender(
-    node, sets: list[dict], outputs: list[dict], device: str, *, constants=None, shared=None, host=(), opset=23, view=None
+    node, sets: list[dict], outputs: list[dict], device: str, *, constants=None, shared=None, host=(), view=None
 ) -> Contender:
     """A node in a session of onnxruntime whose inputs and outputs stay where they are.
 
@@ -72,13 +73,12 @@ def node_contender(
         constants: initializers, name -> tensor.
         shared: output -> the input whose memory it shares.
         host: names of inputs that the op reads on the host.
-        opset: of ai.onnx.
         view: what is made of the first output before it is compared.
     """
     for inputs, results in zip(sets, outputs, strict=True):
         results |= {output: inputs[source] for output, source in (shared or {}).items()}
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-    model = node_model(node, sets[0], outputs[0], constants or {}, opset)
+    model = node_model(node, sets[0], outputs[0], constants or {})
     session, options = _session(model, node.op_type, node.domain == DOMAIN, device, stream), _run_options()
 
     def bound(inputs, results):
@@ -104,11 +104,11 @@ def _place(tensor):
     return tensor.device.type, tensor.device.index or 0, ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
 
 
-def cpu_output(node, inputs: dict, output: torch.Tensor, constants=None, opset: int = 23) -> torch.Tensor:
+def cpu_output(node, inputs: dict, output: torch.Tensor, constants=None) -> torch.Tensor:
     """What the CPU kernels make of the same node and inputs."""
     host = {name: tensor.cpu() for name, tensor in inputs.items()}
     result = {node.output[0]: torch.empty_like(output, device="cpu")}
-    contender = node_contender(node, [host], [result], "cpu", constants=constants, opset=opset)
+    contender = node_contender(node, [host], [result], "cpu", constants=constants)
     return contender.result()
 
 
@@ -120,10 +120,10 @@ def heads_of(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _attention_node(node, sets, heads, device, extra=None, host=(), opset=23) -> Contender:
+def _attention_node(node, sets, heads, device, extra=None, host=()) -> Contender:
     named = [dict(zip("qkv", tensors, strict=True)) | (extra or {}) for tensors in sets]
     outputs = [{"y": torch.empty_like(inputs["q"])} for inputs in named]
-    return node_contender(node, named, outputs, device, host=host, opset=opset, view=lambda y: heads_of(y, heads))
+    return node_contender(node, named, outputs, device, host=host, view=lambda y: heads_of(y, heads))
 
 
 def quantum(sets, heads: int, kv_heads: int, device: str, **attributes) -> Contender:
