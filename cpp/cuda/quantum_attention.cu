@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "qexport/key_summary.h"
 #include "rows.cuh"
 
 namespace qexport {
@@ -97,6 +98,14 @@ AttentionJob plan_job(const QuantumAttentionParams& params, const QuantumAttenti
   return job;
 }
 
+// Decoding reads the whole cache here, which a GPU does at the speed of its memory: no chunk is summarised, which the CPU
+// makes up for where it takes over the state.
+void forget_summary(Status& status, const AttentionJob& job, void* stream) {
+  const QuantumAttentionParams& p = job.params;
+  const int64_t floats = p.batch * p.kv_heads * summary_chunks(job.total_len) * summary_row(p.head_size, p.v_head_size);
+  fill_zero(status, job.tensors.present_key_summary, static_cast<size_t>(floats) * sizeof(float), stream);
+}
+
 void head_samples(Status& status, const QuantumAttentionParams& p, HeadSamples& samples) {
   const int64_t* first = p.num_samples;
   const bool same = std::all_of(first, first + p.num_samples_count, [&](int64_t n) { return n == *first; });
@@ -125,15 +134,13 @@ const char* quantum_attention(const QuantumAttentionParams& params, const Quantu
   const AttentionJob job = plan_job(params, tensors, call);
   HeadSamples samples;
   head_samples(status, params, samples);
-  if (tensors.key_summary || tensors.present_key_summary) {
-    status.fail("key_summary is not supported by the CUDA kernels; leave the input out, or run the node on the CPU");
-  }
   join_rows(status, job, false, call.stream);
   join_rows(status, job, true, call.stream);
   if (tensors.error_estimate && job.params.strategy != Strategy::tree) {
     const size_t heads = static_cast<size_t>(params.batch * params.q_heads);
     if (status.ok()) fill_zero(status, tensors.error_estimate, heads * sizeof(float), call.stream);
   }
+  if (tensors.present_key_summary) forget_summary(status, job, call.stream);
   if (!status.ok() || params.batch * params.q_heads * params.q_len == 0) return status.text;
   if (job.params.strategy == Strategy::tree) {
     tree_attention(status, job, samples, call.scratch, call.stream);

@@ -23,6 +23,7 @@ def attention(device, feeds, dtype, seed, attributes, present=False, probabiliti
     outputs = _core.quantum_attention(
         *(tensors.get(name) for name in INPUT_NAMES),
         seed=seed_on(device, seed),
+        key_summary=tensors.get("key_summary"),
         **attributes,
         present=present,
         qk_matmul_output=probabilities,
