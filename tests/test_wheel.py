@@ -40,13 +40,16 @@ def python(wheel, tmp_path_factory):
 
 
 def test_wheel_holds_the_library_and_no_sources(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+    sizes = {entry.filename: entry.compress_size for entry in zipfile.ZipFile(wheel).infolist()}
+    plugin = sizes.pop("qexport/lib/libqexport_ops_cuda.so", 0)  # where there was nvcc
+    names = list(sizes)
     assert "qexport/lib/libqexport_ops.so" in names
     assert any(name.startswith("qexport/_core.") for name in names)
     assert "qexport/demo_sentences.txt" in names
     assert "qexport/attention/page.html" in names
     assert not [name for name in names if name.startswith(("tests/", "cpp/", "bench/")) or name.endswith((".cc", ".h"))]
-    assert wheel.stat().st_size < 3 << 20
+    assert sum(sizes.values()) < 3 << 20
+    assert plugin < 8 << 20
 
 
 def test_no_torch_there(python):

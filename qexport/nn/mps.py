@@ -111,8 +111,8 @@ class MatrixProductStateSimulator:
 
     def mps_attention_forward(self, mps_tensors: AttentionMPS, V) -> torch.Tensor:
         """The output of attention (..., q_len, v_head_size), through the cores or through the matrix, whichever is estimated
-        to be faster (`report.cost`): on the CPU by the kernel of MPSAttention, elsewhere and where a gradient with respect
-        to V is wanted by torch.
+        to be faster (`report.cost`): by the kernel of MPSAttention where the device has one, and by torch elsewhere and
+        where a gradient with respect to V is wanted.
 
         Args:
             mps_tensors: what `encode_attention_mps` returned.

@@ -1,5 +1,6 @@
 """The fixture `device`: what the CUDA kernels are tested on."""
 
+import functools
 import shutil
 
 import devices
@@ -10,10 +11,16 @@ DEVICES = ("emulated", pytest.param("gpu", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(scope="session")
-def emulated(pytestconfig):
+def emulation(pytestconfig):
+    """Builds the emulation library, or a program with the kernels in it."""
     if emulation_library.cuda_headers() is None or shutil.which("g++") is None:
         pytest.skip("the emulation needs g++ and the headers of a CUDA toolkit: pip install 'qexport[cuda-build]'")
-    return devices.Emulated(emulation_library.build(pytestconfig.cache.mkdir("cuda_emulation")))
+    return functools.partial(emulation_library.build, pytestconfig.cache.mkdir("cuda_emulation"))
+
+
+@pytest.fixture(scope="session")
+def emulated(emulation):
+    return devices.Emulated(emulation())
 
 
 @pytest.fixture(scope="session")

@@ -54,17 +54,18 @@ def _compile(source: Path, headers: Path, compiler: str, cache: Path) -> Path:
     return result
 
 
-def build(cache: Path) -> Path:
-    """The library, in the folder `cache`. Needs `cuda_headers`, and a C++ compiler."""
+def build(cache: Path, program: Path | None = None) -> Path:
+    """The library, or a C++ program linked with the same kernels, in the folder `cache`. Needs `cuda_headers`, and a C++
+    compiler."""
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
     kernels = ROOT / "cpp" / "cuda"
     sources = [*sorted(kernels.glob("*.cu")), kernels / "table.cc", ROOT / "tests" / "cuda" / "emulation.cc"]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _compile(source, headers, compiler, cache), sources))
+        objects = list(pool.map(lambda file: _compile(file, headers, compiler, cache), [*sources, *filter(None, [program])]))
     key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
-    library = cache / f"libqexport_cuda_emulation-{key}.so"
-    if not library.is_file():
-        part = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(part)], check=True)
-        part.replace(library)
-    return library
+    result = cache / (f"{program.stem}-{key}" if program else f"libqexport_cuda_emulation-{key}.so")
+    if not result.is_file():
+        part = result.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, *([] if program else ["-shared"]), *map(str, objects), "-o", str(part)], check=True)
+        part.replace(result)
+    return result
