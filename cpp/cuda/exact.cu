@@ -165,6 +165,8 @@ struct Choice {
 };
 template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
 using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
+template <class T, int kHead>
+using Warpgroups = Choice<FlashTile<T, kHead, 1, 8, 128, 1, true>, FlashState>;
 template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
 using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
 template <class T_>
@@ -209,8 +211,12 @@ template <class T, class Visit>
 void choose_half(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
   if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
+    if (size > 32 && device.capability == 90) {
+      if (size <= 64) return visit_choice<Warpgroups<T, 64>, Flash<T, 64, 1, 3>>(job, device, visit);
+      return visit_choice<Warpgroups<T, 128>, Flash<T, 128, 1, 2>>(job, device, visit);
+    }
     if (size <= 32) return visit_choice<Flash<T, 32, 2, 2>, Flash<T, 32, 1, 4>>(job, device, visit);
-    if (size <= 64) return visit_choice<Flash<T, 64, 2, 2>, Flash<T, 64, 1, 4>>(job, device, visit);
+    if (size <= 64) return visit_choice<Flash<T, 64, 2, 2>, Flash<T, 64, 1, 3>>(job, device, visit);
     return visit_choice<Flash<T, 128, 2, 2>, Flash<T, 128, 1, 2>>(job, device, visit);
   }
   if (size <= 64) return visit_choice<Simt<T, 64, 2, 32, 3>, Simt<T, 64, 2, 32, 3>>(job, device, visit);
