@@ -32,6 +32,7 @@ struct FlashTile {
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   static constexpr int kQueries = 16 * kRowTiles * kWarps_;
   static constexpr int kRowBytes = kHead * 2;
+  static constexpr int kQueryPanel = kWarpgroups ? kQueries : 0, kKeyPanel = kWarpgroups ? kKeys : 0;
   static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
   static constexpr int kSharedBytes = kQueryBytes + 4 * kKeyBytes;  // Q, and two blocks of K and of V
 };
@@ -68,32 +69,35 @@ struct FlashState {
   }
 };
 
-// Rows of Q, K and V lie in shared memory in panels of up to 64 columns, and in them permuted so that the same 16 bytes of
-// eight rows that follow each other fill all banks.
+// Rows of Q, K and V lie in shared memory one behind the other, permuted so that the same 16 bytes of eight rows that follow
+// each other fill all banks. With kPanelRows they lie in panels of 64 columns of so many rows, as warpgroups want them.
 template <int kHead>
 __device__ __forceinline__ int flash_turn(int row) {
   return kHead >= 64 ? row & 7 : row >> 1 & 3;
 }
-template <int kHead, int kRows>
+template <int kHead, int kPanelRows = 0>
 __device__ __forceinline__ int flash_offset(int row, int chunk) {
-  constexpr int kChunks = kHead >= 64 ? 8 : 4;
-  return (chunk / kChunks * kRows + row) * kChunks * 16 + ((chunk % kChunks ^ flash_turn<kHead>(row)) << 4);
+  constexpr int kChunks = kHead >= 64 ? 8 : 4;  // that are permuted among themselves
+  const int lane = (chunk % kChunks ^ flash_turn<kHead>(row)) << 4;
+  if (kPanelRows) return (chunk / kChunks * kPanelRows + row) * kChunks * 16 + lane;
+  return row * kHead * 2 + chunk / kChunks * kChunks * 16 + lane;
 }
 
-// What a lane gives to ldmatrix: chunk 2 k + half of row 16 n + row of kRows, as the sum of what is known to the compiler and
-// little that is not.
-template <int kHead, int kRows>
+// What a lane gives to ldmatrix: chunk 2 k + half of row 16 n + row, as the sum of what is known to the compiler and little
+// that is not.
+template <int kHead, int kPanelRows>
 struct FlashLane {
-  static constexpr int kChunks = kHead >= 64 ? 8 : 4;
+  static constexpr int kRowBytes = kPanelRows && kHead > 64 ? 128 : 2 * kHead;
   int first, chunk;
   __device__ __forceinline__ FlashLane(int row, int half)
-      : first(row * kChunks * 16), chunk((half ^ flash_turn<kHead>(row)) << 4) {}
+      : first(row * kRowBytes), chunk((half ^ flash_turn<kHead>(row)) << 4) {}
   __device__ __forceinline__ int at(int n, int k) const {
-    return (2 * k / kChunks * kRows + 16 * n) * kChunks * 16 + first + (chunk ^ (2 * k % kChunks << 4));
+    constexpr int kChunks = kHead >= 64 ? 8 : 4;
+    return flash_offset<kHead, kPanelRows>(16 * n, 2 * k / kChunks * kChunks) + first + (chunk ^ (2 * k % kChunks << 4));
   }
 };
 
-template <class Tile, int kRows, class Row>
+template <class Tile, int kRows, class Row, int kPanelRows = Tile::kWarpgroups ? kRows : 0>
 __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kThreads / kChunks;
   static_assert(Tile::kThreads % kChunks == 0);
@@ -104,7 +108,7 @@ __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const
     if (kRows % kStep && row >= kRows) break;
     const typename Tile::T* from = row_of(row);
     const bool valid = from && 8 * chunk < columns;
-    cp_async_16(shared + flash_offset<Tile::kHead, kRows>(row, chunk), valid ? from + 8 * chunk : nullptr, valid);
+    cp_async_16(shared + flash_offset<Tile::kHead, kPanelRows>(row, chunk), valid ? from + 8 * chunk : nullptr, valid);
   }
 }
 
@@ -121,13 +125,21 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
   return bits;
 }
 
-// s = Q K' of the warp's rows.
+// Columns 16 k.. of the warp's rows of Q.
 template <class Tile>
-__device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const char* queries,
-                                               const char* keys) {
+__device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const FlashLane<Tile::kHead, Tile::kQueries> query(lane % 16 + warp * Tile::kRowTiles * 16, lane / 16);
-  const FlashLane<Tile::kHead, Tile::kKeys> key(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const FlashLane<Tile::kHead, Tile::kQueryPanel> place(lane % 16 + warp * Tile::kRowTiles * 16, lane / 16);
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i) ldmatrix_x4(a[i], queries + place.at(i, k));
+}
+
+// s = Q K' of the warp's rows. `load(a, k)` gives columns 16 k.. of Q.
+template <class Tile, class Load>
+__device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
+                                               const char* keys) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const FlashLane<Tile::kHead, Tile::kKeyPanel> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll
@@ -139,12 +151,11 @@ __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile:
 #pragma unroll
   for (int k = 0; k < Tile::kHead / 16; ++k) {
     uint32_t a[Tile::kRowTiles][4];
-#pragma unroll
-    for (int i = 0; i < Tile::kRowTiles; ++i) ldmatrix_x4(a[i], queries + query.at(i, k));
+    load(a, k);
 #pragma unroll
     for (int n = 0; n < Tile::kKeys / 16; ++n) {
       uint32_t b[4];
-      ldmatrix_x4(b, keys + key.at(n, k));
+      ldmatrix_x4(b, keys + place.at(n, k));
       const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -195,9 +206,9 @@ __device__ __forceinline__ void flash_fade(FlashState<Tile>& state, const float 
   }
 }
 
-// Turns scores into weights 2^(factor * s - most), and adds them to the sum.
+// Turns scores into 2^(factor * s - most), and adds them to the sum.
 template <class Tile>
-__device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+__device__ __forceinline__ void flash_exp2(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
                                               float factor) {
 #pragma unroll
   for (int i = 0; i < FlashState<Tile>::kRows; ++i) {
@@ -213,6 +224,15 @@ __device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s
     }
     state.sum[i] += sum;
   }
+}
+
+// All of that: scores into weights.
+template <class Tile>
+__device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                              float factor) {
+  float fade[FlashState<Tile>::kRows];
+  if (flash_move(state, s, factor, fade)) flash_fade(state, fade);
+  flash_exp2(state, s, factor);
 }
 
 // Weights as the left operands of products: their accumulators lie as these do.
@@ -237,13 +257,13 @@ template <class Tile>
 __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
                                              const uint32_t (&p)[Tile::kKeys / 16][Tile::kRowTiles][4], const char* values) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const FlashLane<Tile::kHead, Tile::kKeys> value(lane % 16, lane / 16);
+  const FlashLane<Tile::kHead, Tile::kKeyPanel> place(lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k) {
 #pragma unroll
     for (int n = 0; n < Tile::kHead / 16; ++n) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, values + value.at(k, n));
+      ldmatrix_x4_trans(b, values + place.at(k, n));
       const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -254,6 +274,14 @@ __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
   }
 }
 
+template <class Tile>
+__device__ __forceinline__ void flash_values(FlashState<Tile>& state,
+                                             const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const char* values) {
+  uint32_t p[Tile::kKeys / 16][Tile::kRowTiles][4];
+  flash_pack<Tile>(p, s);
+  flash_values<Tile>(state, p, values);
+}
+
 // Negates what this thread has copied of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_negate(char* queries) {
@@ -262,7 +290,7 @@ __device__ __forceinline__ void flash_negate(char* queries) {
   for (int i = 0; i < ceil_div(Tile::kQueries, kStep); ++i) {
     const int row = i * kStep + static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
     if (Tile::kQueries % kStep && row >= Tile::kQueries) break;
-    uint32_t* words = reinterpret_cast<uint32_t*>(queries + flash_offset<Tile::kHead, Tile::kQueries>(row, chunk));
+    uint32_t* words = reinterpret_cast<uint32_t*>(queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(row, chunk));
 #pragma unroll
     for (int w = 0; w < 4; ++w) words[w] ^= 0x80008000u;
   }
@@ -308,7 +336,7 @@ __device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys /
   }
   wgmma_commit();
 #else
-  flash_products<Tile>(s, queries, keys);
+  flash_products<Tile>(s, [&](uint32_t(&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); }, keys);
 #endif
 }
 template <class Tile>
@@ -323,7 +351,7 @@ __device__ __forceinline__ void flash_start_values(FlashState<Tile>& state, cons
   }
   wgmma_commit();
 #else
-  flash_values(state, p, values);
+  flash_values<Tile>(state, p, values);
 #endif
 }
 // Waits for what was started, but for the last kPending.
@@ -367,8 +395,7 @@ __device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state,
   flash_start_products<Tile>(s, queries, keys);
   flash_finish<0>(s[0]);
   float left = flash_scores<Tile>(s, factor, 0, blocks);
-  if (flash_move(state, s, left, fade)) flash_fade(state, fade);
-  flash_weights(state, s, left);
+  flash_weights<Tile>(state, s, left);
   flash_pack<Tile>(p, s);
   for (int block = 1; block < count; ++block) {
     flash_exchange();  // K of this block and V of the one before are there, nobody reads those before any more
@@ -380,7 +407,7 @@ __device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state,
     flash_finish<1>(s[0]);
     left = flash_scores<Tile>(s, factor, block, blocks);
     const bool moved = flash_move(state, s, left, fade);
-    flash_weights(state, s, left);
+    flash_exp2(state, s, left);
     flash_finish<0>(state.o[0]);
     if (moved) flash_fade(state, fade);
     flash_pack<Tile>(p, s);
@@ -415,6 +442,7 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
   } else {
     flash_copy_block<Tile>(values, 0, blocks.v_head_size, value);
     cp_async_commit();
+    const auto load = [&](uint32_t(&a)[Tile::kRowTiles][4], int k) { flash_load_queries<Tile>(a, queries, k); };
     for (int block = 0; block < count; ++block) {
       cp_async_wait<0>();
       __syncthreads();  // the block is there, and nobody reads the one before any more
@@ -424,14 +452,11 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
         cp_async_commit();
       }
       const int at = block % 2 * Tile::kKeyBytes;
-      float s[Tile::kRowTiles][Tile::kKeys / 8][4], fade[FlashState<Tile>::kRows];
-      flash_products<Tile>(s, queries, keys + at);
+      float s[Tile::kRowTiles][Tile::kKeys / 8][4];
+      flash_products<Tile>(s, load, keys + at);
       const float left = flash_scores<Tile>(s, factor, block, blocks);
-      if (flash_move(state, s, left, fade)) flash_fade(state, fade);
-      flash_weights(state, s, left);
-      uint32_t p[Tile::kKeys / 16][Tile::kRowTiles][4];
-      flash_pack<Tile>(p, s);
-      flash_values(state, p, values + at);
+      flash_weights<Tile>(state, s, left);
+      flash_values<Tile>(state, s, values + at);
     }
   }
 }
