@@ -10,7 +10,8 @@
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
 //   void prepare(int block)              called by all threads before the scores of a block that is not plain
 //   void adjust<kCount>(int block, int row, at, key)    turns at(0)..at(kCount - 1), which are scale * (q . k) of a row with
-//                                        the keys key(0).. of such a block, into scores; -inf: the query does not see the key
+//                                        the keys key(0).. of such a block, into scores; -inf: the query does not see the
+//                                        key
 #pragma once
 
 #include "flash_warpgroups.cuh"
@@ -18,8 +19,8 @@
 namespace qexport {
 namespace cuda {
 
-// Joins blocks 0..count-1 to `state`, which the caller has cleared or filled. `shared` has Tile::kSharedBytes. All threads of
-// the block call this, and may write to `shared` again behind a barrier.
+// Joins blocks 0..count-1 to `state`, which the caller has cleared or filled. `shared` has Tile::kSharedBytes. All threads
+// of the block call this, and may write to `shared` again behind a barrier.
 template <class Tile, class Blocks>
 __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
   if (count == 0) return;
@@ -43,7 +44,7 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
   } else {
     flash_copy_block<Tile>(values, 0, blocks.v_head_size, value);
     cp_async_commit();
-    const auto load = [&](uint32_t(&a)[Tile::kRowTiles][4], int k) { flash_load_queries<Tile>(a, queries, k); };
+    const auto load = [&](uint32_t (&a)[Tile::kRowTiles][4], int k) { flash_load_queries<Tile>(a, queries, k); };
     for (int block = 0; block < count; ++block) {
       cp_async_wait<0>();
       __syncthreads();  // the block is there, and nobody reads the one before any more

@@ -105,7 +105,7 @@ __device__ __forceinline__ void flash_fade(FlashState<Tile>& state, const float 
 // Turns scores into 2^(factor * s - most), and adds them to the sum.
 template <class Tile>
 __device__ __forceinline__ void flash_exp2(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
-                                              float factor) {
+                                           float factor) {
 #pragma unroll
   for (int i = 0; i < FlashState<Tile>::kRows; ++i) {
     const float base = state.most[i] == -kInf ? 0.0f : state.most[i];  // -inf - -inf would be NaN
@@ -141,7 +141,7 @@ __device__ __forceinline__ void flash_pack(uint32_t (&p)[Tile::kKeys / 16][Tile:
     for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float(&c)[4] = s[i][2 * k + e / 2];
+        const float (&c)[4] = s[i][2 * k + e / 2];
         p[k][i][e] = pack_pair(c[2 * (e % 2)], c[2 * (e % 2) + 1], typename Tile::T{});
       }
     }
@@ -171,8 +171,8 @@ __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
 }
 
 template <class Tile>
-__device__ __forceinline__ void flash_values(FlashState<Tile>& state,
-                                             const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const char* values) {
+__device__ __forceinline__ void flash_values(FlashState<Tile>& state, const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                             const char* values) {
   uint32_t p[Tile::kKeys / 16][Tile::kRowTiles][4];
   flash_pack<Tile>(p, s);
   flash_values<Tile>(state, p, values);

@@ -115,7 +115,8 @@ __device__ __forceinline__ void flash_negate(char* queries) {
 // The two halves of shared memory for blocks of K, or of V, that are taken in turn.
 template <class Tile, class Row>
 __device__ __forceinline__ void flash_copy_block(char* pair, int block, int columns, const Row& row_of) {
-  flash_copy_rows<Tile, Tile::kKeys>(pair + block % 2 * Tile::kKeyBytes, columns, [&](int row) { return row_of(block, row); });
+  flash_copy_rows<Tile, Tile::kKeys>(pair + block % 2 * Tile::kKeyBytes, columns,
+                                     [&](int row) { return row_of(block, row); });
 }
 
 }  // namespace cuda

@@ -11,7 +11,8 @@ namespace cuda {
 // warp has its own products, nothing runs beside anything and the result is the same. A block of K comes one turn before the
 // same block of V.
 template <class Tile>
-__device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys / 8][4], const char* queries, const char* keys) {
+__device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys / 8][4], const char* queries,
+                                                     const char* keys) {
 #if QEXPORT_WGMMA
   const char* const rows = queries + threadIdx.x / 128 * (64 * 128);
   wgmma_hold(s[0]);
@@ -23,7 +24,7 @@ __device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys /
   }
   wgmma_commit();
 #else
-  flash_products<Tile>(s, [&](uint32_t(&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); }, keys);
+  flash_products<Tile>(s, [&](uint32_t (&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); }, keys);
 #endif
 }
 template <class Tile>
@@ -61,8 +62,8 @@ __device__ __forceinline__ void flash_exchange() {
 }
 
 template <class Tile, class Blocks>
-__device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state, const char* queries, char* keys, char* values,
-                                                        int count, float factor, Blocks& blocks) {
+__device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state, const char* queries, char* keys,
+                                                        char* values, int count, float factor, Blocks& blocks) {
   static_assert(Tile::kRowTiles == 1 && Tile::kThreads % 128 == 0 && Tile::kHead % 64 == 0);
   const auto copy_key = [&](int block) {
     if (block >= count) return;
