@@ -26,8 +26,8 @@ struct QueryPlace {
   int64_t head, query;
 };
 
-// What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of the
-// cap.
+// What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of
+// the cap.
 __device__ __forceinline__ float capped_score(float x, float cap, float two_over_cap) {
   const float t = fast_exp2(fabsf(x) * -two_over_cap);
   return copysignf(cap * kLog2E * __fdividef(1.0f - t, 1.0f + t), x);
@@ -90,10 +90,12 @@ class ExactTile {
       count = static_cast<int>(int64_t{blocks} * (part + 1) / exact.parts) - begin;
     }
     const int64_t kv_head = first_head / job.group, past = job.params.past_len;
-    // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the buffer.
+    // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the
+    // buffer.
     const auto base = [&](const HeadRows& rows, int64_t back) {
       return reinterpret_cast<uintptr_t>(rows.data) +
-             sizeof(T) * static_cast<uintptr_t>(batch * rows.batch_stride + kv_head * rows.head_stride - back * rows.row_stride);
+             sizeof(T) *
+                 static_cast<uintptr_t>(batch * rows.batch_stride + kv_head * rows.head_stride - back * rows.row_stride);
     };
     key_past = base(job.tensors.past_key, 0), key_new = base(job.tensors.k, past);
     value_past = base(job.tensors.past_value, 0), value_new = base(job.tensors.v, past);
@@ -124,7 +126,8 @@ class ExactTile {
 
   __device__ __forceinline__ bool plain(int block) const {
     const int from = first + block * kKeys;
-    return from >= all_from && from + kKeys <= all_to && !launch->job.tensors.mask.data && launch->job.params.softcap == 0.0f;
+    return from >= all_from && from + kKeys <= all_to && !launch->job.tensors.mask.data &&
+           launch->job.params.softcap == 0.0f;
   }
 
   // Lays the mask of the tile into shared memory, as logarithms of base 2. Where all rows have the same, row 0 serves them.
@@ -187,8 +190,9 @@ class ExactTile {
                                                    int64_t stride) const {
     const int j = first + block * kKeys + row;
     if (j >= end) return nullptr;
-    return reinterpret_cast<const T*>(j < launch->job.params.past_len ? past + sizeof(T) * static_cast<uintptr_t>(j * past_stride)
-                                                                     : fresh + sizeof(T) * static_cast<uintptr_t>(j * stride));
+    return reinterpret_cast<const T*>(j < launch->job.params.past_len
+                                          ? past + sizeof(T) * static_cast<uintptr_t>(j * past_stride)
+                                          : fresh + sizeof(T) * static_cast<uintptr_t>(j * stride));
   }
 
   const ExactLaunch* launch;

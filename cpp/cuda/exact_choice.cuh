@@ -1,0 +1,118 @@
+// Which tile exact attention takes, and how a call is cut for it: by sizes and by the device.
+#pragma once
+
+#include <algorithm>
+
+#include "exact_tile.cuh"
+#include "simt.cuh"
+
+namespace qexport {
+namespace cuda {
+
+constexpr int kMostParts = 512;
+constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
+
+// 16-byte rows everywhere, so that they can be copied asynchronously.
+inline bool aligned_rows(const AttentionJob& job) {
+  const auto aligned = [](const HeadRows& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 && rows.head_stride % 8 == 0 &&
+           rows.row_stride % 8 == 0;
+  };
+  const QuantumAttentionTensors& t = job.tensors;
+  return job.params.head_size % 8 == 0 && job.params.v_head_size % 8 == 0 && aligned(t.q) && aligned(t.k) && aligned(t.v) &&
+         (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
+}
+
+template <class Tile_, template <class> class State_>
+struct Choice {
+  using Tile = Tile_;
+  template <class T>
+  using State = State_<T>;
+  static size_t shared_bytes(const AttentionJob& job) {
+    return Tile::kSharedBytes + ExactTile<typename Tile::T, Tile::kQueries, Tile::kKeys>::shared_bytes(job);
+  }
+};
+template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
+using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
+template <class T, int kHead>
+using Warpgroups = Choice<FlashTile<T, kHead, 1, 8, 128, 1, true>, FlashState>;
+template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
+using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
+template <class T_>
+struct Wide {
+  using T = T_;
+};
+
+// Heads that share K and V share tiles too where one head leaves a tile half empty.
+template <class Tile>
+int pack_of(const AttentionJob& job) {
+  return 2 * job.params.q_len <= Tile::kQueries ? static_cast<int>(job.group) : 1;
+}
+template <class Tile>
+int64_t tiles_of(const AttentionJob& job) {
+  return ceil_div<int64_t>(pack_of<Tile>(job) * job.params.q_len, Tile::kQueries);
+}
+// Blocks of threads, for each part of the keys.
+template <class Tile>
+int64_t blocks_of(const AttentionJob& job) {
+  return tiles_of<Tile>(job) * job.params.batch * (job.params.q_heads / pack_of<Tile>(job));
+}
+// Where the queries do not give every multiprocessor a block of threads, their keys are split.
+template <class Tile>
+int parts_of(const AttentionJob& job, const Device& device) {
+  const int64_t blocks = blocks_of<Tile>(job);
+  if (blocks == 0 || blocks >= device.multiprocessors) return 1;
+  const int64_t room = Tile::kBlocksPerProcessor * device.multiprocessors / blocks;
+  const int64_t most = ceil_div<int64_t>(job.total_len, kPartBlocks * Tile::kKeys);
+  return static_cast<int>(std::max<int64_t>(1, std::min({room, most, int64_t{kMostParts}})));
+}
+
+// Visits the large choice where it fills the card and fits into it, else the small one.
+template <class Large, class Small, class Visit>
+void visit_choice(const AttentionJob& job, const Device& device, const Visit& visit) {
+  const bool fits = Large::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes);
+  if (fits && blocks_of<typename Large::Tile>(job) >= device.multiprocessors) return visit(Large{});
+  if (Small::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes)) return visit(Small{});
+  visit(Wide<typename Small::Tile::T>{});
+}
+
+template <class T, class Visit>
+void choose_half(const AttentionJob& job, const Device& device, const Visit& visit) {
+  const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
+  if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
+    if (size > 32 && device.capability == 90) {
+      if (size <= 64) return visit_choice<Warpgroups<T, 64>, Flash<T, 64, 1, 3>>(job, device, visit);
+      return visit_choice<Warpgroups<T, 128>, Flash<T, 128, 1, 2>>(job, device, visit);
+    }
+    if (size <= 32) return visit_choice<Flash<T, 32, 2, 2>, Flash<T, 32, 1, 4>>(job, device, visit);
+    if (size <= 64) return visit_choice<Flash<T, 64, 2, 2>, Flash<T, 64, 1, 3>>(job, device, visit);
+    return visit_choice<Flash<T, 128, 2, 2>, Flash<T, 128, 1, 2>>(job, device, visit);
+  }
+  if (size <= 64) return visit_choice<Simt<T, 64, 2, 32, 3>, Simt<T, 64, 2, 32, 3>>(job, device, visit);
+  if (size <= 128) return visit_choice<Simt<T, 128, 2, 32, 3>, Simt<T, 128, 2, 32, 3>>(job, device, visit);
+  if (size <= 256) return visit_choice<Simt<T, 256, 2, 16, 2>, Simt<T, 256, 2, 16, 2>>(job, device, visit);
+  visit(Wide<T>{});
+}
+template <class Visit>
+void choose_float(const AttentionJob& job, const Device& device, const Visit& visit) {
+  const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
+  if (size <= 32) return visit_choice<Simt<float, 32, 8, 64, 2>, Simt<float, 32, 2, 32, 4>>(job, device, visit);
+  if (size <= 64) return visit_choice<Simt<float, 64, 8, 64, 2>, Simt<float, 64, 2, 32, 4>>(job, device, visit);
+  if (size <= 128) return visit_choice<Simt<float, 128, 8, 32, 2>, Simt<float, 128, 2, 32, 3>>(job, device, visit);
+  if (size <= 256) return visit_choice<Simt<float, 256, 2, 16, 2>, Simt<float, 256, 2, 16, 2>>(job, device, visit);
+  visit(Wide<float>{});
+}
+template <class Visit>
+void choose(const AttentionJob& job, const Device& device, const Visit& visit) {
+  switch (job.params.type) {
+    case DType::f16:
+      return choose_half<__half>(job, device, visit);
+    case DType::bf16:
+      return choose_half<__nv_bfloat16>(job, device, visit);
+    default:
+      return choose_float(job, device, visit);
+  }
+}
+
+}  // namespace cuda
+}  // namespace qexport

@@ -1,0 +1,123 @@
+// Tiles of flash attention: their shapes, what a thread holds of one, and how rows lie in shared memory.
+#pragma once
+
+#include "attention.cuh"
+#include "mma.cuh"
+
+namespace qexport {
+namespace cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// The shape of a tile. A warp computes 16 * kRowTiles queries and shares what it reads of K and V among them.
+template <class T_, int kHead_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocksPerProcessor_, bool kWarpgroups_ = false>
+struct FlashTile {
+  static constexpr bool kWarpgroups = kWarpgroups_;  // the products are those of warpgroups where they exist
+  using T = T_;
+  static constexpr int kHead = kHead_, kRowTiles = kRowTiles_, kKeys = kKeys_, kThreads = kWarps_ * kWarp;
+  static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
+  static constexpr int kQueries = 16 * kRowTiles * kWarps_;
+  static constexpr int kRowBytes = kHead * 2;
+  static constexpr int kQueryPanel = kWarpgroups ? kQueries : 0, kKeyPanel = kWarpgroups ? kKeys : 0;
+  static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
+  static constexpr int kSharedBytes = kQueryBytes + 4 * kKeyBytes;  // Q, and two blocks of K and of V
+};
+
+// What a thread holds of a tile: pairs of columns of some rows, not yet divided by the sum of their row.
+template <class Tile>
+struct FlashState {
+  static constexpr int kRows = 2 * Tile::kRowTiles, kPairs = Tile::kHead / 8;
+  float o[Tile::kRowTiles][kPairs][4];
+  float most[kRows];  // of the scores so far; the same on the four lanes of a row
+  float sum[kRows];   // of 2^(score - most); a part of it on each of the four lanes, until join_sums
+
+  __device__ __forceinline__ static int row(int i) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    return (warp * kRows + i) * 8 + lane / 4;
+  }
+  __device__ __forceinline__ static int column(int n) { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4); }
+  __device__ __forceinline__ float* pair(int i, int n) { return o[i / 2][n] + i % 2 * 2; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      most[i] = -kInf, sum[i] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kPairs; ++n) pair(i, n)[0] = pair(i, n)[1] = 0.0f;
+    }
+  }
+  __device__ __forceinline__ void join_sums() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 2);
+    }
+  }
+};
+
+// Rows of Q, K and V lie in shared memory one behind the other, permuted so that the same 16 bytes of eight rows that follow
+// each other fill all banks. With kPanelRows they lie in panels of 64 columns of so many rows, as warpgroups want them.
+template <int kHead>
+__device__ __forceinline__ int flash_turn(int row) {
+  return kHead >= 64 ? row & 7 : row >> 1 & 3;
+}
+template <int kHead, int kPanelRows = 0>
+__device__ __forceinline__ int flash_offset(int row, int chunk) {
+  constexpr int kChunks = kHead >= 64 ? 8 : 4;  // that are permuted among themselves
+  const int lane = (chunk % kChunks ^ flash_turn<kHead>(row)) << 4;
+  if (kPanelRows) return (chunk / kChunks * kPanelRows + row) * kChunks * 16 + lane;
+  return row * kHead * 2 + chunk / kChunks * kChunks * 16 + lane;
+}
+
+// What a lane gives to ldmatrix: chunk 2 k + half of row 16 n + row, as the sum of what is known to the compiler and little
+// that is not.
+template <int kHead, int kPanelRows>
+struct FlashLane {
+  static constexpr int kRowBytes = kPanelRows && kHead > 64 ? 128 : 2 * kHead;
+  int first, chunk;
+  __device__ __forceinline__ FlashLane(int row, int half)
+      : first(row * kRowBytes), chunk((half ^ flash_turn<kHead>(row)) << 4) {}
+  __device__ __forceinline__ int at(int n, int k) const {
+    constexpr int kChunks = kHead >= 64 ? 8 : 4;
+    return flash_offset<kHead, kPanelRows>(16 * n, 2 * k / kChunks * kChunks) + first + (chunk ^ (2 * k % kChunks << 4));
+  }
+};
+
+template <class Tile, int kRows, class Row, int kPanelRows = Tile::kWarpgroups ? kRows : 0>
+__device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
+  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kThreads / kChunks;
+  static_assert(Tile::kThreads % kChunks == 0);
+  const int first = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll
+  for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
+    const int row = i * kStep + first;
+    if (kRows % kStep && row >= kRows) break;
+    const typename Tile::T* from = row_of(row);
+    const bool valid = from && 8 * chunk < columns;
+    cp_async_16(shared + flash_offset<Tile::kHead, kPanelRows>(row, chunk), valid ? from + 8 * chunk : nullptr, valid);
+  }
+}
+
+// Negates what this thread has copied of Q.
+template <class Tile>
+__device__ __forceinline__ void flash_negate(char* queries) {
+  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kThreads / kChunks;
+#pragma unroll
+  for (int i = 0; i < ceil_div(Tile::kQueries, kStep); ++i) {
+    const int row = i * kStep + static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+    if (Tile::kQueries % kStep && row >= Tile::kQueries) break;
+    uint32_t* words = reinterpret_cast<uint32_t*>(queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(row, chunk));
+#pragma unroll
+    for (int w = 0; w < 4; ++w) words[w] ^= 0x80008000u;
+  }
+}
+
+// The two halves of shared memory for blocks of K, or of V, that are taken in turn.
+template <class Tile, class Row>
+__device__ __forceinline__ void flash_copy_block(char* pair, int block, int columns, const Row& row_of) {
+  flash_copy_rows<Tile, Tile::kKeys>(pair + block % 2 * Tile::kKeyBytes, columns,
+                                     [&](int row) { return row_of(block, row); });
+}
+
+}  // namespace cuda
+}  // namespace qexport

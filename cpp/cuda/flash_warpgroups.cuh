@@ -1,0 +1,109 @@
+// The loop of flash attention on warpgroups.
+#pragma once
+
+#include "flash_steps.cuh"
+#include "wgmma.cuh"
+
+namespace qexport {
+namespace cuda {
+
+// The loop of attend on warpgroups: the products of a block with V run beside the softmax of the next. Below sm_90a, where a
+// warp has its own products, nothing runs beside anything and the result is the same. A block of K comes one turn before the
+// same block of V.
+template <class Tile>
+__device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys / 8][4], const char* queries,
+                                                     const char* keys) {
+#if QEXPORT_WGMMA
+  const char* const rows = queries + threadIdx.x / 128 * (64 * 128);
+  wgmma_hold(s[0]);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Tile::kHead / 16; ++k) {
+    wgmma_keys(s[0], wgmma_matrix(rows + k / 4 * (Tile::kQueries * 128) + k % 4 * 32, 16),
+               wgmma_matrix(keys + k / 4 * (Tile::kKeys * 128) + k % 4 * 32, 16), k > 0, typename Tile::T{});
+  }
+  wgmma_commit();
+#else
+  flash_products<Tile>(s, [&](uint32_t (&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); }, keys);
+#endif
+}
+template <class Tile>
+__device__ __forceinline__ void flash_start_values(FlashState<Tile>& state, const uint32_t (&p)[Tile::kKeys / 16][1][4],
+                                                   const char* values) {
+#if QEXPORT_WGMMA
+  wgmma_hold(state.o[0]);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Tile::kKeys / 16; ++k) {
+    wgmma_values(state.o[0], p[k][0], wgmma_matrix(values + k * (16 * 128), Tile::kKeys * 128), typename Tile::T{});
+  }
+  wgmma_commit();
+#else
+  flash_values<Tile>(state, p, values);
+#endif
+}
+// Waits for what was started, but for the last kPending.
+template <int kPending, int kCount>
+__device__ __forceinline__ void flash_finish(float (&d)[kCount][4]) {
+#if QEXPORT_WGMMA
+  wgmma_wait<kPending>();
+  wgmma_hold(d);
+#else
+  (void)d;
+#endif
+}
+// Own copies have come and others may read them.
+__device__ __forceinline__ void flash_exchange() {
+  cp_async_wait<0>();
+#if QEXPORT_WGMMA
+  wgmma_shared_fence();
+#endif
+  __syncthreads();
+}
+
+template <class Tile, class Blocks>
+__device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state, const char* queries, char* keys,
+                                                        char* values, int count, float factor, Blocks& blocks) {
+  static_assert(Tile::kRowTiles == 1 && Tile::kThreads % 128 == 0 && Tile::kHead % 64 == 0);
+  const auto copy_key = [&](int block) {
+    if (block >= count) return;
+    flash_copy_block<Tile>(keys, block, blocks.head_size, [&](int b, int row) { return blocks.key(b, row); });
+  };
+  const auto copy_value = [&](int block) {
+    if (block >= count) return;
+    flash_copy_block<Tile>(values, block, blocks.v_head_size, [&](int b, int row) { return blocks.value(b, row); });
+  };
+  float s[1][Tile::kKeys / 8][4], fade[2];
+  uint32_t p[Tile::kKeys / 16][1][4];
+  cp_async_commit();
+  flash_exchange();
+  copy_key(1);
+  copy_value(0);
+  cp_async_commit();
+  flash_start_products<Tile>(s, queries, keys);
+  flash_finish<0>(s[0]);
+  float left = flash_scores<Tile>(s, factor, 0, blocks);
+  flash_weights<Tile>(state, s, left);
+  flash_pack<Tile>(p, s);
+  for (int block = 1; block < count; ++block) {
+    flash_exchange();  // K of this block and V of the one before are there, nobody reads those before any more
+    copy_key(block + 1);
+    copy_value(block);
+    cp_async_commit();
+    flash_start_products<Tile>(s, queries, keys + block % 2 * Tile::kKeyBytes);
+    flash_start_values(state, p, values + (block - 1) % 2 * Tile::kKeyBytes);
+    flash_finish<1>(s[0]);
+    left = flash_scores<Tile>(s, factor, block, blocks);
+    const bool moved = flash_move(state, s, left, fade);
+    flash_exp2(state, s, left);
+    flash_finish<0>(state.o[0]);
+    if (moved) flash_fade(state, fade);
+    flash_pack<Tile>(p, s);
+  }
+  flash_exchange();
+  flash_start_values(state, p, values + (count - 1) % 2 * Tile::kKeyBytes);
+  flash_finish<0>(state.o[0]);
+}
+
+}  // namespace cuda
+}  // namespace qexport
