@@ -190,7 +190,7 @@ size_t shared_limit(int capability) {
 // Where everything lies in scratch, and how the kernel is launched.
 struct RowPlan {
   size_t norm, mean, partial, order, count, centre, tree, entropy, allowed, budget, rows, total;
-  bool wide_keys, matrix_units, shared_rows;
+  bool wide_keys, matrix_units, shared_rows, fits;
   int64_t tile_rows, tiles, blocks;
   size_t shared_bytes;
 };
@@ -217,6 +217,7 @@ RowPlan plan_rows(const AttentionJob& job) {
   const size_t fixed = whole_lines(sizeof(RowTile)) + phase_bytes(p, plan.matrix_units);
   const int64_t row = row_pitch(job) * static_cast<int64_t>(sizeof(float));
   const int64_t fit = fixed < limit ? static_cast<int64_t>(limit - fixed) / row : 0;
+  plan.fits = fixed <= limit;
   plan.shared_rows = fit >= kFewestRows;
   plan.tile_rows = plan.shared_rows ? std::min<int64_t>(fit, kTileRows) : kTileRows;
   plan.shared_bytes = fixed + (plan.shared_rows ? static_cast<size_t>(plan.tile_rows * row) : 0);
@@ -272,6 +273,9 @@ void row_attention(Status& status, const AttentionJob& job, const HeadSamples& s
   const RowPlan plan = plan_rows(job);
   if (plan.tiles > INT32_MAX || job.total_len >= INT32_MAX) {
     return status.fail("batch * kv_heads * queries of QuantumAttention are too many for one launch; split the batch");
+  }
+  if (!plan.fits) {
+    return status.fail("v_head_size of QuantumAttention is too large for the shared memory of this GPU; use strategy exact");
   }
   char* base = static_cast<char*>(scratch);
   const auto floats = [&](size_t at) { return reinterpret_cast<float*>(base + at); };
