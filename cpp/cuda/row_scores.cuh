@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "row_chunk.cuh"
 #include "rows.cuh"
 
 namespace qexport {
@@ -57,39 +58,52 @@ struct ScoreTiles {
 __device__ __forceinline__ float dot4(float4 a, float4 b, float c) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, c))));
 }
+__device__ __forceinline__ void store_chunk(float* to, const float (&x)[kChunkRow], float factor) {
+  for (int e = 0; e < kChunkRow; e += 4) {
+    const float4 part = make_float4(x[e] * factor, x[e + 1] * factor, x[e + 2] * factor, x[e + 3] * factor);
+    *reinterpret_cast<float4*>(to + e) = part;
+  }
+}
 
 // acc[r][i] is scale q . k of row 4 * (thread / 128) + r and key j0 + thread % 128 + 128 * i, of `keys` keys from j0 on.
+// `wide`: rows of Q and K begin on 16 bytes.
 template <class T>
 __device__ __forceinline__ void tiled_products(const AttentionJob& job, const RowTile& tile, const JoinedRows<T>& all_keys,
-                                               int32_t j0, int keys, ScoreTiles& shared, float (&acc)[4][4]) {
+                                               int32_t j0, int keys, bool wide, ScoreTiles& shared, float (&acc)[4][4]) {
+  static_assert(kTileDims == 2 * kChunkRow && kTileKeys == kRowThreads, "every thread copies two chunks of keys");
   const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(job.params.head_size);
-  const int own_dim = thread % kTileDims, own_row = thread / kTileDims;  // of what this thread copies
+  const int own_dim = thread % 2 * kChunkRow, own_row = thread / 2;  // of what this thread copies, and half a tile on
   const float* k_rows = shared.k + thread % 128 * kTilePitch;
   const float* q_rows = shared.q + thread / 128 * 4 * kTilePitch;
   const T* q = own_row < tile.count ? query_row<T>(job, tile, own_row) : nullptr;
+  const T* k[2];
+  for (int i = 0; i < 2; ++i) k[i] = all_keys.row(j0 + min(own_row + i * kTileKeys / 2, keys - 1));
   for (int r = 0; r < 4; ++r) {
     for (int i = 0; i < 4; ++i) acc[r][i] = 0.0f;
   }
+  float next[2][kChunkRow], next_q[kChunkRow] = {};
+  const auto load = [&](int dim) {
+    for (int i = 0; i < 2; ++i) load_chunk(next[i], k[i], dim + own_dim, size, wide);
+    if (q) load_chunk(next_q, q, dim + own_dim, size, wide);
+  };
+  load(0);
   for (int first = 0; first < size; first += kTileDims) {
-    const int dim = first + own_dim;
     __syncthreads();
-    if (own_row < kTileRows) {
-      shared.q[own_row * kTilePitch + own_dim] = q && dim < size ? to_float(q[dim]) * job.params.scale : 0.0f;
+    for (int i = 0; i < 2; ++i) {
+      store_chunk(shared.k + (own_row + i * kTileKeys / 2) * kTilePitch + own_dim, next[i], 1.0f);
     }
-    for (int key = own_row; key < keys; key += kRowThreads / kTileDims) {
-      shared.k[key * kTilePitch + own_dim] = dim < size ? to_float(all_keys.row(j0 + key)[dim]) : 0.0f;
-    }
+    if (own_row < kTileRows) store_chunk(shared.q + own_row * kTilePitch + own_dim, next_q, job.params.scale);
     __syncthreads();
+    if (first + kTileDims < size) load(first + kTileDims);  // arrives during the products
     for (int x = 0; x < kTileDims; x += 4) {
-      float4 k[4];
+      float4 own[4];
       for (int i = 0; i < 4; ++i) {
-        // What lies behind the last key is read and not used.
-        if (128 * i < keys) k[i] = *reinterpret_cast<const float4*>(k_rows + 128 * i * kTilePitch + x);
+        if (128 * i < keys) own[i] = *reinterpret_cast<const float4*>(k_rows + 128 * i * kTilePitch + x);
       }
       for (int r = 0; r < 4; ++r) {
-        const float4 own = *reinterpret_cast<const float4*>(q_rows + r * kTilePitch + x);
+        const float4 query = *reinterpret_cast<const float4*>(q_rows + r * kTilePitch + x);
         for (int i = 0; i < 4; ++i) {
-          if (128 * i < keys) acc[r][i] = dot4(own, k[i], acc[r][i]);
+          if (128 * i < keys) acc[r][i] = dot4(query, own[i], acc[r][i]);
         }
       }
     }
@@ -97,7 +111,7 @@ __device__ __forceinline__ void tiled_products(const AttentionJob& job, const Ro
 }
 
 template <class T>
-__device__ __forceinline__ void tiled_scores(const ScoreSink<T>& sink, ScoreTiles& shared) {
+__device__ __forceinline__ void tiled_scores(const ScoreSink<T>& sink, bool wide, ScoreTiles& shared) {
   const AttentionJob& job = sink.job;
   const RowTile& tile = sink.tile;
   const JoinedRows<T> all_keys = joined_rows<T>(job, false, tile.batch, tile.kv_head);
@@ -105,7 +119,7 @@ __device__ __forceinline__ void tiled_scores(const ScoreSink<T>& sink, ScoreTile
   const int first_row = static_cast<int>(threadIdx.x) / 128 * 4, first_key = static_cast<int>(threadIdx.x) % 128;
   for (int32_t j0 = tile.begin; j0 < tile.end; j0 += kTileKeys) {
     float acc[4][4];
-    tiled_products<T>(job, tile, all_keys, j0, min(kTileKeys, last - j0), shared, acc);
+    tiled_products<T>(job, tile, all_keys, j0, min(kTileKeys, last - j0), wide, shared, acc);
     for (int r = 0; r < 4; ++r) {
       for (int i = 0; i < 4; ++i) {
         const int32_t j = j0 + first_key + 128 * i;
@@ -120,17 +134,6 @@ __device__ __forceinline__ void tiled_scores(const ScoreSink<T>& sink, ScoreTile
 // --- In half types: 16 rows x 8 keys x 16 elements at a time on the matrix units.
 
 constexpr int kUnitKeys = 32;  // of a warp at a time
-
-// Whether every row of Q and K comes in whole pieces of 16 bytes, a quarter of it for each lane of four.
-template <class T>
-inline bool fits_matrix_units(const AttentionJob& job) {
-  const QuantumAttentionTensors& t = job.tensors;
-  const auto whole = [](const HeadRows& rows) {
-    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 && rows.head_stride % 8 == 0 &&
-           rows.row_stride % 8 == 0;
-  };
-  return sizeof(T) == 2 && job.params.head_size % 32 == 0 && whole(t.k) && (job.params.past_len == 0 || whole(t.past_key));
-}
 
 // Products do not care about the order of the elements, so each of four lanes takes a run of head_size / 4 of them, which it
 // can read in wide loads: element x of the product of step s (16 wide) is element quarter(x) * head_size / 4 + 4 s +

@@ -160,12 +160,13 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
     if constexpr (sizeof(T) == 2) {
       if (work.matrix_units) matrix_scores<T>(sink, reinterpret_cast<uint32_t*>(phase));
     }
-    if (sizeof(T) == 4 || !work.matrix_units) tiled_scores<T>(sink, *reinterpret_cast<ScoreTiles*>(phase));
+    if (sizeof(T) == 4 || !work.matrix_units) tiled_scores<T>(sink, work.wide_keys, *reinterpret_cast<ScoreTiles*>(phase));
     __syncthreads();
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
     if (scores_alone || warp >= tile.count) continue;
     Gather gather{};
     gather.size = static_cast<int>(p.v_head_size);
+    gather.pairs = work.wide_values;
     gather.key = reinterpret_cast<int32_t*>(phase + warp * (2 * kWaiting + gather.size));
     gather.weight = reinterpret_cast<float*>(gather.key) + kWaiting;
     gather.out = gather.weight + kWaiting;
@@ -189,7 +190,7 @@ size_t shared_limit(int capability) {
 // Where everything lies in scratch, and how the kernel is launched.
 struct RowPlan {
   size_t norm, mean, partial, order, count, centre, tree, entropy, allowed, budget, rows, total;
-  bool matrix_units, shared_rows;
+  bool wide_keys, matrix_units, shared_rows, fits;
   int64_t tile_rows, tiles, blocks;
   size_t shared_bytes;
 };
@@ -197,23 +198,32 @@ struct RowPlan {
 // With fewer rows in a tile than this, keys are read so often that their scores are better in global memory.
 constexpr int64_t kFewestRows = 6;
 
+bool rows_on_16_bytes(const AttentionJob& job, const HeadRows& rows) {
+  return starts_on_16_bytes(rows, job.params.type == DType::f32 ? 4 : 2);
+}
+bool joined_on_16_bytes(const AttentionJob& job, const HeadRows& fresh, const HeadRows& past) {
+  return rows_on_16_bytes(job, fresh) && (job.params.past_len == 0 || rows_on_16_bytes(job, past));
+}
+
 RowPlan plan_rows(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
   Status status;
   const Device device = current_device(status);
   RowPlan plan{};
-  plan.matrix_units = device.capability >= 80 && p.type != DType::f32 && fits_matrix_units<__half>(job);
+  const QuantumAttentionTensors& t = job.tensors;
+  plan.wide_keys = rows_on_16_bytes(job, t.q) && joined_on_16_bytes(job, t.k, t.past_key);
+  plan.matrix_units = device.capability >= 80 && p.type != DType::f32 && plan.wide_keys && p.head_size % 32 == 0;
   const size_t limit = shared_limit(device.capability) - 1024;  // which the system takes for every block
   const size_t fixed = whole_lines(sizeof(RowTile)) + phase_bytes(p, plan.matrix_units);
   const int64_t row = row_pitch(job) * static_cast<int64_t>(sizeof(float));
   const int64_t fit = fixed < limit ? static_cast<int64_t>(limit - fixed) / row : 0;
+  plan.fits = fixed <= limit;
   plan.shared_rows = fit >= kFewestRows;
   plan.tile_rows = plan.shared_rows ? std::min<int64_t>(fit, kTileRows) : kTileRows;
   plan.shared_bytes = fixed + (plan.shared_rows ? static_cast<size_t>(plan.tile_rows * row) : 0);
   plan.tiles = p.batch * p.kv_heads * ceil_div<int64_t>(job.group * p.q_len, plan.tile_rows);
   // Scores in global memory should stay in the second cache: no more of them than one block per multiprocessor has.
-  const int64_t per_processor = plan.shared_rows && 2 * plan.shared_bytes + 1024 <= limit ? 2 : 1;
-  plan.blocks = std::min<int64_t>(plan.tiles, per_processor * device.multiprocessors);
+  plan.blocks = plan.shared_rows ? plan.tiles : std::min<int64_t>(plan.tiles, device.multiprocessors);
   const auto take = [&](bool needed, size_t bytes) {
     const size_t at = plan.total;
     plan.total += needed ? (bytes + 255) / 256 * 256 : 0;
@@ -261,6 +271,12 @@ size_t row_attention_scratch_bytes(const AttentionJob& job) { return plan_rows(j
 
 void row_attention(Status& status, const AttentionJob& job, const HeadSamples& samples, void* scratch, void* stream) {
   const RowPlan plan = plan_rows(job);
+  if (plan.tiles > INT32_MAX || job.total_len >= INT32_MAX) {
+    return status.fail("batch * kv_heads * queries of QuantumAttention are too many for one launch; split the batch");
+  }
+  if (!plan.fits) {
+    return status.fail("v_head_size of QuantumAttention is too large for the shared memory of this GPU; use strategy exact");
+  }
   char* base = static_cast<char*>(scratch);
   const auto floats = [&](size_t at) { return reinterpret_cast<float*>(base + at); };
   RowWork work{};
@@ -268,7 +284,9 @@ void row_attention(Status& status, const AttentionJob& job, const HeadSamples& s
   work.samples = samples;
   work.row_pitch = static_cast<int32_t>(row_pitch(job));
   work.tile_rows = static_cast<int32_t>(plan.tile_rows);
+  work.wide_keys = plan.wide_keys;
   work.matrix_units = plan.matrix_units;
+  work.wide_values = job.params.v_head_size % 2 == 0 && joined_on_16_bytes(job, job.tensors.v, job.tensors.past_value);
   work.tiles = plan.tiles;
   if (!plan.shared_rows) work.rows = floats(plan.rows);
   if (!samples_rows(job)) return run_rows(status, plan, work, RowPass::scores, stream);

@@ -34,7 +34,8 @@ struct RowWork {
   float* rows;                 // (blocks, tile_rows, row_pitch): scores, or null: they are in shared memory
   int64_t tiles;
   int32_t tile_rows, row_pitch;
-  bool matrix_units;  // may be used for the scores
+  bool wide_keys, wide_values;  // the rows of Q and K, and those of V, may be read in wide loads
+  bool matrix_units;            // may be used for the scores
 };
 
 // Clusters of values, where `hybrid` reads their means for the keys that it does not read.
