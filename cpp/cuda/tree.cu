@@ -49,8 +49,8 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   };
   take(tree.order, all * kCluster * 4);
   take(tree.count, heads * tree.chunks * 4);
-  take(tree.keys, all * kCluster * p.head_size * 2);
-  take(tree.values, all * kCluster * p.v_head_size * 2);
+  take(tree.keys, heads * tree.stored() * kCluster * p.head_size * 2);
+  take(tree.values, heads * tree.stored() * kCluster * p.v_head_size * 2);
   take(tree.mean_key, all * p.head_size * 2);
   take(tree.mean_value, all * p.v_head_size * 2);
   take(tree.variance, all * p.head_size * 2);
@@ -117,10 +117,7 @@ bool tree_applies(const AttentionJob& job, const int64_t* num_samples, int64_t n
   Status status;
   if (p.type == DType::f32 || current_device(status).capability < 80 || !status.ok()) return false;
   if (p.head_size % 8 || p.v_head_size % 8 || p.head_size > kMostHead || p.v_head_size > kMostHead) return false;
-  // Rows are copied 16 bytes at a time; those of K and V that are not in clusters too.
-  const auto aligned = [](const HeadRows& rows) { return !rows.data || starts_on_16_bytes(rows, 2); };
-  if (!aligned(t.q)) return false;
-  if (p.is_causal && !(aligned(t.k) && aligned(t.v) && aligned(t.past_key) && aligned(t.past_value))) return false;
+  if (!starts_on_16_bytes(t.q, 2)) return false;  // rows are copied 16 bytes at a time
   // What a mask holds is not known here: one that is the same for all queries and heads drops keys from the tree.
   const bool drops_keys = t.mask.type == DType::boolean && t.mask.head_stride == 0 && t.mask.query_stride == 0;
   if (t.mask.data && (!drops_keys || p.is_causal)) return false;

@@ -37,14 +37,16 @@ __host__ __device__ __forceinline__ int most_shared(int budget) { return 4 * bud
 struct TreeLaunch {
   AttentionJob job;
   HeadSamples samples;
-  bool shares;                  // the tiles of a batch item share one budget
-  int64_t chunks;               // of a head
-  int64_t clusters;             // of a head, with and without keys
-  int64_t tiles;                // of a place
-  int64_t parts;                // of the sum that a slope is: a cluster each, or the clusters of a chunk
-  int32_t* order;               // (heads, kCluster * clusters)
-  int32_t* count;               // (heads, chunks)
-  void *keys, *values;          // (heads, kCluster * clusters, size), zeros where there is no key
+  bool shares;       // the tiles of a batch item share one budget
+  int64_t chunks;    // of a head
+  int64_t clusters;  // of a head, with and without keys
+  int64_t tiles;     // of a place
+  int64_t parts;     // of the sum that a slope is: a cluster each, or the clusters of a chunk
+  int32_t* order;    // (heads, kCluster * clusters)
+  int32_t* count;    // (heads, chunks)
+  // (heads, stored, kCluster, size), zeros where there is no key: the clusters; under a causal mask then the keys as they
+  // come.
+  void *keys, *values;
   void *mean_key, *mean_value;  // (heads, clusters, size)
   __nv_bfloat16* variance;      // (heads, clusters, head_size), of each element of the keys
   float* spread;                // (heads, clusters): mean |v - mean v|^2
@@ -63,6 +65,7 @@ struct TreeLaunch {
 
   __host__ __device__ __forceinline__ int64_t heads() const { return job.params.batch * job.params.kv_heads; }
   __host__ __device__ __forceinline__ int64_t places() const { return job.params.batch * job.params.q_heads; }
+  __host__ __device__ __forceinline__ int64_t stored() const { return (job.params.is_causal ? 2 : 1) * clusters; }
   // Clusters that num_samples buys a tile of a place.
   __device__ __forceinline__ int bought(int64_t place) const {
     const int64_t samples = this->samples.of(place % job.params.q_heads);
@@ -88,7 +91,9 @@ struct TreeLaunch {
     return max(0, min(count[head * chunks + c / in_chunk] - c % in_chunk * kCluster, kCluster));
   }
   // Tile in the middle of one of kProbes equal parts of a head.
-  __device__ __forceinline__ int64_t probe_tile(int probe) const { return tiles * (2 * probe + 1) / (2 * kProbes); }
+  __device__ __forceinline__ int probe_tile(int probe) const {
+    return static_cast<int>(tiles * (2 * probe + 1) / (2 * kProbes));
+  }
 };
 
 // Fills keys to slopes from order and count; tree_summary.cu.

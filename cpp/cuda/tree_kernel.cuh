@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
   if (step == TreeStep::again && !tree.again[place]) return;
   if (audit && budget >= tree.clusters) return;
   // Later queries see more keys under a causal mask: the longest work first.
-  const int64_t tile = probe   ? tree.probe_tile(index)
-                       : trial ? tree.probe_tile(kProbes - 1 - index / tree.trials)
-                       : audit ? 0
-                               : tree.tiles - 1 - index;
+  const int tile = probe   ? tree.probe_tile(index)
+                   : trial ? tree.probe_tile(kProbes - 1 - index / tree.trials)
+                   : audit ? 0
+                           : static_cast<int>(tree.tiles) - 1 - index;
   TreeRowBlock<Tile> block(tree, place, tile, audit);
   FlashState<typename Tile::Flash> state;
   state.clear();
