@@ -106,33 +106,35 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
                    : audit ? 0
                            : static_cast<int>(tree.tiles) - 1 - index;
   TreeRowBlock<Tile> block(tree, place, tile, audit);
-  FlashState<typename Tile::Flash> state;
-  state.clear();
   budget = min(budget, block.candidates);
   bool all = audit || step == TreeStep::again || (!probe && budget == block.candidates);
   if (!all) {
     load_queries(block);
     RowWeights<Tile> weights;
     weights.clear();
-    // A pass computes the weights again: kept, they would be queries x clusters.
-    for (int pass = 0; pass < 3 && !all; ++pass) {
-      for_summaries(block, pass == 2, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char* values) {
+    // A pass computes the weights of clusters again: kept, they would be queries x clusters.
+    for (int pass = 0; pass < 2; ++pass) {
+      for_summaries(block, false, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char*) {
         if (pass == 0) {
           weights.add(s);
-        } else if (pass == 1) {
-          score_clusters(block, i, s, s2, weights, probe ? tree.probe_score + blockIdx.x * tree.clusters : nullptr);
         } else {
-          attend_centroids(block, i, s, values, state);
+          score_clusters(block, i, s, s2, weights, probe ? tree.probe_score + blockIdx.x * tree.clusters : nullptr);
         }
       });
       if (pass == 0) weights.finish(block.rows);
-      if (pass != 1) continue;
-      __syncthreads();
-      budget = probe ? 0 : min(tile_budget(block, budget), block.candidates);
-      all = !probe && budget == block.candidates;
-      if (!all) choose_clusters(block, budget);
     }
-    if (!all) add_slope(block, state);
+    __syncthreads();
+    budget = probe ? 0 : min(tile_budget(block, budget), block.candidates);
+    all = !probe && budget == block.candidates;
+    if (!all) choose_clusters(block, budget);
+  }
+  FlashState<typename Tile::Flash> state;
+  state.clear();
+  if (!all) {
+    for_summaries(block, true, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>&, const char* values) {
+      attend_centroids(block, i, s, values, state);
+    });
+    add_slope(block, state);
   }
   if (!probe) {
     __syncthreads();
