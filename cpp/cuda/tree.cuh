@@ -4,6 +4,7 @@
 
 #include "attention.cuh"
 #include "balanced_tree.cuh"
+#include "qexport/philox.h"
 
 namespace qexport {
 namespace cuda {
@@ -14,7 +15,19 @@ constexpr int kTreeChunk = 512;  // under a causal mask no cluster reaches over 
 constexpr int kChunkClusters = kTreeChunk / kCluster;
 constexpr int kSlopeParts = 64;  // the slope is taken from about so many clusters, evenly spaced
 constexpr int kProbes = 3;       // tiles of a head that are looked at before its budget is settled
+constexpr int kTrials = 2;       // tiles of a head that are tried for a tolerance
+constexpr int kAuditRows = 128;  // rows of a head that are computed exactly to measure its error
+static_assert(kAuditRows <= kTreeRows);
 constexpr int kSummaryThreads = 256;
+
+// What a start of the kernel of tiles computes, and for what.
+enum class TreeStep {
+  probes,  // the scores of tiles that are looked at, and the norm of what centroids alone give
+  trials,  // the output of tiles that are tried, with growing budgets and exactly
+  tiles,   // the output
+  audits,  // parts of the exact output of some rows
+  again,   // the output, exactly, of the heads that missed the tolerance
+};
 
 // A tile that shares reads at least and at most so many clusters.
 __host__ __device__ __forceinline__ int least_shared(int budget) { return (budget + 3) / 4; }
@@ -24,14 +37,16 @@ __host__ __device__ __forceinline__ int most_shared(int budget) { return 4 * bud
 struct TreeLaunch {
   AttentionJob job;
   HeadSamples samples;
-  bool shares;                  // the tiles of a batch item share one budget
-  int64_t chunks;               // of a head
-  int64_t clusters;             // of a head, with and without keys
-  int64_t tiles;                // of a place
-  int64_t parts;                // of the sum that a slope is: a cluster each, or the clusters of a chunk
-  int32_t* order;               // (heads, kCluster * clusters)
-  int32_t* count;               // (heads, chunks)
-  void *keys, *values;          // (heads, kCluster * clusters, size), zeros where there is no key
+  bool shares;       // the tiles of a batch item share one budget
+  int64_t chunks;    // of a head
+  int64_t clusters;  // of a head, with and without keys
+  int64_t tiles;     // of a place
+  int64_t parts;     // of the sum that a slope is: a cluster each, or the clusters of a chunk
+  int32_t* order;    // (heads, kCluster * clusters)
+  int32_t* count;    // (heads, chunks)
+  // (heads, stored, kCluster, size), zeros where there is no key: the clusters; under a causal mask then the keys as they
+  // come.
+  void *keys, *values;
   void *mean_key, *mean_value;  // (heads, clusters, size)
   __nv_bfloat16* variance;      // (heads, clusters, head_size), of each element of the keys
   float* spread;                // (heads, clusters): mean |v - mean v|^2
@@ -40,11 +55,35 @@ struct TreeLaunch {
   float* threshold;             // (places): score from which on a cluster is read
   float* probe_score;           // (places, kProbes, clusters)
   float* probe_norm;            // (places, kProbes)
+  int trials;                   // budgets that are tried: those of num_samples, doubled, and all clusters
+  float* trial_output;          // (places, kTrials, trials, kTreeRows, v_head_size)
+  int32_t* budget;              // (places): clusters that a tile reads
+  int audit_parts;              // of the keys
+  float* audit_output;          // (places, audit_parts, kTreeRows, v_head_size), not divided by the sum
+  float* audit_stats;           // (places, audit_parts, kTreeRows, 2): maximum of the scores, and sum
+  int32_t* again;               // (places): 1 where the head missed the tolerance
 
   __host__ __device__ __forceinline__ int64_t heads() const { return job.params.batch * job.params.kv_heads; }
   __host__ __device__ __forceinline__ int64_t places() const { return job.params.batch * job.params.q_heads; }
+  __host__ __device__ __forceinline__ int64_t stored() const { return (job.params.is_causal ? 2 : 1) * clusters; }
+  // Clusters that num_samples buys a tile of a place.
+  __device__ __forceinline__ int bought(int64_t place) const {
+    const int64_t samples = this->samples.of(place % job.params.q_heads);
+    return static_cast<int>(min(ceil_div(samples, int64_t{kCluster}), clusters));
+  }
   __device__ __forceinline__ int chunk_clusters() const {
     return job.params.is_causal ? kChunkClusters : static_cast<int>(clusters);
+  }
+  // Row of a head that is audited, one at random in each of kAuditRows equal parts of its queries (or each of fewer).
+  __device__ __forceinline__ int audit_row(int64_t place, int part) const {
+    const int64_t rows = min(job.params.q_len, int64_t{kAuditRows}), n = job.params.q_len;
+    const int64_t begin = part * n / rows, end = (part + 1) * n / rows;
+    const uint64_t seed = seed_of(job);
+    const PhiloxBlock random =
+        philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                   {{job.params.layer, static_cast<uint32_t>(place), static_cast<uint32_t>(part), 2}});
+    return static_cast<int>(begin +
+                            static_cast<int64_t>(uint64_t{random.word[0]} * static_cast<uint64_t>(end - begin) >> 32));
   }
   // Keys of cluster c, which fill its first rows.
   __device__ __forceinline__ int cluster_rows(int64_t head, int c) const {
@@ -52,11 +91,19 @@ struct TreeLaunch {
     return max(0, min(count[head * chunks + c / in_chunk] - c % in_chunk * kCluster, kCluster));
   }
   // Tile in the middle of one of kProbes equal parts of a head.
-  __device__ __forceinline__ int64_t probe_tile(int probe) const { return tiles * (2 * probe + 1) / (2 * kProbes); }
+  __device__ __forceinline__ int probe_tile(int probe) const {
+    return static_cast<int>(tiles * (2 * probe + 1) / (2 * kProbes));
+  }
 };
 
 // Fills keys to slopes from order and count; tree_summary.cu.
-void summarise_clusters(Status& status, const TreeLaunch& launch, void* stream);
+void summarise_clusters(Status& status, const TreeLaunch& tree, void* stream);
+
+// What is settled between two starts of the kernel of tiles; tree_settle.cu. Thresholds from probes, budgets from trials,
+// errors and `again` from audits.
+void settle_thresholds(Status& status, const TreeLaunch& tree, void* stream);
+void settle_budgets(Status& status, const TreeLaunch& tree, void* stream);
+void settle_errors(Status& status, const TreeLaunch& tree, void* stream);
 
 }  // namespace cuda
 }  // namespace qexport

@@ -6,15 +6,14 @@ namespace qexport {
 namespace cuda {
 namespace {
 
-// The rows of one cluster, from K or from V: copied to `to`, and their moments to `arrays`.
-template <class T>
-__device__ void gather_rows(const TreeLaunch& launch, bool values, int64_t head, const int32_t* members, int rows, T* to,
-                            bool aligned, NodeShared<T>& node, const NodeArrays& arrays, int width) {
-  const QuantumAttentionParams& p = launch.job.params;
+// Up to kCluster rows of K or of V: node.rows points to them, and they are copied to `to`, zeros behind them.
+template <class T, class RowOf>
+__device__ void copy_rows(const TreeLaunch& tree, bool values, int64_t head, int rows, RowOf row_of_place, T* to,
+                          bool aligned, NodeShared<T>& node) {
+  const QuantumAttentionParams& p = tree.job.params;
   const int size = static_cast<int>(values ? p.v_head_size : p.head_size), thread = static_cast<int>(threadIdx.x);
-  if (thread < kCluster) {
-    const int32_t j = members[min(thread, rows - 1)];
-    node.rows[thread] = key_row<T>(launch.job, values, head / p.kv_heads, head % p.kv_heads, j);
+  if (thread < rows) {
+    node.rows[thread] = key_row<T>(tree.job, values, head / p.kv_heads, head % p.kv_heads, row_of_place(thread));
   }
   __syncthreads();
   for (int i = thread / kRowThreads; i < kCluster; i += kRowsAtOnce) {
@@ -27,72 +26,85 @@ __device__ void gather_rows(const TreeLaunch& launch, bool values, int64_t head,
       *reinterpret_cast<uint4*>(to + int64_t{i} * size + x) = *reinterpret_cast<const uint4*>(stored);
     }
   }
-  row_moments(node, arrays, rows, size, width, aligned);
 }
 
+// One block of threads for each block of rows that is stored.
 template <class T>
 __global__ void __launch_bounds__(kNodeThreads)
-    gather_clusters(const __grid_constant__ TreeLaunch launch, bool keys_aligned, bool values_aligned) {
+    store_rows(const __grid_constant__ TreeLaunch tree, bool keys_aligned, bool values_aligned) {
   __shared__ NodeShared<T> node;
-  const QuantumAttentionParams& p = launch.job.params;
-  const int64_t at = blockIdx.x, head = at / launch.clusters;
-  const int rows = launch.cluster_rows(head, static_cast<int>(at % launch.clusters));
+  const QuantumAttentionParams& p = tree.job.params;
+  const int64_t stored = blockIdx.x, head = stored / tree.stored();
+  const int c = static_cast<int>(stored % tree.stored()), d = static_cast<int>(p.head_size);
+  const int dv = static_cast<int>(p.v_head_size), width = node_width(max(d, dv));
+  T* const keys = static_cast<T*>(tree.keys) + stored * kCluster * d;
+  T* const values = static_cast<T*>(tree.values) + stored * kCluster * dv;
+  if (c >= tree.clusters) {  // as they come
+    const int64_t* nonpad = tree.job.tensors.nonpad_kv_seqlen;
+    const int64_t first = (c - tree.clusters) * kCluster, end = nonpad ? nonpad[head / p.kv_heads] : tree.job.total_len;
+    const int rows = static_cast<int>(max(int64_t{0}, min(min(end, tree.job.total_len) - first, int64_t{kCluster})));
+    const auto natural = [&](int i) { return first + i; };
+    copy_rows(tree, false, head, rows, natural, keys, keys_aligned, node);
+    __syncthreads();
+    return copy_rows(tree, true, head, rows, natural, values, values_aligned, node);
+  }
+  const int rows = tree.cluster_rows(head, c);
   if (rows == 0) return;  // nobody reads it
-  const int d = static_cast<int>(p.head_size), dv = static_cast<int>(p.v_head_size), width = node_width(max(d, dv));
   const NodeArrays arrays = node_arrays(dynamic_shared<float>(), width);
-  const int32_t* members = launch.order + at * kCluster;
+  const int64_t at = head * tree.clusters + c;
+  const auto member = [&](int i) { return tree.order[at * kCluster + i]; };
   const float share = 1.0f / static_cast<float>(rows);
-  gather_rows(launch, false, head, members, rows, static_cast<T*>(launch.keys) + at * kCluster * d, keys_aligned, node,
-              arrays, width);
+  copy_rows(tree, false, head, rows, member, keys, keys_aligned, node);
+  row_moments(node, arrays, rows, d, width, keys_aligned);
   for (int x = static_cast<int>(threadIdx.x); x < d; x += kNodeThreads) {
-    static_cast<T*>(launch.mean_key)[at * d + x] = from_float<T>(arrays.mean[x]);
-    launch.variance[at * d + x] = from_float<__nv_bfloat16>(fmaxf(arrays.direction[x] * share, 0.0f));
+    static_cast<T*>(tree.mean_key)[at * d + x] = from_float<T>(arrays.mean[x]);
+    tree.variance[at * d + x] = from_float<__nv_bfloat16>(fmaxf(arrays.direction[x] * share, 0.0f));
   }
   __syncthreads();
-  gather_rows(launch, true, head, members, rows, static_cast<T*>(launch.values) + at * kCluster * dv, values_aligned, node,
-              arrays, width);
+  copy_rows(tree, true, head, rows, member, values, values_aligned, node);
+  row_moments(node, arrays, rows, dv, width, values_aligned);
   float spread = 0.0f;
   for (int x = static_cast<int>(threadIdx.x); x < dv; x += kNodeThreads) {
-    static_cast<T*>(launch.mean_value)[at * dv + x] = from_float<T>(arrays.mean[x]);
+    static_cast<T*>(tree.mean_value)[at * dv + x] = from_float<T>(arrays.mean[x]);
     spread += fmaxf(arrays.direction[x] * share, 0.0f);
   }
   spread = block_sum(spread, node.parts);
-  if (threadIdx.x == 0) launch.spread[at] = spread;
+  if (threadIdx.x == 0) tree.spread[at] = spread;
 }
 
 // The clusters whose rows part `part` of the slopes sums over: every `step`-th from `first` to before `end`.
 struct SlopeClusters {
   int first, end, step;
 };
-__device__ SlopeClusters slope_clusters(const TreeLaunch& launch, int64_t head, int part) {
-  if (launch.job.params.is_causal) {
+__device__ SlopeClusters slope_clusters(const TreeLaunch& tree, int64_t head, int part) {
+  if (tree.job.params.is_causal) {
     const int first = part * kChunkClusters;
-    return {first, min(first + kChunkClusters, static_cast<int>(launch.clusters)), 2};
+    return {first, min(first + kChunkClusters, static_cast<int>(tree.clusters)), 2};
   }
-  const int used = ceil_div(launch.count[head], kCluster), step = max(1, ceil_div(used, kSlopeParts));
+  const int used = ceil_div(tree.count[head], kCluster), step = max(1, ceil_div(used, kSlopeParts));
   return {part * step, min(part * step + 1, used), 1};
 }
 
 // slope_parts = sum of (k - mean k) (v - mean v)' over the rows of a part. Threads compute four by four elements.
 template <class T>
-__global__ void __launch_bounds__(kSummaryThreads) sum_slope_parts(const __grid_constant__ TreeLaunch launch) {
+__global__ void __launch_bounds__(kSummaryThreads) sum_slope_parts(const __grid_constant__ TreeLaunch tree) {
   constexpr int kSquare = 4;
-  const QuantumAttentionParams& p = launch.job.params;
-  const int64_t head = blockIdx.x / launch.parts;
+  const QuantumAttentionParams& p = tree.job.params;
+  const int64_t head = blockIdx.x / tree.parts;
   const int d = static_cast<int>(p.head_size), dv = static_cast<int>(p.v_head_size);
-  float* const sum = launch.slope_parts + int64_t{blockIdx.x} * d * dv;
+  float* const sum = tree.slope_parts + int64_t{blockIdx.x} * d * dv;
   float* const k = dynamic_shared<float>();  // (kCluster, d), (kCluster, dv)
   float* const v = k + kCluster * d;
-  const SlopeClusters part = slope_clusters(launch, head, static_cast<int>(blockIdx.x % launch.parts));
+  const SlopeClusters part = slope_clusters(tree, head, static_cast<int>(blockIdx.x % tree.parts));
   bool started = false;
   for (int c = part.first; c < part.end; c += part.step) {
-    const int rows = launch.cluster_rows(head, c);
+    const int rows = tree.cluster_rows(head, c);
     if (rows == 0) continue;
-    const int64_t at = head * launch.clusters + c;
-    const T *keys = static_cast<const T*>(launch.keys) + at * kCluster * d,
-            *mean_key = static_cast<const T*>(launch.mean_key) + at * d;
-    const T *values = static_cast<const T*>(launch.values) + at * kCluster * dv,
-            *mean_value = static_cast<const T*>(launch.mean_value) + at * dv;
+    const int64_t at = head * tree.clusters + c, stored = head * tree.stored() + c;
+    const T *keys = static_cast<const T*>(tree.keys) + stored * kCluster * d,
+            *mean_key = static_cast<const T*>(tree.mean_key) + at * d;
+    const T *values = static_cast<const T*>(tree.values) + stored * kCluster * dv,
+            *mean_value = static_cast<const T*>(tree.mean_value) + at * dv;
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < rows * d; i += kSummaryThreads) {
       k[i] = to_float(keys[i]) - to_float(mean_key[i % d]);
@@ -131,19 +143,19 @@ __global__ void __launch_bounds__(kSummaryThreads) sum_slope_parts(const __grid_
 
 // The slope of a head; under a causal mask one for each chunk, from the parts before it.
 template <class T>
-__global__ void __launch_bounds__(kSummaryThreads) mean_slopes(const __grid_constant__ TreeLaunch launch) {
-  const QuantumAttentionParams& p = launch.job.params;
+__global__ void __launch_bounds__(kSummaryThreads) mean_slopes(const __grid_constant__ TreeLaunch tree) {
+  const QuantumAttentionParams& p = tree.job.params;
   const int64_t elements = p.head_size * p.v_head_size, blocks = ceil_div<int64_t>(elements, kSummaryThreads);
   const int64_t head = blockIdx.x / blocks, element = blockIdx.x % blocks * kSummaryThreads + threadIdx.x;
   if (element >= elements) return;
-  T* const slopes = static_cast<T*>(launch.slopes) + head * (p.is_causal ? launch.chunks : 1) * elements + element;
+  T* const slopes = static_cast<T*>(tree.slopes) + head * (p.is_causal ? tree.chunks : 1) * elements + element;
   float sum = 0.0f;
   int64_t keys = 0;
-  for (int part = 0; part < launch.parts; ++part) {
+  for (int part = 0; part < tree.parts; ++part) {
     if (p.is_causal) slopes[part * elements] = from_float<T>(keys ? sum / static_cast<float>(keys) : 0.0f);
-    const SlopeClusters clusters = slope_clusters(launch, head, part);
-    for (int c = clusters.first; c < clusters.end; c += clusters.step) keys += launch.cluster_rows(head, c);
-    sum += launch.slope_parts[(head * launch.parts + part) * elements + element];
+    const SlopeClusters clusters = slope_clusters(tree, head, part);
+    for (int c = clusters.first; c < clusters.end; c += clusters.step) keys += tree.cluster_rows(head, c);
+    sum += tree.slope_parts[(head * tree.parts + part) * elements + element];
   }
   if (!p.is_causal) *slopes = from_float<T>(keys ? sum / static_cast<float>(keys) : 0.0f);
 }
@@ -158,7 +170,7 @@ void summarise(Status& status, const TreeLaunch& tree, void* stream) {
   const int64_t size = p.head_size + p.v_head_size, elements = p.head_size * p.v_head_size;
   const size_t arrays =
       sizeof(float) * kNodeArrayRows * node_width(p.head_size > p.v_head_size ? p.head_size : p.v_head_size);
-  launch(status, gather_clusters<T>, dim3(static_cast<unsigned>(tree.heads() * tree.clusters)), kNodeThreads, arrays, stream,
+  launch(status, store_rows<T>, dim3(static_cast<unsigned>(tree.heads() * tree.stored())), kNodeThreads, arrays, stream,
          tree, aligned(t.k, t.past_key), aligned(t.v, t.past_value));
   launch(status, sum_slope_parts<T>, dim3(static_cast<unsigned>(tree.heads() * tree.parts)), kSummaryThreads,
          sizeof(float) * kCluster * size, stream, tree);

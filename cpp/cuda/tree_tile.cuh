@@ -23,6 +23,7 @@ struct TreeTile {
     PartitionShared partition;
     float parts[kWarp];
     float columns[kWarps][kCluster];
+    int32_t audited[kTreeRows];  // rows
   };
   // Behind Words: a key for the score of each cluster, in whose place the list of those that are read is made, and a bit of
   // each.
@@ -37,42 +38,52 @@ template <class Tile>
 struct TreeRowBlock {
   using T = typename Tile::Flash::T;
   const TreeLaunch& tree;
-  int64_t head, b, q_head, place, first_row;
-  int rows;                 // of the tile
+  int64_t head, b, q_head, place;
+  int first_row, rows;      // of the tile
+  bool audit;               // these are rows that are audited, in words->audited
   int candidates;           // clusters that may be chosen: all rows see all of their keys
   int full, rest;           // those before `full` have kCluster keys, the one there `rest`
-  int64_t open, position;   // causal: keys from `open` on are read as they come; position of the first row
+  int open, offset;         // causal: keys from `open` on are read as they come; position of query 0
   float factor, s2_factor;  // of products with keys, to base 2, and of those of squares with variances
   char *queries, *squares, *stages;
   typename Tile::Words* words;
   uint32_t* key;   // (candidates up to whole blocks): the larger the score, the smaller
   uint32_t* bits;  // likewise, one bit each
 
-  __device__ __forceinline__ TreeRowBlock(const TreeLaunch& tree_, int64_t place_, int64_t tile) : tree(tree_) {
+  __device__ __forceinline__ TreeRowBlock(const TreeLaunch& tree_, int64_t place_, int tile, bool audit_)
+      : tree(tree_), audit(audit_) {
     const QuantumAttentionParams& p = tree.job.params;
     place = place_, b = place / p.q_heads, q_head = place % p.q_heads;
     head = b * p.kv_heads + q_head / tree.job.group;
     first_row = tile * kTreeRows;
     rows = static_cast<int>(min(p.q_len - first_row, int64_t{kTreeRows}));
+    char* const shared = dynamic_shared<char>();
+    queries = shared, squares = shared + Tile::Flash::kQueryBytes, stages = squares + Tile::Flash::kQueryBytes;
+    words = reinterpret_cast<typename Tile::Words*>(shared + Tile::kWords);
+    if (audit) {
+      if (static_cast<int>(threadIdx.x) < rows)
+        words->audited[threadIdx.x] = tree.audit_row(place, static_cast<int>(threadIdx.x));
+      __syncthreads();
+    }
     const int64_t* nonpad = tree.job.tensors.nonpad_kv_seqlen;
-    position = first_row + (nonpad ? nonpad[b] - p.q_len : p.past_len);
+    offset = static_cast<int>(nonpad ? nonpad[b] - p.q_len : p.past_len);
     if (p.is_causal) {
-      open = max(position, int64_t{0}) / kTreeChunk * kTreeChunk;
-      candidates = full = static_cast<int>(open / kCluster), rest = 0;
+      open = max(position(0), 0) / kTreeChunk * kTreeChunk;
+      candidates = full = open / kCluster, rest = 0;
     } else {
       const int keys = tree.count[head];
       open = keys, candidates = ceil_div(keys, kCluster), full = keys / kCluster, rest = keys % kCluster;
     }
     factor = p.scale * kLog2E, s2_factor = p.scale * p.scale;
-    char* const shared = dynamic_shared<char>();
-    queries = shared, squares = shared + Tile::Flash::kQueryBytes, stages = squares + Tile::Flash::kQueryBytes;
-    words = reinterpret_cast<typename Tile::Words*>(shared + Tile::kWords);
     key = reinterpret_cast<uint32_t*>(words + 1);
     bits = key + blocks() * kCluster;
   }
+  __device__ __forceinline__ int row_index(int row) const { return audit ? words->audited[row] : first_row + row; }
+  // Of the last key that a row may see, but for padding; rows are in order.
+  __device__ __forceinline__ int position(int row) const { return offset + row_index(row); }
   __device__ __forceinline__ int blocks() const { return ceil_div(candidates, kCluster); }  // of summaries
   __device__ __forceinline__ const T* query(int row) const {
-    return row < rows ? row_of<T>(tree.job.tensors.q, b, q_head, first_row + row) : nullptr;
+    return row < rows ? row_of<T>(tree.job.tensors.q, b, q_head, row_index(row)) : nullptr;
   }
   __device__ __forceinline__ float log_count(int cluster) const {
     if (cluster < full) return 6.0f;
