@@ -51,10 +51,13 @@ struct ChosenBlocks {
     return c < natural ? c < block.full : (c - natural + 1) * kCluster <= min(block.position(0) + 1, key_end);
   }
   __device__ __forceinline__ void prepare(int) {}
-  __device__ __forceinline__ float score(int i, int row, int key, float x) const {
-    const int c = at(i);
-    if (c < natural) return key < block.rest ? x : -kInf;
-    return row < block.rows && (c - natural) * kCluster + key < min(block.position(row) + 1, key_end) ? x : -kInf;
+  template <int kCount, class At, class Key>
+  __device__ __forceinline__ void adjust(int i, int row, const At& value, const Key& key) const {
+    const int c = at(i), first_key = (c - natural) * kCluster;
+    int end = block.rest;
+    if (c >= natural) end = row < block.rows ? min(block.position(row) + 1, key_end) - first_key : 0;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) value(m) = key(m) < end ? value(m) : -kInf;
   }
 };
 
