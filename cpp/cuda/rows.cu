@@ -1,32 +1,9 @@
 // Attention that knows all scores of a row: `naive`, `stratified`, `adaptive`, `hybrid`, and qk_matmul_output.
-#include "row_gather.cuh"
-#include "row_scores.cuh"
-#include "rows.cuh"
+#include "row_plan.cuh"
 
 namespace qexport {
 namespace cuda {
 namespace {
-
-// Shared memory: a RowTile, then what the two phases of a tile need one after the other, then the rows of scores if they
-// fit.
-__host__ __device__ inline size_t whole_lines(size_t bytes) { return (bytes + 127) / 128 * 128; }
-
-// Bytes that the phases need: tiles of scores, or fragments of the queries; then what every warp gathers.
-__host__ __device__ inline size_t phase_bytes(const QuantumAttentionParams& p, bool matrix_units) {
-  const size_t scores = matrix_units ? static_cast<size_t>(p.head_size) * kTileRows * 2 : sizeof(ScoreTiles);
-  const size_t gather = kTileRows * (2 * kWaiting + static_cast<size_t>(p.v_head_size)) * sizeof(float);
-  return whole_lines(scores > gather ? scores : gather);
-}
-
-// Floats of the scores of a row. Eight rows of one key, which are written together, lie in different banks.
-__host__ __device__ inline int64_t scores_pitch(const AttentionJob& job) {
-  return ceil_div<int64_t>(job.total_len, kWarp) * kWarp + 8;
-}
-// Behind them are the prefix sums of `naive`.
-int64_t row_pitch(const AttentionJob& job) {
-  const int64_t prefix = job.params.strategy == Strategy::naive ? ceil_div<int64_t>(job.total_len, kStep) * 4 : 0;
-  return scores_pitch(job) + ceil_div<int64_t>(prefix, kWarp) * kWarp;
-}
 
 // y = sum w_j v_j has been summed; around a mean the row is mean + sum w_j (v_j - mean), else it is normalised.
 template <class T>
@@ -172,79 +149,6 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
     gather.out = gather.weight + kWaiting;
     finish_row<T>(work, tile, tile.rows[warp], rows + warp * work.row_pitch, gather);
   }
-}
-
-}  // namespace
-
-namespace {
-
-// What one block may have of shared memory, by compute capability.
-size_t shared_limit(int capability) {
-  const size_t kib = capability == 75                                ? 64
-                     : capability == 80 || capability == 87          ? 163
-                     : capability / 10 == 9 || capability / 10 == 10 ? 227
-                                                                     : 99;
-  return kib * 1024;
-}
-
-// Where everything lies in scratch, and how the kernel is launched.
-struct RowPlan {
-  size_t norm, mean, partial, order, count, centre, tree, entropy, allowed, budget, rows, total;
-  bool wide_keys, matrix_units, shared_rows, fits;
-  int64_t tile_rows, tiles, blocks;
-  size_t shared_bytes;
-};
-
-// With fewer rows in a tile than this, keys are read so often that their scores are better in global memory.
-constexpr int64_t kFewestRows = 6;
-
-bool rows_on_16_bytes(const AttentionJob& job, const HeadRows& rows) {
-  return starts_on_16_bytes(rows, job.params.type == DType::f32 ? 4 : 2);
-}
-bool joined_on_16_bytes(const AttentionJob& job, const HeadRows& fresh, const HeadRows& past) {
-  return rows_on_16_bytes(job, fresh) && (job.params.past_len == 0 || rows_on_16_bytes(job, past));
-}
-
-RowPlan plan_rows(const AttentionJob& job) {
-  const QuantumAttentionParams& p = job.params;
-  Status status;
-  const Device device = current_device(status);
-  RowPlan plan{};
-  const QuantumAttentionTensors& t = job.tensors;
-  plan.wide_keys = rows_on_16_bytes(job, t.q) && joined_on_16_bytes(job, t.k, t.past_key);
-  plan.matrix_units = device.capability >= 80 && p.type != DType::f32 && plan.wide_keys && p.head_size % 32 == 0;
-  const size_t limit = shared_limit(device.capability) - 1024;  // which the system takes for every block
-  const size_t fixed = whole_lines(sizeof(RowTile)) + phase_bytes(p, plan.matrix_units);
-  const int64_t row = row_pitch(job) * static_cast<int64_t>(sizeof(float));
-  const int64_t fit = fixed < limit ? static_cast<int64_t>(limit - fixed) / row : 0;
-  plan.fits = fixed <= limit;
-  plan.shared_rows = fit >= kFewestRows;
-  plan.tile_rows = plan.shared_rows ? std::min<int64_t>(fit, kTileRows) : kTileRows;
-  plan.shared_bytes = fixed + (plan.shared_rows ? static_cast<size_t>(plan.tile_rows * row) : 0);
-  plan.tiles = p.batch * p.kv_heads * ceil_div<int64_t>(job.group * p.q_len, plan.tile_rows);
-  // Scores in global memory should stay in the second cache: no more of them than one block per multiprocessor has.
-  plan.blocks = plan.shared_rows ? plan.tiles : std::min<int64_t>(plan.tiles, device.multiprocessors);
-  const auto take = [&](bool needed, size_t bytes) {
-    const size_t at = plan.total;
-    plan.total += needed ? (bytes + 255) / 256 * 256 : 0;
-    return at;
-  };
-  const size_t kv = static_cast<size_t>(p.batch * p.kv_heads), all_rows = static_cast<size_t>(p.batch * p.q_heads * p.q_len);
-  const size_t norms = kv * static_cast<size_t>(norm_pitch(job)), size = static_cast<size_t>(p.v_head_size);
-  const bool centred = samples_rows(job) && p.control_variate, clustered = centred && clusters_values(p);
-  const bool adaptive = p.strategy == Strategy::adaptive;
-  plan.norm = take(centred, norms * sizeof(float));
-  plan.mean = take(centred && !clustered, kv * size * sizeof(float));
-  plan.partial = take(centred && !clustered, static_cast<size_t>(value_partial_floats(job)) * sizeof(float));
-  plan.order = take(clustered, kv * static_cast<size_t>(value_clusters(job) * kValueCluster) * sizeof(int32_t));
-  plan.centre = take(clustered, kv * static_cast<size_t>(value_clusters(job)) * size * sizeof(float));
-  plan.count = take(clustered, kv * sizeof(int32_t));
-  plan.tree = take(clustered, clustered ? value_tree_scratch_bytes(job) : 0);
-  plan.entropy = take(adaptive, all_rows * sizeof(float));
-  plan.allowed = take(adaptive, all_rows * sizeof(int32_t));
-  plan.budget = take(adaptive, all_rows * sizeof(double));
-  plan.rows = take(!plan.shared_rows, static_cast<size_t>(plan.blocks * plan.tile_rows * row));
-  return plan;
 }
 
 template <class T>
