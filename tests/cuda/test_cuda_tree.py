@@ -27,7 +27,7 @@ EMULATED = (
     cuda("wide_heads", head_size=80, v_head_size=128, q_heads=1, kv_heads=1),
     cuda("one_budget_per_head", attributes={"num_samples": [64, 150]}),
     cuda("past", past_len=130, kv_len=200),
-    cuda("padding", batch=2, q_heads=1, kv_heads=1, mask=PADDING, mask_kind="padding"),
+    cuda("padding", batch=2, q_heads=1, kv_heads=1, kv_len=600, mask=PADDING, mask_kind="padding"),
     cuda("nonpad", batch=2, nonpad=(330, 270), q_heads=1, kv_heads=1),
     cuda("causal", q_len=300, kv_len=300, past_len=800, q_heads=1, kv_heads=1, attributes={"is_causal": 1}),
     cuda("negative_scale", attributes={"scale": -0.4}),
