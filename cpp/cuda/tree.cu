@@ -19,12 +19,15 @@ constexpr double kKeysForTolerance = 200.0;
 constexpr double kMostDensity = 0.5;  // of the keys that are read
 constexpr int64_t kMostHead = 128;    // elements
 constexpr int kMostAuditParts = 32;
-constexpr int64_t kMostClusters = 12288;  // whose list fits beside a tile in shared memory
 
-template <class T>
-using NarrowTile = TreeTile<T, 64, 2, 4, 2>;
-template <class T>
-using WideTile = TreeTile<T, 128, 1, 8, 1>;
+// Visits a tile for the size of the heads.
+template <class T, class Visit>
+void visit_tile(const QuantumAttentionParams& p, const Visit& visit) {
+  const int64_t size = std::max(p.head_size, p.v_head_size);
+  if (size <= 32) return visit(TreeTile<T, 32, 2, 4, 2>{});
+  if (size <= 64) return visit(TreeTile<T, 64, 2, 4, 2>{});
+  visit(TreeTile<T, 128, 1, 8, 1>{});
+}
 
 BalancedTree clusters_of(const AttentionJob& job) {
   return {false, true, kCluster,
@@ -104,9 +107,15 @@ void run(Status& status, const TreeLaunch& tree, void* stream) {
 
 template <class T>
 void run_on(Status& status, const TreeLaunch& tree, void* stream) {
-  const QuantumAttentionParams& p = tree.job.params;
-  if (p.head_size <= 64 && p.v_head_size <= 64) return run<NarrowTile<T>>(status, tree, stream);
-  run<WideTile<T>>(status, tree, stream);
+  visit_tile<T>(tree.job.params, [&](auto tile) { run<decltype(tile)>(status, tree, stream); });
+}
+
+// Whether what a tile knows of all clusters fits beside it.
+bool fits(const AttentionJob& job, const Device& device) {
+  size_t bytes = 0;
+  visit_tile<__half>(job.params,
+                     [&](auto tile) { bytes = tile.shared_bytes(tree_places(job, clusters_of(job)) / kCluster); });
+  return bytes <= static_cast<size_t>(device.shared_bytes);
 }
 
 }  // namespace
@@ -115,8 +124,10 @@ bool tree_applies(const AttentionJob& job, const int64_t* num_samples, int64_t n
   const QuantumAttentionParams& p = job.params;
   const QuantumAttentionTensors& t = job.tensors;
   Status status;
-  if (p.type == DType::f32 || current_device(status).capability < 80 || !status.ok()) return false;
-  if (p.head_size % 8 || p.v_head_size % 8 || p.head_size > kMostHead || p.v_head_size > kMostHead) return false;
+  const Device device = current_device(status);
+  if (p.type == DType::f32 || !status.ok() || device.capability < 80) return false;
+  if (p.head_size % 8 || p.v_head_size % 8 || std::max(p.head_size, p.v_head_size) > kMostHead) return false;
+  if (!fits(job, device)) return false;
   if (!starts_on_16_bytes(t.q, 2)) return false;  // rows are copied 16 bytes at a time
   // What a mask holds is not known here: one that is the same for all queries and heads drops keys from the tree.
   const bool drops_keys = t.mask.type == DType::boolean && t.mask.head_stride == 0 && t.mask.query_stride == 0;
@@ -128,8 +139,8 @@ bool tree_applies(const AttentionJob& job, const int64_t* num_samples, int64_t n
   // Keys in reach of a query and keys read for it, in the mean; half of its own chunk is read whatever the budget.
   const double reach = keys - (p.is_causal ? 0.5 * static_cast<double>(p.q_len) : 0.0);
   const double read = static_cast<double>(least) + (p.is_causal ? 0.5 * kTreeChunk : 0.0);
-  return p.q_len >= kFewestQueries && job.total_len >= kFewestKeys && job.total_len <= kMostClusters * kCluster &&
-         p.softcap == 0.0f && p.left_window < 0 && p.right_window < 0 && read <= kMostDensity * reach;
+  return p.q_len >= kFewestQueries && job.total_len >= kFewestKeys && p.softcap == 0.0f && p.left_window < 0 &&
+         p.right_window < 0 && read <= kMostDensity * reach;
 }
 
 void tree_attention(Status& status, const AttentionJob& job, const HeadSamples& samples, void* scratch, void* stream) {

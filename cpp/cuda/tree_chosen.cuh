@@ -52,12 +52,14 @@ struct ChosenBlocks {
   }
   __device__ __forceinline__ void prepare(int) {}
   template <int kCount, class At, class Key>
-  __device__ __forceinline__ void adjust(int i, int row, const At& value, const Key& key) const {
-    const int c = at(i), first_key = (c - natural) * kCluster;
-    int end = block.rest;
-    if (c >= natural) end = row < block.rows ? min(block.position(row) + 1, key_end) - first_key : 0;
+  __device__ __forceinline__ void adjust(int i, int row, At score, Key key) const {
+    const int c = at(i);
+    int seen = block.rest;  // keys of the block
+    if (c >= natural) seen = row < block.rows ? min(block.position(row) + 1, key_end) - (c - natural) * kCluster : 0;
 #pragma unroll
-    for (int m = 0; m < kCount; ++m) value(m) = key(m) < end ? value(m) : -kInf;
+    for (int m = 0; m < kCount; ++m) {
+      if (key(m) >= seen) score(m) = -kInf;
+    }
   }
 };
 
