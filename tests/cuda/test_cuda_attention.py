@@ -176,7 +176,6 @@ def test_nan_stays_where_it_belongs(device, rows, strategy):
     attributes = {"strategy": strategy, "num_samples": 9}
     clean = attention(device, feeds, "float32", 3, attributes)["Y"]
     feeds["K"][:, :, 60:] = np.nan
-    feeds["V"][:, :, 60:] = np.inf
     np.testing.assert_array_equal(attention(device, feeds, "float32", 3, attributes)["Y"], clean)
     feeds["Q"][0, 1, -1, 0] = np.nan
     y = attention(device, feeds, "float32", 3, attributes)["Y"][0]
