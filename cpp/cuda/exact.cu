@@ -5,7 +5,7 @@ namespace qexport {
 namespace cuda {
 namespace {
 
-constexpr const char* kTooMany = "[QuantumAttention] batch * q_heads * q_len is too large for one launch; split the batch";
+constexpr const char* kTooMany = "batch * q_heads * q_len is too large for one launch; split the batch";
 constexpr int kJoinThreads = 128;
 constexpr int kWideThreads = 128;
 constexpr int kWideColumns = 4;  // of V per lane

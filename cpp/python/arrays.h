@@ -61,7 +61,7 @@ class Memory {
       const py::gil_scoped_release release;
       error = function(arguments..., call);
     }
-    if (error) throw std::runtime_error("[" + std::string(op_name) + "] " + error);
+    if (error) throw std::runtime_error("[" + std::string(op_name) + "] CUDA: " + error);
   }
 
  private:

@@ -60,7 +60,7 @@ def test_it_loads_without_a_driver_and_says_what_is_missing(plugin):
 
     device = Device()
     device.kernels = kernels
-    with pytest.raises(RuntimeError, match=r"^\[QuantumAttention\] .*(CUDA|driver|device)"):
+    with pytest.raises(RuntimeError, match=r"^\[QuantumAttention\] CUDA: .*(driver|device)"):
         attention(*[np.zeros((1, 1, 1, 1), np.float32)] * 3, device)
 
 

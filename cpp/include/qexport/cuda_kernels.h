@@ -19,8 +19,8 @@ struct CudaCall {
   void* stream;         // a cudaStream_t
 };
 
-// Functions return null, or what went wrong as one line that lives for ever. Rows that are no probabilities cannot be
-// reported without waiting; they become NaN.
+// Functions return null, or what went wrong as one line that lives for ever, without the name of the op. Rows that are no
+// probabilities cannot be reported without waiting; they become NaN.
 struct CudaKernels {
   size_t (*quantum_attention_scratch_bytes)(const QuantumAttentionParams&, const QuantumAttentionTensors&);
   const char* (*quantum_attention)(const QuantumAttentionParams&, const QuantumAttentionTensors&, const CudaCall&);
