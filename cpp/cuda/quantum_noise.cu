@@ -255,7 +255,7 @@ void with_layout(Status& status, const NoiseJob<Real>& job, const Visit& visit) 
 template <class Real>
 const char* run(const QuantumNoiseParams& p, const QuantumNoiseTensors& t, const CudaCall& call) {
   Status status;
-  if (p.qubits > kMaxQubits) status.fail("[QuantumNoise] probabilities must have rows of at most 2^40 numbers on CUDA");
+  if (p.qubits > kMaxQubits) status.fail("probabilities must have rows of at most 2^40 numbers on CUDA");
   if (!status.ok() || p.rows == 0) return status.text;
   if (p.maps) {
     density_matrices<Real>(status, p, t, call);
