@@ -66,7 +66,6 @@ def _library() -> Finding:
 
 
 def _kernel() -> Finding:
-
     try:
         error = kernel_error("CPUExecutionProvider")
     except Exception as failure:  # whatever onnxruntime raises here is the finding

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qexport.runtime import one_line
+from qexport.failures import one_line
 
 START_SECONDS = 120  # until a process has loaded its programs
 CASE_SECONDS = 60  # until a case counts as hung

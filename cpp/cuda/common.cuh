@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #include "qexport/cuda_kernels.h"
 #include "qexport/dtype.h"
@@ -45,16 +46,24 @@ inline void check(Status& status, cudaError_t code) {
   if (code != cudaSuccess) status.fail(cudaGetErrorString(code));
 }
 
+// Lets a kernel have so many bytes of dynamic shared memory on the current device. What it may have grows and never shrinks:
+// another thread may be about to start it with more.
+inline void allow_shared(Status& status, const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes now{};
+  check(status, cudaFuncGetAttributes(&now, kernel));
+  if (!status.ok() || static_cast<size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
+  check(status, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 // Queues kernel<<<grid, block, shared_bytes, stream>>>(args...).
 template <class... Params, class... Args>
 void launch(Status& status, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Args... args) {
   if (!status.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) {
-    check(status, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shared_bytes)));
-    if (!status.ok()) return;
-  }
+  if (shared_bytes > 48 * 1024) allow_shared(status, reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (!status.ok()) return;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
   check(status, cudaGetLastError());
 }

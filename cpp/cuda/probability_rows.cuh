@@ -37,21 +37,10 @@ __device__ __forceinline__ bool is_distribution(double sum, double tolerance) {
   return (off <= tolerance && -off <= tolerance) || sum == 0.0;
 }
 
-// What a block may have as dynamic shared memory on the devices of a compute capability, less 8 KB for what kernels declare.
+// What a block may have as dynamic shared memory, beside up to 8 KB that kernels declare.
 inline size_t most_shared_bytes(const Device& device) {
-  switch (device.capability) {
-    case 75:
-      return 56 * 1024;
-    case 80:
-    case 87:
-      return 152 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 216 * 1024;
-    default:
-      return 88 * 1024;
-  }
+  constexpr int kDeclared = 8 * 1024;
+  return device.shared_bytes > kDeclared ? static_cast<size_t>(device.shared_bytes - kDeclared) : 0;
 }
 
 }  // namespace cuda

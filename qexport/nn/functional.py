@@ -132,6 +132,9 @@ def _check(call: AttentionCall) -> None:
     Q, K, V, mask, a = call.Q, call.K, call.V, call.attn_mask, call.attributes
     if not Q.is_floating_point() or not Q.dtype == K.dtype == V.dtype:
         raise ValueError(f"Q, K and V must share one float type, got {Q.dtype}, {K.dtype} and {V.dtype}")
+    devices = [x.device for x in (Q, K, V, mask) if x is not None]
+    if any(device != Q.device for device in devices):
+        raise ValueError(f"Q, K, V and attn_mask must be on one device, got {', '.join(map(str, devices))}")
     if Q.dim() not in (3, 4) or not Q.dim() == K.dim() == V.dim():
         raise ValueError(f"Q, K and V must all have 4 dimensions, or all 3, got {_shapes(call)}")
     if Q.dim() == 4:

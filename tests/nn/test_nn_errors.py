@@ -177,6 +177,10 @@ def test_operator_types_and_attributes():
         quantum_attention(q, q.double(), q)
     with pytest.raises(ValueError, match=r"must share one float type, got torch.int64"):
         quantum_attention(*[q.long()] * 3)
+    with pytest.raises(ValueError, match=r"must be on one device, got cpu, meta, cpu$"):
+        quantum_attention(q, q.to("meta"), q)
+    with pytest.raises(ValueError, match=r"must be on one device, got cpu, cpu, cpu, meta$"):
+        quantum_attention(q, q, q, attn_mask=torch.ones(3, 3, dtype=torch.bool, device="meta"))
     with pytest.raises(UsageError, match=r"backend must be one of auto, .*kernel.*, got 'gpu'"):
         quantum_attention(q, q, q, backend="gpu")
     with pytest.raises(UsageError, match="has no attribute 'samples'"):
