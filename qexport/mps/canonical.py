@@ -35,7 +35,7 @@ def canonical(train: MatrixProduct, center: int) -> MatrixProduct:
         Q, triangle = torch.linalg.qr(cores[k].flatten(-3).mT)
         cores[k] = Q.mT.unflatten(-1, shape[-3:])
         cores[k - 1] = torch.einsum("...arcb,...db->...arcd", cores[k - 1], triangle)
-    bonds = torch.tensor([*(core.shape[-4] for core in cores), 1])
+    bonds = torch.tensor([*(core.shape[-4] for core in cores), 1], device=train.ranks.device)
     return replace(train, cores=tuple(cores), ranks=torch.minimum(train.ranks, bonds))
 
 
@@ -91,16 +91,17 @@ def sample(train: MatrixProduct, shots: int, seed: int = 0) -> torch.Tensor:
     cores = [core.double() for core in canonical(train, 0).cores]
     if not cores[0].square().sum() > 0:
         raise UsageError("a matrix of zeros has no state to measure")
-    row = col = torch.zeros(shots, dtype=torch.int64)
-    state = torch.ones(shots, 1, dtype=torch.float64)
+    device = cores[0].device
+    row = col = torch.zeros(shots, dtype=torch.int64, device=device)
+    state = torch.ones(shots, 1, dtype=torch.float64, device=device)
     for k, core in enumerate(cores):
         _, r, c, right = core.shape
         amplitudes = torch.einsum("sa,arcb->srcb", state, core).reshape(shots, r * c, right)
         cumulative = amplitudes.square().sum(-1).cumsum(-1)
         words = philox4x32(seed, 0, torch.tensor(0), torch.tensor(k), torch.arange((shots + 3) // 4)).flatten()[:shots]
-        target = (words.double() + 0.5) / 2**32 * cumulative[:, -1]
+        target = (words.double().to(device) + 0.5) / 2**32 * cumulative[:, -1]
         found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=r * c - 1)
-        state = amplitudes[torch.arange(shots), found]
+        state = amplitudes[torch.arange(shots, device=device), found]
         state = state / torch.linalg.vector_norm(state, dim=-1, keepdim=True)
         row, col = row * r + found // c, col * c + found % c
     return torch.stack([row, col], -1)

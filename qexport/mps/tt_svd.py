@@ -5,6 +5,7 @@ singular values that were discarded, exactly."""
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -57,7 +58,8 @@ def tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float = 0.0) -> 
         )
     spent, worst = torch.zeros_like(norm2), torch.zeros_like(norm2)
     last, complete = len(bonds) - 2, 1
-    cores, ranks = [], [torch.ones(len(state), dtype=torch.int64)]
+    cores, ranks = [], [torch.ones(len(state), dtype=torch.int64, device=state.device)]
+    eye = partial(torch.eye, dtype=state.dtype, device=state.device)
     for k, (r, c) in enumerate(zip(layout.row_factors, layout.col_factors, strict=True)):
         left, R, C = state.shape[1], R // r, C // c
         unfolded = state.reshape(-1, left, r, R, c, C).permute(0, 1, 2, 4, 3, 5).reshape(len(state), left * r * c, R * C)
@@ -65,10 +67,10 @@ def tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float = 0.0) -> 
         complete *= r * c
         whole = tol == 0 and bonds[k + 1] >= min(complete, cols)
         if k == last or (whole and cols < rows):
-            kept, unitary, rest = torch.full_like(ranks[0], cols), unfolded, torch.eye(cols, dtype=torch.float64)
+            kept, unitary, rest = torch.full_like(ranks[0], cols), unfolded, eye(cols)
             rest = rest.expand(len(state), cols, cols)
         elif whole and rows == complete:
-            kept, unitary, rest = torch.full_like(ranks[0], rows), torch.eye(rows, dtype=torch.float64), unfolded
+            kept, unitary, rest = torch.full_like(ranks[0], rows), eye(rows), unfolded
             unitary = unitary.expand(len(state), rows, rows)
         else:
             # Without Q: the left vectors and the singular values are those of the small triangle.
@@ -78,7 +80,7 @@ def tt_svd(matrix, layout: Layout, bonds: tuple[int, ...], tol: float = 0.0) -> 
             kept, lost = _ranks(sigma, bonds[k + 1], allowed)
             spent, worst = spent + lost, torch.maximum(worst, lost)
             most = int(kept.max())
-            used = (torch.arange(most) < kept[:, None]).double()
+            used = (torch.arange(most, device=kept.device) < kept[:, None]).double()
             unitary = U[..., :most] * used[:, None]
             rest = unitary.mT @ unfolded
         ranks.append(kept)
