@@ -120,10 +120,10 @@ def heads_of(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _attention_node(node, sets, heads, device, extra=None, host=()) -> Contender:
-    named = [dict(zip("qkv", tensors, strict=True)) | (extra or {}) for tensors in sets]
+def _attention_node(node, sets, heads, device) -> Contender:
+    named = [dict(zip("qkv", tensors, strict=True)) for tensors in sets]
     outputs = [{"y": torch.empty_like(inputs["q"])} for inputs in named]
-    return node_contender(node, named, outputs, device, host=host, view=lambda y: heads_of(y, heads))
+    return node_contender(node, named, outputs, device, view=lambda y: heads_of(y, heads))
 
 
 def quantum(sets, heads: int, kv_heads: int, device: str, **attributes) -> Contender:
@@ -157,11 +157,15 @@ def onnx_attention(sets, heads: int, kv_heads: int, device: str, causal: bool) -
 
 
 def group_query_attention(sets, heads: int, kv_heads: int, device: str) -> Contender:
-    """com.microsoft GroupQueryAttention of a prompt, which is causal."""
-    batch, n, _ = sets[0][0].shape
-    names = ["q", "k", "v", "", "", "seqlens_k", "total"]
-    node = helper.make_node("GroupQueryAttention", names, ["y"], domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads)
-    return _attention_node(node, sets, heads, device, _lengths(batch, n, device), ("total",))
+    """com.microsoft GroupQueryAttention of a prompt, which is causal. It writes the caches too: without them onnxruntime
+    1.30 ends the process."""
+    batch, n, width = sets[0][1].shape
+    outputs, names = ["y", "present_key", "present_value"], ["q", "k", "v", "", "", "seqlens_k", "total"]
+    node = helper.make_node("GroupQueryAttention", names, outputs, domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads)
+    named = [dict(zip("qkv", tensors, strict=True)) | _lengths(batch, n, device) for tensors in sets]
+    caches = sets[0][1].new_empty((2, batch, kv_heads, n, width // kv_heads))
+    results = [dict(zip(outputs, (torch.empty_like(inputs["q"]), *caches), strict=True)) for inputs in named]
+    return node_contender(node, named, results, device, host=("total",), view=lambda y: heads_of(y, heads))
 
 
 def group_query_step(sets, device: str, past: int) -> Contender:
