@@ -156,9 +156,18 @@ def gaps(device):
     return put
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("strategy", ["exact", "stratified", "adaptive", "hybrid"])
-@pytest.mark.parametrize("name", ["longer_than_a_tile", "3d_grouped_odd", "causal_with_past"])
+@pytest.mark.parametrize(
+    ("device", "name", "strategy", "dtype"),
+    split(
+        itertools.product(
+            ("3d_grouped_odd", "causal_with_past", "longer_than_a_tile"),
+            ("exact", "stratified", "adaptive", "hybrid"),
+            DTYPES,
+        ),
+        lambda name, strategy, dtype: strategy == "exact" or (dtype == "float32" and name != "longer_than_a_tile"),
+    ),
+    indirect=["device"],
+)
 def test_rows_may_lie_apart(device, name, strategy, dtype):
     """Strides of Q, K and V are read where they lie; the same bits come out."""
     feeds, attributes = case_of(name).inputs(), case_of(name).all_attributes(strategy=strategy, num_samples=SAMPLES)
