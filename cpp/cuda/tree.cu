@@ -20,13 +20,14 @@ constexpr double kMostDensity = 0.5;  // of the keys that are read
 constexpr int64_t kMostHead = 128;    // elements
 constexpr int kMostAuditParts = 32;
 
-// Visits a tile for the size of the heads.
+// Visits a tile for the size of the heads and the device.
 template <class T, class Visit>
-void visit_tile(const QuantumAttentionParams& p, const Visit& visit) {
+void visit_tile(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
   const int64_t size = std::max(p.head_size, p.v_head_size);
-  if (size <= 32) return visit(TreeTile<T, 32, 2, 4, 2>{});
-  if (size <= 64) return visit(TreeTile<T, 64, 2, 4, 2>{});
-  visit(TreeTile<T, 128, 1, 8, 1>{});
+  if (size > 64) return visit(TreeTile<T, 128, 1, 8, 64, 1, true>{});
+  if (size <= 32) return visit(TreeTile<T, 32, 2, 4, 64, 2, false>{});
+  if (device.capability == 90) return visit(TreeTile<T, 64, 1, 8, 128, 1, true>{});
+  visit(TreeTile<T, 64, 2, 4, 64, 2, false>{});
 }
 
 BalancedTree clusters_of(const AttentionJob& job) {
@@ -106,14 +107,14 @@ void run(Status& status, const TreeLaunch& tree, void* stream) {
 }
 
 template <class T>
-void run_on(Status& status, const TreeLaunch& tree, void* stream) {
-  visit_tile<T>(tree.job.params, [&](auto tile) { run<decltype(tile)>(status, tree, stream); });
+void run_on(Status& status, const TreeLaunch& tree, const Device& device, void* stream) {
+  visit_tile<T>(tree.job.params, device, [&](auto tile) { run<decltype(tile)>(status, tree, stream); });
 }
 
 // Whether what a tile knows of all clusters fits beside it.
 bool fits(const AttentionJob& job, const Device& device) {
   size_t bytes = 0;
-  visit_tile<__half>(job.params,
+  visit_tile<__half>(job.params, device,
                      [&](auto tile) { bytes = tile.shared_bytes(tree_places(job, clusters_of(job)) / kCluster); });
   return bytes <= static_cast<size_t>(device.shared_bytes);
 }
@@ -150,11 +151,12 @@ void tree_attention(Status& status, const AttentionJob& job, const HeadSamples& 
   // Not under a causal mask: what a query reads would depend on later ones.
   tree.shares = !p.is_causal && samples.count == 1 && p.error_tolerance == 0.0f;
   char* balanced_scratch;
-  lay_out(tree, current_device(status), &balanced_scratch, static_cast<char*>(scratch));
+  const Device device = current_device(status);
+  lay_out(tree, device, &balanced_scratch, static_cast<char*>(scratch));
   balanced_tree(status, job, clusters_of(job), tree.order, tree.count, balanced_scratch, stream);
   summarise_clusters(status, tree, stream);
-  if (p.type == DType::f16) return run_on<__half>(status, tree, stream);
-  run_on<__nv_bfloat16>(status, tree, stream);
+  if (p.type == DType::f16) return run_on<__half>(status, tree, device, stream);
+  run_on<__nv_bfloat16>(status, tree, device, stream);
 }
 
 size_t tree_attention_scratch_bytes(const AttentionJob& job) {

@@ -6,17 +6,19 @@
 namespace qexport {
 namespace cuda {
 
-// The chosen clusters, and under a causal mask the keys from `open` on as they come; of both together part `part` of
-// `parts`.
+// The chosen clusters, and under a causal mask the keys from `open` on as they come, kCluster keys each; of both together
+// part `part` of `parts`. The loop takes kEach at a time.
 template <class Tile>
 struct ChosenBlocks {
   using T = typename Tile::Flash::T;
+  static constexpr int kEach = Tile::kKeys / kCluster;
   const TreeRowBlock<Tile>& block;
   const int32_t* list;  // null: all clusters
   int chosen;
-  int first, count;  // the blocks of this part
-  int natural;       // where keys lie as they come: their block 0
-  int key_end;       // of those
+  int first, end;  // of this part
+  int natural;     // where keys lie as they come: their block 0
+  int key_end;     // of those
+  int count;       // of blocks of the loop
   int head_size, v_head_size;
   float scale;
   const T *keys, *values;
@@ -31,34 +33,45 @@ struct ChosenBlocks {
     values = static_cast<const T*>(tree.values) + block.head * tree.stored() * kCluster * v_head_size;
     key_end = static_cast<int>(key_range(tree.job, block.b, block.row_index(block.rows - 1)).hi);
     const int64_t all = chosen + (tree.job.params.is_causal ? ceil_div(max(key_end - block.open, 0), kCluster) : 0);
-    first = static_cast<int>(all * part / parts), count = static_cast<int>(all * (part + 1) / parts) - first;
+    first = static_cast<int>(all * part / parts), end = static_cast<int>(all * (part + 1) / parts);
+    count = ceil_div(end - first, kEach);
   }
-  // Where block i of this part lies among all that are stored.
-  __device__ __forceinline__ int at(int i) const {
-    i += first;
+  // Where the kCluster keys that hold `row` of block i of the loop lie among all that are stored; -1 behind the last.
+  __device__ __forceinline__ int at(int i, int row) const {
+    i = first + i * kEach + row / kCluster;
+    if (i >= end) return -1;
     if (i >= chosen) return natural + block.open / kCluster + i - chosen;
     return list ? list[i] : i;
   }
-  __device__ __forceinline__ const T* query(int row) const { return block.query(row); }
-  __device__ __forceinline__ const T* key(int i, int row) const {
-    return keys + (int64_t{at(i)} * kCluster + row) * head_size;
+  __device__ __forceinline__ const T* row_at(int i, int row, const T* rows, int size) const {
+    const int c = at(i, row);
+    return c < 0 ? nullptr : rows + (int64_t{c} * kCluster + row % kCluster) * size;
   }
-  __device__ __forceinline__ const T* value(int i, int row) const {
-    return values + (int64_t{at(i)} * kCluster + row) * v_head_size;
+  __device__ __forceinline__ const T* query(int row) const { return block.query(row); }
+  __device__ __forceinline__ const T* key(int i, int row) const { return row_at(i, row, keys, head_size); }
+  __device__ __forceinline__ const T* value(int i, int row) const { return row_at(i, row, values, v_head_size); }
+  // How many of the keys of stored block c a row sees.
+  __device__ __forceinline__ int seen(int c, int row) const {
+    if (c < 0) return 0;
+    if (c < natural) return c < block.full ? kCluster : block.rest;
+    return min(block.position(row) + 1, key_end) - (c - natural) * kCluster;
   }
   __device__ __forceinline__ bool plain(int i) const {
-    const int c = at(i);
-    return c < natural ? c < block.full : (c - natural + 1) * kCluster <= min(block.position(0) + 1, key_end);
+    bool all = true;
+#pragma unroll
+    for (int part = 0; part < kEach; ++part) all = all && seen(at(i, part * kCluster), 0) >= kCluster;
+    return all;
   }
   __device__ __forceinline__ void prepare(int) {}
   template <int kCount, class At, class Key>
   __device__ __forceinline__ void adjust(int i, int row, At score, Key key) const {
-    const int c = at(i);
-    int seen = block.rest;  // keys of the block
-    if (c >= natural) seen = row < block.rows ? min(block.position(row) + 1, key_end) - (c - natural) * kCluster : 0;
+    int limit[kEach];  // of the keys of a part
+#pragma unroll
+    for (int part = 0; part < kEach; ++part) limit[part] = row < block.rows ? seen(at(i, part * kCluster), row) : 0;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
-      if (key(m) >= seen) score(m) = -kInf;
+      const int part = m * kEach / kCount;  // keys come in order
+      if (key(m) - part * kCluster >= limit[part]) score(m) = -kInf;
     }
   }
 };

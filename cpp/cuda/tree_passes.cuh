@@ -8,7 +8,7 @@ namespace qexport {
 namespace cuda {
 
 template <class Tile>
-using SummaryScores = float[Tile::Flash::kRowTiles][kCluster / 8][4];
+using SummaryScores = float[Tile::Flash::kRowTiles][Tile::kKeys / 8][4];
 
 // The weight of all clusters of each row of a thread: most + log2(sum), block by block.
 template <class Tile>
@@ -25,12 +25,12 @@ struct RowWeights {
     for (int t = 0; t < kRows; ++t) {
       float top = most[t];
 #pragma unroll
-      for (int n = 0; n < kCluster / 8; ++n) top = fmaxf(top, fmaxf(s[t / 2][n][t % 2 * 2], s[t / 2][n][t % 2 * 2 + 1]));
+      for (int n = 0; n < Tile::kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[t / 2][n][t % 2 * 2], s[t / 2][n][t % 2 * 2 + 1]));
       const float base = top == -kInf ? 0.0f : top;
       sum[t] *= fast_exp2(most[t] - base);
       most[t] = top;
 #pragma unroll
-      for (int n = 0; n < kCluster / 8; ++n) {
+      for (int n = 0; n < Tile::kKeys / 8; ++n) {
         sum[t] += fast_exp2(s[t / 2][n][t % 2 * 2] - base) + fast_exp2(s[t / 2][n][t % 2 * 2 + 1] - base);
       }
     }
@@ -60,7 +60,7 @@ __device__ __forceinline__ void score_clusters(const TreeRowBlock<Tile>& block, 
                                                float* scores) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
-  for (int n = 0; n < kCluster / 8; ++n) {
+  for (int n = 0; n < Tile::kKeys / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float lost = 0.0f;
@@ -75,8 +75,8 @@ __device__ __forceinline__ void score_clusters(const TreeRowBlock<Tile>& block, 
     }
   }
   __syncthreads();
-  const int c = i * kCluster + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < kCluster && c < block.candidates) {
+  const int c = i * Tile::kKeys + static_cast<int>(threadIdx.x);
+  if (threadIdx.x < Tile::kKeys && c < block.candidates) {
     float sum = 0.0f;
     for (int w = 0; w < Tile::Flash::kThreads / kWarp; ++w) sum += block.words->columns[w][threadIdx.x];
     const float score = sum * block.tree.spread[block.head * block.tree.clusters + c];
@@ -101,7 +101,7 @@ __device__ __forceinline__ void choose_clusters(const TreeRowBlock<Tile>& block,
     const bool first = c < n && first_by(cut, mine, equals_before);
     if (first) list[below + ranks.before[0] + min(equals_before, cut.equal)] = c;
     const unsigned bits = __ballot_sync(kFullWarp, first);
-    if (thread % kWarp == 0 && c < block.blocks() * kCluster) block.bits[c / kWarp] = bits;
+    if (thread % kWarp == 0 && c < block.blocks() * Tile::kKeys) block.bits[c / kWarp] = bits;
     below += ranks.all[0], equal += ranks.all[1];
     __syncthreads();
   }
@@ -111,9 +111,9 @@ __device__ __forceinline__ void choose_clusters(const TreeRowBlock<Tile>& block,
 template <class Tile>
 __device__ __forceinline__ void attend_centroids(const TreeRowBlock<Tile>& block, int i, SummaryScores<Tile>& s,
                                                  const char* values, FlashState<typename Tile::Flash>& state) {
-  const uint32_t words[2] = {block.bits[2 * i], block.bits[2 * i + 1]};
+  const uint32_t* const words = block.bits + i * (Tile::kKeys / 32);
 #pragma unroll
-  for (int n = 0; n < kCluster / 8; ++n) {
+  for (int n = 0; n < Tile::kKeys / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const bool chosen = words[n / 4] >> (8 * (n % 4) + 2 * (threadIdx.x % 4) + e) & 1;
@@ -151,7 +151,8 @@ __device__ __forceinline__ void add_slope(const TreeRowBlock<Tile>& block, Flash
     for (int k = 0; k < Flash::kHead / 16; ++k) {
       uint32_t a[kRowTiles][4], b[4];
       flash_load_queries<Flash>(a, block.queries, k);
-      ldmatrix_x4_trans(b, block.stages + flash_offset<Flash::kHead>(k * 16 + lane % 16, 2 * n + lane / 16));
+      ldmatrix_x4_trans(b, block.stages + flash_offset<Flash::kHead, Flash::kWarpgroups ? Flash::kHead : 0>(
+                                              k * 16 + lane % 16, 2 * n + lane / 16));
       const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {

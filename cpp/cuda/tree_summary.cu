@@ -6,6 +6,8 @@ namespace qexport {
 namespace cuda {
 namespace {
 
+constexpr float kMostHalf = 65504.0f;
+
 // Up to kCluster rows of K or of V: node.rows points to them, and they are copied to `to`, zeros behind them.
 template <class T, class RowOf>
 __device__ void copy_rows(const TreeLaunch& tree, bool values, int64_t head, int rows, RowOf row_of_place, T* to,
@@ -149,15 +151,19 @@ __global__ void __launch_bounds__(kSummaryThreads) mean_slopes(const __grid_cons
   const int64_t head = blockIdx.x / blocks, element = blockIdx.x % blocks * kSummaryThreads + threadIdx.x;
   if (element >= elements) return;
   T* const slopes = static_cast<T*>(tree.slopes) + head * (p.is_causal ? tree.chunks : 1) * elements + element;
+  // Kept within float16: an infinite slope would make NaN of every row.
+  const auto mean = [](float sum, int64_t keys) {
+    return keys ? from_float<T>(fmaxf(fminf(sum / static_cast<float>(keys), kMostHalf), -kMostHalf)) : from_float<T>(0.0f);
+  };
   float sum = 0.0f;
   int64_t keys = 0;
   for (int part = 0; part < tree.parts; ++part) {
-    if (p.is_causal) slopes[part * elements] = from_float<T>(keys ? sum / static_cast<float>(keys) : 0.0f);
+    if (p.is_causal) slopes[part * elements] = mean(sum, keys);
     const SlopeClusters clusters = slope_clusters(tree, head, part);
     for (int c = clusters.first; c < clusters.end; c += clusters.step) keys += tree.cluster_rows(head, c);
     sum += tree.slope_parts[(head * tree.parts + part) * elements + element];
   }
-  if (!p.is_causal) *slopes = from_float<T>(keys ? sum / static_cast<float>(keys) : 0.0f);
+  if (!p.is_causal) *slopes = mean(sum, keys);
 }
 
 template <class T>

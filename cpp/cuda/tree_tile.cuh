@@ -9,26 +9,28 @@
 namespace qexport {
 namespace cuda {
 
-// Shared memory: the queries, then either what the passes over summaries need or the blocks of `attend`, then the rest.
-template <class T, int kHead, int kRowTiles, int kWarps, int kBlocksPerProcessor>
+// The tile of the loop, and shared memory: the queries, then either what the passes over summaries need, as many at a time
+// as the loop takes keys, or the blocks of `attend`, then the rest.
+template <class T, int kHead, int kRowTiles, int kWarps, int kKeys_, int kBlocksPerProcessor, bool kWarpgroups>
 struct TreeTile {
-  using Flash = FlashTile<T, kHead, kRowTiles, kWarps, kCluster, kBlocksPerProcessor>;
-  using Squares = FlashTile<__nv_bfloat16, kHead, kRowTiles, kWarps, kCluster, kBlocksPerProcessor>;
-  static_assert(Flash::kQueries == kTreeRows);
-  static constexpr int kStage = 3 * Flash::kKeyBytes;  // mean keys, variances, mean values of kCluster clusters
+  static constexpr int kKeys = kKeys_;
+  using Flash = FlashTile<T, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
+  using Squares = FlashTile<__nv_bfloat16, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
+  static_assert(Flash::kQueries == kTreeRows && kKeys % kCluster == 0 && Flash::kThreads >= kKeys);
+  static constexpr int kStage = 3 * Flash::kKeyBytes;  // mean keys, variances, mean values of kKeys clusters
   static constexpr int kWords = Flash::kQueryBytes * 2 + 2 * kStage;
   static_assert(kWords >= Flash::kSharedBytes && 2 * kStage >= kHead * Flash::kRowBytes);
 
   struct Words {
     PartitionShared partition;
     float parts[kWarp];
-    float columns[kWarps][kCluster];
+    float columns[kWarps][kKeys];
     int32_t audited[kTreeRows];  // rows
   };
   // Behind Words: a key for the score of each cluster, in whose place the list of those that are read is made, and a bit of
   // each.
   static size_t shared_bytes(int64_t clusters) {
-    const int64_t whole = ceil_div<int64_t>(clusters, kCluster) * kCluster;
+    const int64_t whole = ceil_div<int64_t>(clusters, kKeys) * kKeys;
     return kWords + sizeof(Words) + static_cast<size_t>(whole * 4 + whole / 8);
   }
 };
@@ -76,12 +78,12 @@ struct TreeRowBlock {
     }
     factor = p.scale * kLog2E, s2_factor = p.scale * p.scale;
     key = reinterpret_cast<uint32_t*>(words + 1);
-    bits = key + blocks() * kCluster;
+    bits = key + blocks() * Tile::kKeys;
   }
   __device__ __forceinline__ int row_index(int row) const { return audit ? words->audited[row] : first_row + row; }
   // Of the last key that a row may see, but for padding; rows are in order.
   __device__ __forceinline__ int position(int row) const { return offset + row_index(row); }
-  __device__ __forceinline__ int blocks() const { return ceil_div(candidates, kCluster); }  // of summaries
+  __device__ __forceinline__ int blocks() const { return ceil_div(candidates, Tile::kKeys); }  // of summaries
   __device__ __forceinline__ const T* query(int row) const {
     return row < rows ? row_of<T>(tree.job.tensors.q, b, q_head, row_index(row)) : nullptr;
   }
@@ -111,14 +113,14 @@ __device__ __forceinline__ void load_queries(TreeRowBlock<Tile>& block) {
   }
 }
 
-// Calls each(i, s, s2, values) for every block i of kCluster summaries, with s = log2 of the weights of its clusters, s2 the
-// variance of the scores of their keys, and, where they are asked for, their mean values in shared memory. All threads of
-// the block of threads call this.
+// Calls each(i, s, s2, values) for every block i of Tile::kKeys summaries, with s = log2 of the weights of its clusters, s2
+// the variance of the scores of their keys, and, where they are asked for, their mean values in shared memory. All threads
+// of the block of threads call this.
 template <class Tile, class Each>
 __device__ __forceinline__ void for_summaries(const TreeRowBlock<Tile>& block, bool with_values, Each each) {
   using Flash = typename Tile::Flash;
   using T = typename Flash::T;
-  constexpr int kRowTiles = Flash::kRowTiles;
+  constexpr int kRowTiles = Flash::kRowTiles, kKeys = Tile::kKeys;
   const QuantumAttentionParams& p = block.tree.job.params;
   const int d = static_cast<int>(p.head_size), dv = static_cast<int>(p.v_head_size);
   const int64_t first = block.head * block.tree.clusters;
@@ -126,13 +128,13 @@ __device__ __forceinline__ void for_summaries(const TreeRowBlock<Tile>& block, b
     char* const stage = block.stages + i % 2 * Tile::kStage;
     const auto rows_of = [&](const void* rows, int size) {
       return [&, rows, size](int row) {
-        const int c = i * kCluster + row;
+        const int c = i * kKeys + row;
         return c < block.candidates ? static_cast<const T*>(rows) + (first + c) * size : nullptr;
       };
     };
-    flash_copy_rows<Flash, kCluster>(stage, d, rows_of(block.tree.mean_key, d));
-    flash_copy_rows<Flash, kCluster>(stage + Flash::kKeyBytes, d, rows_of(block.tree.variance, d));
-    if (with_values) flash_copy_rows<Flash, kCluster>(stage + 2 * Flash::kKeyBytes, dv, rows_of(block.tree.mean_value, dv));
+    flash_copy_rows<Flash, kKeys>(stage, d, rows_of(block.tree.mean_key, d));
+    flash_copy_rows<Flash, kKeys>(stage + Flash::kKeyBytes, d, rows_of(block.tree.variance, d));
+    if (with_values) flash_copy_rows<Flash, kKeys>(stage + 2 * Flash::kKeyBytes, dv, rows_of(block.tree.mean_value, dv));
     cp_async_commit();
   };
   const auto columns_of = [](const char* rows) {
@@ -145,14 +147,14 @@ __device__ __forceinline__ void for_summaries(const TreeRowBlock<Tile>& block, b
     __syncthreads();
     if (i + 1 < block.blocks()) copy(i + 1);
     const char* const stage = block.stages + i % 2 * Tile::kStage;
-    float s[kRowTiles][kCluster / 8][4], s2[kRowTiles][kCluster / 8][4];
+    float s[kRowTiles][kKeys / 8][4], s2[kRowTiles][kKeys / 8][4];
     flash_products<Flash>(s, columns_of(block.queries), stage);
     flash_products<typename Tile::Squares>(s2, columns_of(block.squares), stage + Flash::kKeyBytes);
 #pragma unroll
-    for (int n = 0; n < kCluster / 8; ++n) {
+    for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float count = block.log_count(i * kCluster + 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e);
+        const float count = block.log_count(i * kKeys + 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e);
 #pragma unroll
         for (int t = 0; t < 2 * kRowTiles; ++t) {
           float &x = s[t / 2][n][t % 2 * 2 + e], &y = s2[t / 2][n][t % 2 * 2 + e];

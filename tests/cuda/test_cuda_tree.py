@@ -1,9 +1,7 @@
 """Strategies `tree` and `hybrid` by their CUDA kernels, against the reference, as on the CPU."""
 
-import subprocess
 from functools import partial
 
-import emulation_library
 import numpy as np
 import pytest
 import test_hybrid
@@ -109,22 +107,6 @@ def test_tree_of_float32_is_exact(device, case):
     found = attention(device, feeds, "float32", 5, attributes_of(case))
     np.testing.assert_allclose(found["Y"], exact(case, feeds), rtol=1e-4, atol=1e-5)
     assert (found["error_estimate"] == 0).all()
-
-
-def test_the_order_of_the_tree_is_the_one_defined(tmp_path):
-    headers = emulation_library.cuda_headers()
-    if headers is None:
-        pytest.skip("needs the headers of a CUDA toolkit")
-    root, program = emulation_library.ROOT, tmp_path / "balanced_tree_test"
-    sources = [
-        root / "cpp/cuda/balanced_tree.cu",
-        *(root / "tests/cuda" / n for n in ("balanced_tree_test.cc", "emulation.cc")),
-    ]
-    folders = [f"-I{folder}" for folder in emulation_library.INCLUDES]
-    compiler = ["g++", *emulation_library.FLAGS, *folders, "-isystem", str(headers), "-x", "c++"]
-    subprocess.run([*compiler, *map(str, sources), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
