@@ -67,10 +67,10 @@ endif()
 
 if(QEXPORT_BUILD_CUDA)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 120)  # the last one as PTX too, for what is newer
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80 90-real 120)  # 80 and 120 as PTX too, for 10.x and 11.x and what is newer
   endif()
   # Nothing but sm_90 runs code for it, and sm_90a is that with the products of warpgroups.
-  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90-real$" "90a-real")
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90(-real)?$" "90a\\1")
   # Wheels have lib/ where nvcc looks for lib64/.
   get_filename_component(_qexport_cuda_root "${CMAKE_CUDA_COMPILER}" DIRECTORY)
   get_filename_component(_qexport_cuda_root "${_qexport_cuda_root}" DIRECTORY)

@@ -9,7 +9,8 @@ CudaPlugin load_cuda_plugin(const std::string& path) {
   // Its symbols stay its own: another copy of CUDA's runtime may be in the process.
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   const auto entry = library ? reinterpret_cast<Entry>(dlsym(library, "qexport_cuda_kernels")) : nullptr;
-  if (entry) return {entry(), {}};
+  if (entry && entry()->layout == kCudaLayout) return {entry(), {}};
+  if (entry) return {nullptr, path + " belongs to another release of qexport; install both libraries from one"};
   const char* const error = dlerror();
   const std::string reason = error ? error : path + " holds no CUDA kernels";
   return {nullptr, reason.substr(0, reason.find('\n'))};

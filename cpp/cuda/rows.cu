@@ -176,10 +176,10 @@ size_t row_attention_scratch_bytes(const AttentionJob& job) { return plan_rows(j
 void row_attention(Status& status, const AttentionJob& job, const HeadSamples& samples, void* scratch, void* stream) {
   const RowPlan plan = plan_rows(job);
   if (plan.tiles > INT32_MAX || job.total_len >= INT32_MAX) {
-    return status.fail("batch * kv_heads * queries of QuantumAttention are too many for one launch; split the batch");
+    return status.fail("batch * kv_heads * queries are too many for one launch; split the batch");
   }
   if (!plan.fits) {
-    return status.fail("v_head_size of QuantumAttention is too large for the shared memory of this GPU; use strategy exact");
+    return status.fail("v_head_size is too large for the shared memory of this GPU; use strategy exact");
   }
   char* base = static_cast<char*>(scratch);
   const auto floats = [&](size_t at) { return reinterpret_cast<float*>(base + at); };

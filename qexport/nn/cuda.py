@@ -53,9 +53,16 @@ class TorchMemory:
         return torch.full((), int(seed), dtype=torch.int64, device=self.device)
 
     def call(self, op: str, *tensors, **attributes):
-        """The outputs of an op, by the name of its function in qexport._core."""
+        """The outputs of an op, by the name of its function in qexport._core.
+
+        Raises:
+            QexportError: the device refuses the work.
+        """
         with torch.cuda.device(self.device):
-            return getattr(kernels(), op)(*tensors, **attributes, device=self)
+            try:
+                return getattr(kernels(), op)(*tensors, **attributes, device=self)
+            except RuntimeError as error:
+                raise QexportError(str(error)) from None
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from qexport.errors import QexportError
 from qexport.nn import cuda, quantum_attention
 from qexport.ops import QUANTUM_ATTENTION
 
-LARGEST = 24 << 20
+LARGEST = 8 << 20  # as in a wheel
 
 
 def attention(Q, K, V, device, **more):
@@ -50,6 +50,7 @@ def test_it_loads_without_a_driver_and_says_what_is_missing(plugin):
         stream = 0
 
         def describe(self, array):
+            array = np.asarray(array)
             return array.__array_interface__["data"][0], str(array.dtype), array.shape, [1] * array.ndim
 
         def empty(self, shape, dtype):
@@ -78,6 +79,14 @@ def test_a_file_that_is_no_plugin(tmp_path, monkeypatch):
         cuda.cuda_memory(torch.device("cuda", 0))
     assert "\n" not in str(raised.value)
     cuda._plugin.cache_clear()
+
+
+def test_a_plugin_of_another_release(tmp_path):
+    source, other = tmp_path / "other.c", tmp_path / "libqexport_ops_cuda.so"
+    source.write_text("static unsigned long table[20] = {1};\nvoid* qexport_cuda_kernels(void) { return table; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", other], check=True)
+    with pytest.raises(RuntimeError, match="belongs to another release of qexport"):
+        _core.load_cuda(str(other))
 
 
 def test_without_a_plugin_the_cpu_works_and_the_gpu_is_told_why(monkeypatch):

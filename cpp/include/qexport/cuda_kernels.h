@@ -19,9 +19,21 @@ struct CudaCall {
   void* stream;         // a cudaStream_t
 };
 
+// Changes with the sizes of what goes through the table, so that a plugin of another release is refused and not called.
+template <class... T>
+constexpr uint64_t layout_of(uint64_t sum = 1) {
+  ((sum = sum * 1099511628211u + sizeof(T)), ...);
+  return sum;
+}
+constexpr uint64_t kCudaLayout =
+    layout_of<QuantumAttentionParams, QuantumAttentionTensors, QuantumNoiseParams, QuantumNoiseTensors, QuantumMeasureParams,
+              QuantumMeasureTensors, MpsDecodeParams, MpsDecodeTensors, MpsAttentionParams, MpsAttentionTensors,
+              MpoLinearParams, MpoLinearTensors, CudaCall>();
+
 // Functions return null, or what went wrong as one line that lives for ever, without the name of the op. Rows that are no
 // probabilities cannot be reported without waiting; they become NaN.
 struct CudaKernels {
+  uint64_t layout;  // kCudaLayout of the release that it was built from
   size_t (*quantum_attention_scratch_bytes)(const QuantumAttentionParams&, const QuantumAttentionTensors&);
   const char* (*quantum_attention)(const QuantumAttentionParams&, const QuantumAttentionTensors&, const CudaCall&);
   size_t (*quantum_noise_scratch_bytes)(const QuantumNoiseParams&);
