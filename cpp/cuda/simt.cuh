@@ -54,22 +54,26 @@ __device__ __forceinline__ int simt_offset(int row, int chunk) {
   return row * kRowFloats + ((chunk ^ (row & 7 & (kRowFloats / 4 - 1))) << 2);
 }
 
+// Four elements of a row from `first` on as float32, zeros where it has none.
+template <class T>
+__device__ __forceinline__ float4 simt_load(const T* row, int first, int columns) {
+  if (!row || first >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  row += first;
+  const int left = columns - first;
+  if constexpr (sizeof(T) == 4) {
+    if (left >= 4 && reinterpret_cast<uintptr_t>(row) % 16 == 0) return *reinterpret_cast<const float4*>(row);
+  }
+  return make_float4(to_float(row[0]), left > 1 ? to_float(row[1]) : 0.0f, left > 2 ? to_float(row[2]) : 0.0f,
+                     left > 3 ? to_float(row[3]) : 0.0f);
+}
+
 template <class Tile, int kRows, class Row>
 __device__ __forceinline__ void simt_copy_rows(float* shared, int columns, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 4;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += Tile::kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
-    const typename Tile::T* from = row_of(row);
-    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (from) {
-      const int left = columns - 4 * chunk;
-      if (left > 0) x.x = to_float(from[4 * chunk]);
-      if (left > 1) x.y = to_float(from[4 * chunk + 1]);
-      if (left > 2) x.z = to_float(from[4 * chunk + 2]);
-      if (left > 3) x.w = to_float(from[4 * chunk + 3]);
-    }
-    *reinterpret_cast<float4*>(shared + simt_offset<Tile::kHead>(row, chunk)) = x;
+    *reinterpret_cast<float4*>(shared + simt_offset<Tile::kHead>(row, chunk)) = simt_load(row_of(row), 4 * chunk, columns);
   }
 }
 
