@@ -42,22 +42,15 @@ __device__ __forceinline__ void flash_start_values(FlashState<Tile>& state, cons
   flash_values<Tile>(state, p, values);
 #endif
 }
-// What the compiler has to compute before the steps that follow.
-template <int kCount>
-__device__ __forceinline__ void flash_hold(float (&d)[kCount][4]) {
-#if QEXPORT_WGMMA
-  wgmma_hold(d);
-#else
-  (void)d;
-#endif
-}
 // Waits for what was started, but for the last kPending.
 template <int kPending, int kCount>
 __device__ __forceinline__ void flash_finish(float (&d)[kCount][4]) {
 #if QEXPORT_WGMMA
   wgmma_wait<kPending>();
+  wgmma_hold(d);
+#else
+  (void)d;
 #endif
-  flash_hold(d);
 }
 // Own copies have come and others may read them.
 __device__ __forceinline__ void flash_exchange() {
@@ -103,9 +96,14 @@ __device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state,
     left = flash_scores<Tile>(s, factor, block, blocks);
     const bool moved = flash_move(state, s, left, fade);
     flash_exp2(state, s, left);
-    flash_hold(s[0]);  // before the wait, not after it
+    // The branch hangs on all weights, so that they are computed beside the products with V and not behind the wait for
+    // them.
+    const bool strange = !(state.sum[0] + state.sum[1] < kInf);
+    if (__any_sync(kFullWarp, moved || strange)) {
+      flash_finish<0>(state.o[0]);
+      if (moved) flash_fade(state, fade);
+    }
     flash_finish<0>(state.o[0]);
-    if (moved) flash_fade(state, fade);
     flash_pack<Tile>(p, s);
   }
   flash_exchange();
