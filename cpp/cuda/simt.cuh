@@ -14,13 +14,15 @@ struct SimtTile {
   static constexpr int kHead = kHead_, kRows = kRows_, kKeys = kKeys_, kThreads = 128;
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   static constexpr int kQueries = 16 * kRows;
-  static constexpr int kSharedBytes = 4 * (kQueries * kHead + 2 * kKeys * kHead + kQueries * kKeys);
+  static constexpr bool kWeightsOverKeys = kHead >= kQueries;  // in shared memory
+  static constexpr int kSharedBytes = 4 * (kQueries * kHead + 2 * kKeys * kHead + (kWeightsOverKeys ? 0 : kQueries * kKeys));
 };
 
 // As FlashState.
 template <class Tile>
 struct SimtState {
   static constexpr int kRows = Tile::kRows, kPairs = Tile::kHead / 16;
+  __host__ __device__ static constexpr bool runs_on(int) { return true; }
   float o[kRows][kPairs / 2][4];
   float most[kRows];  // the same on the eight threads of a row
   float sum[kRows];   // in parts on them, until join_sums
@@ -84,7 +86,7 @@ __device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int
   float* const queries = reinterpret_cast<float*>(shared);
   float* const keys = queries + Tile::kQueries * kHead;
   float* const values = keys + kKeys * kHead;
-  float* const weights = values + kKeys * kHead;
+  float* const weights = Tile::kWeightsOverKeys ? keys : values + kKeys * kHead;
   const int x = static_cast<int>(threadIdx.x) % 8, y = static_cast<int>(threadIdx.x) / 8;
   simt_copy_rows<Tile, Tile::kQueries>(queries, blocks.head_size, [&](int row) { return blocks.query(row); });
   for (int block = 0; block < count; ++block) {
@@ -118,7 +120,16 @@ __device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int
       }
     }
     const bool plain = blocks.plain(block);
-    if (!plain) blocks.prepare(block);
+    if (!plain) {
+      blocks.prepare(block);
+      if (blocks.hides()) {
+        for (int i = static_cast<int>(threadIdx.x); i < kKeys * kHead; i += Tile::kThreads) {
+          if (blocks.hidden(block, i / kHead)) values[i] = 0.0f;  // the columns of a row lie in its own kHead floats
+        }
+        __syncthreads();
+      }
+    }
+    if (Tile::kWeightsOverKeys) __syncthreads();  // all keys have been read
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = y + 16 * i;

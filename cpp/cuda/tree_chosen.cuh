@@ -51,6 +51,8 @@ struct ChosenBlocks {
     return c < natural ? c < block.full : (c - natural + 1) * kCluster <= min(block.position(0) + 1, key_end);
   }
   __device__ __forceinline__ void prepare(int) {}
+  __device__ __forceinline__ bool hides() const { return false; }
+  __device__ __forceinline__ bool hidden(int, int) const { return false; }
   template <int kCount, class At, class Key>
   __device__ __forceinline__ void adjust(int i, int row, At score, Key key) const {
     const int c = at(i);
