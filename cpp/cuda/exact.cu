@@ -6,7 +6,7 @@ namespace cuda {
 namespace {
 
 constexpr const char* kTooMany = "batch * q_heads * q_len is too large for one launch; split the batch";
-constexpr int kJoinThreads = 128;
+constexpr int kJoinThreads = 256, kJoinColumns = 128;
 constexpr int kWideThreads = 128;
 constexpr int kWideColumns = 4;  // of V per lane
 
@@ -31,6 +31,9 @@ __device__ __forceinline__ void put_pair(T* to, float a, float b, int left, bool
 template <class Tile, template <class> class State>
 __global__ __launch_bounds__(Tile::kThreads,
                              Tile::kBlocksPerProcessor) void exact_kernel(const __grid_constant__ ExactLaunch launch) {
+#ifdef __CUDA_ARCH__
+  if (!State<Tile>::runs_on(__CUDA_ARCH__)) return;  // spares the compiler what is never started
+#endif
   using T = typename Tile::T;
   char* const shared = dynamic_shared<char>();
   ExactTile<T, Tile::kQueries, Tile::kKeys> tile;
@@ -67,32 +70,52 @@ __global__ __launch_bounds__(Tile::kThreads,
   }
 }
 
-// One row per block of threads.
+// One row per block of threads, whose warps share out the parts.
 template <class T>
 __global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_constant__ ExactLaunch launch) {
   const QuantumAttentionParams& p = launch.job.params;
   const int64_t row = blockIdx.x, query = row % p.q_len, head = row / p.q_len % p.q_heads, b = row / p.q_len / p.q_heads;
   if (launch.only && !launch.only[b * p.q_heads + head]) return;
-  float* const fade = dynamic_shared<float>();
+  float* const fade = dynamic_shared<float>();  // (parts,)
+  float* const sums = fade + launch.parts;      // (warps, kJoinColumns), the scratch of reductions before
   const float* const stats = launch.part_stats + 2 * row;
   const int64_t step = launch.rows();
-  float most = -kInf;
-  for (int i = 0; i < launch.parts; ++i) most = fmaxf(most, stats[2 * i * step]);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  float most = -kInf, sum = 0.0f;
+  for (int i = thread; i < launch.parts; i += kJoinThreads) most = fmaxf(most, stats[2 * i * step]);
+  most = block_max(most, sums);
   const float base = most == -kInf ? 0.0f : most;
-  float sum = 0.0f;
-  for (int i = 0; i < launch.parts; ++i) sum += fast_exp2(stats[2 * i * step] - base) * stats[2 * i * step + 1];
-  for (int i = static_cast<int>(threadIdx.x); i < launch.parts; i += kJoinThreads) {
-    fade[i] = stats[2 * i * step + 1] == 0.0f ? 0.0f : fast_exp2(stats[2 * i * step] - base) / sum;
+  for (int i = thread; i < launch.parts; i += kJoinThreads) {
+    const float part_sum = stats[2 * i * step + 1];
+    fade[i] = part_sum == 0.0f ? 0.0f : fast_exp2(stats[2 * i * step] - base);
+    sum += part_sum == 0.0f ? 0.0f : fade[i] * part_sum;
   }
-  __syncthreads();
+  sum = block_sum(sum, sums);
+  const float unit = sum == 0.0f ? 0.0f : 1.0f / sum;
   T* const y = output_row<T>(launch.job, b, head, query);
-  for (int64_t column = threadIdx.x; column < p.v_head_size; column += kJoinThreads) {
-    float x = 0.0f;
-    for (int i = 0; i < launch.parts; ++i) {
-      if (stats[2 * i * step + 1] != 0.0f)
-        x = fmaf(fade[i], launch.part_outputs[(i * step + row) * p.v_head_size + column], x);
+  for (int64_t first = 0; first < p.v_head_size; first += kJoinColumns) {
+    const float* const outputs = launch.part_outputs + row * p.v_head_size + first;
+    const int columns = static_cast<int>(min(p.v_head_size - first, int64_t{kJoinColumns}));
+    float x[kJoinColumns / kWarp] = {};
+#pragma unroll 4
+    for (int i = warp; i < launch.parts; i += kJoinThreads / kWarp) {
+      const float weight = fade[i];
+#pragma unroll
+      for (int e = 0; e < kJoinColumns / kWarp; ++e) {
+        // The output of a part without keys is not there; NaN as its weight stays NaN.
+        const bool there = weight != 0.0f && lane + e * kWarp < columns;
+        x[e] = fmaf(weight, there ? outputs[i * step * p.v_head_size + lane + e * kWarp] : 0.0f, x[e]);
+      }
     }
-    y[column] = from_float<T>(x);
+    __syncthreads();  // the sums of before have been read
+#pragma unroll
+    for (int e = 0; e < kJoinColumns / kWarp; ++e) sums[warp * kJoinColumns + lane + e * kWarp] = x[e];
+    __syncthreads();
+    for (int c = thread; c < columns; c += kJoinThreads) {
+      float all = 0.0f;
+      for (int w = 0; w < kJoinThreads / kWarp; ++w) all += sums[w * kJoinColumns + c];
+      y[first + c] = from_float<T>(all * unit);
+    }
   }
 }
 
@@ -118,7 +141,7 @@ __global__ __launch_bounds__(kWideThreads) void wide_kernel(const __grid_constan
     x = warp_sum(x) * scale;
     if (p.softcap > 0.0f) x = capped_score(x, p.softcap, 2.0f / p.softcap);
     if (job.tensors.mask.data) {
-      const float bias = mask_bias2(job.tensors.mask, b, head, query, j);
+      const float bias = base2_bias(mask_bias(job.tensors.mask, b, head, query, j));
       if (bias == -kInf) continue;
       x += bias;
     }
@@ -162,7 +185,7 @@ void start(Status& status, ExactLaunch exact, const Device& device, void* scratc
          Choice<Tile, State>::shared_bytes(job), stream, exact);
   if (exact.parts > 1) {
     launch(status, join_parts_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(kJoinThreads),
-           sizeof(float) * static_cast<size_t>(exact.parts), stream, exact);
+           sizeof(float) * static_cast<size_t>(exact.parts + kJoinThreads / kWarp * kJoinColumns), stream, exact);
   }
 }
 template <class T>

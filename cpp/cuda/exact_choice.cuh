@@ -10,7 +10,7 @@ namespace qexport {
 namespace cuda {
 
 constexpr int kMostParts = 512;
-constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
+constexpr int kPartBlocks = 8;  // blocks of keys that a part has at least
 
 // 16-byte rows everywhere, so that they can be copied asynchronously.
 inline bool aligned_rows(const AttentionJob& job) {
@@ -34,8 +34,8 @@ struct Choice {
 };
 template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
 using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
-template <class T, int kHead>
-using Warpgroups = Choice<FlashTile<T, kHead, 1, 8, 128, 1, true>, FlashState>;
+template <class T, int kHead, int kWarps, int kBlocksPerProcessor>
+using Warpgroups = Choice<FlashTile<T, kHead, 1, kWarps, 64, kBlocksPerProcessor, true>, FlashState>;
 template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
 using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
 template <class T_>
@@ -81,8 +81,8 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
   if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
     if (size > 32 && device.capability == 90) {
-      if (size <= 64) return visit_choice<Warpgroups<T, 64>, Flash<T, 64, 1, 3>>(job, device, visit);
-      return visit_choice<Warpgroups<T, 128>, Flash<T, 128, 1, 2>>(job, device, visit);
+      if (size <= 64) return visit_choice<Warpgroups<T, 64, 8, 2>, Warpgroups<T, 64, 4, 3>>(job, device, visit);
+      return visit_choice<Warpgroups<T, 128, 12, 1>, Warpgroups<T, 128, 4, 2>>(job, device, visit);
     }
     if (size <= 32) return visit_choice<Flash<T, 32, 2, 2>, Flash<T, 32, 1, 4>>(job, device, visit);
     if (size <= 64) return visit_choice<Flash<T, 64, 2, 2>, Flash<T, 64, 1, 3>>(job, device, visit);

@@ -33,11 +33,8 @@ __device__ __forceinline__ float capped_score(float x, float cap, float two_over
   return copysignf(cap * kLog2E * __fdividef(1.0f - t, 1.0f + t), x);
 }
 
-// mask_bias in base 2. A finite bias that is beyond float32 there does not shut its key out: it may be that of all keys.
-__device__ __forceinline__ float mask_bias2(const AttentionMask& mask, int64_t b, int64_t q_head, int64_t query, int64_t j) {
-  const float x = mask_bias(mask, b, q_head, query, j);
-  return x > -kInf ? fmaxf(x * kLog2E, -FLT_MAX) : -kInf;
-}
+// A bias in base 2. A finite one that is beyond float32 there does not shut its key out: it may be that of all keys.
+__device__ __forceinline__ float base2_bias(float x) { return x > -kInf ? fmaxf(x * kLog2E, -FLT_MAX) : -kInf; }
 
 template <class T_, int kQueries, int kKeys>
 class ExactTile {
@@ -46,7 +43,8 @@ class ExactTile {
   static constexpr int kBiasRow = kKeys + 8;  // floats: rows that lie 8 banks apart are read without conflict
 
   static size_t shared_bytes(const AttentionJob& job) {
-    return (2 * kQueries + 4) * sizeof(int) + (job.tensors.mask.data ? kQueries * kBiasRow * sizeof(float) : 0);
+    return (2 * kQueries + 4) * sizeof(int) +
+           (job.tensors.mask.data ? kKeys * sizeof(int) + kQueries * kBiasRow * sizeof(float) : 0);
   }
 
   // Called by all threads. False: there is nothing to write.
@@ -55,7 +53,8 @@ class ExactTile {
     const AttentionJob& job = exact.job;
     ranges = reinterpret_cast<int*>(shared);
     int* const extremes = ranges + 2 * kQueries;
-    bias = reinterpret_cast<float*>(extremes + 4);
+    seen = extremes + 4;
+    bias = reinterpret_cast<float*>(seen + kKeys);
     int64_t index = blockIdx.x;
     part = static_cast<int>(index % exact.parts), index /= exact.parts;
     // Later queries see more keys under a causal mask: the longest work first.
@@ -65,6 +64,9 @@ class ExactTile {
     head_size = static_cast<int>(job.params.head_size), v_head_size = static_cast<int>(job.params.v_head_size);
     scale = job.params.scale * kLog2E;
     if (threadIdx.x == 0) extremes[0] = extremes[2] = -INT32_MAX, extremes[1] = extremes[3] = -INT32_MAX;
+    if (hides()) {
+      for (int i = static_cast<int>(threadIdx.x); i < kKeys; i += static_cast<int>(blockDim.x)) seen[i] = 0;
+    }
     __syncthreads();
     for (int row = static_cast<int>(threadIdx.x); row < kQueries; row += static_cast<int>(blockDim.x)) {
       int lo = 0, hi = -1;  // not ours
@@ -130,21 +132,26 @@ class ExactTile {
            launch->job.params.softcap == 0.0f;
   }
 
+  // Keys that the mask shuts out for all queries count as hidden once `prepare` was there.
+  __device__ __forceinline__ bool hides() const { return launch->job.tensors.mask.data != nullptr; }
+  __device__ __forceinline__ bool hidden(int block, int row) const { return seen[row] != block + 1; }
+
   // Lays the mask of the tile into shared memory, as logarithms of base 2. Where all rows have the same, row 0 serves them.
   __device__ __forceinline__ void prepare(int block) {
-    const AttentionMask& mask = launch->job.tensors.mask;
     two_over_cap = 2.0f / launch->job.params.softcap;
-    if (!mask.data) return;
-    bias_step = mask.query_stride == 0 && (launch->pack == 1 || mask.head_stride == 0) ? 0 : kBiasRow;
-    const int rows = bias_step ? kQueries : 1, from = first + block * kKeys;
-    for (int i = static_cast<int>(threadIdx.x); i < rows * kKeys; i += static_cast<int>(blockDim.x)) {
-      const int row = i / kKeys, key = i % kKeys;
-      float x = 0.0f;
-      if (from + key < end && (!bias_step || ours(row))) {
-        const QueryPlace at = place(row);
-        x = mask_bias2(mask, batch, at.head, at.query, from + key);
-      }
-      bias[row * kBiasRow + key] = x;
+    if (!hides()) return;
+    switch (launch->job.tensors.mask.type) {
+      case DType::boolean:
+        stage_mask<uint8_t>(block, [](uint8_t x) { return x ? 0.0f : -kInf; });
+        break;
+      case DType::f16:
+        stage_mask<__half>(block, [](__half x) { return to_float(x); });
+        break;
+      case DType::bf16:
+        stage_mask<__nv_bfloat16>(block, [](__nv_bfloat16 x) { return to_float(x); });
+        break;
+      default:
+        stage_mask<float>(block, [](float x) { return x; });
     }
     __syncthreads();
   }
@@ -186,13 +193,35 @@ class ExactTile {
   float scale;
 
  private:
+  template <class Mask, class Bias>
+  __device__ __forceinline__ void stage_mask(int block, const Bias& bias_of) {
+    const AttentionMask& mask = launch->job.tensors.mask;
+    bias_step = mask.query_stride == 0 && (launch->pack == 1 || mask.head_stride == 0) ? 0 : kBiasRow;
+    // A thread stays with one key.
+    const int rows = bias_step ? kQueries : 1, key = static_cast<int>(threadIdx.x) % kKeys, j = first + block * kKeys + key;
+    const Mask* const start = static_cast<const Mask*>(mask.data) + batch * mask.batch_stride + j;
+    bool any = false;
+#pragma unroll 4
+    for (int row = static_cast<int>(threadIdx.x) / kKeys; row < rows; row += static_cast<int>(blockDim.x) / kKeys) {
+      float x = -kInf;
+      if (j < end && (!bias_step || ours(row))) {
+        const QueryPlace at = place(row);
+        x = base2_bias(bias_of(start[at.head * mask.head_stride + at.query * mask.query_stride]));
+      }
+      any = any || x > -kInf;
+      bias[row * kBiasRow + key] = x;
+    }
+    if (any) seen[key] = block + 1;
+  }
+
   __device__ __forceinline__ const T* key_or_value(int block, int row, uintptr_t past, uintptr_t fresh, int64_t past_stride,
                                                    int64_t stride) const {
-    const int j = first + block * kKeys + row;
+    const int from = first + block * kKeys, j = from + row, past_len = static_cast<int>(launch->job.params.past_len);
     if (j >= end) return nullptr;
-    return reinterpret_cast<const T*>(j < launch->job.params.past_len
-                                          ? past + sizeof(T) * static_cast<uintptr_t>(j * past_stride)
-                                          : fresh + sizeof(T) * static_cast<uintptr_t>(j * stride));
+    // Nearly all blocks lie on one side, which all threads know.
+    const bool old = from < past_len && (from + kKeys <= past_len || j < past_len);
+    return reinterpret_cast<const T*>((old ? past : fresh) +
+                                      sizeof(T) * static_cast<uintptr_t>(j * (old ? past_stride : stride)));
   }
 
   const ExactLaunch* launch;
@@ -201,6 +230,7 @@ class ExactTile {
   int first, end;        // of the keys
   int all_from, all_to;  // the keys that every row sees
   int* ranges;           // (kQueries, 2); -1 as the end of a row that is not ours
+  int* seen;             // (kKeys,) 1 + the last block whose key some query sees, as far as the mask goes
   float* bias;           // (kQueries, kBiasRow)
   int bias_step = 0;
   float two_over_cap = 0.0f;

@@ -9,6 +9,8 @@
 //   float scale                          of the products q . k, times log2(e)
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
 //   void prepare(int block)              called by all threads before the scores of a block that is not plain
+//   bool hides()                         some rows of V may be hidden, if block is not plain; same on all threads
+//   bool hidden(int block, int row)      after prepare: no query sees the row, so that V counts as 0 there, whatever it is
 //   void adjust<kCount>(int block, int row, at, key)    turns at(0)..at(kCount - 1), which are scale * (q . k) of a row with
 //                                        the keys key(0).. of such a block, into scores; -inf: the query does not see the
 //                                        key
@@ -56,6 +58,13 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
       const int at = block % 2 * Tile::kKeyBytes;
       float s[Tile::kRowTiles][Tile::kKeys / 8][4];
       flash_products<Tile>(s, load, keys + at);
+      if (!blocks.plain(block)) {
+        blocks.prepare(block);
+        if (blocks.hides()) {
+          flash_clear_values<Tile>(values + at, [&](int row) { return blocks.hidden(block, row); });
+          __syncthreads();
+        }
+      }
       const float left = flash_scores<Tile>(s, factor, block, blocks);
       flash_weights<Tile>(state, s, left);
       flash_values<Tile>(state, s, values + at);

@@ -178,12 +178,11 @@ __device__ __forceinline__ void flash_values(FlashState<Tile>& state, const floa
   flash_values<Tile>(state, p, values);
 }
 
-// Products into scores; returns what they are still to be multiplied by.
+// Products into scores of a block that is prepared; returns what they are still to be multiplied by.
 template <class Tile, class Blocks>
 __device__ __forceinline__ float flash_scores(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], float factor, int block,
-                                              Blocks& blocks) {
+                                              const Blocks& blocks) {
   if (blocks.plain(block)) return factor;
-  blocks.prepare(block);
   const int first = 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {

@@ -27,6 +27,7 @@ struct FlashTile {
 template <class Tile>
 struct FlashState {
   static constexpr int kRows = 2 * Tile::kRowTiles, kPairs = Tile::kHead / 8;
+  __host__ __device__ static constexpr bool runs_on(int arch) { return Tile::kWarpgroups ? arch == 900 : arch >= 800; }
   float o[Tile::kRowTiles][kPairs][4];
   float most[kRows];  // of the scores so far; the same on the four lanes of a row
   float sum[kRows];   // of 2^(score - most); a part of it on each of the four lanes, until join_sums
@@ -95,6 +96,17 @@ __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const
     const typename Tile::T* from = row_of(row);
     const bool valid = from && 8 * chunk < columns;
     cp_async_16(shared + flash_offset<Tile::kHead, kPanelRows>(row, chunk), valid ? from + 8 * chunk : nullptr, valid);
+  }
+}
+
+// Zeros where rows of V lie that no query sees: 0 * NaN is NaN.
+template <class Tile, class Hidden>
+__device__ __forceinline__ void flash_clear_values(char* values, const Hidden& hidden) {
+  constexpr int kChunks = Tile::kHead / 8;
+  for (int i = static_cast<int>(threadIdx.x); i < Tile::kKeys * kChunks; i += Tile::kThreads) {
+    uint32_t* words =
+        reinterpret_cast<uint32_t*>(values + flash_offset<Tile::kHead, Tile::kKeyPanel>(i / kChunks, i % kChunks));
+    if (hidden(i / kChunks)) words[0] = words[1] = words[2] = words[3] = 0;
   }
 }
 

@@ -14,13 +14,15 @@ struct SimtTile {
   static constexpr int kHead = kHead_, kRows = kRows_, kKeys = kKeys_, kThreads = 128;
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   static constexpr int kQueries = 16 * kRows;
-  static constexpr int kSharedBytes = 4 * (kQueries * kHead + 2 * kKeys * kHead + kQueries * kKeys);
+  static constexpr bool kWeightsOverKeys = kHead >= kQueries;  // in shared memory
+  static constexpr int kSharedBytes = 4 * (kQueries * kHead + 2 * kKeys * kHead + (kWeightsOverKeys ? 0 : kQueries * kKeys));
 };
 
 // As FlashState.
 template <class Tile>
 struct SimtState {
   static constexpr int kRows = Tile::kRows, kPairs = Tile::kHead / 16;
+  __host__ __device__ static constexpr bool runs_on(int) { return true; }
   float o[kRows][kPairs / 2][4];
   float most[kRows];  // the same on the eight threads of a row
   float sum[kRows];   // in parts on them, until join_sums
@@ -54,22 +56,26 @@ __device__ __forceinline__ int simt_offset(int row, int chunk) {
   return row * kRowFloats + ((chunk ^ (row & 7 & (kRowFloats / 4 - 1))) << 2);
 }
 
+// Four elements of a row from `first` on as float32, zeros where it has none.
+template <class T>
+__device__ __forceinline__ float4 simt_load(const T* row, int first, int columns) {
+  if (!row || first >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  row += first;
+  const int left = columns - first;
+  if constexpr (sizeof(T) == 4) {
+    if (left >= 4 && reinterpret_cast<uintptr_t>(row) % 16 == 0) return *reinterpret_cast<const float4*>(row);
+  }
+  return make_float4(to_float(row[0]), left > 1 ? to_float(row[1]) : 0.0f, left > 2 ? to_float(row[2]) : 0.0f,
+                     left > 3 ? to_float(row[3]) : 0.0f);
+}
+
 template <class Tile, int kRows, class Row>
 __device__ __forceinline__ void simt_copy_rows(float* shared, int columns, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 4;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += Tile::kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
-    const typename Tile::T* from = row_of(row);
-    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (from) {
-      const int left = columns - 4 * chunk;
-      if (left > 0) x.x = to_float(from[4 * chunk]);
-      if (left > 1) x.y = to_float(from[4 * chunk + 1]);
-      if (left > 2) x.z = to_float(from[4 * chunk + 2]);
-      if (left > 3) x.w = to_float(from[4 * chunk + 3]);
-    }
-    *reinterpret_cast<float4*>(shared + simt_offset<Tile::kHead>(row, chunk)) = x;
+    *reinterpret_cast<float4*>(shared + simt_offset<Tile::kHead>(row, chunk)) = simt_load(row_of(row), 4 * chunk, columns);
   }
 }
 
@@ -80,7 +86,7 @@ __device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int
   float* const queries = reinterpret_cast<float*>(shared);
   float* const keys = queries + Tile::kQueries * kHead;
   float* const values = keys + kKeys * kHead;
-  float* const weights = values + kKeys * kHead;
+  float* const weights = Tile::kWeightsOverKeys ? keys : values + kKeys * kHead;
   const int x = static_cast<int>(threadIdx.x) % 8, y = static_cast<int>(threadIdx.x) / 8;
   simt_copy_rows<Tile, Tile::kQueries>(queries, blocks.head_size, [&](int row) { return blocks.query(row); });
   for (int block = 0; block < count; ++block) {
@@ -114,7 +120,16 @@ __device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int
       }
     }
     const bool plain = blocks.plain(block);
-    if (!plain) blocks.prepare(block);
+    if (!plain) {
+      blocks.prepare(block);
+      if (blocks.hides()) {
+        for (int i = static_cast<int>(threadIdx.x); i < kKeys * kHead; i += Tile::kThreads) {
+          if (blocks.hidden(block, i / kHead)) values[i] = 0.0f;  // the columns of a row lie in its own kHead floats
+        }
+        __syncthreads();
+      }
+    }
+    if (Tile::kWeightsOverKeys) __syncthreads();  // all keys have been read
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = y + 16 * i;

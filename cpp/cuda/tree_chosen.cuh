@@ -63,6 +63,8 @@ struct ChosenBlocks {
     return all;
   }
   __device__ __forceinline__ void prepare(int) {}
+  __device__ __forceinline__ bool hides() const { return false; }
+  __device__ __forceinline__ bool hidden(int, int) const { return false; }
   template <int kCount, class At, class Key>
   __device__ __forceinline__ void adjust(int i, int row, At score, Key key) const {
     int limit[kEach];  // of the keys of a part
