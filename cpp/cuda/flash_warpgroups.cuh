@@ -69,44 +69,38 @@ __device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state,
     if (block >= count) return;
     flash_copy_block<Tile>(keys, block, blocks.head_size, [&](int b, int row) { return blocks.key(b, row); });
   };
+  const bool hides = blocks.hides();
   const auto copy_value = [&](int block) {
-    flash_copy_block<Tile>(values, block, blocks.v_head_size, [&](int b, int row) {
-      return blocks.hides() && blocks.hidden(b, row) ? nullptr : blocks.value(b, row);
-    });
+    flash_copy_block<Tile>(values, block, blocks.v_head_size,
+                           [&](int b, int row) { return hides && blocks.hidden(b, row) ? nullptr : blocks.value(b, row); });
   };
   float s[1][Tile::kKeys / 8][4], fade[2];
   uint32_t p[Tile::kKeys / 16][1][4];
   cp_async_commit();
   flash_exchange();
-  flash_start_products<Tile>(s, queries, keys);
   copy_key(1);
   if (!blocks.plain(0)) blocks.prepare(0);
   copy_value(0);
   cp_async_commit();
+  flash_start_products<Tile>(s, queries, keys);
   flash_finish<0>(s[0]);
   float left = flash_scores<Tile>(s, factor, 0, blocks);
   flash_weights<Tile>(state, s, left);
   flash_pack<Tile>(p, s);
   for (int block = 1; block < count; ++block) {
     flash_exchange();  // K of this block and V of the one before are there, nobody reads those before any more
-    flash_start_products<Tile>(s, queries, keys + block % 2 * Tile::kKeyBytes);
-    flash_start_values(state, p, values + (block - 1) % 2 * Tile::kKeyBytes);
     copy_key(block + 1);
     if (!blocks.plain(block)) blocks.prepare(block);
     copy_value(block);
     cp_async_commit();
+    flash_start_products<Tile>(s, queries, keys + block % 2 * Tile::kKeyBytes);
+    flash_start_values(state, p, values + (block - 1) % 2 * Tile::kKeyBytes);
     flash_finish<1>(s[0]);
     left = flash_scores<Tile>(s, factor, block, blocks);
     const bool moved = flash_move(state, s, left, fade);
     flash_exp2(state, s, left);
-    // The branch hangs on all weights, so that they are computed beside the products with V and not behind the wait for
-    // them.
-    const bool strange = !(state.sum[0] + state.sum[1] < kInf);
-    if (__any_sync(kFullWarp, moved || strange)) {
-      flash_finish<0>(state.o[0]);
-      if (moved) flash_fade(state, fade);
-    }
     flash_finish<0>(state.o[0]);
+    if (moved) flash_fade(state, fade);
     flash_pack<Tile>(p, s);
   }
   flash_exchange();
