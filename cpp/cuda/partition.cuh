@@ -37,6 +37,7 @@ __device__ inline Cut find_cut(const uint32_t* key, int32_t count, int32_t k, Pa
   for (int32_t i = thread; i < count; i += threads) low = min(low, key[i]), high = max(high, key[i]);
   high = block_max(high, s.warp);
   low = ~block_max(~low, s.warp);
+  __syncthreads();      // what comes next may write s.warp at once: there are no digits where all keys are alike
   uint32_t prefix = 0;  // of the key sought, less `low`
   for (int bits = high > low ? 32 - __clz(static_cast<int>(high - low)) : 0; bits > 0;) {
     const int step = min(bits, 8);

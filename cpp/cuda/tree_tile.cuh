@@ -68,9 +68,11 @@ struct TreeRowBlock {
       __syncthreads();
     }
     const int64_t* nonpad = tree.job.tensors.nonpad_kv_seqlen;
-    offset = static_cast<int>(nonpad ? nonpad[b] - p.q_len : p.past_len);
+    // There may be more queries than keys, and whoever says how many keys there are may be wrong.
+    const int64_t most = tree.job.total_len + p.q_len;
+    offset = static_cast<int>(nonpad ? min(max(nonpad[b], int64_t{0}), most) - p.q_len : p.past_len);
     if (p.is_causal) {
-      open = max(position(0), 0) / kTreeChunk * kTreeChunk;
+      open = min(max(position(0), 0), static_cast<int>(tree.job.total_len) - 1) / kTreeChunk * kTreeChunk;
       candidates = full = open / kCluster, rest = 0;
     } else {
       const int keys = tree.count[head];
