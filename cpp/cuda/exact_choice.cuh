@@ -10,8 +10,7 @@ namespace qexport {
 namespace cuda {
 
 constexpr int kMostParts = 512;
-constexpr int kPartBlocks = 4;   // blocks of keys that a part has at least
-constexpr int kMostJoined = 16;  // rows per multiprocessor whose keys may be split
+constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
 
 // 16-byte rows everywhere, so that they can be copied asynchronously.
 inline bool aligned_rows(const AttentionJob& job) {
@@ -65,8 +64,8 @@ int parts_of(const AttentionJob& job, const Device& device) {
   const QuantumAttentionParams& p = job.params;
   const int64_t blocks = blocks_of<Tile>(job);
   if (blocks == 0 || blocks >= device.multiprocessors) return 1;
-  if (p.batch * p.q_heads * p.q_len > int64_t{kMostJoined} * device.multiprocessors) return 1;
-  const int64_t room = 2 * device.multiprocessors / blocks;
+  if (p.batch * p.q_heads * p.q_len > int64_t{Tile::kMostJoined} * device.multiprocessors) return 1;
+  const int64_t room = Tile::kPartsPerProcessor * device.multiprocessors / blocks;
   const int64_t most = ceil_div<int64_t>(job.total_len, kPartBlocks * Tile::kKeys);
   return static_cast<int>(std::max<int64_t>(1, std::min({room, most, int64_t{kMostParts}})));
 }

@@ -16,6 +16,8 @@ struct FlashTile {
   using T = T_;
   static constexpr int kHead = kHead_, kRowTiles = kRowTiles_, kKeys = kKeys_, kThreads = kWarps_ * kWarp;
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
+  // Blocks that the keys of few queries are split into, and up to how many queries, both for each multiprocessor.
+  static constexpr int kPartsPerProcessor = 2, kMostJoined = 16;
   static constexpr int kQueries = 16 * kRowTiles * kWarps_;
   static constexpr int kRowBytes = kHead * 2;
   static constexpr int kQueryPanel = kWarpgroups ? kQueries : 0, kKeyPanel = kWarpgroups ? kKeys : 0;

@@ -13,6 +13,7 @@ struct SimtTile {
   using T = T_;
   static constexpr int kHead = kHead_, kRows = kRows_, kKeys = kKeys_, kThreads = 128;
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
+  static constexpr int kPartsPerProcessor = kBlocksPerProcessor, kMostJoined = 64;  // slower products, more to gain
   static constexpr int kQueries = 16 * kRows;
   static constexpr bool kWeightsOverKeys = kHead >= kQueries;  // in shared memory
   static constexpr int kSharedBytes = 4 * (kQueries * kHead + 2 * kKeys * kHead + (kWeightsOverKeys ? 0 : kQueries * kKeys));
