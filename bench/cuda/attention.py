@@ -69,8 +69,7 @@ def within(found: torch.Tensor, limit: float) -> str:
 
 
 def as_on_cpu(error: float, on_cpu: float) -> str:
-    """ "" where the error is no larger than the CPU's; it is 0 where the GPU takes exact attention for a shorter input."""
-    if error <= (1 + MOST_OTHER_ERROR) * on_cpu + ROUNDING:
+    if abs(error - on_cpu) <= MOST_OTHER_ERROR * on_cpu + ROUNDING:
         return ""
     return f"wrong: the error is {error:.3g}, on the CPU {on_cpu:.3g}; not timed"
 
