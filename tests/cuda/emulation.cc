@@ -1,3 +1,4 @@
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include "emulation.h"
 
 namespace emulation {
@@ -13,11 +14,25 @@ const std::function<void()>* work = nullptr;
 void enter() {
   (*work)();
   block->now->done = true;
-  block->progress = true;
-  yield();
+  block->meeting.leave();
+  own_warp().meeting.leave();
+  std::longjmp(block->scheduler, 1);
+}
+
+// Lets a thread run until it waits or ends.
+void resume(Thread& thread) {
+  block->now = &thread;
+  if (setjmp(block->scheduler)) return;
+  if (thread.started) std::longjmp(thread.here, 1);
+  thread.started = true;
+  setcontext(&thread.start);
 }
 
 }  // namespace
+
+void yield() {
+  if (!setjmp(block->now->here)) std::longjmp(block->scheduler, 1);
+}
 
 char* shared_memory() {
   const uintptr_t address = reinterpret_cast<uintptr_t>(block->shared.data());
@@ -36,21 +51,22 @@ void run_block(const std::function<void()>& body) {
     if (stacks.empty()) stacks.emplace_back(new char[kStackBytes]);
     thread.stack = std::move(stacks.back());
     stacks.pop_back();
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&thread.context, enter, 0);
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = thread.stack.get();
+    thread.start.uc_stack.ss_size = kStackBytes;
+    makecontext(&thread.start, enter, 0);
+    ++block->meeting.running, ++block->warps[i / 32].meeting.running;
   }
   for (unsigned round = 0, left = count; left > 0; ++round) {
-    block->progress = false;
+    bool progress = false;
     for (unsigned i = 0; i < count; ++i) {
       Thread& thread = block->threads[round % 2 ? count - 1 - i : i];
-      if (thread.done) continue;
-      block->now = &thread;
-      swapcontext(&block->scheduler, &thread.context);
+      if (thread.done || (thread.waits && thread.waits->generation == thread.generation)) continue;
+      progress = true;
+      resume(thread);
       left -= thread.done;
     }
-    if (!block->progress && left > 0) die("threads wait for each other: a barrier or warp operation that not all reach");
+    if (!progress) die("threads wait for each other: a barrier or warp operation that not all reach");
   }
   for (Thread& thread : block->threads) stacks.push_back(std::move(thread.stack));
 }

@@ -11,8 +11,8 @@
 #include <vector_types.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,18 +38,31 @@
 
 namespace emulation {
 
+// Where the threads of a block or of a warp wait for each other. Those that have ended do not count.
+struct Meeting {
+  unsigned running = 0, arrived = 0;
+  uint64_t generation = 0;  // how often all have met
+
+  void open() { arrived = 0, ++generation; }
+  void leave() {
+    if (--running > 0 && arrived == running) open();
+  }
+};
+
 struct Thread {
   dim3 index;
   int lane, warp;
-  ucontext_t context;
+  ucontext_t start;
+  std::jmp_buf here;  // where it goes on; unlike swapcontext, longjmp asks nothing of the kernel
   std::unique_ptr<char[]> stack;
-  bool done = false;
-  uint64_t barriers = 0;   // barriers of the block that this thread has reached
-  uint64_t exchanges = 0;  // operations of the warp that it has reached
+  bool started = false, done = false;
+  const Meeting* waits = nullptr;  // for this meeting to be over, the generation of which is
+  uint64_t generation = 0;
 };
 
 struct Warp {
-  uint64_t slot[2][32][2];  // by parity of the operation: a thread is never two of them ahead
+  Meeting meeting;
+  uint64_t slot[2][32][2];  // by parity of the meeting: a thread is never two of them ahead
 };
 
 struct Block {
@@ -57,14 +70,14 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<char> shared;
-  ucontext_t scheduler;
+  Meeting meeting;
+  std::jmp_buf scheduler;
   Thread* now = nullptr;
-  bool progress = false;
 };
 
 extern Block* block;
 
-inline void yield() { swapcontext(&block->now->context, &block->scheduler); }
+void yield();
 
 [[noreturn]] inline void die(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u,%u,%u thread %u)\n", what, block->index.x, block->index.y, block->index.z,
@@ -72,37 +85,25 @@ inline void yield() { swapcontext(&block->now->context, &block->scheduler); }
   std::abort();
 }
 
-// Waits until no thread of [begin, end) that still runs has reached fewer than this one.
-template <class Counter>
-void meet(size_t begin, size_t end, Counter counter) {
+inline void meet(Meeting& meeting) {
   Thread& self = *block->now;
-  const uint64_t mine = ++(self.*counter);
-  block->progress = true;
-  for (;;) {
-    bool all = true;
-    for (size_t i = begin; i < end; ++i) {
-      const Thread& other = block->threads[i];
-      if (!other.done && other.*counter < mine) all = false;
-    }
-    if (all) break;
-    yield();
-  }
-  block->progress = true;
+  if (++meeting.arrived == meeting.running) return meeting.open();
+  self.waits = &meeting, self.generation = meeting.generation;
+  yield();
+  self.waits = nullptr;
 }
 
-inline void barrier() { meet(0, block->threads.size(), &Thread::barriers); }
-inline void warp_meet() {
-  const size_t begin = static_cast<size_t>(block->now->warp) * 32;
-  meet(begin, std::min(begin + 32, block->threads.size()), &Thread::exchanges);
-}
+inline void barrier() { meet(block->meeting); }
+inline Warp& own_warp() { return block->warps[static_cast<size_t>(block->now->warp)]; }
+inline void warp_meet() { meet(own_warp().meeting); }
 
 // Every lane gives 16 bytes; returns the slots of all lanes.
 template <class T>
 const uint64_t (*exchange(const T& value))[2] {
   static_assert(sizeof(T) <= 16);
-  Thread& self = *block->now;
-  auto& slots = block->warps[static_cast<size_t>(self.warp)].slot[(self.exchanges + 1) % 2];
-  std::memcpy(slots[self.lane], &value, sizeof(T));
+  Warp& warp = own_warp();
+  auto& slots = warp.slot[warp.meeting.generation % 2];
+  std::memcpy(slots[block->now->lane], &value, sizeof(T));
   warp_meet();
   return slots;
 }
@@ -136,7 +137,7 @@ inline void __threadfence_block() {}
 inline int __syncthreads_or(int predicate) {
   static int any[2];
   // One word per parity of the barrier; the first thread behind a barrier clears the other.
-  const int slot = static_cast<int>((emulation::block->now->barriers / 2) % 2);
+  const int slot = static_cast<int>(emulation::block->meeting.generation / 2 % 2);
   if (predicate) any[slot] = 1;
   emulation::barrier();
   const int result = any[slot];
