@@ -133,29 +133,26 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
-// Sum over the warps of a block (of a multiple of 32 threads), the same on every thread. `parts` is shared memory of 32
-// values that nothing else uses until all threads have passed the next barrier.
-template <class T>
-__device__ __forceinline__ T block_sum(T x, T* parts) {
-  x = warp_sum(x);
+// What `join` makes of the values of all warps of a block (of a multiple of 32 threads), the same on every thread; `x` is
+// that of the thread's warp. `parts` is shared memory of 32 values that nothing else uses until all threads have passed the
+// next barrier.
+template <class T, class Join>
+__device__ __forceinline__ T join_warps(T x, T* parts, const Join& join) {
   __syncthreads();
   if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
   __syncthreads();
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  T sum = parts[0];
-  for (int i = 1; i < warps; ++i) sum += parts[i];
-  return sum;
+  T all = parts[0];
+  for (int i = 1; i < warps; ++i) all = join(all, parts[i]);
+  return all;
+}
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* parts) {
+  return join_warps(warp_sum(x), parts, [](T a, T b) { return a + b; });
 }
 template <class T>
 __device__ __forceinline__ T block_max(T x, T* parts) {
-  x = warp_max(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  T most = parts[0];
-  for (int i = 1; i < warps; ++i) most = parts[i] > most ? parts[i] : most;
-  return most;
+  return join_warps(warp_max(x), parts, [](T a, T b) { return b > a ? b : a; });
 }
 
 }  // namespace cuda

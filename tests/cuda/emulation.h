@@ -132,8 +132,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::check_mask(mask);
   emulation::warp_meet();
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 inline int __syncthreads_or(int predicate) {
   static int any[2];
   // One word per parity of the barrier; the first thread behind a barrier clears the other.
@@ -161,11 +159,6 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const int at = emulation::block->now->lane % width - static_cast<int>(delta);
   return __shfl_sync(mask, value, at < 0 ? emulation::block->now->lane % width : at, width);
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int at = emulation::block->now->lane % width + static_cast<int>(delta);
-  return __shfl_sync(mask, value, at >= width ? emulation::block->now->lane % width : at, width);
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   emulation::check_mask(mask);
   const auto* slots = emulation::exchange(predicate ? 1 : 0);
@@ -174,43 +167,18 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return bits;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline unsigned __brev(unsigned x) {
-  unsigned y = 0;
-  for (int i = 0; i < 32; ++i) y |= (x >> i & 1u) << (31 - i);
-  return y;
-}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   __extension__ typedef unsigned __int128 Wide;
   return static_cast<unsigned long long>(static_cast<Wide>(a) * b >> 64);
 }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) {
   volatile float y = a * b;
   return y;
 }
-inline float __fadd_rn(float a, float b) {
-  volatile float y = a + b;
-  return y;
-}
-inline float __fsub_rn(float a, float b) {
-  volatile float y = a - b;
-  return y;
-}
-inline float __fdiv_rn(float a, float b) {
-  volatile float y = a / b;
-  return y;
-}
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline int __float_as_int(float x) {
   int y;
   std::memcpy(&y, &x, 4);
@@ -224,10 +192,6 @@ inline float __int_as_float(int x) {
 }
 inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
 template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <class T>
 T atomicAdd(T* p, T x) {
   const T old = *p;
   *p = static_cast<T>(old + x);
@@ -239,31 +203,6 @@ T atomicMax(T* p, T x) {
   *p = x > old ? x : old;
   return old;
 }
-template <class T>
-T atomicMin(T* p, T x) {
-  const T old = *p;
-  *p = x < old ? x : old;
-  return old;
-}
-template <class T>
-T atomicOr(T* p, T x) {
-  const T old = *p;
-  *p = old | x;
-  return old;
-}
-template <class T>
-T atomicExch(T* p, T x) {
-  const T old = *p;
-  *p = x;
-  return old;
-}
-template <class T>
-T atomicCAS(T* p, T expected, T x) {
-  const T old = *p;
-  if (old == expected) *p = x;
-  return old;
-}
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;
 
