@@ -22,7 +22,7 @@ endfunction()
 # instruction set.
 function(qexport_add_isa target isa)
   add_library(qexport_${isa} OBJECT cpu/attention_kernels.cc cpu/density_kernels.cc cpu/mps_kernels.cc
-              cpu/product_kernels.cc)
+              cpu/product_kernels.cc cpu/trellis_kernels.cc)
   target_link_libraries(qexport_${isa} PRIVATE EigenHeaders::EigenHeaders)
   target_include_directories(qexport_${isa} PRIVATE include)
   target_compile_definitions(qexport_${isa} PRIVATE QEXPORT_ISA=${isa})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # From the most exact to the coarsest.
-METHODS = ("fp16", "int8", "int4", "low-rank", "mpo")
+METHODS = ("fp16", "int8", "trellis", "int4", "low-rank", "mpo")
 
 
 def _ratio(value: Any) -> float:

@@ -39,6 +39,7 @@ extern const DensityKernels<float> density_f32;  // of density_kernels.cc
 extern const DensityKernels<double> density_f64;
 extern const MpsKernels mps_kernels;                 // of mps_kernels.cc
 extern const MpsProductKernels mps_product_kernels;  // of product_kernels.cc
+extern const TrellisKernels trellis_kernels;         // of trellis_kernels.cc
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          kMaxRows,
@@ -71,7 +72,8 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          &density_f32,
                          &density_f64,
                          &mps_kernels,
-                         &mps_product_kernels};
+                         &mps_product_kernels,
+                         &trellis_kernels};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport

@@ -6,6 +6,7 @@
 #include "mps_product.h"
 #include "qexport/quantum_attention.h"
 #include "tree.h"
+#include "trellis.h"
 
 namespace qexport {
 
@@ -101,10 +102,11 @@ struct Kernels {
   const DensityKernels<double>* density_f64;
   const MpsKernels* mps;
   const MpsProductKernels* mps_product;
+  const TrellisKernels* trellis;
 };
 
-// Defined by the copies of attention_kernels.cc, density_kernels.cc, mps_kernels.cc and product_kernels.cc that this build
-// holds.
+// Defined by the copies of attention_kernels.cc, density_kernels.cc, mps_kernels.cc, product_kernels.cc and
+// trellis_kernels.cc that this build holds.
 namespace generic {
 extern const Kernels kernels;
 }

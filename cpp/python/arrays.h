@@ -84,5 +84,6 @@ void define_mps_product(py::module_& m);  // MPSAttention, MPOLinear
 void define_quantum_attention(py::module_& m);
 void define_quantum_noise(py::module_& m);  // and QuantumMeasure
 void define_quantum_overlap(py::module_& m);
+void define_trellis(py::module_& m);
 
 }  // namespace qexport

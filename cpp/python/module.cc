@@ -34,6 +34,7 @@ PYBIND11_MODULE(_core, m) {
   qexport::define_quantum_attention(m);
   qexport::define_quantum_noise(m);
   qexport::define_quantum_overlap(m);
+  qexport::define_trellis(m);
   m.def("philox", &qexport::philox, "key_lo"_a, "key_hi"_a, "c0"_a, "c1"_a, "c2"_a, "c3"_a,
         "The four words of the Philox4x32-10 block of a key and a counter; uint32 arguments that broadcast.");
   m.def("isa", &qexport::isa_name, "The instruction set in use: generic, avx2, avx512, avx512bf16 or neon.");

@@ -1,5 +1,6 @@
 """The forms that a weight can be stored in, what each takes in a file, and what each costs the layer's outputs."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,10 +9,16 @@ import numpy as np
 from qexport.compression.layers import LINEAR, TABLE, Layer
 from qexport.compression.lowrank import LEFT_BLOCK, LowRank, Spectrum, apply_gram, factor, spectrum
 from qexport.compression.quantize import BITS, BLOCKS, Quantized, error_passing, quantize
+from qexport.compression import trellis
 from qexport.compression.trains import BOND_DIMS, Train, encode, numbers
+from qexport.compression.trellis import Trellis
 from qexport.ops.kernels import kernels
 
-KEEP, HALF, INTEGER, LOW_RANK, MPO = "keep", "fp16", "int", "low-rank", "mpo"
+KEEP, HALF, INTEGER, LOW_RANK, MPO, TRELLIS = "keep", "fp16", "int", "low-rank", "mpo", "trellis"
+# Bits per number that strings are tried with.
+RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
+# Share of the numbers that are stored apart, as row, column and float16; a little more than was found in real models.
+OUTLIERS = 0.001
 # Shares of the numbers of a weight that low-rank factors are tried with.
 KEPT = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.07, 0.05)
 RANK_STEP = 16
@@ -24,21 +31,26 @@ class Method:
     """How one weight is stored.
 
     Attributes:
-        kind: keep, fp16, int (quantised), low-rank (two quantised factors) or mpo (a train of cores in float16).
+        kind: keep, fp16, int (quantised), low-rank (two quantised factors), mpo (a train of cores in float16) or trellis
+            (strings of symbols).
         bits, block: of the codes, and how many share a scale.
         rank: of the factors; bond dimension of a train.
+        rate: bits per number of strings.
     """
 
     kind: str
     bits: int = 0
     block: int = 0
     rank: int = 0
+    rate: float = 0.0
 
     def __str__(self) -> str:
         if self.kind in (KEEP, HALF):
             return "as it was" if self.kind == KEEP else "fp16"
         if self.kind == MPO:
             return f"mpo of bond dimension {self.rank}"
+        if self.kind == TRELLIS:
+            return f"trellis of {self.rate:g} bits"
         codes = f"int{self.bits} in blocks of {self.block}"
         return codes if self.kind == INTEGER else f"rank {self.rank}, {codes}"
 
@@ -59,20 +71,22 @@ class Half:
         return self.matrix.astype(np.float32)
 
 
-Form = Half | Quantized | LowRank | Train
+Form = Half | Quantized | LowRank | Train | Trellis
 
 
 def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
     """The methods that fit a layer, `keep` first.
 
     Args:
-        allowed: of fp16, int8, int4, low-rank, mpo.
+        allowed: of fp16, int8, trellis, int4, low-rank, mpo.
     """
     rows, columns = matrix_shape(layer)
     found = [Method(KEEP)]
     if HALF in allowed and layer.nbytes >= 4 * rows * columns:
         found.append(Method(HALF))
     found += [Method(INTEGER, bits, block) for bits in BITS if f"int{bits}" in allowed for block in _blocks(layer, rows)]
+    if TRELLIS in allowed and kernels() is not None:
+        found += [Method(TRELLIS, rate=rate) for rate in RATES]
     if LOW_RANK in allowed and len(layer.kinds) == 1:
         widths = [bits for bits in (8, 4) if f"int{bits}" in allowed] or [8]
         ranks = {round(share * rows * columns / (rows + columns) / RANK_STEP) * RANK_STEP for share in KEPT}
@@ -146,7 +160,14 @@ class Seen:
             return quantize(self._down, method.bits, method.block, self.passing)
         if method.kind == MPO:
             return encode(self.matrix, method.rank)
+        if method.kind == TRELLIS:
+            return trellis.encode(self.matrix, self._row_weights, method.rate, self.passing)
         return factor(self.matrix, self.weights, self.spectrum, method.rank, method.bits, method.block, self.passing)
+
+    @property
+    def _row_weights(self) -> np.ndarray:
+        """What a squared error of each row of `matrix` costs, with what is passed on."""
+        return self.weights if self.passing is None else 1 / np.square(np.diag(self.passing).astype(np.float64))
 
     @property
     def _down(self) -> np.ndarray:
@@ -179,6 +200,9 @@ def nbytes(layer: Layer, method: Method) -> int:
         return 2 * numbers(rows, columns, method.rank) + NODE
     if method.kind == INTEGER:
         return codes(rows, columns, method.block) + NODE
+    if method.kind == TRELLIS:
+        groups = 2  # nodes of two groups of rows, and of their order
+        return math.ceil(rows * (columns * (method.rate / 8 + 6 * OUTLIERS) + 4)) + groups * NODE
     if layer.kinds == (TABLE,):
         return codes(method.rank, columns, method.block) + codes(method.rank, rows, method.block) + 2 * NODE
     return codes(rows, method.rank, LEFT_BLOCK) + codes(method.rank, columns, method.block) + 2 * NODE

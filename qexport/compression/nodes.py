@@ -4,11 +4,13 @@ MPOLinear of ours, which has a fallback."""
 import numpy as np
 import onnx_ir as ir
 
+from qexport.compression import decoding
 from qexport.compression.forms import Form, Half
 from qexport.compression.layers import Layer, is_way
 from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
 from qexport.compression.trains import Train
+from qexport.compression.trellis import Trellis, table
 from qexport.ops import DOMAIN, VERSION
 from qexport.rewrite.graph import Builder, is_op
 from qexport.rewrite.sample_attention import hand_over
@@ -30,6 +32,8 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
         writer.quantized(form)
     elif isinstance(form, Train):
         writer.train(form)
+    elif isinstance(form, Trellis):
+        writer.trellis(form)
     else:
         writer.low_rank(form)
     _remove_ways(layer.value)
@@ -37,13 +41,15 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
         del model.graph.initializers[layer.name]
     if isinstance(form, Train):
         model.graph.opset_imports[DOMAIN] = VERSION
+    elif isinstance(form, Trellis):
+        model.graph.opset_imports[decoding.DOMAIN] = decoding.VERSION
     elif not isinstance(form, Half):
         model.graph.opset_imports[RUNTIME] = 1
 
 
 def oldest_runtime(layer: Layer, form: Form) -> tuple[int, ...]:
     """The first onnxruntime that runs a layer in this form, () where any does."""
-    if isinstance(form, Half | Train):
+    if isinstance(form, Half | Train | Trellis):
         return ()
     if layer.picks:
         return TABLES_SINCE
@@ -61,18 +67,43 @@ def _remove_ways(value: ir.Value) -> None:
 
 class _Writer:
     def __init__(self, model: ir.Model, layer: Layer, accuracy_level: int):
-        self.graph, self.layer, self.level = model.graph, layer, accuracy_level
+        self.model, self.graph, self.layer, self.level = model, model.graph, layer, accuracy_level
         self.stored: dict[str, ir.Value] = {}
 
     def half(self, form: Half) -> None:
         """A Cast, which the runtime computes once, when it loads the file."""
-        users = {use.node for use in self.layer.value.uses()}
-        builder = Builder(next(node for node in self.graph if node in users), self.layer.name)
+        builder = self._first()
         half = self._keep("half", self.layer.turned(form.matrix))
-        full = builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype)
-        for use in tuple(self.layer.value.uses()):
-            if use.node is not full.producer():
-                use.node.replace_input_with(use.idx, full)
+        self._take_place(builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype))
+
+    def trellis(self, form: Trellis) -> None:
+        """The matrix made of strings, rows of the same bits together, which the runtime does once, when it loads the file."""
+        builder, parts = self._first(), []
+        for bits, rows in form.groups():
+            strings = self._keep(f"strings{bits}", form.packed(bits, rows))
+            scales = self._keep(f"scales{bits}", form.scales[rows].reshape(-1, 1, 1, 1))
+            self._function(decoding.rows_function, bits)
+            parts.append(
+                builder.node(
+                    f"Rows{bits}", strings, scales, self._pairs(bits), dtype=ir.DataType.FLOAT, domain=decoding.DOMAIN
+                )
+            )
+        matrix = parts[0]
+        if len(parts) > 1:
+            order = builder.node("Cast", self._keep("order", form.order()), to=ir.DataType.INT32)
+            matrix = builder.node("Gather", builder.node("Concat", *parts, axis=0, like=matrix), order, like=matrix)
+        if form.symbols.shape[1] > form.columns:
+            matrix = builder.node("Slice", matrix, [0], [form.columns], [1], like=matrix)
+        if len(form.outliers):
+            places = builder.node("Cast", self._keep("places", form.positions()), to=ir.DataType.INT64)
+            outliers = builder.node("Cast", self._keep("outliers", form.outliers), to=ir.DataType.FLOAT)
+            matrix = builder.node("ScatterND", matrix, places, outliers, like=matrix)
+        if self.layer.transposed:
+            matrix = builder.node("Transpose", matrix, perm=[1, 0], like=matrix)
+        if self._dtype != ir.DataType.FLOAT:
+            matrix = builder.node("Cast", matrix, to=self._dtype, like=self.layer.value)
+        matrix.shape = self.layer.value.shape
+        self._take_place(matrix)
 
     def quantized(self, form: Quantized) -> None:
         """Codes by column: what a product reads for an output, and a table for an entry."""
@@ -109,6 +140,36 @@ class _Writer:
 
         for node in self.layer.products:
             self._finish(node, make)
+
+    def _pairs(self, bits: int) -> ir.Value:
+        """The table of pairs, made once per model."""
+        name = f"{decoding.DOMAIN}/pairs{bits}"
+        for node in self.graph:
+            if node.outputs[0].name == name:
+                return node.outputs[0]
+        known = self.graph.initializers.get(f"{decoding.DOMAIN}/table")
+        values = known if known is not None else self._keep("table", table(), f"{decoding.DOMAIN}/table")
+        self._function(decoding.pairs_function, bits)
+        pairs = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+        node = ir.Node(decoding.DOMAIN, f"Pairs{bits}", [values], outputs=[pairs], name=f"{name}_node")
+        self.graph.insert_before(self.graph[0], node)
+        return pairs
+
+    def _function(self, make, bits: int) -> None:
+        """Add a function to the model, once."""
+        function = make(bits, self.model.opset_imports[""])
+        self.model.functions.setdefault(function.identifier(), function)
+
+    def _first(self) -> Builder:
+        """Nodes right before the first use of the weight."""
+        users = {use.node for use in self.layer.value.uses()}
+        return Builder(next(node for node in self.graph if node in users), self.layer.name)
+
+    def _take_place(self, value: ir.Value) -> None:
+        """A value of the same matrix in all uses of the weight."""
+        for use in tuple(self.layer.value.uses()):
+            if use.node is not value.producer():
+                use.node.replace_input_with(use.idx, value)
 
     @property
     def _dtype(self) -> ir.DataType:
@@ -166,9 +227,9 @@ class _Writer:
             scales = builder.node("Cast", scales, like=self.layer.value, to=self._dtype)
         return builder.node("Reshape", scales, [-1], like=scales) if flat and self.layer.picks else scales
 
-    def _keep(self, what: str, array: np.ndarray) -> ir.Value:
+    def _keep(self, what: str, array: np.ndarray, name: str | None = None) -> ir.Value:
         """An initializer, made once per layer."""
-        name = f"{self.layer.name}/{what}"
+        name = name or f"{self.layer.name}/{what}"
         if name not in self.stored:
             tensor = ir.tensor(np.ascontiguousarray(array), name=name)
             value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)

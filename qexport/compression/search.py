@@ -13,7 +13,7 @@ import numpy as np
 from qexport.compression import forms
 from qexport.compression.calibration import positions, weights_of
 from qexport.compression.checkpoint import Checkpoint
-from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, MPO, Form, Method, Seen
+from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, MPO, TRELLIS, Form, Method, Seen
 from qexport.compression.layers import Layer
 from qexport.compression.trials import Measured, Trials
 from qexport.knapsack import Option, State, choose, front
@@ -23,6 +23,8 @@ WORST = 0.5
 # A layer is probed with the method whose own squared error is nearest to this one, on so many batches.
 PROBED_ERROR = 1e-2
 PROBE_FEEDS = 2
+# Rates of strings whose error is measured: its logarithm falls by about as much with every bit.
+MEASURED_RATES = (2.0, 3.0, 5.0)
 LEAST = 1e-12
 # Weights with more than this share of all bytes are probed with so many methods of a kind.
 LARGE, LARGE_PROBES = 0.1, 4
@@ -46,7 +48,7 @@ class Search:
 
     Args:
         layers: of the model.
-        allowed: called with a layer; its methods, of fp16, int8, int4, low-rank, mpo.
+        allowed: called with a layer; its methods, of fp16, int8, trellis, int4, low-rank, mpo.
         probing, judging: trials on data that nothing is fitted to: for the gains, and for what is tried.
         store: where findings are kept.
         say: called with the step in words and the share that is done.
@@ -148,16 +150,22 @@ class Search:
     def _errors(self, layer: Layer, found: list[Method]) -> np.ndarray:
         """(2, methods): the relative squared error of the layer's outputs, and the gain that takes it to the model's. Of
         low-rank factors the error is what the rank leaves out and what their bits cost, which is taken to be what the same
-        bits cost the whole weight."""
+        bits cost the whole weight; of strings it lies on a line through those that are measured."""
         seen, errors, gains = self.seen(layer), np.zeros(len(found)), np.zeros(len(found))
         for i, method in enumerate(found):
-            if method.kind in (HALF, INTEGER, MPO):
+            if method.kind in (HALF, INTEGER, MPO) or method.rate in MEASURED_RATES:
                 errors[i] = seen.error(seen.make(method))
             elif method.kind == LOW_RANK:
                 rounding = [e for m, e in zip(found, errors, strict=True) if (m.kind, m.bits) == (INTEGER, method.bits)]
                 errors[i] = seen.spectrum.errors()[method.rank] + min(rounding, default=0.0)
+        strings = [i for i, method in enumerate(found) if method.kind == TRELLIS]
+        if strings:
+            known = [i for i in strings if found[i].rate in MEASURED_RATES]
+            slope, level = np.polyfit([found[i].rate for i in known], np.log(np.maximum(errors[known], LEAST)), 1)
+            for i in strings:
+                errors[i] = errors[i] or np.exp(level + slope * found[i].rate)
         is_large = layer.nbytes > LARGE * sum(other.nbytes for other in self.layers)
-        for kinds in ((HALF, INTEGER), (LOW_RANK,), (MPO,)):
+        for kinds in ((HALF, INTEGER), (LOW_RANK,), (MPO,), (TRELLIS,)):
             members = sorted((i for i, method in enumerate(found) if method.kind in kinds), key=lambda i: errors[i])
             if not members:
                 continue

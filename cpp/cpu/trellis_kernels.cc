@@ -1,0 +1,73 @@
+// Compiled once per instruction set, as attention_kernels.cc: the Viterbi algorithm on the trellis of a shift register.
+//
+// A state is what of a window the next one keeps, its low kTrellisWindow - bits bits. Window w = (top << S) | q, S bits in
+// q, comes from state w >> bits and leads to state q: the best way to q is the best of 2^bits windows that differ in their
+// top.
+#include "simd.h"
+#include "trellis.h"
+
+namespace qexport {
+namespace QEXPORT_ISA {
+namespace {
+
+constexpr int kWindows = 1 << kTrellisWindow;
+
+// cost[] of the states behind one number more, and in chosen[] the top of the best window that leads to each.
+void step(int bits, float value, const float* table, const float* cost, float* expanded, float* next, uint8_t* chosen) {
+  const int states = kWindows >> bits, tops = 1 << bits;
+  for (int state = 0; state < states; ++state) {
+    for (int symbol = 0; symbol < tops; ++symbol) expanded[(state << bits) | symbol] = cost[state];
+  }
+  const bool free = value != value;
+  const vf wanted = vf{} + (free ? 0.0f : value), counts = vf{} + (free ? 0.0f : 1.0f);
+  for (int q = 0; q < states; q += kLanes) {
+    vf best = vf{} + kInf;
+    vi best_top = {};
+    for (int top = 0; top < tops; ++top) {
+      const int window = top * states + q;
+      const vf off = (wanted - load<vf>(table + window)) * counts;
+      const vf sum = load<vf>(expanded + window) + off * off;
+      const vi less = sum < best;
+      best = less ? sum : best;
+      best_top = less ? vi{} + top : best_top;
+    }
+    store(next + q, best);
+    for (int lane = 0; lane < kLanes; ++lane) chosen[q + lane] = static_cast<uint8_t>(best_top[lane]);
+  }
+}
+
+void encode_row(const TrellisParams& p, const float* values, const float* table, uint16_t* windows, char* scratch) {
+  const int bits = p.bits, states = kWindows >> bits;
+  float* expanded = reinterpret_cast<float*>(scratch);
+  float* cost = expanded + kWindows;
+  float* next = cost + states;
+  uint8_t* chosen = reinterpret_cast<uint8_t*>(cost + 2 * states);
+  int start = 0;
+  for (int64_t begin = 0; begin < p.columns; begin += kTrellisStretch) {
+    const int64_t count = lesser(p.columns - begin, kTrellisStretch);
+    for (int state = 0; state < states; ++state) cost[state] = kInf;
+    cost[start] = 0.0f;
+    for (int64_t i = 0; i < count; ++i) {
+      step(bits, values[begin + i], table, cost, expanded, next, chosen + i * states);
+      float* last = cost;
+      cost = next;
+      next = last;
+    }
+    int state = 0;
+    for (int other = 1; other < states; ++other) state = cost[other] < cost[state] ? other : state;
+    start = state;
+    for (int64_t i = count - 1; i >= 0; --i) {
+      const int window = chosen[i * states + state] * states + state;
+      windows[begin + i] = static_cast<uint16_t>(window);
+      state = window >> bits;
+    }
+  }
+}
+
+}  // namespace
+
+extern const TrellisKernels trellis_kernels;
+const TrellisKernels trellis_kernels = {encode_row};
+
+}  // namespace QEXPORT_ISA
+}  // namespace qexport

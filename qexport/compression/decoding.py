@@ -1,0 +1,70 @@
+"""Functions of standard ONNX ops that make the matrix of a `Trellis`; a runtime computes them once, when it loads the file.
+
+Eight symbols of `bits` bits fill `bits` bytes. A convolution over the bytes, with the byte as its step and a number of
+channels, reads from three bytes the window that ends with each pair of symbols: sums of bytes times powers of two, exact in
+float32. The window then picks the values of both from a table of pairs.
+"""
+
+import onnx
+import onnx_ir as ir
+from onnx import parser
+
+from qexport.compression.trellis import GROUP, WINDOW
+
+DOMAIN = "com.qexport.storage"
+VERSION = 1
+PAIRS = GROUP // 2
+
+
+def pairs_function(bits: int, opset: int) -> ir.Function:
+    """Pairs{bits}(table) -> float32 (2^(WINDOW + bits), 2): the values of a symbol and the next, by the bits up to the
+    latter."""
+    return _function(
+        f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
+        Pairs{bits} (table) => (pairs) {{
+            none = Constant <value = int32 {{0}}> ()
+            count = Constant <value = int32 {{{2 ** (WINDOW + bits)}}}> ()
+            one = Constant <value = int32 {{1}}> ()
+            window = Range (none, count, one)
+            above = Constant <value = int32 {{{2**bits}}}> ()
+            entries = Constant <value = int32 {{{2**WINDOW}}}> ()
+            first = Div (window, above)
+            second = Mod (window, entries)
+            axis = Constant <value = int64[1] {{1}}> ()
+            first_column = Unsqueeze (first, axis)
+            second_column = Unsqueeze (second, axis)
+            both = Concat <axis = 1> (first_column, second_column)
+            full = Cast <to = {onnx.TensorProto.FLOAT}> (table)
+            pairs = Gather (full, both)
+        }}"""
+    )
+
+
+def rows_function(bits: int, opset: int) -> ir.Function:
+    """Rows{bits}(strings uint8 (rows, 1, bytes), scales (rows, 1, 1, 1), pairs) -> float32 (rows, symbols)."""
+    kernel = []
+    for pair in range(1, PAIRS + 1):
+        last = -(-2 * pair * bits // 8)  # bytes up to the end of the pair; two come before the first
+        beyond = 8 * last - 2 * pair * bits
+        kernel += [2.0 ** (8 * (last + 1 - i) - beyond) if last - 1 <= i <= last + 1 else 0.0 for i in range(bits + 2)]
+    numbers = ", ".join(map(repr, kernel))
+    return _function(
+        f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
+        Rows{bits} (strings, scales, pairs) => (matrix) {{
+            bytes = Cast <to = {onnx.TensorProto.FLOAT}> (strings)
+            kernel = Constant <value = float[{PAIRS}, 1, {bits + 2}] {{{numbers}}}> ()
+            long_windows = Conv <strides = [{bits}], pads = [2, 0]> (bytes, kernel)
+            whole = Cast <to = {onnx.TensorProto.INT32}> (long_windows)
+            count = Constant <value = int32 {{{2 ** (WINDOW + bits)}}}> ()
+            windows = Mod (whole, count)
+            values = Gather (pairs, windows)
+            steps = Cast <to = {onnx.TensorProto.FLOAT}> (scales)
+            scaled = Mul (values, steps)
+            shape = Constant <value = int64[2] {{0, -1}}> ()
+            matrix = Reshape (scaled, shape)
+        }}"""
+    )
+
+
+def _function(text: str) -> ir.Function:
+    return ir.serde.deserialize_function(parser.parse_function(text))
