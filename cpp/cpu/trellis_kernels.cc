@@ -11,33 +11,46 @@ namespace QEXPORT_ISA {
 namespace {
 
 constexpr int kWindows = 1 << kTrellisWindow;
+constexpr int kAtOnce = 4;  // vectors of states: one would wait for its own comparison
 
 // cost[] of the states behind one number more, and in chosen[] the top of the best window that leads to each.
-void step(int bits, float value, const float* table, const float* cost, float* expanded, float* next, uint8_t* chosen) {
-  const int states = kWindows >> bits, tops = 1 << bits;
+template <int bits>
+void step(float value, const float* table, const float* cost, float* expanded, float* next, uint8_t* chosen) {
+  constexpr int states = kWindows >> bits, tops = 1 << bits;
   for (int state = 0; state < states; ++state) {
-    for (int symbol = 0; symbol < tops; ++symbol) expanded[(state << bits) | symbol] = cost[state];
+    const float known = cost[state];
+    float* to = expanded + state * tops;
+    for (int symbol = 0; symbol < tops; ++symbol) to[symbol] = known;
   }
   const bool free = value != value;
   const vf wanted = vf{} + (free ? 0.0f : value), counts = vf{} + (free ? 0.0f : 1.0f);
-  for (int q = 0; q < states; q += kLanes) {
-    vf best = vf{} + kInf;
-    vi best_top = {};
-    for (int top = 0; top < tops; ++top) {
-      const int window = top * states + q;
-      const vf off = (wanted - load<vf>(table + window)) * counts;
-      const vf sum = load<vf>(expanded + window) + off * off;
-      const vi less = sum < best;
-      best = less ? sum : best;
-      best_top = less ? vi{} + top : best_top;
+  for (int q = 0; q < states; q += kAtOnce * kLanes) {
+    vf best[kAtOnce];
+    vi best_top[kAtOnce];
+    for (int v = 0; v < kAtOnce; ++v) {
+      best[v] = vf{} + kInf;
+      best_top[v] = vi{};
     }
-    store(next + q, best);
-    for (int lane = 0; lane < kLanes; ++lane) chosen[q + lane] = static_cast<uint8_t>(best_top[lane]);
+    for (int top = 0; top < tops; ++top) {
+      for (int v = 0; v < kAtOnce; ++v) {
+        const int window = top * states + q + v * kLanes;
+        const vf off = (wanted - load<vf>(table + window)) * counts;
+        const vf sum = load<vf>(expanded + window) + off * off;
+        const vi less = sum < best[v];
+        best[v] = less ? sum : best[v];
+        best_top[v] = less ? vi{} + top : best_top[v];
+      }
+    }
+    for (int v = 0; v < kAtOnce; ++v) {
+      store(next + q + v * kLanes, best[v]);
+      for (int lane = 0; lane < kLanes; ++lane) chosen[q + v * kLanes + lane] = static_cast<uint8_t>(best_top[v][lane]);
+    }
   }
 }
 
-void encode_row(const TrellisParams& p, const float* values, const float* table, uint16_t* windows, char* scratch) {
-  const int bits = p.bits, states = kWindows >> bits;
+template <int bits>
+void encode(const TrellisParams& p, const float* values, const float* table, uint16_t* windows, char* scratch) {
+  constexpr int states = kWindows >> bits;
   float* expanded = reinterpret_cast<float*>(scratch);
   float* cost = expanded + kWindows;
   float* next = cost + states;
@@ -48,7 +61,7 @@ void encode_row(const TrellisParams& p, const float* values, const float* table,
     for (int state = 0; state < states; ++state) cost[state] = kInf;
     cost[start] = 0.0f;
     for (int64_t i = 0; i < count; ++i) {
-      step(bits, values[begin + i], table, cost, expanded, next, chosen + i * states);
+      step<bits>(values[begin + i], table, cost, expanded, next, chosen + i * states);
       float* last = cost;
       cost = next;
       next = last;
@@ -62,6 +75,11 @@ void encode_row(const TrellisParams& p, const float* values, const float* table,
       state = window >> bits;
     }
   }
+}
+
+void encode_row(const TrellisParams& p, const float* values, const float* table, uint16_t* windows, char* scratch) {
+  constexpr decltype(&encode<1>) by_bits[] = {encode<1>, encode<2>, encode<3>, encode<4>, encode<5>, encode<6>};
+  by_bits[p.bits - 1](p, values, table, windows, scratch);
 }
 
 }  // namespace

@@ -6,8 +6,7 @@ normal source where rounding to a grid of 4 bits with a scale for 32 numbers is 
 Rows that the outputs depend on more get more bits. A runtime makes the matrix when it loads the file (`decoding`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 
@@ -92,7 +91,7 @@ class Trellis:
             for back in range(-(-WINDOW // bits)):
                 windows[:, back:] |= self.symbols[rows, : windows.shape[1] - back].astype(np.int32) << (back * bits)
             scales = self.scales[rows].astype(np.float32)[:, None]
-            W[rows] = (values[windows % 2**WINDOW] * scales)[:, _columns_of_positions(self.columns)]
+            W[rows] = (values[windows % 2**WINDOW] * scales)[:, _positions(self.columns)]
         W[tuple(self.places.T)] = self.outliers
         return W.T if self.table else W
 
@@ -119,12 +118,12 @@ def encode(W: np.ndarray, weights: np.ndarray, rate: float, passing: np.ndarray 
         np.empty(0, np.float16),
     )
     if passing is None:
-        found = [_encode_rows(W[chosen], chosen, count, made) for count, chosen in made.groups()]
+        apart = np.zeros((rows, columns), bool)
+        for count, chosen in made.groups():
+            _, apart[chosen] = _encode_rows(W[chosen], chosen, count, made)
     else:
-        found = list(_encode_passing(W, passing, made))
-    places = np.concatenate([places for places, _ in found])
-    outliers = np.concatenate([outliers for _, outliers in found])
-    return Trellis(columns, bits, made.symbols, made.scales, places, outliers, passing is None)
+        apart = _encode_passing(W, passing, made)
+    return replace(made, places=np.argwhere(apart), outliers=_half(W[apart]), table=passing is None)
 
 
 def spread_bits(importance: np.ndarray, rate: float) -> np.ndarray:
@@ -145,27 +144,23 @@ def _whole(bits: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(bits), LEAST_BITS, MOST_BITS)
 
 
-def _encode_passing(W: np.ndarray, passing: np.ndarray, made: Trellis) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row by row, each with what the rows above it have lost; W is used up."""
+def _encode_passing(W: np.ndarray, passing: np.ndarray, made: Trellis) -> np.ndarray:
+    """Row by row, each with what the rows above it have lost, which is added to W; the numbers that are stored apart."""
+    apart = np.zeros(W.shape, bool)
     for lazy in range(0, len(W), LAZY):
         end = min(lazy + LAZY, len(W))
         errors = np.empty((end - lazy, W.shape[1]), np.float32)
         for k in range(lazy, end):
-            row = np.array([k])
-            places, outliers = _encode_rows(W[row], row, int(made.bits[k]), made)
-            yield places, outliers
-            one = Trellis(
-                made.columns, made.bits[row], made.symbols[row], made.scales[row], places * (0, 1), outliers
-            ).dense()[0]
-            errors[k - lazy] = (W[k] - one) / passing[k, k]
+            found, apart[k] = _encode_rows(W[k : k + 1], np.array([k]), int(made.bits[k]), made)
+            errors[k - lazy] = (W[k] - found[0]) / passing[k, k]
             W[k + 1 : end] -= np.outer(passing[k, k + 1 : end], errors[k - lazy])
         W[end:] -= passing[lazy:end, end:].T @ errors
+    return apart
 
 
 def _encode_rows(W: np.ndarray, rows: np.ndarray, bits: int, made: Trellis) -> tuple[np.ndarray, np.ndarray]:
-    """Fill symbols and scales of `rows` from W; (places, outliers) of these."""
-    limit = np.finfo(np.float16).max
-    scales = np.clip(_root_mean_square(W) / SPREAD[bits], 0, limit).astype(np.float16)
+    """Fill symbols and scales of `rows`, which are W; (what becomes of W, which numbers of it are stored apart)."""
+    scales = _half(_root_mean_square(W) / SPREAD[bits])
     step = scales.astype(np.float32)[:, None]
     x = np.divide(W, step, out=np.zeros_like(W), where=step != 0)
     values = table().astype(np.float32)
@@ -173,11 +168,16 @@ def _encode_rows(W: np.ndarray, rows: np.ndarray, bits: int, made: Trellis) -> t
     far |= (step == 0) & (W != 0)
     x[far] = np.nan
     filled = np.full((len(x), made.symbols.shape[1]), np.nan, np.float32)
-    filled[:, _columns_of_positions(made.columns)] = x
+    positions = _positions(made.columns)
+    filled[:, positions] = x
     windows = kernels().trellis_encode(filled, table=values, bits=bits, threads=2)
     made.symbols[rows], made.scales[rows] = windows & (2**bits - 1), scales
-    where = np.argwhere(far)
-    return np.stack([rows[where[:, 0]], where[:, 1]], 1), np.clip(W[far], -limit, limit).astype(np.float16)
+    return np.where(far, _half(W), values[windows[:, positions]] * step), far
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    limit = np.finfo(np.float16).max
+    return np.clip(x, -limit, limit).astype(np.float16)
 
 
 def _root_mean_square(W: np.ndarray) -> np.ndarray:
@@ -190,7 +190,7 @@ def _root_mean_square(W: np.ndarray) -> np.ndarray:
     return found
 
 
-def _columns_of_positions(columns: int) -> np.ndarray:
+def _positions(columns: int) -> np.ndarray:
     """Position in its string of each column: a group of eight symbols is read as four pairs, and the first pairs of all groups
     are the first quarter of the columns (see `decoding`)."""
     groups = -(-columns // GROUP)

@@ -11,7 +11,7 @@
 namespace qexport {
 
 constexpr int kTrellisWindow = 12;
-constexpr int kTrellisMaxBits = 8;
+constexpr int kTrellisMaxBits = 6;
 
 struct TrellisParams {
   int64_t rows, columns;
