@@ -17,7 +17,7 @@ PAIRS = GROUP // 2
 
 
 def pairs_function(bits: int, opset: int) -> ir.Function:
-    """Pairs{bits}(table) -> float32 (2^(WINDOW + bits), 2): the values of a symbol and the next, by the bits up to the
+    """Pairs{bits}(table) -> float16 (2^(WINDOW + bits), 2): the values of a symbol and the next, by the bits up to the
     latter."""
     return _function(
         f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
@@ -34,14 +34,14 @@ def pairs_function(bits: int, opset: int) -> ir.Function:
             first_column = Unsqueeze (first, axis)
             second_column = Unsqueeze (second, axis)
             both = Concat <axis = 1> (first_column, second_column)
-            full = Cast <to = {onnx.TensorProto.FLOAT}> (table)
-            pairs = Gather (full, both)
+            pairs = Gather (table, both)
         }}"""
     )
 
 
 def rows_function(bits: int, opset: int) -> ir.Function:
-    """Rows{bits}(strings uint8 (rows, 1, bytes), scales (rows, 1, 1, 1), pairs) -> float32 (rows, symbols)."""
+    """Rows{bits}(strings uint8 (rows, 1, bytes), pairs) -> float16 (rows, symbols), without the scales: what a runtime makes on
+    the way to a folded constant is freed behind the last of them, so that it is kept small."""
     kernel = []
     for pair in range(1, PAIRS + 1):
         last = -(-2 * pair * bits // 8)  # bytes up to the end of the pair; two come before the first
@@ -50,7 +50,7 @@ def rows_function(bits: int, opset: int) -> ir.Function:
     numbers = ", ".join(map(repr, kernel))
     return _function(
         f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
-        Rows{bits} (strings, scales, pairs) => (matrix) {{
+        Rows{bits} (strings, pairs) => (matrix) {{
             bytes = Cast <to = {onnx.TensorProto.FLOAT}> (strings)
             kernel = Constant <value = float[{PAIRS}, 1, {bits + 2}] {{{numbers}}}> ()
             long_windows = Conv <strides = [{bits}], pads = [2, 0]> (bytes, kernel)
@@ -58,10 +58,8 @@ def rows_function(bits: int, opset: int) -> ir.Function:
             count = Constant <value = int32 {{{2 ** (WINDOW + bits)}}}> ()
             windows = Mod (whole, count)
             values = Gather (pairs, windows)
-            steps = Cast <to = {onnx.TensorProto.FLOAT}> (scales)
-            scaled = Mul (values, steps)
             shape = Constant <value = int64[2] {{0, -1}}> ()
-            matrix = Reshape (scaled, shape)
+            matrix = Reshape (values, shape)
         }}"""
     )
 

@@ -78,26 +78,23 @@ class _Writer:
 
     def trellis(self, form: Trellis) -> None:
         """The matrix made of strings, rows of the same bits together, which the runtime does once, when it loads the file."""
-        builder, parts = self._first(), []
+        builder, parts, half = self._first(), [], {"dtype": ir.DataType.FLOAT16}
         for bits, rows in form.groups():
             strings = self._keep(f"strings{bits}", form.packed(bits, rows))
-            scales = self._keep(f"scales{bits}", form.scales[rows].reshape(-1, 1, 1, 1))
             self._function(decoding.rows_function, bits)
-            parts.append(
-                builder.node(
-                    f"Rows{bits}", strings, scales, self._pairs(bits), dtype=ir.DataType.FLOAT, domain=decoding.DOMAIN
-                )
-            )
+            parts.append(builder.node(f"Rows{bits}", strings, self._pairs(bits), domain=decoding.DOMAIN, **half))
         matrix = parts[0]
         if len(parts) > 1:
             order = builder.node("Cast", self._keep("order", form.order()), to=ir.DataType.INT32)
-            matrix = builder.node("Gather", builder.node("Concat", *parts, axis=0, like=matrix), order, like=matrix)
+            matrix = builder.node("Gather", builder.node("Concat", *parts, axis=0, **half), order, **half)
         if form.symbols.shape[1] > form.columns:
-            matrix = builder.node("Slice", matrix, [0], [form.columns], [1], like=matrix)
+            matrix = builder.node("Slice", matrix, [0], [form.columns], [1], **half)
         if len(form.outliers):
             places = builder.node("Cast", self._keep("places", form.positions()), to=ir.DataType.INT64)
-            outliers = builder.node("Cast", self._keep("outliers", form.outliers), to=ir.DataType.FLOAT)
-            matrix = builder.node("ScatterND", matrix, places, outliers, like=matrix)
+            matrix = builder.node("ScatterND", matrix, places, self._keep("outliers", form.outliers), **half)
+        full = {"to": ir.DataType.FLOAT, "dtype": ir.DataType.FLOAT}
+        scales = builder.node("Cast", self._keep("scales", form.scales[:, None]), **full)
+        matrix = builder.node("Mul", builder.node("Cast", matrix, **full), scales, like=scales)
         if self.layer.transposed:
             matrix = builder.node("Transpose", matrix, perm=[1, 0], like=matrix)
         if self._dtype != ir.DataType.FLOAT:
@@ -150,7 +147,7 @@ class _Writer:
         known = self.graph.initializers.get(f"{decoding.DOMAIN}/table")
         values = known if known is not None else self._keep("table", table(), f"{decoding.DOMAIN}/table")
         self._function(decoding.pairs_function, bits)
-        pairs = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+        pairs = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16))
         node = ir.Node(decoding.DOMAIN, f"Pairs{bits}", [values], outputs=[pairs], name=f"{name}_node")
         self.graph.insert_before(self.graph[0], node)
         return pairs

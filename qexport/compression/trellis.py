@@ -23,6 +23,8 @@ GROUP = 8
 SPREAD = {1: 1.1, 2: 0.97, 3: 0.93, 4: 0.91, 5: 0.88, 6: 0.86}
 # Numbers that the table does not reach by more than this, in units of the root mean square of their row, are stored apart.
 MARGIN = 0.25
+# How far out a number can lie in these units: float16 holds it.
+FARTHEST = 2.0**15
 LAZY = 64
 
 
@@ -44,7 +46,8 @@ class Trellis:
         bits: uint8 (rows,), of a symbol.
         symbols: uint8 (rows, columns filled up to a multiple of GROUP), in the order of `order`.
         scales: float16 (rows,), what the values of the table are multiplied with.
-        places: int64 (outliers, 2), row and column of the numbers that are stored apart; `outliers`: float16, these numbers.
+        places: int64 (outliers, 2), row and column of the numbers that are stored apart; `outliers`: float16, these numbers over
+            the scale of their row.
         table: whether the rows are entries of a table, whose matrix is the transpose.
     """
 
@@ -90,9 +93,9 @@ class Trellis:
             windows = np.zeros(self.symbols[rows].shape, np.int32)
             for back in range(-(-WINDOW // bits)):
                 windows[:, back:] |= self.symbols[rows, : windows.shape[1] - back].astype(np.int32) << (back * bits)
-            scales = self.scales[rows].astype(np.float32)[:, None]
-            W[rows] = (values[windows % 2**WINDOW] * scales)[:, _positions(self.columns)]
+            W[rows] = values[windows % 2**WINDOW][:, _positions(self.columns)]
         W[tuple(self.places.T)] = self.outliers
+        W *= self.scales.astype(np.float32)[:, None]
         return W.T if self.table else W
 
 
@@ -123,7 +126,8 @@ def encode(W: np.ndarray, weights: np.ndarray, rate: float, passing: np.ndarray 
             _, apart[chosen] = _encode_rows(W[chosen], chosen, count, made)
     else:
         apart = _encode_passing(W, passing, made)
-    return replace(made, places=np.argwhere(apart), outliers=_half(W[apart]), table=passing is None)
+    outliers = _over(W, made.scales)[apart].astype(np.float16)
+    return replace(made, places=np.argwhere(apart), outliers=outliers, table=passing is None)
 
 
 def spread_bits(importance: np.ndarray, rate: float) -> np.ndarray:
@@ -160,24 +164,26 @@ def _encode_passing(W: np.ndarray, passing: np.ndarray, made: Trellis) -> np.nda
 
 def _encode_rows(W: np.ndarray, rows: np.ndarray, bits: int, made: Trellis) -> tuple[np.ndarray, np.ndarray]:
     """Fill symbols and scales of `rows`, which are W; (what becomes of W, which numbers of it are stored apart)."""
-    scales = _half(_root_mean_square(W) / SPREAD[bits])
-    step = scales.astype(np.float32)[:, None]
-    x = np.divide(W, step, out=np.zeros_like(W), where=step != 0)
-    values = table().astype(np.float32)
+    scales = np.maximum(_root_mean_square(W) / SPREAD[bits], np.abs(W).max(1) / FARTHEST)
+    made.scales[rows] = np.minimum(scales, np.finfo(np.float16).max)
+    x, values = _over(W, made.scales[rows]), table().astype(np.float32)
     far = np.abs(x) > values.max() + MARGIN
-    far |= (step == 0) & (W != 0)
+    exact = x[far].astype(np.float16)
     x[far] = np.nan
     filled = np.full((len(x), made.symbols.shape[1]), np.nan, np.float32)
     positions = _positions(made.columns)
     filled[:, positions] = x
     windows = kernels().trellis_encode(filled, table=values, bits=bits, threads=2)
-    made.symbols[rows], made.scales[rows] = windows & (2**bits - 1), scales
-    return np.where(far, _half(W), values[windows[:, positions]] * step), far
+    made.symbols[rows] = windows & (2**bits - 1)
+    found = values[windows[:, positions]]
+    found[far] = exact
+    return found * made.scales[rows].astype(np.float32)[:, None], far
 
 
-def _half(x: np.ndarray) -> np.ndarray:
-    limit = np.finfo(np.float16).max
-    return np.clip(x, -limit, limit).astype(np.float16)
+def _over(W: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """W over the scale of each row, 0 where that is 0."""
+    step = scales.astype(np.float32)[:, None]
+    return np.clip(np.divide(W, step, out=np.zeros_like(W), where=step != 0), -FARTHEST, FARTHEST)
 
 
 def _root_mean_square(W: np.ndarray) -> np.ndarray:
