@@ -72,7 +72,7 @@ def test_round_trip():
         ("max_drop: -0.1", ["compress.max_drop", "got -0.1"]),
         ("max_drop: .nan", ["compress.max_drop", "got nan"]),
         ("max_drop: 1 %", ["compress.max_drop", "got '1 %'", "0.01 for 1 %"]),
-        ("methods: int3", ["compress.methods", "fp16, int8, int4, low-rank", "'int3'"]),
+        ("methods: int3", ["compress.methods", "fp16, int8, trellis, int4, low-rank", "'int3'"]),
         ("methods: [int8, [int4]]", ["compress.methods", "int4"]),
         ("methods: 8", ["compress.methods", "got 8"]),
         ("heal: -1", ["compress.heal", ">= 0", "got -1"]),

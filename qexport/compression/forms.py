@@ -201,8 +201,8 @@ def nbytes(layer: Layer, method: Method) -> int:
     if method.kind == INTEGER:
         return codes(rows, columns, method.block) + NODE
     if method.kind == TRELLIS:
-        groups = 2  # nodes of two groups of rows, and of their order
-        return math.ceil(rows * (columns * (method.rate / 8 + 6 * OUTLIERS) + 4)) + groups * NODE
+        # behind the strings a scale and a place of each row, and the nodes of a few groups
+        return math.ceil(rows * (columns * (method.rate / 8 + 6 * OUTLIERS) + 4)) + 4 * NODE
     if layer.kinds == (TABLE,):
         return codes(method.rank, columns, method.block) + codes(method.rank, rows, method.block) + 2 * NODE
     return codes(rows, method.rank, LEFT_BLOCK) + codes(method.rank, columns, method.block) + 2 * NODE

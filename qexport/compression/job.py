@@ -11,7 +11,7 @@ from qexport.bundle import Bundle, sha256
 from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint, array_digest
-from qexport.compression.forms import KEEP, Form, Method, nbytes
+from qexport.compression.forms import KEEP, TRELLIS, Form, Method, nbytes
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
 from qexport.compression.refit import refit
@@ -35,8 +35,10 @@ FITTINGS = 8
 # Every so manieth batch of what is fitted to tells how far errors carry, and whether fitting again helped.
 PROBING = 4
 DRAFT = "compressed.onnx"
+# Bytes of weights that are worth the table and the functions that all strings of a file share.
+STRINGS_FROM = 2**20
 # Of what is stored while it runs; a new number where it comes to mean something else, so that nobody takes up the old.
-FORMAT = 2
+FORMAT = 3
 SAMPLES = 4
 
 
@@ -73,6 +75,8 @@ class Job:
         self.fitting, self.probing = (Inputs(feeds, fitted.source, fitted.notes) for feeds in (fitting, probed))
         self.library = runtime.find_library() is not None
         self.layers = self._layers(ir.load(bundle.model_path))
+        if sum(layer.nbytes for layer in self.layers) < STRINGS_FROM:
+            self.settings = settings.without(TRELLIS)
         self._check_finite()
         self.before, self.present = file_bytes(bundle.classical_path), file_bytes(bundle.model_path)
         self.draft = bundle.path / DRAFT
