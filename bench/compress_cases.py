@@ -30,7 +30,7 @@ class MiniLM:
     on other reviews. Its pooler, which no embedding needs and which could be anything for that, stays at 8 bits."""
 
     name, measure = "minilm", "1 - embedding cosine, STS-B test"
-    ratios, healed, heal = (6, 8), (), None
+    ratios, healed, heal = (8, 10), (), None
     batch, sentences, reviews = 32, 1536, 32
     options: ClassVar = {
         "batch": batch,
@@ -127,7 +127,7 @@ class ViT:
     """A ViT-S/14 that marks what matters in a photo, fitted to crops of two photos, judged on crops of two others."""
 
     name, measure = "vit", "1 - cosine of the output map, other photos"
-    ratios, healed, heal = (4,), (), None
+    ratios, healed, heal = (3.5, 5), (), None
     options: ClassVar = {"batch": 2}
     each = 24
 

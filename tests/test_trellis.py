@@ -123,7 +123,9 @@ def stored(W, form) -> onnx.ModelProto:
     rows, columns = W.shape
     use = "y = Gather(w, x)" if form.table else "y = MatMul(x, w)"
     inputs = "int64[m] x" if form.table else f"float[m,{rows}] x"
-    model = model_of(f'<ir_version: 10, opset_import: ["": 18]> g ({inputs}) => (float[m,{columns}] y) {{ {use} }}', {"w": W})
+    model = model_of(
+        f'<ir_version: 10, opset_import: ["": 18]> g ({inputs}) => (float[m,{columns}] y) {{ {use} }}', {"w": W}
+    )
     graph = ir.from_proto(model)
     nodes.store(graph, find_layers(graph)[0], form)
     return ir.to_proto(graph)

@@ -13,7 +13,7 @@ from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
 @click.option(
     "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
-@click.option("--methods", metavar="M,...", help="Of fp16, int8, int4, low-rank, mpo [all].")
+@click.option("--methods", metavar="M,...", help="Of fp16, int8, trellis, int4, low-rank, mpo [all].")
 @click.option(
     "--heal", type=click.IntRange(0), metavar="STEPS", help="Distil so many steps behind it; torch models only [0]."
 )
@@ -29,8 +29,8 @@ from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
 def command(model, config, as_json, quiet, verbose, **options):
     """Make the weights of MODEL small, at a loss that is asked for and measured.
 
-    Every weight is stored as int8, int4, low-rank factors or a matrix product operator, whichever costs the model least for
-    its bytes, as measured on your data. The file runs in a stock onnxruntime. A quarter of the data judges what the rest was
+    Every weight is stored as int8, int4, a string of a trellis, low-rank factors or a matrix product operator, whichever
+    costs the model least for its bytes, as measured on your data. The file runs in a stock onnxruntime. A quarter of the data judges what the rest was
     fitted to.
 
     MODEL is a bundle, whose attention stays as it is, or what `qexport convert` takes, whose attention stays classical

@@ -95,7 +95,7 @@ def compress(
         ratio: bytes of the classical model's file over those of the compressed one.
         max_drop: largest loss of the metric, 0.01 for 1 %; the smallest file within it is looked for. 0.01 when neither is
             given.
-        methods: those that may be used, of fp16, int8, int4 and low-rank; all when None.
+        methods: those that may be used, of fp16, int8, trellis, int4, low-rank and mpo; all when None.
         heal: steps of distillation, for torch models; none when None.
         recipe: a `qexport.recipe.Recipe`, a dict or the path of a YAML file; its key `compress` may hold ratio, max_drop,
             methods, heal and layers.
