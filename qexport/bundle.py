@@ -51,7 +51,7 @@ class Bundle:
         if not path.is_dir():
             raise QexportError(f"{path}: no such bundle; make one with 'qexport convert MODEL -o {path}'")
         bundle = cls(path, read_manifest(path))
-        missing = [name for name in (MODEL, CLASSICAL, *bundle.manifest["files"]) if not (path / name).is_file()]
+        missing = [name for name in bundle.file_names if not (path / name).is_file()]
         if missing:
             raise QexportError(f"{path}: {missing[0]} of the bundle is missing; copy the whole folder or convert again")
         if verify and (changed := bundle.changed_files()):
@@ -79,6 +79,12 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         """tokenizer.json of a text model; may not exist."""
         return self.path / "tokenizer" / "tokenizer.json"
+
+    @property
+    def file_names(self) -> list[str]:
+        """What it consists of beside the manifest: the files that it was written with, and a tokenizer that came later."""
+        added = [self.tokenizer_path.relative_to(self.path).as_posix()] if self.tokenizer_path.is_file() else []
+        return list(dict.fromkeys((MODEL, CLASSICAL, *self.manifest["files"], *added)))
 
     @property
     def seed_input(self) -> str | None:

@@ -250,6 +250,15 @@ def save(model, path: Path, external: str | None) -> None:
     ir.save(model, path)
 
 
+def saved_bytes(model) -> int:
+    """Bytes of the file that `save` makes of a model whose weights lie in it."""
+    import onnx_ir as ir
+
+    model.ir_version = IR_VERSION
+    ir.external_data.load_to_model(model)
+    return ir.to_proto(model).ByteSize()
+
+
 def write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
     """The inputs and outputs as input_K.pb and output_K.pb, as onnxruntime_perf_test reads them."""
     import onnx_ir as ir

@@ -1,21 +1,29 @@
 """compress end to end: files, figures and reports, from .onnx, bundles and torch; stopped and taken up again."""
 
+import itertools
 import json
+import shutil
 
 import decomposed
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
 from bundle_factory import make_bundle, make_text_bundle
-from compression_cases import language_model, token_ids
+from compression_cases import correlated, language_model, model_of, random, token_ids
+from onnx import numpy_helper
 from test_convert_huggingface import TEXT as LLAMA
 
 import qexport
-from qexport import conversion
+from qexport import conversion, runtime
 from qexport.bundle import Bundle, sha256
 from qexport.compression import SCHEMA, compress
+from qexport.compression.draft import Draft
+from qexport.compression.forms import Half, Method, Seen
+from qexport.compression.layers import find_layers
+from qexport.compression.refit import refit
 from qexport.data import load_inputs
 from qexport.generation import Generator
 from qexport.metrics import choose_metric
@@ -255,6 +263,159 @@ def test_fitting_again_makes_up_for_the_weights_before(lm, tmp_path, monkeypatch
     monkeypatch.setattr("qexport.compression.search.Search.error", lambda search, forms: 1 / len(forms))
     monkeypatch.setattr("qexport.compression.job.refit", worse)
     assert error("refused") == error("chosen")
+
+
+def test_errors_of_weights_are_those_of_what_was_written(tmp_path, monkeypatch):
+    """|X (W - W')| / |X W| with W' read back from the file, behind a weight that it was fitted again to make up for."""
+    model = model_of(
+        """<ir_version: 10, opset_import: ["": 23]> g (float[batch,64] x) => (float[batch,64] y) {
+        a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }""",
+        {"w": random(64, 128), "v": random(128, 64, seed=1)},
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    x = correlated(4096, 64)
+    options = {"ratio": 7, "methods": ["int4"], "batch": 256, "profile": False}
+    report = compress(tmp_path / "model.onnx", tmp_path / "out", {"x": x}, **options)
+    written = onnx.load(tmp_path / "out" / "model.onnx")
+    assert {"w/codes", "v/codes"} <= {tensor.name for tensor in written.graph.initializer}
+    w, v = (numpy_helper.to_array(tensor).astype(np.float64) for tensor in model.graph.initializer)
+    # neither of the fourths that judge and that tell how far errors carry
+    fitted = [x[i : i + 256] for i in range(0, 4096, 256)]
+    fitted = [part for i, part in enumerate(fitted) if i % 4 != 3]
+    X = np.vstack([part for i, part in enumerate(fitted) if i % 4 != 3])
+    for name, W, seen in (("w", w, X), ("v", v, np.maximum(X @ w, 0))):
+        error = relative(seen @ stored_matrix(tmp_path / "out" / "model.onnx", name), seen @ W)
+        assert reported(report, name) == pytest.approx(error, rel=1e-3)
+        stored = [tensor for tensor in written.graph.initializer if tensor.name.startswith(f"{name}/")]
+        after = next(layer["after"] for layer in report.layers if layer["name"] == name)
+        assert after == sum(len(tensor.raw_data) for tensor in stored)
+    monkeypatch.setattr("qexport.compression.job.refit", lambda *arguments: arguments[3])
+    chosen = compress(tmp_path / "model.onnx", tmp_path / "chosen", {"x": x}, **options)
+    assert reported(chosen, "v") < 0.98 * reported(
+        report, "v"
+    )  # the weight that makes up for another is further from its own
+
+
+def reported(report, name: str) -> float:
+    """The error of a weight that a report tells."""
+    return next(layer["relative_error"] for layer in report.layers if layer["name"] == name)
+
+
+def stored_matrix(path, name: str) -> np.ndarray:
+    """What a MatMulNBits multiplies with: codes of 4 bits with 8 for zero, and a scale for each block of a column."""
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if f"{name}/codes" in node.input)
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    packed = arrays[f"{name}/codes"]
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(sizes["N"], -1, sizes["block_size"]) - 8.0
+    scaled = codes * arrays[f"{name}/codes_scales"].reshape(sizes["N"], -1, 1).astype(np.float64)
+    return scaled.reshape(sizes["N"], -1)[:, : sizes["K"]].T
+
+
+def test_the_classical_model_judges_once(lm, tmp_path, monkeypatch):
+    """What it gave to the trials is what the file is held against, too."""
+    ids, opened, runs = token_ids(40), runtime.session, []
+
+    class Counted:
+        def __init__(self, session):
+            self.session = session
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def run(self, names, feed, *rest):
+            runs.append(feed["input_ids"])
+            return self.session.run(names, feed, *rest)
+
+    def session(path, **options):
+        found = opened(path, **options)
+        return Counted(found) if str(path).endswith("classical.onnx") else found
+
+    monkeypatch.setattr(runtime, "session", session)
+    report = compress(lm, tmp_path / "out", ids, ratio=5, methods=["int4", "int8"], profile=False)
+    assert report.data["judged"] == 8
+    assert sum(np.array_equal(batch, ids["input_ids"][24:32]) for batch in runs) == 1
+
+
+def test_a_ratio_writes_one_file(lm, tmp_path, monkeypatch):
+    """Those that are too large are known to be before they are written."""
+    sizes, drafts = [], []
+    size, save = Draft.size, conversion.save
+    monkeypatch.setattr(Draft, "size", lambda draft, forms: sizes.append(size(draft, forms)) or sizes[-1])
+    monkeypatch.setattr(conversion, "save", lambda model, path, external: drafts.append(path) or save(model, path, external))
+    methods = ["fp16", "int8", "int4", "low-rank"]
+    report = compress(lm, tmp_path / "out", token_ids(), ratio=6.3, methods=methods, profile=False)
+    assert len(sizes) > 1
+    assert sizes[-1] == report.size["after"] < sizes[0]
+    assert [path.name for path in drafts].count("compressed.onnx") == 1
+
+
+def test_a_file_that_grows_when_it_is_fitted_again(lm, tmp_path, monkeypatch):
+    """Numbers that a form stores apart may become more: the next choice leaves room for them."""
+    added = []
+
+    def larger(bundle, layers, methods, chosen, *rest):
+        forms = refit(bundle, layers, methods, chosen, *rest)
+        if added:
+            return forms
+        (layer,) = [layer for layer in layers if layer.name == "up"]
+        added.append(layer.name)
+        return forms | {layer.name: Half(layer.matrix().astype(np.float16))}
+
+    monkeypatch.setattr("qexport.compression.job.refit", larger)
+    report = compress(lm, tmp_path / "out", token_ids(), ratio=5, methods=["int4", "int8"], profile=False)
+    assert added == ["up"]
+    assert report.passed
+    assert report.size["ratio"] >= 5
+    assert not next(layer for layer in report.layers if layer["name"] == "up")["method"].startswith("fp16")
+
+
+@pytest.mark.parametrize("above", [conversion.EXTERNAL_ABOVE, 60_000, 10_000])
+def test_the_size_of_a_draft_is_that_of_its_file(lm, tmp_path, monkeypatch, above):
+    """Also where the weights lie outside of the bundle's model: outside of the draft, or in it as they have become few."""
+    monkeypatch.setattr(conversion, "EXTERNAL_ABOVE", above)
+    conversion.convert(lm, tmp_path / "bundle", strategy="stratified")
+    bundle = Bundle.open(tmp_path / "bundle")
+    layers = find_layers(ir.load(bundle.model_path))
+    for methods in (
+        [Method("int", 4, 32)],
+        [Method("int", 4, 64), Method("low-rank", 8, 16, 16), Method("fp16"), Method("keep")],
+    ):
+        forms = {}
+        for layer, method in zip(layers, itertools.cycle(methods), strict=False):
+            rows = layer.shape[1 if layer.transposed else 0] if layer.products else layer.shape[0]
+            if method.kind != "keep" and not (method.kind == "low-rank" and layer.picks):
+                forms[layer.name] = Seen(layer, np.eye(rows) if layer.products else np.ones(rows)).make(method)
+        draft = Draft(bundle)
+        size = draft.size(forms)
+        assert size == draft.write(forms)
+        draft.path.unlink()
+
+
+def test_an_output_of_whole_numbers(tmp_path):
+    model = model_of(
+        """<ir_version: 10, opset_import: ["": 23]> g (float[batch,64] x) => (float[batch,96] y, int64[batch,1] best) {
+        y = MatMul(x, w) best = ArgMax<axis=1>(y) }""",
+        {"w": random(64, 96)},
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    report = compress(tmp_path / "model.onnx", tmp_path / "out", {"x": correlated(64, 64)}, ratio=3, profile=False)
+    assert report.passed
+    assert set(report.outputs) == {"y", "best"}
+
+
+def test_files_that_are_not_of_the_bundle_stay_behind(text_bundle, tmp_path):
+    """Its tokenizer is of it, even where it was put there by hand."""
+    before = set(files(text_bundle))
+    copied = shutil.copytree(text_bundle, tmp_path / "bundle")
+    (copied / "notes.txt").write_text("mine")
+    (copied / "checkpoints").mkdir()
+    (copied / "checkpoints" / "weights.bin").write_bytes(bytes(100))
+    compress(copied, tmp_path / "out", None, ratio=1.5, methods=["int8"], profile=False)
+    assert set(files(tmp_path / "out")) == before
+    assert "tokenizer/tokenizer.json" in before - set(Bundle.open(text_bundle).manifest["files"])
+    assert (copied / "notes.txt").read_text() == "mine"
 
 
 def test_a_torch_model(tmp_path):

@@ -3,6 +3,7 @@ command line.
 """
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,8 @@ from compression_cases import language_model, model_of, random, token_ids
 from qexport import conversion
 from qexport.compression import SCHEMA, compress
 from qexport.errors import QexportError, UsageError
+
+HEAD = '<ir_version: 10, opset_import: ["": 23]>'
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +109,11 @@ def test_weights_that_are_not_finite(tmp_path, value, count, recwarn):
 
 def test_weights_that_overflow(tmp_path, recwarn):
     path = language_model(tmp_path / "large.onnx", up=lambda w: w * 1e25)
-    message = refused(tmp_path, path, token_ids())
+    message = refused(tmp_path, path, token_ids(), metric="top1")
     assert message.startswith(f"{path}: the inputs of ")
     assert "are not finite on this data, or their squares are not" in message
     path = language_model(tmp_path / "sharp.onnx", down=lambda w: w * 1e6)
-    message = refused(tmp_path, path, token_ids(), kept=True)
+    message = refused(tmp_path, path, token_ids())
     assert message == f"{path}: the classical model has perplexity inf on this data; choose another metric"
     assert compress(path, tmp_path / "out", token_ids(), ratio=3, metric="top1", profile=False).passed
     assert not [
@@ -118,6 +121,18 @@ def test_weights_that_overflow(tmp_path, recwarn):
         for warning in recwarn.list
         if warning.category is RuntimeWarning
     ]
+
+
+def test_inputs_that_overflow_behind_others(tmp_path):
+    """What the weight before was seen with serves no run on this model."""
+    model = model_of(
+        f"{HEAD} g (float[batch,64] x) => (float[batch,64] y) {{ a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }}",
+        {"w": random(64, 128) * 1e25, "v": random(128, 64, seed=1) * 1e-25},
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    message = refused(tmp_path, tmp_path / "model.onnx", {"x": x})
+    assert message.startswith(f"{tmp_path / 'model.onnx'}: the inputs of node_2 are not finite")
 
 
 def of_rank_5(w):
@@ -140,7 +155,6 @@ def test_odd_weights(tmp_path, name, change, recwarn):
     ]
 
 
-HEAD = '<ir_version: 10, opset_import: ["": 23]>'
 PRODUCT = f"{HEAD} g (float[batch,64] x) => (float[batch,64] y) {{ y = MatMul(x, w) }}"
 
 
@@ -247,9 +261,26 @@ def test_what_does_not_fit_a_bundle(bundle, tmp_path, options, words):
 def test_attention_that_loses_more_than_is_allowed(tmp_path):
     """A single sample per query loses more than 1e-6 with the weights as they are."""
     make_bundle(tmp_path / "coarse", hidden=256, attention={"strategy": "naive", "num_samples": [1]})
-    message = refused(tmp_path, tmp_path / "coarse", None, kept=True, ratio=None, max_drop=1e-6)
+    message = refused(tmp_path, tmp_path / "coarse", None, ratio=None, max_drop=1e-6)
     assert "with all weights as they were, above max_drop 1e-06" in message
     assert "sample attention less coarsely" in message
+
+
+def test_data_that_fitting_saw_nothing_of(tmp_path):
+    """The fourth batch alone opens the gate, so that `v` seems to matter to nothing."""
+    model = model_of(
+        f"""{HEAD} g (float[batch,64] x, float[batch,1] gate) => (float[batch,64] y) {{
+        a = MatMul(x, w) b = MatMul(x, v) c = Mul(b, gate) y = Add(a, c) }}""",
+        {"w": random(64, 64), "v": random(64, 64, seed=1)},
+    )
+    onnx.save(model, tmp_path / "gate.onnx")
+    x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    data = {"x": x, "gate": np.repeat(np.float32([0, 0, 0, 1]), 8)[:, None]}
+    options = {"ratio": None, "methods": ["int4"], "max_drop": 1e-7}
+    message = refused(tmp_path, tmp_path / "gate.onnx", data, kept=True, **options)
+    assert "even in the most accurate forms, above max_drop 1e-07" in message
+    report = compress(tmp_path / "gate.onnx", tmp_path / "out", data, max_drop=0.05, methods=["int4"], profile=False)
+    assert "took up what another run had found" in report.notes
 
 
 def test_bfloat16_that_onnxruntime_cannot_run(tmp_path):
@@ -285,8 +316,10 @@ def test_a_full_disk_while_the_model_is_written(lm, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion, "save", full)
-    with pytest.raises(QexportError, match=r"out: the disk is full or over its limit"):
+    with pytest.raises(QexportError, match=r"out: the disk is full or over its limit") as caught:
         compress(lm, tmp_path / "out", token_ids(), ratio=5, profile=False)
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"what was found so far is kept in {tmp_path / '.out.compress'}: ")
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.compress"}
@@ -295,9 +328,32 @@ def test_a_full_disk_while_the_model_is_written(lm, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_models_that_cannot_be_timed(qexport, lm, tmp_path, monkeypatch):
+    """The same without timing takes up what was found, wherever that is kept."""
+
+    def failing(*args, **kwargs):
+        raise QexportError("no timer")
+
+    monkeypatch.setattr("qexport.profiling.profile", failing)
+    np.savez(tmp_path / "data.npz", **token_ids())
+    words = ("compress", lm, "-o", tmp_path / "out", "--ratio", "5", "--data", tmp_path / "data.npz", "-q")
+    for findings in ((), ("--findings", tmp_path / "findings")):
+        code, _, err = qexport(*words, *findings)
+        (folder,) = (tmp_path / "findings").iterdir() if findings else [tmp_path / ".out.compress"]
+        assert code == 1
+        assert err.startswith(f"qexport: error: no timer; what was found so far is kept in {folder}: ")
+        assert err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        code, out, _ = qexport(*words, *findings, "--no-profile")
+        assert code == 0
+        assert "took up what another run had found" in out
+        assert folder.exists() == bool(findings)
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_findings_that_cannot_be_kept(lm, tmp_path):
     (tmp_path / ".out.compress").write_text("a file of that name")
-    with pytest.raises(QexportError, match=r"\.out\.compress: what was found cannot be kept \(File exists\)"):
+    with pytest.raises(QexportError, match=r"\.out\.compress: cannot store a finding \(File exists\)"):
         compress(lm, tmp_path / "out", token_ids(), ratio=5, profile=False)
     assert not (tmp_path / "out").exists()
 
@@ -374,13 +430,16 @@ def test_the_command_and_a_recipe(qexport, lm, tmp_path):
 
 
 def test_the_command_that_was_interrupted(qexport, lm, tmp_path, monkeypatch):
-    from qexport.compression.trials import Trials
-
-    def stopped(self, weights, most=None):
+    def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trials, "measure", stopped)
-    code, out, err = qexport("compress", lm, "-o", tmp_path / "out", "-q", "--no-profile")
-    assert (code, out) == (130, "")
-    assert "nothing was left half-written" in err
-    assert [path.name for path in tmp_path.iterdir()] == [".out.compress"]
+    words = "qexport: interrupted; nothing was left half-written"
+    kept = f"; what was found so far is kept in {tmp_path / '.out.compress'}: "
+    # before anything is found, and behind it
+    for place, note in (("trials.Trials.measure", "\n"), ("job.refit", kept)):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"qexport.compression.{place}", stopped)
+            code, out, err = qexport("compress", lm, "-o", tmp_path / "out", "-q", "--no-profile")
+        assert (code, out) == (130, "")
+        assert err.lstrip("\n").startswith(words + note)
+        assert [path.name for path in tmp_path.iterdir()] == ([".out.compress"] if note == kept else [])

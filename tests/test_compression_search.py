@@ -238,7 +238,7 @@ def test_a_folder_without_its_key_is_none_of_ours(tmp_path):
 
 def test_findings_that_cannot_be_kept(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(QexportError, match=r"file/store: what was found cannot be kept \(Not a directory\)") as caught:
+    with pytest.raises(QexportError, match=r"file/store: cannot store a finding \(Not a directory\)") as caught:
         Checkpoint(tmp_path / "file" / "store", {}).save("x", 1)
     assert "\n" not in str(caught.value)
 
@@ -246,5 +246,5 @@ def test_findings_that_cannot_be_kept(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(QexportError, match=r"store: what was found cannot be kept \(No space left on device\); free"):
+    with pytest.raises(QexportError, match=r"store: cannot store a finding \(No space left on device\); free"):
         Checkpoint(tmp_path / "store", {}).save("x", 1)

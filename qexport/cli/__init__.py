@@ -162,8 +162,8 @@ def main(argv=None) -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("qexport: interrupted; nothing was left half-written", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(f"qexport: interrupted; nothing was left half-written{_notes(error.__cause__ or error)}", err=True)
         code = 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -171,7 +171,7 @@ def main(argv=None) -> None:
     except QexportError as error:
         if verbose:
             raise
-        click.echo(f"qexport: error: {error}", err=True)
+        click.echo(f"qexport: error: {error}{_notes(error)}", err=True)
         code = error.exit_code
     except Exception as error:
         # The last boundary: what no layer below foresaw still becomes one line, with the way to the traceback.
@@ -179,7 +179,13 @@ def main(argv=None) -> None:
             raise
         first = (str(error).strip() or "no message").splitlines()[0]
         click.echo(
-            f"qexport: internal error: {type(error).__name__}: {first} (run again with -v for the traceback)", err=True
+            f"qexport: internal error: {type(error).__name__}: {first} (run again with -v for the traceback){_notes(error)}",
+            err=True,
         )
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way, for the same line."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))

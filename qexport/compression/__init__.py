@@ -8,6 +8,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,8 @@ class CompressionReport:
         size: bytes of the classical model's file and of the compressed one, and their `ratio`.
         metric: its `name`, `output`, the figures of both models and the `loss`, on data that nothing was fitted to.
         outputs: relative Frobenius error of every output on that data.
-        layers: one dict per weight: its form, its bytes before and after, the relative error of its own outputs.
+        layers: one dict per weight: its form, its bytes before and after, the relative error of its own outputs as it was
+            written.
         profile: the report of `qexport.profile` of both models, None when it was not asked for.
     """
 
@@ -89,7 +91,8 @@ def compress(
     Args:
         model: a bundle, whose attention stays as it is; or anything that `qexport.convert` takes, whose attention stays
             classical unless the recipe says how to sample it.
-        output: folder of the new bundle. What a run that was stopped had found lies beside it until one is finished.
+        output: folder of the new bundle. What a run that was stopped had found lies beside it until one is finished, as a
+            note of the exception says.
         data: inputs that weights are fitted to and judged on, every fourth batch of them: .npz or .txt file, a dict of
             arrays or a list of texts; the stored samples when None.
         ratio: bytes of the classical model's file over those of the compressed one.
@@ -113,12 +116,13 @@ def compress(
     Raises:
         UsageError: a wrong argument or recipe.
         QexportError: the model, the data or the runtime is at fault, nothing can be compressed, or the loss is above
-            `max_drop` before any weight is touched.
+            `max_drop` before any weight is touched or with the most accurate forms.
     """
     started, say = time.monotonic(), progress or (lambda step, done: None)
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, heal=heal)
     check_output(Path(output))
-    with write_bundle(output) as writer, named_as(model, writer.path):
+    # what was found outlives a bundle that cannot be written, so that its context is the last to end
+    with ExitStack() as last, write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
         if settings.heal and (source is None or source.runnable is None):
             raise UsageError(
@@ -133,7 +137,8 @@ def compress(
         chosen = choose_metric(bundle, inputs, classical, metric)
         job = Job(bundle, settings, chosen, fitted, judging, classical, source)
         key = job.key()
-        store = Checkpoint(_beside(Path(output)) if findings is None else Path(findings) / digest(key), key)
+        folder = _beside(Path(output)) if findings is None else Path(findings) / digest(key)
+        store = last.enter_context(Checkpoint(folder, key, lasting=findings is not None))
         if store.resumed:
             notes.append("took up what another run had found")
         result = job.run(store, say)
@@ -157,8 +162,6 @@ def compress(
             found = profiling.profile(bundle, seq=min(128, _longest(bundle)), runs=PROFILE_RUNS)
             measured = found.to_dict() | {"bundle": str(output)}
         say("writing the bundle", 0.99)
-    if findings is None:
-        store.remove()
     return CompressionReport(
         path=str(output),
         passed=not result.reasons,

@@ -57,6 +57,7 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
                         counts[names] += kept.size // kept.shape[-1] if wanted[names].products else kept.size
         for names, total in sums.items():
             if not np.isfinite(total).all():
+                store.remove()  # no run on this model and data will get further
                 label = wanted[names].label
                 raise QexportError(
                     f"{bundle.path}: the inputs of {label} are not finite on this data, or their squares are not; check the "

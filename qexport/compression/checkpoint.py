@@ -13,17 +13,33 @@ from qexport.errors import QexportError
 class Checkpoint:
     """Arrays by name, each in a file of its own that is whole or absent.
 
+    As a context it adds to an error that ends it where the findings lie, and removes them when it ends well.
+
     Args:
         folder: made when something is first stored.
         key: what the findings depend on, as JSON data; those of another key are thrown away.
+        lasting: whether they stay when all is done.
     """
 
-    def __init__(self, folder: Path, key: dict):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, key: dict, *, lasting: bool = False):
+        self.folder, self.lasting = Path(folder), lasting
         self._key = json.dumps(key, sort_keys=True)
         self.resumed = self._is_ours()
         if self.folder.is_dir() and not self.resumed:
             self.remove()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            if not self.lasting:
+                self.remove()
+        elif self.folder.is_dir():
+            error.add_note(
+                f"what was found so far is kept in {self.folder}: the next run on the same model, data and methods goes on "
+                "from there"
+            )
 
     def _is_ours(self) -> bool:
         try:
@@ -56,7 +72,9 @@ class Checkpoint:
             half.replace(path)
         except OSError as error:
             reason = error.strerror or error
-            raise QexportError(f"{self.folder}: what was found cannot be kept ({reason}); free some space") from error
+            raise QexportError(
+                f"{self.folder}: cannot store a finding ({reason}); free some space, or name another folder for findings"
+            ) from error
 
     def compute(self, name: str, function) -> np.ndarray:
         """What is stored under a name, or else what `function()` gives, stored."""

@@ -1,17 +1,17 @@
-"""One compression: find the forms, heal them, write the file, and see what it really is."""
+"""One compression: find the forms, make them better, write the file, and see what it really is."""
 
-import shutil
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
-from qexport import conversion, runtime
+from qexport import runtime
 from qexport.bundle import Bundle, sha256
 from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint, array_digest
-from qexport.compression.forms import KEEP, TRELLIS, Form, Method, nbytes
+from qexport.compression.draft import Draft
+from qexport.compression.forms import KEEP, TRELLIS, Form, Method
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
 from qexport.compression.refit import refit
@@ -23,23 +23,33 @@ from qexport.external_data import file_bytes
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
 from qexport.recipe_compression import Compression
-from qexport.rewrite.sample_attention import attach_fallback
-from qexport.validation.comparison import output_errors
+from qexport.validation.comparison import Remembered
 
 # A file whose loss turns out too large is made again, so often.
 ATTEMPTS = 4
 # Fitting again takes away about so much of the loss that a search sees.
 GAINED = 2.5
-# One that is too large itself, so often: nodes and names are some bytes more or less than was thought, of small models only.
+# Weights whose file is too large are chosen again, so often: nodes, names and outliers take other bytes than was thought.
 FITTINGS = 8
 # Every so manieth batch of what is fitted to tells how far errors carry, and whether fitting again helped.
 PROBING = 4
-DRAFT = "compressed.onnx"
 # Bytes of weights that are worth the table and the functions that all strings of a file share.
 STRINGS_FROM = 2**20
 # Of what is stored while it runs; a new number where it comes to mean something else, so that nobody takes up the old.
 FORMAT = 3
-SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: its bytes, the forms in it by the name of the layer, what they were at first, and its figures
+    on the judging data."""
+
+    nbytes: int
+    forms: dict[str, Form]
+    candidate: Candidate
+    measured: Measured
+    outputs: dict[str, float]
+    notes: list[str]
 
 
 @dataclass
@@ -70,6 +80,7 @@ class Job:
     ):
         self.bundle, self.settings, self.metric, self.source = bundle, settings, metric, source
         self.fitted, self.judging, self.classical = fitted, judging, classical
+        self.remembered = Remembered(classical)  # on the judging data
         probed = fitted.feeds[PROBING - 1 :: PROBING] or fitted.feeds
         fitting = [feed for feed in fitted.feeds if not any(feed is other for other in probed)] or fitted.feeds
         self.fitting, self.probing = (Inputs(feeds, fitted.source, fitted.notes) for feeds in (fitting, probed))
@@ -79,7 +90,7 @@ class Job:
             self.settings = settings.without(TRELLIS)
         self._check_finite()
         self.before, self.present = file_bytes(bundle.classical_path), file_bytes(bundle.model_path)
-        self.draft = bundle.path / DRAFT
+        self.draft = Draft(bundle)
 
     def key(self) -> dict:
         """What the findings depend on."""
@@ -103,92 +114,95 @@ class Job:
             say: called with the step in words and the share that is done.
 
         Raises:
-            QexportError: the loss is above the limit before any weight is touched, or the model does not run.
+            QexportError: the model does not run, or its loss is above the limit before any weight is touched; then nothing
+                is stored.
         """
         with opened(self.bundle, self.layers, self.library) as session:
+            say("running the model as it is", 0.01)
+            probing, judging = (
+                Trials(self.bundle, session, classical, self.metric, inputs.feeds)
+                for inputs, classical in ((self.probing, Remembered(self.classical)), (self.judging, self.remembered))
+            )
+            self._check_start(probing, judging)
             calibrate(
                 self.bundle, self.layers, self.fitting, self.library, store, lambda step, done: say(step, 0.02 + 0.08 * done)
             )
             search = Search(
-                self.layers,
-                self._methods,
-                self._trials(session, self.probing),
-                self._trials(session, self.judging),
-                store,
-                lambda step, done: say(step, 0.1 + 0.6 * done),
+                self.layers, self._methods, probing, judging, store, lambda step, done: say(step, 0.1 + 0.6 * done)
             )
             search.prepare()
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
-            result = make(search, store, lambda step, done: say(step, 0.7 + 0.25 * done))
-        if search.unseen:
-            result.notes.append(
-                f"{len(search.unseen)} of {len(self.layers)} weights saw too few inputs for low-rank factors: give more data"
-            )
-        self.draft.replace(self.bundle.model_path)
-        self._write_samples()
+            written, reasons = make(search, store, lambda step, done: say(step, 0.7 + 0.25 * done))
+        result = self._result(search, written, reasons)
+        self.draft.take_place(self.judging.feeds[0], self.classical)
         return result
 
-    def _write_samples(self) -> None:
-        """Samples from the data that judged, where it has items: `validate` then looks at inputs like those."""
-        feed = self.judging.feeds[0]
-        if len({len(array) if array.ndim else 0 for array in feed.values()}) == 1:
-            feed = {name: array[:SAMPLES] for name, array in feed.items()}
-            names = [output.name for output in self.classical.get_outputs()]
-            outputs = dict(zip(names, runtime.run(self.classical, names, feed), strict=True))
-            shutil.rmtree(self.bundle.samples_path)
-            conversion.write_samples(self.bundle.samples_path, feed, outputs)
+    def _check_start(self, probing: Trials, judging: Trials) -> None:
+        """What is wrong with the data, or lost already, shows before the long part."""
+        probing.measure({})
+        lost, most = judging.measure({}).loss, self.settings.max_drop
+        if most is not None and not lost <= most:
+            raise QexportError(
+                f"{self.metric.name} loses {lost:.2g} with all weights as they were, above max_drop {most:g}; allow "
+                "more, or sample attention less coarsely"
+            )
 
-    def _by_ratio(self, search: Search, store: Checkpoint, say) -> Result:
-        """The least loss in a file of so many bytes; the nearest where that cannot be had."""
+    def _by_ratio(self, search: Search, store: Checkpoint, say) -> tuple[Written, list[str]]:
+        """The least loss in a file of so many bytes; the nearest where that cannot be had, and why."""
         target = self.before / self.settings.ratio
         rest = self.present - sum(layer.nbytes for layer in self.layers)
-        budget, reasons = target - rest, []
-        for attempt in range(FITTINGS):
-            candidate = search.within(budget if attempt < FITTINGS - 1 else 0)
-            chosen = self._forms(search, candidate)
-            written = self._write(chosen)
-            if written <= target or candidate.nbytes > budget:
+        budget = target - rest
+        for attempt in range(1, FITTINGS + 1):
+            candidate = search.within(budget if attempt < FITTINGS else 0)
+            least = attempt == FITTINGS or candidate.nbytes > budget
+            size = self.draft.size(self._forms(search, candidate))
+            if size <= target or least:
+                forms, notes = self._improve(search, candidate, store, say)
+                size = self.draft.size(forms)
+            if size <= target or least:
                 break
-            budget = target - (written - candidate.nbytes)
-        if written > target:
-            reasons.append(
-                f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB "
-                f"at least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written:.2f}"
-            )
-        chosen, notes = self._improve(search, candidate, chosen, store, say)
-        self._write(chosen)
-        return self._finish(search, candidate, chosen, say, reasons, notes)
+            budget = target - (size - candidate.nbytes)
+        written = self._write(candidate, forms, notes, say)
+        if written.nbytes <= target:
+            return written, []
+        return written, [
+            f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB at "
+            f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written.nbytes:.2f}"
+        ]
 
-    def _by_drop(self, search: Search, store: Checkpoint, say) -> Result:
-        """The smallest file whose loss, measured on the file itself, is within the limit."""
+    def _by_drop(self, search: Search, store: Checkpoint, say) -> tuple[Written, list[str]]:
+        """The smallest file whose loss, measured on the file itself, is within the limit; the last tried where none is, and
+        why."""
         most = self.settings.max_drop
-        limit, result = GAINED * most, None
+        limit, written = GAINED * most, None
         for _ in range(ATTEMPTS):
             candidate = search.within_loss(limit)
-            if candidate is None and result:
+            if candidate is None and written:
                 break
             if candidate is None:
-                loss = search.candidates[0].measured.loss
                 raise QexportError(
-                    f"{self.metric.name} loses {loss:.2g} with all weights as they were, above max_drop {most:g}; allow "
-                    "more, or sample attention less coarsely"
+                    f"{self.metric.name} loses {search.candidates[0].measured.loss:.2g} even in the most accurate forms, "
+                    f"above max_drop {most:g}; allow more, or give data whose batches are like each other"
                 )
-            chosen, notes = self._improve(search, candidate, self._forms(search, candidate), store, say)
-            self._write(chosen)
-            result = self._finish(search, candidate, chosen, say, [], notes)
-            if result.measured.loss <= most:
-                return result
+            written = self._write(candidate, *self._improve(search, candidate, store, say), say)
+            if written.measured.loss <= most:
+                return written, []
             # below what this one lost in its trial, lest it be found again
-            limit = min(limit, candidate.measured.loss) * 0.8 * most / result.measured.loss
-        result.reasons.append(
-            f"{self.metric.name} loses {result.measured.loss:.3g} in the file, above max_drop {most:g}; ask for less"
-        )
-        return result
+            limit = min(limit, candidate.measured.loss) * 0.8 * most / written.measured.loss
+        loss = written.measured.loss
+        return written, [f"{self.metric.name} loses {loss:.3g} in the file, above max_drop {most:g}; ask for less"]
 
-    def _improve(
-        self, search: Search, candidate: Candidate, chosen: dict[str, Form], store: Checkpoint, say
-    ) -> tuple[dict[str, Form], list[str]]:
-        """The same forms with better numbers in them, and what to say of it."""
+    def _write(self, candidate: Candidate, forms: dict[str, Form], notes: list[str], say) -> Written:
+        """Write the file of what a candidate has become, and judge it."""
+        size = self.draft.write(forms)
+        say("running the compressed file", 0.8)
+        ours = bool(self.bundle.manifest["sites"]) or any(isinstance(form, Train) for form in forms.values())
+        measured, outputs = self.draft.judge(self.metric, self.judging, self.remembered, library=self.library and ours)
+        return Written(size, forms, candidate, measured, outputs, notes)
+
+    def _improve(self, search: Search, candidate: Candidate, store: Checkpoint, say) -> tuple[dict[str, Form], list[str]]:
+        """A candidate's forms with better numbers in them, and what to say of it."""
+        chosen = self._forms(search, candidate)
         forms = refit(
             self.bundle,
             self.layers,
@@ -215,42 +229,35 @@ class Job:
         )
         return healed.forms, healed.notes
 
-    def _finish(
-        self, search: Search, candidate: Candidate, chosen: dict[str, Form], say, reasons: list[str], notes: list[str]
-    ) -> Result:
-        """Measure the file that was written from `chosen`."""
-        say("running the compressed file", 0.8)
-        ours = any(isinstance(form, Train) for form in chosen.values())
-        with_library = self.library and (ours or bool(self.bundle.manifest["sites"]))
-        if with_library:  # a stock runtime must take the file, too
-            runtime.run(runtime.session(self.draft, library=False), None, self.judging.feeds[0])
-        session = runtime.session(self.draft, library=with_library)
-        errors = output_errors(self.bundle, self.judging, [0], self.classical, session)
-        after = file_bytes(self.draft)
-        measured = self._trials(session, self.judging).measure({})
+    def _result(self, search: Search, written: Written, reasons: list[str]) -> Result:
+        measured, notes, reasons = written.measured, list(written.notes), list(reasons)
         if not np.isfinite(measured.loss):
             reasons.append(f"{self.metric.name} of the file is {measured.figure} on this data; ask for less")
+        if search.unseen:
+            notes.append(
+                f"{len(search.unseen)} of {len(self.layers)} weights saw too few inputs for low-rank factors: give more data"
+            )
+        forms = written.forms
         return Result(
-            size={"before": self.before, "after": after, "ratio": self.before / after},
+            size={"before": self.before, "after": written.nbytes, "ratio": self.before / written.nbytes},
             measured=measured,
-            outputs={name: {"relative_error": float(found.relative_errors()[0])} for name, found in errors.items()},
+            outputs={name: {"relative_error": error} for name, error in written.outputs.items()},
             layers=[
-                self._layer_entry(search, layer, method)
-                for layer, method in zip(self.layers, candidate.methods, strict=True)
+                self._layer_entry(search, layer, method, forms.get(layer.name))
+                for layer, method in zip(self.layers, written.candidate.methods, strict=True)
             ],
             trials=[
                 {"bytes": tried.nbytes, "loss": tried.measured.loss, "error": tried.measured.error}
                 for tried in search.candidates
             ],
             oldest_runtime=max(
-                (nodes.oldest_runtime(layer, chosen[layer.name]) for layer in self.layers if layer.name in chosen),
-                default=(),
+                (nodes.oldest_runtime(layer, forms[layer.name]) for layer in self.layers if layer.name in forms), default=()
             ),
             reasons=reasons,
             notes=notes,
         )
 
-    def _layer_entry(self, search: Search, layer: Layer, method: Method) -> dict:
+    def _layer_entry(self, search: Search, layer: Layer, method: Method, form: Form | None) -> dict:
         return {
             "name": layer.name,
             "module": layer.label,
@@ -258,8 +265,8 @@ class Job:
             "shape": list(layer.shape),
             "method": str(method),
             "before": layer.nbytes,
-            "after": nbytes(layer, method),
-            "relative_error": search.seen(layer).error(search.form(layer, method)) ** 0.5 if method.kind != KEEP else 0.0,
+            "after": form.nbytes if form else layer.nbytes,
+            "relative_error": search.seen(layer).error(form) ** 0.5 if form else 0.0,
         }
 
     def _layers(self, model: ir.Model) -> list[Layer]:
@@ -286,21 +293,6 @@ class Job:
     def _methods(self, layer: Layer) -> tuple[str, ...]:
         return self.settings.methods_of(layer.label, layer.name)
 
-    def _trials(self, session, inputs: Inputs) -> Trials:
-        return Trials(self.bundle, session, self.classical, self.metric, inputs.feeds)
-
     def _forms(self, search: Search, candidate: Candidate) -> dict[str, Form]:
         chosen = zip(self.layers, candidate.methods, strict=True)
         return {layer.name: search.form(layer, method) for layer, method in chosen if method.kind != KEEP}
-
-    def _write(self, chosen: dict[str, Form]) -> int:
-        """Write the draft; its bytes."""
-        model = ir.load(self.bundle.model_path)
-        for layer in self._layers(model):
-            if layer.name in chosen:
-                nodes.store(model, layer, chosen[layer.name])
-        attach_fallback(model)
-        weights = self.draft.with_name(DRAFT + ".data")
-        weights.unlink(missing_ok=True)  # of the attempt before
-        conversion.save(model, self.draft, weights.name if conversion.external_name(model) else None)
-        return file_bytes(self.draft)

@@ -37,8 +37,7 @@ def open_model(
         if "compression" in bundle.manifest:
             raise QexportError(f"{bundle.path}: is compressed already; compress the bundle or model it came from")
         say("copying the bundle")
-        shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        return Bundle(folder, dict(bundle.manifest)), None, []
+        return _copied(bundle, folder), None, []
     from qexport.sources import open_source
 
     opset = 23 if opset is None else opset
@@ -49,6 +48,14 @@ def open_model(
     passes.LiftConstantsToInitializersPass(size_limit=SMALLEST)(source.model)  # where weights are looked for
     report = write_models(folder, source, sampling, opset, None, say)
     return Bundle(folder, report.manifest), source, report.notes
+
+
+def _copied(bundle: Bundle, folder: Path) -> Bundle:
+    """The bundle's own files in `folder`, and nothing else that lies among them."""
+    for name in bundle.file_names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / name, folder / name)
+    return Bundle(folder, dict(bundle.manifest))
 
 
 @contextmanager

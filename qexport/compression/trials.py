@@ -12,7 +12,7 @@ from qexport.compression.layers import Layer
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.metrics import Metric
-from qexport.validation.comparison import Remembered, seeded_feed
+from qexport.validation.comparison import seeded_feed
 from qexport.validation.probes import add_outputs, open_probe
 from qexport.validation.unpadded import keep_masks, padded_axis, rows
 
@@ -22,13 +22,13 @@ class Trials:
 
     Args:
         session: of the converted model, from `opened`.
-        classical: a session of the classical model.
+        classical: a session of the classical model; a `Remembered` one where the feeds come again.
         metric: the figure that is compared.
         feeds: the batches.
     """
 
     def __init__(self, bundle: Bundle, session, classical, metric: Metric, feeds: list[dict]):
-        self.bundle, self.session, self.classical = bundle, session, Remembered(classical)
+        self.bundle, self.session, self.classical = bundle, session, classical
         self.metric, self.feeds = metric, feeds
         self.outputs = [output for output in classical.get_outputs() if "float" in output.type]
 
@@ -47,7 +47,7 @@ class Trials:
         judged = names.index(metric.output)
         totals, errors, norms, count = np.zeros(2), np.zeros(len(names)), np.zeros(len(names)), 0
         for feed in self.feeds[:most]:
-            base = self.classical.run(names, feed)
+            base = runtime.run(self.classical, names, feed)
             found = runtime.run(self.session, names, {**seeded_feed(feed, self.bundle.seed_input, 0), **weights})
             sums = [metric.add(manifest, feed, base[judged], values[judged]) for values in (base, found)]
             totals, count = totals + [s for s, _ in sums], count + sums[0][1]

@@ -26,21 +26,22 @@ REMEMBERED = 512 * 2**20
 
 
 class Remembered:
-    """A session that remembers its outputs for each feed, up to REMEMBERED bytes: what is compared with it
-    again and again need not wait for it."""
+    """A session that remembers what it gave for each feed, up to REMEMBERED bytes: what is compared with it again and again
+    need not wait for it."""
 
     def __init__(self, session):
         self.session, self.outputs, self.held = session, {}, 0
         self.get_outputs = session.get_outputs
 
     def run(self, names, feed) -> list[np.ndarray]:
-        """As the session's; a feed is known by its identity."""
-        if id(feed) in self.outputs:
-            return self.outputs[id(feed)]
+        """As the session's; a feed is known by its identity, so that it has to live as long as this."""
+        key = id(feed), *names
+        if key in self.outputs:
+            return self.outputs[key]
         values = self.session.run(names, feed)
         size = sum(value.nbytes for value in values)
         if self.held + size <= REMEMBERED:
-            self.outputs[id(feed)], self.held = values, self.held + size
+            self.outputs[key], self.held = values, self.held + size
         return values
 
 
