@@ -19,7 +19,7 @@ from test_convert_huggingface import TEXT as LLAMA
 import qexport
 from qexport import conversion, runtime
 from qexport.bundle import Bundle, sha256
-from qexport.compression import SCHEMA, compress
+from qexport.compression import SCHEMA, compress, job
 from qexport.compression.draft import Draft
 from qexport.compression.forms import Half, Method, Seen
 from qexport.compression.layers import find_layers
@@ -101,6 +101,30 @@ def test_every_ratio_between_all_and_the_smallest_is_reached(lm, tmp_path, ratio
     # what is left over would not take one more weight as it was; nodes count for up to 800 bytes more than they are
     steps = [layer["before"] - layer["after"] for layer in report.layers if layer["method"] != "as it was"]
     assert report.size["before"] / ratio - report.size["after"] <= min(steps) + 800 * len(report.layers)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_strings_of_a_trellis(tmp_path, monkeypatch, dtype):
+    """They lose less than whole numbers at the same size, the runtime makes the weights of them when it loads the file, and
+    models too small for their table have none."""
+    monkeypatch.setattr(job, "STRINGS_FROM", 0)
+    path = language_model(tmp_path / "lm.onnx", dtype=dtype)
+    ids = token_ids(40)
+    found = {
+        methods: compress(path, tmp_path / methods, ids, max_drop=0.01, methods=methods, metric="cosine", profile=False)
+        for methods in ("trellis", "int4,int8")
+    }
+    report = found["trellis"]
+    assert report.passed
+    assert {layer["method"].split()[0] for layer in report.layers} == {"trellis"}
+    strings, numbers = (sum(layer["after"] for layer in r.layers) for r in found.values())
+    assert strings < numbers
+    bundle = Bundle.open(tmp_path / "trellis", verify=True)
+    assert bundle.manifest["min_onnxruntime"] < Bundle.open(tmp_path / "int4,int8").manifest["min_onnxruntime"]
+    assert not RUNTIME_OPS & set(ops(bundle.model_path))
+    monkeypatch.undo()
+    report = compress(path, tmp_path / "small", ids, ratio=2, methods="trellis", profile=False)
+    assert {layer["method"] for layer in report.layers} == {"as it was"}
 
 
 def test_a_ratio_out_of_reach_writes_the_smallest(lm, tmp_path):

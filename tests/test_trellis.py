@@ -59,8 +59,8 @@ def test_windows_are_those_of_a_string(bits):
 
 @pytest.mark.parametrize(("bits", "decibels"), list(zip(ALL_BITS, (0.9, 1.1, 1.4, 1.7, 2.0, 2.4), strict=True)))
 def test_normal_numbers_cost_little_more_than_they_must(bits, decibels):
-    """No code of R bits per normal number has a mean squared error below 4^-R (Shannon). Here a square varies by no more than
-    twice its mean, so that the mean of n by 2 / sqrt(n) of it: four of these are allowed."""
+    """No code of R bits per normal number has a mean squared error below 4^-R (Shannon). Here a square varies by no more
+    than twice its mean, so that the mean of n by 2 / sqrt(n) of it: four of these are allowed."""
     spread = trellis.SPREAD[bits]
     x = normal(64, 384, seed=5) * spread
     error = np.square(x - VALUES[encoded(x, bits)]).mean() / spread**2
@@ -68,17 +68,19 @@ def test_normal_numbers_cost_little_more_than_they_must(bits, decibels):
     assert 4.0**-bits / slack <= error <= 4.0**-bits * 10 ** (decibels / 10) * slack
 
 
+def error(bits) -> float:
+    x = normal(4, 99)
+    return float(np.square(x - VALUES[encoded(x, bits)]).sum())
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_finds_strings_as_near(isa):
     """Sums of squares in another order may tell two strings of about the same error apart differently."""
     said = run_on(
         isa,
-        "import test_trellis as t; print(*(float(((t.normal(4, 99) - t.VALUES[t.encoded(t.normal(4, 99), bits)]) ** 2).sum())"
-        " for bits in t.ALL_BITS))",
+        "import test_trellis as t; print(*(t.error(bits) for bits in t.ALL_BITS))",
     )
-    x = normal(4, 99)
-    mine = [float(np.square(x - VALUES[encoded(x, bits)]).sum()) for bits in ALL_BITS]
-    np.testing.assert_allclose([float(word) for word in said.split()], mine, rtol=1e-5)
+    np.testing.assert_allclose([float(word) for word in said.split()], [error(bits) for bits in ALL_BITS], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +100,7 @@ def test_wrong_arguments_of_the_encoder(changes, words):
 
 
 def test_bits_go_where_errors_cost_most():
-    """Against every way to give eight rows 1 to 3 bits: none within the rate costs less than 1.2 times as much, where an error
-    of b bits is 4^-b."""
+    """Against every way to give eight rows 1 to 3 bits, an error of b bits being 4^-b: 1.2 times the least cost at most."""
     importance = np.exp(1.5 * np.random.default_rng(4).standard_normal(8))
     ways = np.array(list(itertools.product(range(1, 4), repeat=8)))
     costs = (importance * 4.0**-ways).sum(1)

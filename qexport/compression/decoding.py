@@ -40,8 +40,9 @@ def pairs_function(bits: int, opset: int) -> ir.Function:
 
 
 def rows_function(bits: int, opset: int) -> ir.Function:
-    """Rows{bits}(strings uint8 (rows, 1, bytes), pairs) -> float16 (rows, symbols), without the scales: what a runtime makes on
-    the way to a folded constant is freed behind the last of them, so that it is kept small."""
+    """Rows{bits}(strings uint8 (rows, 1, bytes), pairs) -> float16 (rows, symbols), without the scales.
+
+    In float16, as onnxruntime frees what it made on the way to a constant only behind the last constant."""
     kernel = []
     for pair in range(1, PAIRS + 1):
         last = -(-2 * pair * bits // 8)  # bytes up to the end of the pair; two come before the first

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
+from qexport.compression import trellis
 from qexport.compression.layers import LINEAR, TABLE, Layer
 from qexport.compression.lowrank import LEFT_BLOCK, LowRank, Spectrum, apply_gram, factor, spectrum
 from qexport.compression.quantize import BITS, BLOCKS, Quantized, error_passing, quantize
-from qexport.compression import trellis
 from qexport.compression.trains import BOND_DIMS, Train, encode, numbers
 from qexport.compression.trellis import Trellis
 from qexport.ops.kernels import kernels

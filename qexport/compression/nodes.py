@@ -77,7 +77,7 @@ class _Writer:
         self._take_place(builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype))
 
     def trellis(self, form: Trellis) -> None:
-        """The matrix made of strings, rows of the same bits together, which the runtime does once, when it loads the file."""
+        """The matrix made of strings, rows of the same bits together: once, when the runtime loads the file."""
         builder, parts, half = self._first(), [], {"dtype": ir.DataType.FLOAT16}
         for bits, rows in form.groups():
             strings = self._keep(f"strings{bits}", form.packed(bits, rows))

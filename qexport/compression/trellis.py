@@ -1,10 +1,10 @@
 """Weights as strings of symbols: trellis-coded quantisation, at any number of bits from 1 to 6, and between.
 
-A row of a weight becomes a string of symbols of 1 to 6 bits (`cpp/include/qexport/trellis.h`). The last 12 bits up to a symbol
-pick its value from a table of normal quantiles in random order (QTIP, Tseng et al., NeurIPS 2024). With normal numbers, 2 to
-4 bits come within 0.8 to 1.3 dB of what any code of so many bits can reach; 4 bits with a scale for 32 numbers, 4.5 in all,
-stay 5.5 dB behind it.
-Rows that the outputs depend on more get more bits. A runtime makes the matrix when it loads the file (`decoding`).
+A row of a weight becomes a string of symbols of 1 to 6 bits (`cpp/include/qexport/trellis.h`). The last 12 bits up to a
+symbol pick its value from a table of normal quantiles in random order (QTIP, Tseng et al., NeurIPS 2024). With normal
+numbers, 2 to 4 bits come within 0.8 to 1.3 dB of what any code of so many bits can reach; codes of 4 bits with a scale for
+32 numbers, 4.5 bits in all, stay 5.5 dB behind it. Rows that the outputs depend on more get more bits. A runtime makes the
+matrix when it loads the file (`decoding`).
 """
 
 import os
@@ -48,8 +48,8 @@ class Trellis:
         bits: uint8 (rows,), of a symbol.
         symbols: uint8 (rows, columns filled up to a multiple of GROUP), in the order of `order`.
         scales: float16 (rows,), what the values of the table are multiplied with.
-        places: int64 (outliers, 2), row and column of the numbers that are stored apart; `outliers`: float16, these numbers over
-            the scale of their row.
+        places: int64 (outliers, 2), row and column of the numbers that are stored apart.
+        outliers: float16 (outliers,), these numbers over the scale of their row.
         table: whether the rows are entries of a table, whose matrix is the transpose.
     """
 
@@ -108,8 +108,8 @@ def encode(W: np.ndarray, weights: np.ndarray, rate: float, passing: np.ndarray 
         W: (rows, columns), finite.
         weights: (rows,), what a squared error of each row costs.
         rate: bits per number that the rows have on average, at most.
-        passing: as in `qexport.compression.quantize.quantize`: the error of a row is passed on to the rows below it. None for
-            a table, whose entries are seen one by one.
+        passing: as in `qexport.compression.quantize.quantize`: the error of a row is passed on to the rows below it. None
+            for a table, whose entries are seen one by one.
     """
     W = W.astype(np.float32, copy=True)
     rows, columns = W.shape
@@ -199,8 +199,8 @@ def _root_mean_square(W: np.ndarray) -> np.ndarray:
 
 
 def _positions(columns: int) -> np.ndarray:
-    """Position in its string of each column: a group of eight symbols is read as four pairs, and the first pairs of all groups
-    are the first quarter of the columns (see `decoding`)."""
+    """Position in its string of each column: a group of eight symbols is read as four pairs, and the first pairs of all
+    groups are the first quarter of the columns (see `decoding`)."""
     groups = -(-columns // GROUP)
     return np.arange(groups * GROUP).reshape(groups, 4, 2).transpose(1, 0, 2).reshape(-1)[:columns]
 
