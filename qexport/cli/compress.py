@@ -30,8 +30,8 @@ def command(model, config, as_json, quiet, verbose, **options):
     """Make the weights of MODEL small, at a loss that is asked for and measured.
 
     Every weight is stored as int8, int4, strings of a trellis, low-rank factors or a matrix product operator, whichever
-    costs the model least for its bytes, as measured on your data. The file runs in a stock onnxruntime. A quarter of the data
-    judges what the rest was fitted to.
+    costs the model least for its bytes, as measured on your data. The file runs in a stock onnxruntime. A quarter of the
+    data judges what the rest was fitted to.
 
     MODEL is a bundle, whose attention stays as it is, or what `qexport convert` takes, whose attention stays classical
     unless --config samples it. A run that was stopped goes on where it was when the same command is given again.
