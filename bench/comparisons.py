@@ -2,7 +2,7 @@
 noise beside other packages."""
 
 from bench.markdown import load, paragraph, source, table, times
-from qexport.cli.text import percent
+from qexport.words import percent
 
 
 def training() -> str:

@@ -2,7 +2,8 @@
 
 import click
 
-from qexport.cli.text import percent, plural, site_label, table
+from qexport.cli.text import table
+from qexport.words import percent, plural, site_label
 
 
 def show_attention(maps, verbose: bool) -> None:

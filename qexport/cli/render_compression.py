@@ -4,7 +4,8 @@ from collections import Counter
 
 import click
 
-from qexport.cli.text import percent, plural, table
+from qexport.cli.text import table
+from qexport.words import percent, plural
 
 
 def show_compression(report, verbose: bool) -> None:

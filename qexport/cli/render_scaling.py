@@ -2,7 +2,8 @@
 
 import click
 
-from qexport.cli.text import percent, plural, table
+from qexport.cli.text import table
+from qexport.words import percent, plural
 
 
 def show_scaling(report, verbose: bool) -> None:

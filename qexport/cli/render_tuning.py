@@ -4,7 +4,8 @@ from collections import Counter
 
 import click
 
-from qexport.cli.text import percent, plural, recipe_text, site_label, table
+from qexport.cli.text import table
+from qexport.words import percent, plural, recipe_text, site_label
 
 
 def setting_text(setting: dict) -> str:

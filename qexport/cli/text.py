@@ -1,4 +1,4 @@
-"""Pieces of text that the reports are made of: a progress line, tables, names and numbers."""
+"""Pieces that the output of commands is made of: a progress line and tables."""
 
 import sys
 
@@ -48,52 +48,3 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: 
         grid.add_row(*(Text(str(cell)) for cell in row))
     # A pipe has no width: whole lines there, so that grep and diff see them.
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(grid)
-
-
-def samples_text(numbers: list[int]) -> str:
-    """32, or "8 to 64" where the heads differ."""
-    return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
-
-
-def site_label(site: dict) -> str:
-    """How a site is called: its torch module where there is one, else its node."""
-    return site.get("module") or site["name"]
-
-
-def plural(count: int, word: str) -> str:
-    """ "1 attention", "2 attentions"."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
-def recipe_text(
-    strategy: str = "",
-    num_samples=(),
-    precision: str = "fp32",
-    error_tolerance: float = 0.0,
-    noise: str | None = None,
-    shots=None,
-    **_,
-) -> str:
-    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16",
-    "depolarizing:0.01, 1024 shots", or blank for attention that is not ours."""
-    if noise:
-        return f"{noise}, {shots} shots"
-    parts = [strategy]
-    if error_tolerance:
-        parts.append(f"error up to {percent(error_tolerance)}")
-    elif strategy not in ("", "exact"):
-        parts.append(f"{samples_text(num_samples)} {'keys' if strategy == 'tree' else 'samples'}")
-    if precision not in ("", "fp32"):
-        parts.append(precision)
-    return ", ".join(parts)
-
-
-def percent(value: float | None) -> str:
-    """A relative error with two digits that count: 190 %, 4.1 %, 0.012 %, 3.2e-07."""
-    if value is None:
-        return "not finite"
-    if value == 0:
-        return "0"
-    if value >= 1:
-        return f"{100 * value:.0f} %"
-    return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"
