@@ -6,8 +6,8 @@ from collections import Counter
 import click
 
 from qexport.cli.text import table
-from qexport.words import percent, plural, recipe_text, site_label
 from qexport.runtime import CUDA
+from qexport.words import percent, plural, recipe_text, site_label
 
 
 def _show_kinds(sites: list[dict]) -> None:

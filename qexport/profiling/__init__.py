@@ -23,6 +23,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate
 from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
+from qexport.profiling.rss import RssTimeline
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
 SCHEMA = "qexport.profile"
@@ -264,24 +265,29 @@ def _memory(path, library, providers, threads, feed, shared=()) -> dict:
         # the child finds the package where this process found it
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         try:
-            child = subprocess.run(
-                [sys.executable, "-m", "qexport.profiling.memory_child"],
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                timeout=MEMORY_TIMEOUT,
-                env=environment,
-            )
+            with (
+                subprocess.Popen(
+                    [sys.executable, "-m", "qexport.profiling.memory_child"],
+                    **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+                    text=True,
+                    env=environment,
+                ) as child,
+                RssTimeline(child.pid) as timeline,
+            ):
+                try:
+                    said, complaint = child.communicate(json.dumps(request), timeout=MEMORY_TIMEOUT)
+                finally:
+                    child.kill()
         except (OSError, subprocess.TimeoutExpired) as error:
             raise QexportError(f"{path}: its memory could not be measured: {error}") from error
     try:
-        answer = json.loads(child.stdout.splitlines()[-1])
+        answer = json.loads(said.splitlines()[-1])
     except (ValueError, IndexError):
-        reason = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+        reason = complaint.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         raise QexportError(f"{path}: its memory could not be measured: {reason[0]}") from None
     if "error" in answer:
         raise QexportError(answer["error"])
-    return answer
+    return answer | {"timeline": timeline.to_dict(answer.pop("marks"))}
 
 
 def machine() -> dict:
