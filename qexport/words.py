@@ -48,3 +48,20 @@ def percent(value: float | None) -> str:
     if value >= 1:
         return f"{100 * value:.0f} %"
     return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"
+
+
+def megabytes(count: int | None) -> str:
+    """Bytes as 1.5 MB, 91 MB; "" where they are not known."""
+    return "" if count is None else f"{count / 1e6:.{0 if count >= 1e7 else 2}f} MB"
+
+
+def error_text(metrics: dict | None) -> str:
+    """An error of validate: the mean over the seeds with the half width of its 95 % confidence interval."""
+    if metrics is None:
+        return ""
+    error, interval = metrics["relative_error"], metrics["relative_error_ci95"]
+    text = percent(error)
+    # an interval that would not change a printed digit is rounding, not sampling
+    if error is None or interval is None or interval[1] - interval[0] < 1e-3 * error or error < 1e-5:
+        return text
+    return f"{text} ± {percent((interval[1] - interval[0]) / 2)}"

@@ -7,7 +7,7 @@ import click
 
 from qexport.cli.text import table
 from qexport.runtime import CUDA
-from qexport.words import percent, plural, recipe_text, site_label
+from qexport.words import error_text, megabytes, percent, plural, recipe_text, site_label
 
 
 def _show_kinds(sites: list[dict]) -> None:
@@ -45,18 +45,6 @@ def show_conversion(report, verbose: bool) -> None:
         click.echo(f"next: qexport validate {report.path}")
 
 
-def _error_text(metrics: dict | None) -> str:
-    """Mean over the seeds with the half width of its 95 % confidence interval."""
-    if metrics is None:
-        return ""
-    error, interval = metrics["relative_error"], metrics["relative_error_ci95"]
-    text = percent(error)
-    # an interval that would not change a printed digit is rounding, not sampling
-    if error is None or interval is None or interval[1] - interval[0] < 1e-3 * error or error < 1e-5:
-        return text
-    return f"{text} ± {percent((interval[1] - interval[0]) / 2)}"
-
-
 def show_validation(report, verbose: bool) -> None:
     """What `validate` found: outputs, sites, verdict."""
     data, found = report.to_dict()["data"], report.to_dict()
@@ -73,7 +61,7 @@ def show_validation(report, verbose: bool) -> None:
             (
                 name,
                 percent(fallback["relative_error"]),
-                _error_text(sampled),
+                error_text(sampled),
                 _fixed(shown["cosine"]),
                 _digits(shown["max_abs_error"]),
             )
@@ -105,10 +93,10 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
         "site": site_label,
         "recipe": lambda s: recipe_text(**s),
         "deviation": lambda s: s["local"]["bias"]["verdict"] if s["local"] else "",
-        "own error": lambda s: _error_text(s["local"]),
+        "own error": lambda s: error_text(s["local"]),
         "worst head": lambda s: _head_text((s["local"] or {}).get("worst_head")),
         "estimated (worst head)": _estimate_text,
-        "error in the model": lambda s: _error_text(s["propagated"]),
+        "error in the model": lambda s: error_text(s["propagated"]),
     }
     title = (
         "Attention by attention"
@@ -156,10 +144,6 @@ def _show_verdict(found: dict) -> None:
         click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
 
 
-def _mb(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.{0 if count >= 1e7 else 2}f} MB"
-
-
 def show_profile(report, verbose: bool) -> None:
     """What `profile` measured: latency of both models per size, ratio, memory, ops."""
     found = report.to_dict()
@@ -183,7 +167,7 @@ def show_profile(report, verbose: bool) -> None:
                     *(f"{latency[p]:.2f}" for p in ("p50", "p90", "p99")),
                     f"{ratio:.2f} x" if ratio else "",
                     f"{model['samples_per_second']:.1f}",
-                    _mb(model["memory"]["peak_bytes"]),
+                    megabytes(model["memory"]["peak_bytes"]),
                     f"{model['memory']['load_seconds'] * 1e3:.0f}",
                 )
             )
@@ -213,8 +197,8 @@ def _show_nodes(which: str, nodes: list[dict]) -> None:
             n["op"],
             n["provider"],
             f"{n['time_us'] / 1e3:.3f}",
-            _mb(n["memory_in_use_bytes"]),
-            _mb(n["output_bytes"]),
+            megabytes(n["memory_in_use_bytes"]),
+            megabytes(n["output_bytes"]),
         )
         for n in nodes
     ]
@@ -284,7 +268,7 @@ def show_demo(report, verbose: bool) -> None:
         ("checked on", f"{plural(checked['data']['samples'], 'English text')}, {plural(len(checked['seeds']), 'seed')}"),
     ]
     for name, metrics in checked["outputs"]["library"].items():
-        rows.append((f"error of {name}", f"{_error_text(metrics)} (cosine {_fixed(metrics['cosine'])})"))
+        rows.append((f"error of {name}", f"{error_text(metrics)} (cosine {_fixed(metrics['cosine'])})"))
     without = max(metrics["relative_error"] for metrics in checked["outputs"]["fallback"].values())
     worst = checked["worst_site"]
     rows += [

@@ -21,7 +21,7 @@ from qexport.manifest import package_version
 from qexport.tuning.measurement import SiteTable, key_counts, measure
 from qexport.tuning.output import SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search
-from qexport.tuning.settings import Setting, grid
+from qexport.tuning.settings import grid
 from qexport.tuning.trials import Bench, Candidate
 from qexport.validation import finite
 from qexport.validation.probes import beside, ordered_sites
@@ -102,16 +102,10 @@ def tune(
     say = progress or (lambda step, done: None)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     runtime.get_library_path()
-    if (opened.manifest.get("kv_cache") or {}).get("summaries"):
-        raise QexportError(
-            f"{opened.path}: its steps read summaries of the cache, which tune cannot measure; convert with another recipe, "
-            "such as --strategy exact, and tune that"
-        )
-    if opened.manifest.get("noise"):
-        raise QexportError(f"{opened.path}: its attention is noisy, which no recipe mends; convert it without noise")
+    check_measurable(opened)
     inputs, notes = _inputs(opened, data, batch, seq)
     timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
-    sites = _sites(opened)
+    sites = watched_sites(opened)
 
     say("counting keys", 0.0)
     keys = key_counts(opened, sites, timed)
@@ -142,7 +136,9 @@ def tune(
         recipe=recipe,
         best=_entry(best, max_error, candidates, recipe),
         candidates=[_entry(c, max_error, candidates, recipe_of(opened, sites, c.settings)) for c in candidates],
-        sites=[_site_entry(t, count, s) for t, count, s in zip(tables, keys, best.settings, strict=True)],
+        sites=[
+            site_entry(t, count) | {"setting": s.named()} for t, count, s in zip(tables, keys, best.settings, strict=True)
+        ],
         trials=len(candidates),
         seconds=seconds,
         output=str(output) if output is not None and within else None,
@@ -164,6 +160,21 @@ def _check(max_error, trials, time, seeds, threads, output) -> None:
         raise UsageError(f"{output}: there is no folder {Path(output).parent}; make it or choose another file")
 
 
+def check_measurable(bundle: Bundle) -> None:
+    """Whether the attentions of a bundle can be measured under other settings.
+
+    Raises:
+        QexportError: its steps read summaries of a cache, or it is noisy.
+    """
+    if (bundle.manifest.get("kv_cache") or {}).get("summaries"):
+        raise QexportError(
+            f"{bundle.path}: its steps read summaries of the cache, which cannot be measured under other settings; convert "
+            "with another recipe, such as --strategy exact, and use that"
+        )
+    if bundle.manifest.get("noise"):
+        raise QexportError(f"{bundle.path}: its attention is noisy, which no recipe mends; convert it without noise")
+
+
 def _inputs(bundle: Bundle, data, batch, seq) -> tuple[Inputs, list[str]]:
     """The inputs, of which the first batches are enough, and what to say about them."""
     inputs, notes = load_inputs(bundle, data, batch=batch, seq=seq), []
@@ -176,7 +187,7 @@ def _inputs(bundle: Bundle, data, batch, seq) -> tuple[Inputs, list[str]]:
     return inputs, notes
 
 
-def _sites(bundle: Bundle) -> list[dict]:
+def watched_sites(bundle: Bundle) -> list[dict]:
     """The sites that can be watched, in the order of the graph; `causal`: whether each is."""
     model = load_structure(bundle.model_path)
     sites = ordered_sites(model, ordered_sites(load_structure(bundle.classical_path), bundle.manifest["sites"]))
@@ -221,12 +232,11 @@ def _entry(candidate: Candidate, max_error: float, candidates: list[Candidate], 
     }
 
 
-def _site_entry(table: SiteTable, keys: int, setting: Setting) -> dict:
-    """A site: its keys, the setting it got, and all settings that it was measured with."""
+def site_entry(table: SiteTable, keys: int) -> dict:
+    """A site: its keys, and all settings that it was measured with."""
     return {
         **{key: table.site[key] for key in ("name", "layer", "module")},
         "keys": keys,
-        "setting": setting.named(),
         "measured": [
             {"setting": s.named(), "relative_error": float(error), "time_us": float(time) * 1e6}
             for s, error, time in zip(table.settings, table.relative_errors(), table.times, strict=True)

@@ -1,0 +1,130 @@
+"""report: everything that is known of a bundle, on one page that a browser shows without a network.
+
+The page measures nothing itself. Its parts are the documents of `validate`, `profile`, `error_by_samples`, `sweep`,
+`inspect` and `doctor`: those that are given as JSON files are taken from there, the others are made now, or left out with
+the command that makes them.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qexport import __version__
+from qexport.bundle import Bundle
+from qexport.errors import QexportError, UsageError
+from qexport.reporting.gather import MEASURED, Wanted, gather
+from qexport.reporting.verdict import verdict
+
+SCHEMA = "qexport.report"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Report:
+    """What `report` gathered. The attributes are the keys of its JSON, which docs/json_schema.md describes.
+
+    Attributes:
+        passed: the verdict of `validate` and of the files' hashes; None where nothing was validated.
+        headline: the verdict in a sentence.
+        parts: schema of a document without "qexport." to that document: validate, profile, samples, scaling, inspect, and
+            the findings of doctor.
+        missing: part to the reason why it is not there.
+        output: the page.
+    """
+
+    bundle: str
+    created: str
+    passed: bool | None
+    headline: str
+    reasons: list[str]
+    notes: list[str]
+    parts: dict
+    missing: dict
+    output: str | None = None
+    versions: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """The report as plain data."""
+        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+
+
+def report(
+    bundle,
+    output,
+    data=None,
+    *,
+    reuse=(),
+    skip=(),
+    seq=None,
+    runs: int = 30,
+    seeds: int = 5,
+    max_error: float | None = None,
+    threads: int | None = None,
+    progress=None,
+) -> Report:
+    """Write a page on a bundle: verdict, accuracy, error against samples, latency, memory, size, environment, recipe.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        output: the page, an .html file.
+        data: inputs of what is measured for it, as for `qexport.validate`.
+        reuse: JSON files of `validate`, `profile`, `scaling`, `tune` and `report`, whose figures are taken as they are.
+        skip: parts that are not made now, of validate, profile, samples and scaling, or "all" of them.
+        seq: lengths that are timed; 32 to 512, doubling, up to the model's limit, when None.
+        runs, threads: as for `qexport.profile`.
+        seeds, max_error: as for `qexport.validate`.
+        progress: called with one line per step.
+
+    Raises:
+        UsageError: a wrong argument, or a file to reuse that is no report, or of another model.
+        QexportError: the bundle, the data or the runtime is at fault, or the page cannot be written.
+    """
+    from qexport.reporting.page import page
+
+    target = _check_output(output)
+    unknown = sorted(set(skip) - {*MEASURED, "all"})
+    if unknown:
+        raise UsageError(f"skip: no part {unknown[0]!r}; parts: {', '.join(MEASURED)}, all")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    wanted = Wanted(data, seq, runs, seeds, max_error, threads, MEASURED if "all" in skip else tuple(skip))
+    parts, missing, notes = gather(opened, wanted, reuse, progress or (lambda text: None))
+    passed, headline, reasons = verdict(parts)
+    found = Report(
+        bundle=str(opened.path),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        passed=passed,
+        headline=headline,
+        reasons=reasons,
+        notes=notes + parts.get("validate", {}).get("notes", []),
+        parts=parts,
+        missing=missing,
+        output=str(target),
+        versions={"qexport": __version__},
+    )
+    _write(target, page(found.to_dict(), opened.manifest))
+    return found
+
+
+def _check_output(output) -> Path:
+    """Find out before anything runs whether the page can be written."""
+    target = Path(output)
+    if target.suffix not in (".html", ".htm"):
+        raise UsageError(f"{target}: the page is an .html file; call it so")
+    folder = target.absolute().parent
+    if target.is_dir() or not folder.is_dir():
+        raise UsageError(f"{target}: {'a folder is there' if target.is_dir() else f'there is no folder {folder}'}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise QexportError(f"{target}: cannot be written, {folder} may not be written to; choose another folder")
+    return target
+
+
+def _write(target: Path, text: str) -> None:
+    """Complete or not at all."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise QexportError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error

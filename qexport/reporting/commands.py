@@ -1,0 +1,113 @@
+"""The exact commands that make a bundle and the figures of its report again."""
+
+import io
+import re
+import shlex
+
+from qexport.reporting.gather import MEASURED
+
+# What makes a part that is missing; {bundle} is its folder.
+MAKING = {
+    "validate": "qexport validate {bundle} --json > validate.json",
+    "profile": "qexport profile {bundle} --seq 32,64,128,256,512 --json > profile.json",
+    "samples": "qexport report {bundle} -o report.html",
+    "scaling": "qexport scaling --json > scaling.json",
+}
+
+
+def making(part: str, bundle: str) -> str:
+    """The command that makes a missing part."""
+    command = MAKING[part].format(bundle=shlex.quote(bundle))
+    reused = re.search(r"> (\S+)$", command)
+    return command + (f"\nqexport report {shlex.quote(bundle)} -o report.html --reuse {reused[1]}" if reused else "")
+
+
+def recipe_yaml(recipe: dict) -> str:
+    """A recipe as `--config` takes it."""
+    from ruamel import yaml
+
+    text = io.StringIO()
+    writer = yaml.YAML()
+    writer.indent(mapping=2, sequence=4, offset=2)
+    writer.dump(recipe or {}, text)
+    return text.getvalue()
+
+
+def reproduce(report: dict, manifest: dict) -> str:
+    """Everything in the order in which it was made, as a script for a shell."""
+    parts, bundle = report["parts"], report["bundle"]
+    lines = [f"# {_versions(report, manifest)}"]
+    source = manifest.get("source") or {"kind": "model", "name": "MODEL"}
+    made = "compress" if manifest.get("compression") else "convert"
+    lines += [
+        f"# {source['kind']}: {source['name']}; the recipe is above",
+        _command(made, source["name"], "-o", bundle, "--config", "recipe.yaml"),
+        f"sha256sum {shlex.quote(bundle + '/model.onnx')}  # {parts['inspect']['sha256']}",
+    ]
+    if "validate" in parts:
+        lines += _validate(parts["validate"], bundle)
+    if "profile" in parts:
+        lines.append(_profile(parts["profile"], bundle))
+    if "scaling" in parts:
+        lines.append(_scaling(parts["scaling"]))
+    files = [f"{name}.json" for name in ("validate", "profile", "scaling") if name in parts]
+    skipped = [word for name in MEASURED if name not in parts for word in ("--skip", name)]
+    reused = [word for file in files for word in ("--reuse", file)]
+    data = _data(parts["samples"]["data"]) if "samples" in parts else []
+    lines.append(_command("report", bundle, "-o", report["output"] or "report.html", *data, *reused, *skipped))
+    return "\n".join(lines)
+
+
+def _command(*words) -> str:
+    return " ".join(["qexport", *(shlex.quote(str(word)) for word in words)])
+
+
+def _versions(report: dict, manifest: dict) -> str:
+    """What the figures were made with, and the bundle."""
+    ran = {}
+    for name in ("validate", "profile"):
+        ran |= report["parts"].get(name, {}).get("versions", {})
+    ran = ran or report["versions"]
+    measured = ", ".join(f"{name} {version}" for name, version in ran.items())
+    written = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    return f"measured with {measured}" + (f"; converted with {written}" if written else "")
+
+
+def _data(data: dict) -> list[str]:
+    """The option that gives the same inputs; none for the stored samples."""
+    named = re.fullmatch(r"(?:\d+ texts? of )?(.*\.(?:npz|txt))", data["source"])
+    return ["--data", named[1]] if named else []
+
+
+def _validate(checked: dict, bundle: str) -> list[str]:
+    words = ["validate", bundle, *_data(checked["data"])]
+    if checked["seeds"]:
+        words += ["--seeds", len(checked["seeds"])]
+        if checked["max_error"]["library"] is not None:
+            words += ["--max-error", f"{checked['max_error']['library']:g}"]
+    line = _command(*words, "--json") + " > validate.json"
+    known = checked["data"]["source"] == "stored samples" or _data(checked["data"])
+    return [line] if known else [f"# inputs: {checked['data']['source']}", line]
+
+
+def _profile(timed: dict, bundle: str) -> str:
+    settings = timed["settings"]
+    words = ["profile", bundle, "--batch", ",".join(map(str, dict.fromkeys(size["batch"] for size in timed["sizes"])))]
+    lengths = list(dict.fromkeys(size["sequence"] for size in timed["sizes"] if size["sequence"]))
+    words += ["--seq", ",".join(map(str, lengths))] if lengths else []
+    words += ["--runs", settings["runs"], "--warmup", settings["warmup"]]
+    words += ["--threads", settings["threads"]] if settings["threads"] else []
+    words += [word for name in settings["providers"] for word in ("--provider", name)]
+    return _command(*words, "--json") + " > profile.json"
+
+
+def _scaling(swept: dict) -> str:
+    settings = swept["settings"]
+    words = ["scaling", "--lengths", ",".join(map(str, settings["lengths"])), "--heads", settings["heads"]]
+    if settings["inputs"] == "gaussian":
+        words += ["--head-size", settings["head_size"]]
+    else:
+        words += ["--activations", settings["inputs"]]
+    words += ["--causal"] if settings["causal"] else []
+    words += ["--threads", settings["threads"], "--strategies", ",".join(settings["strategies"])]
+    return _command(*words, "--seconds", f"{settings['seconds']:g}", "--json") + " > scaling.json"

@@ -1,0 +1,53 @@
+"""Reading the JSON documents that the commands print with --json."""
+
+import json
+from pathlib import Path
+
+from qexport.errors import UsageError
+
+VERSION = 1  # of every schema that is read here
+
+
+def load_document(path) -> dict:
+    """The JSON object of a file.
+
+    Raises:
+        UsageError: no such file, or not a JSON object.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError:  # of the encoding, too
+        raise UsageError(f"{path}: not a JSON document; give what a command printed with --json") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: holds no JSON object; give what a command printed with --json")
+    return document
+
+
+def parts_of(document: dict, path) -> dict[str, dict]:
+    """The documents in a document by their schema without "qexport.": itself, and those inside it.
+
+    Raises:
+        UsageError: none of them has a schema, or its version is a newer one.
+    """
+    found = {}
+
+    def visit(value: dict) -> None:
+        schema = value.get("schema")
+        if isinstance(schema, str) and schema.startswith("qexport."):
+            if value.get("schema_version") != VERSION:
+                raise UsageError(
+                    f"{path}: {schema} has schema_version {value.get('schema_version')}, this qexport reads {VERSION}; "
+                    "make the file again with this version"
+                )
+            found.setdefault(schema.removeprefix("qexport."), value)
+        for inner in value.values():
+            if isinstance(inner, dict):
+                visit(inner)
+
+    visit(document)
+    if not found:
+        raise UsageError(f'{path}: no report of qexport (it has no "schema"); give what a command printed with --json')
+    return found

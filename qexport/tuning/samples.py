@@ -1,0 +1,81 @@
+"""Error against samples: each attention of a bundle alone, under every strategy that has a budget and a range of budgets."""
+
+from dataclasses import dataclass
+
+from qexport.bundle import Bundle
+from qexport.data import load_inputs
+from qexport.feeds import Inputs
+from qexport.manifest import package_version
+from qexport.runtime import onnxruntime
+from qexport.tuning import MOST_FEEDS, check_measurable, site_entry, watched_sites
+from qexport.tuning.measurement import key_counts, measure
+from qexport.tuning.settings import Setting
+from qexport.validation import finite
+
+SCHEMA = "qexport.samples"
+SCHEMA_VERSION = 1
+STRATEGIES = ("tree", "hybrid", "stratified", "adaptive", "naive")
+LEAST, MOST = 4, 1024  # samples; they double
+
+
+@dataclass
+class SamplesReport:
+    """What `error_by_samples` measured; the attributes are the keys of its JSON, which docs/json_schema.md describes.
+
+    Attributes:
+        sites: one dict per attention: its `keys`, and under `measured` the error of each strategy and number of samples.
+    """
+
+    bundle: str
+    data: dict
+    sites: list[dict]
+    versions: dict
+
+    def to_dict(self) -> dict:
+        """The report as plain data; figures that are not finite are None."""
+        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+
+
+def budgets(keys: int) -> list[int]:
+    """LEAST, twice that and so on, up to MOST and below the number of keys: from there on nothing is sampled."""
+    found, n = [], LEAST
+    while n < keys and n <= MOST:
+        found.append(n)
+        n *= 2
+    return found
+
+
+def error_by_samples(
+    bundle, data=None, *, seq: int | None = None, threads: int | None = None, progress=None
+) -> SamplesReport:
+    """Measure how the error of a bundle's attentions falls with the number of samples, whatever its recipe says.
+
+    Every attention is fed with the classical model's values, so the error is its own: relative
+    Frobenius, one draw per batch.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        data, seq: inputs, as for `qexport.validate`; the first batches are enough.
+        threads: intra-op threads; the runtime's choice when None.
+        progress: called with one line per step.
+
+    Raises:
+        QexportError: the bundle, the data, the op library or the runtime is at fault, or no attention has keys to sample.
+    """
+    say = progress or (lambda text: None)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_measurable(opened)
+    inputs = load_inputs(opened, data, seq=seq)
+    inputs = Inputs(inputs.feeds[:MOST_FEEDS], inputs.source, inputs.notes)
+    timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
+    sites = watched_sites(opened)
+    keys = key_counts(opened, sites, timed)
+    settings = [[Setting(strategy, (n,)) for strategy in STRATEGIES for n in budgets(count)] for count in keys]
+    words = f"measuring {sum(map(len, settings))} budgets of {len(sites)} attentions"
+    tables = measure(opened, inputs, timed, sites, settings, threads, lambda done: say(f"{words}, {100 * done:.0f} %"))
+    return SamplesReport(
+        str(opened.path),
+        {"source": inputs.source, "samples": inputs.samples, "batches": len(inputs.feeds), "notes": inputs.notes},
+        [site_entry(table, count) for table, count in zip(tables, keys, strict=True)],
+        {"qexport": package_version("qexport"), "onnxruntime": onnxruntime().__version__},
+    )
