@@ -13,6 +13,7 @@ except PackageNotFoundError:  # a source tree on sys.path that was never install
 
 _LAZY = {
     "Generator": "qexport.generation",
+    "compare": "qexport.comparison",
     "compress": "qexport.compression",
     "convert": "qexport.conversion",
     "get_library_path": "qexport.runtime",
@@ -20,6 +21,7 @@ _LAZY = {
     "map_attention": "qexport.attention",
     "measure_resilience": "qexport.resilience",
     "profile": "qexport.profiling",
+    "report": "qexport.reporting",
     "session": "qexport.runtime",
     "sweep": "qexport.scaling",
     "tune": "qexport.tuning",

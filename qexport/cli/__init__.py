@@ -26,6 +26,8 @@ COMMANDS = {
     "attention": "Draw what each head looks at, and what sampling does to it.",
     "resilience": "Measure how noisy a quantum device may be before the model breaks.",
     "generate": "Continue a text with a bundle that has a KV cache.",
+    "report": "Write one page on a bundle: verdict, accuracy, latency, memory, how to reproduce.",
+    "compare": "Tell what changed between two JSON reports, and whether it is worse.",
     "inspect": "Show what a bundle or an .onnx file contains.",
     "ops": "List the ops of the domain com.qexport.",
     "doctor": "Check this installation and say how to mend it.",

@@ -7,14 +7,16 @@ the command that makes them.
 
 import datetime
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import __version__
 from qexport.bundle import Bundle
+from qexport.documents import well_formed
 from qexport.errors import QexportError, UsageError
-from qexport.reporting.gather import MEASURED, Wanted, gather
-from qexport.reporting.verdict import verdict
+from qexport.reporting.judgement import verdict
+from qexport.reporting.parts import MEASURED, Wanted, gather
 
 SCHEMA = "qexport.report"
 SCHEMA_VERSION = 1
@@ -35,14 +37,14 @@ class Report:
 
     bundle: str
     created: str
-    passed: bool | None
-    headline: str
-    reasons: list[str]
-    notes: list[str]
     parts: dict
     missing: dict
-    output: str | None = None
-    versions: dict = field(default_factory=dict)
+    notes: list[str]
+    output: str
+    versions: dict
+    passed: bool | None = None
+    headline: str = ""
+    reasons: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """The report as plain data."""
@@ -89,20 +91,21 @@ def report(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     wanted = Wanted(data, seq, runs, seeds, max_error, threads, MEASURED if "all" in skip else tuple(skip))
     parts, missing, notes = gather(opened, wanted, reuse, progress or (lambda text: None))
-    passed, headline, reasons = verdict(parts)
     found = Report(
         bundle=str(opened.path),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        passed=passed,
-        headline=headline,
-        reasons=reasons,
-        notes=notes + parts.get("validate", {}).get("notes", []),
         parts=parts,
         missing=missing,
+        notes=notes,
         output=str(target),
         versions={"qexport": __version__},
     )
-    _write(target, page(found.to_dict(), opened.manifest))
+    # what was made here has its form; files may hold anything
+    with well_formed(f"{', '.join(map(str, reuse))}: a part") if reuse else nullcontext():
+        found.passed, found.headline, found.reasons = verdict(parts)
+        found.notes += parts.get("validate", {}).get("notes", [])
+        text = page(found.to_dict(), opened.manifest)
+    _write(target, text)
     return found
 
 

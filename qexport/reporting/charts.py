@@ -10,7 +10,7 @@ bars    `rows` have a `label` and `values`, for each series [value, low, high], 
 import math
 
 from qexport.profiling import CLASSICAL, CONVERTED
-from qexport.reporting.verdict import limit
+from qexport.reporting.judgement import limit
 from qexport.words import percent, site_label
 
 TONES = {CLASSICAL: 1, CONVERTED: 2}

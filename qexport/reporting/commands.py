@@ -4,7 +4,7 @@ import io
 import re
 import shlex
 
-from qexport.reporting.gather import MEASURED
+from qexport.reporting.parts import MEASURED
 
 # What makes a part that is missing; {bundle} is its folder.
 MAKING = {

@@ -7,8 +7,8 @@ from qexport import __version__
 from qexport.profiling import CLASSICAL, CONVERTED
 from qexport.reporting import sections
 from qexport.reporting.commands import making, recipe_yaml, reproduce
+from qexport.reporting.judgement import limit, worst_output
 from qexport.reporting.markup import code, facts, folded, items, paragraph, table, text
-from qexport.reporting.verdict import limit, worst_output
 from qexport.words import error_text, megabytes, percent, plural, recipe_text, site_label
 
 # The verdict's word and its sign: colour is not all that tells them apart.

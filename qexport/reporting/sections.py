@@ -2,8 +2,8 @@
 
 from qexport.profiling import CONVERTED
 from qexport.reporting import charts
+from qexport.reporting.judgement import speed
 from qexport.reporting.markup import chart, facts, folded, items, paragraph, table
-from qexport.reporting.verdict import speed
 from qexport.runtime import CUDA
 from qexport.words import error_text, megabytes, percent, plural, recipe_text, site_label
 

@@ -1,6 +1,7 @@
 """Reading the JSON documents that the commands print with --json."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from qexport.errors import UsageError
@@ -51,3 +52,17 @@ def parts_of(document: dict, path) -> dict[str, dict]:
     if not found:
         raise UsageError(f'{path}: no report of qexport (it has no "schema"); give what a command printed with --json')
     return found
+
+
+@contextmanager
+def well_formed(what: str):
+    """Context that reads a document's figures: what is not there, or is something else, becomes one line about `what`.
+
+    Raises:
+        UsageError: the document has not the form that docs/json_schema.md describes.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        missing = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+        raise UsageError(f"{what} {missing}; make the file again") from error

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from qexport.bundle import Bundle
 from qexport.doctor import doctor
+from qexport.documents import load_document, parts_of, well_formed
 from qexport.errors import QexportError, UsageError
 from qexport.inspection import inspect
-from qexport.reporting.documents import load_document, parts_of
 from qexport.words import site_label
 
 # Parts that take longer than a moment, in the order in which they are made.
@@ -71,7 +71,8 @@ def _reused(bundle: Bundle, files) -> tuple[dict, list[str]]:
                 "tune and report"
             )
         for name, document in chosen.items():
-            _check_model(bundle, document, file)
+            with well_formed(f"{file}: its {name}"):
+                _check_model(bundle, document, file)
             if name in parts:
                 raise UsageError(f"{file}: {name} was given before; give each part once")
             made_of = document.get("bundle")
