@@ -91,7 +91,7 @@ function lines(box, chart, width) {
   else [low, high] = [0, high * 1.06 || 1];
   const yTicks = (log ? logTicks : linearTicks)(low, high, 7), labels = yTicks.map(v => written(v, chart.y.unit));
   const left = 12 + 6.9 * Math.max(...labels.map(l => l.length)), right = 14, top = 26, bottom = 44;
-  const span = [Math.min(...xs), Math.max(...xs)];
+  const reach = [...xs, ...(chart.moments || []).map(m => m.x)], span = [Math.min(...reach), Math.max(...reach)];
   const x = scale(chart.x, ...span, left + 8, width - right - 8), y = scale(chart.y, low, high, height - bottom, top);
   const svg = add(box, "svg", { width, height, viewBox: `0 0 ${width} ${height}` });
   add(svg, "text", { x: 0, y: 12, class: "soft" }, chart.y.label);
