@@ -8,7 +8,7 @@ of equal width that do not meet are a difference at about the .6 % level, so a p
 import math
 from dataclasses import dataclass, field
 
-from qexport.comparison.figures import FIGURES, Figure, Part
+from qexport.comparison.figures import FIGURES, VERDICTS, Figure, Part
 from qexport.documents import load_document, parts_of, well_formed
 from qexport.errors import UsageError
 
@@ -136,6 +136,7 @@ def judge(old: Figure, new: Figure, threshold: float) -> str:
     moved = abs(new.value - old.value)
     low, high = sorted((old, new), key=lambda figure: figure.value)
     apart = low.interval is None or high.interval is None or low.interval[1] < high.interval[0]
-    if not apart or moved <= max(threshold * abs(old.value), old.floor, new.floor):
+    least = 0.0 if old.kind == VERDICTS else threshold * abs(old.value)
+    if not apart or moved <= max(least, old.floor, new.floor):
         return NOISE
     return WORSE if (new.value > old.value) == old.lower_is_better else BETTER
