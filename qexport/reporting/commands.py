@@ -4,32 +4,33 @@ import io
 import re
 import shlex
 
-from qexport.reporting.parts import MEASURED
-
-# What makes a part that is missing; {bundle} is its folder.
-MAKING = {
-    "validate": "qexport validate {bundle} --json > validate.json",
-    "profile": "qexport profile {bundle} --seq 32,64,128,256,512 --json > profile.json",
-    "samples": "qexport report {bundle} -o report.html",
-    "scaling": "qexport scaling --json > scaling.json",
-}
+from qexport.reporting.parts import MEASURED, lengths
 
 
-def making(part: str, bundle: str) -> str:
-    """The command that makes a missing part."""
-    command = MAKING[part].format(bundle=shlex.quote(bundle))
-    reused = re.search(r"> (\S+)$", command)
-    return command + (f"\nqexport report {shlex.quote(bundle)} -o report.html --reuse {reused[1]}" if reused else "")
+def making(part: str, bundle: str, manifest: dict) -> str:
+    """The commands that make a missing part."""
+    if part == "samples":  # no command makes it alone
+        return _command("report", bundle, "-o", "report.html")
+    words = {
+        "validate": ("validate", bundle),
+        "profile": ("profile", bundle, "--seq", ",".join(map(str, lengths(manifest)))),
+        "scaling": ("scaling",),
+    }[part]
+    file = f"{part}.json"
+    return f"{_command(*words, '--json')} > {file}\n{_command('report', bundle, '-o', 'report.html', '--reuse', file)}"
 
 
-def recipe_yaml(recipe: dict) -> str:
-    """A recipe as `--config` takes it."""
+def recipe_yaml(manifest: dict) -> str:
+    """The recipe of a bundle as `--config` takes it."""
     from ruamel import yaml
 
+    recipe, compression = dict(manifest["recipe"] or {}), manifest.get("compression")
+    if compression and "compress" not in recipe:
+        recipe["compress"] = {key: value for key, value in compression["settings"].items() if value}
     text = io.StringIO()
     writer = yaml.YAML()
     writer.indent(mapping=2, sequence=4, offset=2)
-    writer.dump(recipe or {}, text)
+    writer.dump(recipe, text)
     return text.getvalue()
 
 

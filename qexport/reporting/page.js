@@ -125,6 +125,9 @@ function lines(box, chart, width) {
   reader(box, svg, chart, series, x, [left, width - right, top, height - bottom]);
 }
 
+// A name with its middle left out where it has more than `most` characters: names differ at their ends.
+const shortened = (name, most) => name.length <= most ? name : `${name.slice(0, Math.ceil(most / 2) - 1)}…${name.slice(-Math.floor(most / 2))}`;
+
 // Every so manieth value, the last one always.
 function thinned(values, most) {
   const step = Math.ceil(values.length / most);
@@ -176,7 +179,7 @@ function bars(box, chart, width) {
   chart.rows.forEach((row, i) => {
     const y0 = starts[i] + 6, middle = y0 + (Math.max(filled(row), thick) - gap) / 2;
     let y = y0 + head;
-    add(svg, "text", beside ? { x: left - 12, y: middle + 4, "text-anchor": "end" } : { x: 0, y: y0 + 11, class: "halo" }, row.label);
+    add(svg, "text", beside ? { x: left - 12, y: middle + 4, "text-anchor": "end" } : { x: 0, y: y0 + 11, class: "halo" }, shortened(row.label, beside ? longest : Math.floor(width / 7)));
     chart.series.forEach((series, k) => {
       const value = row.values[k];
       if (!value) return;
@@ -185,9 +188,9 @@ function bars(box, chart, width) {
       add(group, "rect", { x: left, y, width: Math.max(1.5, x(mean) - left), height: thick, rx: 2, fill: "currentColor" });
       let end = x(mean), words = written(mean, chart.x.unit);
       if (low !== undefined && up - low > 1e-3 * mean) {
-        const whisker = add(group, "path", { d: `M${x(Math.max(low, 0))},${y + thick / 2}H${x(up)}m0,-4v8`, "stroke-width": 1.5, fill: "none" });
-        whisker.style.stroke = "var(--text)";
-        end = x(up); words += ` ± ${written((up - low) / 2, "")}`;
+        const d = `M${x(Math.max(low, 0))},${y + thick / 2}H${x(up)}m0,-4v8`;
+        for (const [colour, stroke] of [["card", 4], ["text", 1.5]]) add(group, "path", { d, "stroke-width": stroke, fill: "none" }).style.stroke = `var(--${colour})`;
+        end = x(up); words += ` ± ${written(+((up - low) / 2).toPrecision(2), "")}`;
       }
       add(svg, "text", { x: end + 7, y: y + thick - 2.5, class: "halo" }, words);
       y += thick + gap;

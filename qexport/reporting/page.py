@@ -33,7 +33,7 @@ def page(report: dict, manifest: dict) -> str:
     """
     parts = report["parts"]
     content = [
-        (anchor, title, show(parts[part]) if part in parts else _missing(part, report))
+        (anchor, title, show(parts[part]) if part in parts else _missing(part, report, manifest))
         for anchor, title, part, show in MEASUREMENTS
     ]
     content += [
@@ -67,9 +67,11 @@ def _about(manifest: dict) -> str:
     source, sites = manifest.get("source"), manifest["sites"]
     recipes = list(dict.fromkeys(recipe_text(**site) for site in sites))
     computed = recipes[0] if len(recipes) == 1 else f"{len(recipes)} recipes"
-    words = [f"{source['kind']} model {source['name']}"] if source else []
+    words = [f"{source['kind']}: {source['name']}"] if source else []
     found = len(sites) + len(manifest["left_alone"])
-    words.append(f"{len(sites)} of {plural(found, 'attention')} converted" + (f" ({computed})" if sites else ""))
+    words.append(f"{len(sites)} of {plural(found, 'attention')} converted ({computed})" if sites else "classical attention")
+    if compression := manifest.get("compression"):
+        words.append(f"weights in a file {compression['size']['ratio']:.2f} times smaller")
     return ", ".join(words)
 
 
@@ -109,10 +111,10 @@ def _tiles(report: dict, manifest: dict) -> list[tuple[str, str, str]]:
     return [*found, ("Model file", megabytes(parts["inspect"]["file_bytes"]), against)]
 
 
-def _missing(part: str, report: dict) -> str:
+def _missing(part: str, report: dict, manifest: dict) -> str:
     """What to do about a section without data."""
     why = report["missing"][part]
-    return paragraph(f"No data: {why}. This makes it:", "missing") + code(making(part, report["bundle"]))
+    return paragraph(f"No data: {why}. This makes it:", "missing") + code(making(part, report["bundle"], manifest))
 
 
 def _environment(parts: dict) -> str:
@@ -137,7 +139,7 @@ def _environment(parts: dict) -> str:
 
 def _recipe(manifest: dict, found: dict) -> str:
     """The recipe, and what became of every attention."""
-    recipe = recipe_yaml(manifest["recipe"])
+    recipe = recipe_yaml(manifest)
     rows = [(site_label(s), recipe_text(**s), s["q_heads"] or "", s["head_size"] or "") for s in manifest["sites"]]
     sites = table(("attention", "computed by", "heads", "head size"), rows, text_columns=2) if rows else ""
     left = [f"{site_label(site)} was left alone: {site['reason']}" for site in manifest["left_alone"]]

@@ -100,7 +100,7 @@ def _make(name: str, bundle: Bundle, wanted: Wanted, say) -> dict:
     if name == "profile":
         from qexport.profiling import profile
 
-        seq = wanted.seq if wanted.seq is not None else _lengths(bundle)
+        seq = wanted.seq if wanted.seq is not None else lengths(bundle.manifest)
         return profile(bundle, seq=seq, runs=wanted.runs, threads=wanted.threads, progress=say).to_dict()
     if name == "samples":
         from qexport.tuning.samples import error_by_samples
@@ -114,7 +114,7 @@ def _make(name: str, bundle: Bundle, wanted: Wanted, say) -> dict:
     return sweep(**SWEEP, **shape, threads=wanted.threads or 1, progress=say).to_dict()
 
 
-def _lengths(bundle: Bundle) -> list[int]:
+def lengths(manifest: dict) -> list[int]:
     """Those of LENGTHS that the model takes, or its limit where that is less than all of them."""
-    limit = min(bundle.manifest["limits"].values(), default=LENGTHS[-1])
+    limit = min(manifest["limits"].values(), default=LENGTHS[-1])
     return [n for n in LENGTHS if n <= limit] or [limit]
