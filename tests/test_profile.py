@@ -14,6 +14,7 @@ from qexport import profiling
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.profiling import CLASSICAL, CONVERTED, median_interval, profile
+from qexport.profiling.timeline import RssTimeline
 from qexport.profiling.trace import arena_peak, node_table, op_table, peak_raises, placement, read_trace
 
 
@@ -233,3 +234,35 @@ def test_without_the_library(folder):
     assert "QuantumAttention" not in {row["op"] for row in report.sizes[0]["models"][CONVERTED]["ops"]}
     assert report.settings["library"] is False
     assert report.sizes[0]["ratio"]["median_ci95"] is None
+
+
+def test_memory_over_time(folder):
+    """Seen from outside: from opening the session to the end of the runs, within what the process says of itself."""
+    for model in profile(folder, seq=(16,), runs=2, warmup=0).sizes[0]["models"].values():
+        memory = model["memory"]
+        timeline = memory["timeline"]
+        assert timeline["seconds"] == sorted(timeline["seconds"])
+        assert len(timeline["seconds"]) == len(timeline["bytes"])
+        assert 0 < timeline["loaded"] == memory["load_seconds"] < timeline["done"]
+        assert all(0 <= at <= timeline["done"] for at in timeline["seconds"])
+        # the kernel's counters lag by some pages
+        assert all(0.9 * memory["before_bytes"] <= size <= 1.01 * memory["peak_bytes"] for size in timeline["bytes"])
+
+
+def test_a_timeline_sees_what_another_process_takes():
+    """64 MiB that are taken and given back show as a step up and one down; equal figures are left out."""
+    program = (
+        "import sys, time\nprint('open', time.monotonic(), flush=True)\ntime.sleep(.1)\nx = bytearray(b'1') * 2**26\n"
+        "time.sleep(.2)\ndel x\ntime.sleep(.2)\nprint('done', time.monotonic(), flush=True)"
+    )
+    with (
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child,
+        RssTimeline(child.pid) as timeline,
+    ):
+        marks = {name: float(at) for name, at in (line.split() for line in child.stdout)}
+    found = timeline.to_dict(marks)
+    first, most, last = found["bytes"][0], max(found["bytes"]), found["bytes"][-1]
+    assert most - first > 60 * 2**20
+    assert last - first < 10 * 2**20
+    assert all(len(set(three)) > 1 for three in zip(found["bytes"], found["bytes"][1:], found["bytes"][2:], strict=False))
+    assert found["done"] == marks["done"] - marks["open"]

@@ -11,8 +11,10 @@ from bundle_factory import make_bundle
 
 from qexport import QexportError, UsageError, inspect
 from qexport.cli import COMMANDS
+from qexport.recipe import load_recipe
 from qexport.reporting import parts as parts_module
 from qexport.reporting import report
+from qexport.reporting.page import page as page_of
 from qexport.words import error_text, percent
 
 PARTS = {"validate", "profile", "samples", "scaling", "inspect", "doctor"}
@@ -259,3 +261,23 @@ def test_wrong_calls_are_one_line(bundle, tmp_path, qexport, measured):
         report(bundle, page, skip=["memory"])
     code, _, err = qexport("report", tmp_path / "nowhere", "-o", page)
     assert (code, err.count("\n")) == (1, 1)
+
+
+def test_compressed_weights_are_told(made, bundle, tmp_path):
+    found, _ = made
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    settings = {"ratio": 8.0, "max_drop": None, "methods": ["int8"], "heal": 0, "layers": []}
+    manifest["compression"] = {
+        "settings": settings,
+        "size": {"before": 8_000_000, "after": 1_000_000, "ratio": 8.0},
+        "metric": {"name": "cosine", "loss": 0.017},
+        "layers": [{"name": "w", "module": "pooler", "method": "rank 272, int4"}],
+    }
+    found = found.to_dict() | {"parts": found.parts | {"inspect": found.parts["inspect"] | manifest}}
+    words = visible(page_of(found, manifest))
+    assert "8.00 MB became 1.00 MB, 8.00 times smaller, at a loss of 1.7 % of cosine" in words
+    assert "rank 272, int4" in words
+    recipe = words.split("recipe.yaml, what is not named has its default:")[1].split("opset")[0]
+    (tmp_path / "recipe.yaml").write_text(re.sub(r"\n+", "\n", recipe))
+    assert load_recipe(tmp_path / "recipe.yaml").compress.ratio == 8
+    assert "qexport compress" in words

@@ -1,6 +1,9 @@
 """The page of `qexport report` in a real browser: drawn, readable on a phone and on a wide screen, in light and dark."""
 
+import copy
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from browser import Browser, find_chromium
@@ -8,6 +11,7 @@ from bundle_factory import make_bundle
 
 from qexport.reporting import parts as parts_module
 from qexport.reporting import report
+from qexport.reporting.page import page
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium")
 WIDTHS = (400, 1600)
@@ -87,6 +91,25 @@ def test_drawn_without_complaints_and_readable(browser, made, width, dark):
     assert least >= 4.5, words
     page = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, page[4:-1].split(","))) < 150) == dark
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_many_attentions_with_long_names_fit(browser, made, tmp_path, width):
+    found = copy.deepcopy(made[0].to_dict())
+    checked = found["parts"]["validate"]
+    checked["sites"] = [copy.deepcopy(checked["sites"][0]) for _ in range(60)]
+    for i, site in enumerate(checked["sites"]):
+        site["module"] = f"model.language_model.decoder.layers.{i}.self_attention_of_a_model_with_long_names"
+        site["propagated"] |= {"relative_error": 0.5 + i, "relative_error_ci95": [0.2 + i, 0.9 + i]}
+    file = tmp_path / "many.html"
+    file.write_text(page(found, json.loads((Path(found["bundle"]) / "manifest.json").read_text())))
+    browser.open(file.as_uri(), width)
+    assert browser.complaints() == []
+    assert browser.value(OUTSIDE) == []
+    names = browser.value("[...document.querySelectorAll('#accuracy .plot text')].map(e => e.textContent)")
+    shown = [name for name in names if name.startswith("model.") and name.endswith("names")]
+    assert len(shown) == 24
+    assert "…" in shown[0] if width == 400 else f".layers.{59}." in shown[0]
 
 
 def test_bars_are_as_long_as_their_figures(browser, made):

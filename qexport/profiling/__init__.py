@@ -23,7 +23,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate
 from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
-from qexport.profiling.rss import RssTimeline
+from qexport.profiling.timeline import RssTimeline
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
 SCHEMA = "qexport.profile"
