@@ -8,9 +8,7 @@ from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
 @click.command("compare")
 @click.argument("before", metavar="A.json")
 @click.argument("after", metavar="B.json")
-@click.option(
-    "--threshold", type=Share(), default=0.05, show_default="5%", help="Changes up to this share of A's figure never count."
-)
+@click.option("--threshold", type=Share(), default=0.05, help="Changes up to this share of A's figure never count [5%].")
 @common_options
 def command(before, after, threshold, as_json, quiet, verbose):
     """Compare two documents that qexport printed with --json: what changed from A to B, and is anything worse?

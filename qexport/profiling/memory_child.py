@@ -17,33 +17,36 @@ from qexport.runtime import onnxruntime, quiet_options, session
 
 
 def measure(request: dict) -> dict:
-    """Load and run the model; bytes resident before, after loading and at the peak, seconds to load, and when (the system's
-    monotonic clock) the session was opened, was loaded and had run."""
+    """Load and run the model; bytes resident before, after loading and at the peak, seconds to load, and `marks`: time and
+    resident bytes when the session was opened, was loaded and had run."""
     options = quiet_options()
     if request["threads"]:
         options.intra_op_num_threads = request["threads"]
     with np.load(request["feed"], allow_pickle=False) as file:
         feed = {name: file[name] for name in file.files}
     onnxruntime()  # the runtime itself belongs to "before"
-    before = current_rss()
     # JSON turns the pairs (name, options) into lists, and onnxruntime takes tuples alone
     providers = [tuple(p) if isinstance(p, list) else p for p in request["providers"]]
-    marks = {"open": time.monotonic()}
+    marks = {"open": _mark()}
     # what may fall back to the CPU was settled by the process that asks
     opened = session(request["model"], library=request["library"], providers=providers, options=options, allow_fallback=True)
-    marks["loaded"] = time.monotonic()
-    loaded = current_rss()
+    marks["loaded"] = _mark()
     call = make_call(opened, feed, request["shared"])
     for _ in range(request["runs"]):
         call()
-    marks["done"] = time.monotonic()
+    marks["done"] = _mark()
     return {
-        "before_bytes": before,
-        "loaded_bytes": loaded,
+        "before_bytes": marks["open"][1],
+        "loaded_bytes": marks["loaded"][1],
         "peak_bytes": peak_rss(),
-        "load_seconds": marks["loaded"] - marks["open"],
+        "load_seconds": marks["loaded"][0] - marks["open"][0],
         "marks": marks,
     }
+
+
+def _mark() -> tuple[float, int | None]:
+    """The system's monotonic clock, which all processes share, and the bytes resident now."""
+    return time.monotonic(), current_rss()
 
 
 def main() -> None:

@@ -38,19 +38,21 @@ class RssTimeline:
         except psutil.Error:  # it has ended
             return
 
-    def to_dict(self, marks: dict[str, float]) -> dict:
-        """`seconds` since `marks["open"]` and resident `bytes` then, without the middle of runs of equal figures, and the
+    def to_dict(self, marks: dict[str, tuple[float, int | None]]) -> dict:
+        """`seconds` since the mark `open` and resident `bytes` then, without the middle of runs of equal figures, and the
         other marks in the same seconds.
 
         Args:
-            marks: times of the system's monotonic clock; nothing from before `open` or after `done` is kept.
+            marks: name to (time of the system's monotonic clock, bytes that the process itself saw then, None where it did
+                not look), `open` first and `done` last. They are part of the line; nothing from before or after them is.
         """
-        start = marks["open"]
-        kept = [(at - start, size) for at, size in self._seen if start <= at <= marks["done"]]
+        start, end = marks["open"][0], marks["done"][0]
+        known = [(at, size) for at, size in marks.values() if size is not None]
+        line = sorted([*known, *(point for point in self._seen if start <= point[0] <= end)])
         ends = [
             point
-            for i, point in enumerate(kept)
-            if i in (0, len(kept) - 1) or not kept[i - 1][1] == point[1] == kept[i + 1][1]
+            for i, point in enumerate(line)
+            if i in (0, len(line) - 1) or not line[i - 1][1] == point[1] == line[i + 1][1]
         ]
-        others = {name: at - start for name, at in marks.items() if name != "open"}
-        return {"seconds": [at for at, _ in ends], "bytes": [size for _, size in ends], **others}
+        others = {name: at - start for name, (at, _) in marks.items() if name != "open"}
+        return {"seconds": [at - start for at, _ in ends], "bytes": [size for _, size in ends], **others}
