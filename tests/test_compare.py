@@ -238,8 +238,9 @@ def test_errors_of_other_data_are_not_judged(write, documents):
     def other(d):
         d["data"]["source"] = "20 texts of /somewhere/other.txt"
         scaled(d["outputs"]["library"]["hidden"], 3)
+        d["passed"] = False
 
     found = compare(write("a.json", documents["validate"]), write("b.json", documents["validate"], other))
-    assert verdicts(found) == {"error of output hidden": UNJUDGED}
+    assert verdicts(found) == {"error of output hidden": UNJUDGED, "passed": UNJUDGED}
     assert found.passed
     assert found.notes[0] == "errors of validate are not judged: stored samples, 2 items against other.txt, 2 items"

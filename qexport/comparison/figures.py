@@ -63,10 +63,11 @@ class Part:
         self.add("passed", float(passed), VERDICTS, "verdict", lower_is_better=False)
 
 
-def _data(document: dict) -> str:
-    """Which inputs, wherever their file lay."""
+def _data(document: dict) -> dict:
+    """Terms of what depends on the inputs: which they were, wherever their file lay."""
     data = document["data"]
-    return f"{Path(data['source']).name}, {data['samples']} items"
+    count = f", {data['samples']} items" if "samples" in data else f", {data['judged']} items"
+    return dict.fromkeys((ERRORS, VERDICTS), Path(data["source"]).name + count)
 
 
 def _machine(document: dict) -> str:
@@ -82,7 +83,7 @@ def _sites(document: dict) -> list[str]:
 
 def _validate(document: dict) -> Part:
     outputs = document["outputs"]
-    part = Part({"outputs": sorted(outputs["fallback"]), "attentions": _sites(document)}, terms={ERRORS: _data(document)})
+    part = Part({"outputs": sorted(outputs["fallback"]), "attentions": _sites(document)}, terms=_data(document))
     floor = document["max_error"]["fallback"] or ROUNDING
     part.verdict(document["passed"])
     for mode, words in (("library", ""), ("fallback", ", without the library")):
@@ -136,7 +137,7 @@ def _scaling(document: dict) -> Part:
 
 
 def _tune(document: dict) -> Part:
-    part, best = Part({"attentions": _sites(document)}, terms={ERRORS: _data(document)}), document["best"]
+    part, best = Part({"attentions": _sites(document)}, terms=_data(document)), document["best"]
     part.verdict(document["passed"])
     part.add("error of the best recipe", best["error"], ERRORS, "share", best["error_ci95"], floor=ROUNDING)
     if best["ratio"]:
@@ -148,7 +149,7 @@ def _compress(document: dict) -> Part:
     metric = document["metric"]
     part = Part(
         {"weights": sorted(layer["name"] for layer in document["layers"]), "metric": (metric["name"], metric["output"])},
-        terms={ERRORS: Path(document["data"]["source"]).name},
+        terms=_data(document),
     )
     part.verdict(document["passed"])
     part.add("size of the model's file", document["size"]["after"], SIZES, "bytes")
@@ -160,9 +161,7 @@ def _compress(document: dict) -> Part:
 
 def _resilience(document: dict) -> Part:
     metric = document["metric"]
-    part = Part(
-        {"metric": (metric["name"], metric["output"]), "attentions": document["sites"]}, terms={ERRORS: _data(document)}
-    )
+    part = Part({"metric": (metric["name"], metric["output"]), "attentions": document["sites"]}, terms=_data(document))
     for cell in document["cells"]:
         where = f"{cell['mitigation']}, {cell['shots']} shots, level {cell['level']:g}"
         for key, words in (("loss", "loss"), ("output_error", "output error")):
