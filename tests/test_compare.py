@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bundle_factory import make_bundle
 
-from qexport import compare, inspect, profile, validate
+from qexport import compare, compress, inspect, measure_resilience, profile, sweep, tune, validate
 from qexport.comparison import BETTER, NOISE, SAME, UNJUDGED, WORSE, judge
 from qexport.comparison.figures import Figure
 from qexport.errors import UsageError
@@ -101,6 +101,28 @@ def test_nothing_changed(write, documents, qexport):
         assert code == 0, err
         assert "PASSED: nothing is worse" in out
         assert set(verdicts(compare(file, file))) == set()
+
+
+def test_every_kind_of_document(write, tmp_path):
+    """What the other commands print has figures, and does not change by being compared with itself."""
+    bundle = make_bundle(tmp_path / "bundle", hidden=512)  # with weights worth compressing
+    made = {
+        "scaling": (
+            sweep((16, 32), heads=1, head_size=8, strategies=["exact", "naive"], seconds=0.5),
+            "error of naive 32, length 32",
+        ),
+        "tune": (tune(bundle, max_error=0.1, trials=2, seeds=2, threads=1), "time ratio of the best recipe"),
+        "compress": (compress(bundle, tmp_path / "small", ratio=1.5, batch=8, seq=8, profile=False), "loss of cosine"),
+        "resilience": (
+            measure_resilience(bundle, levels=(0.0, 0.5), shots=(16,), seeds=2),
+            "loss of none, 16 shots, level 0.5",
+        ),
+    }
+    for kind, (found, name) in made.items():
+        file = write(f"{kind}.json", found.to_dict())
+        figures = {figure["name"]: figure for figure in compare(file, file).figures}
+        assert figures[name]["before"] is not None, kind
+        assert {figure["verdict"] for figure in figures.values()} == {SAME}
 
 
 def test_a_larger_error_is_worse(write, documents, qexport):

@@ -45,7 +45,9 @@ class Part:
     terms: dict = field(default_factory=dict)
 
     def add(self, name: str, value, kind: str, unit: str, interval=None, **options) -> None:
-        """Add a figure."""
+        """Add a figure. TypeError where it is no number, and is in the document for something else."""
+        if not isinstance(value, (int, float, type(None))):
+            raise TypeError(f"{name} is {type(value).__name__}")
         self.figures[name] = Figure(value, kind, unit, list(interval) if interval else None, **options)
 
     def error(self, name: str, metrics: dict | None, floor: float = ROUNDING) -> None:
@@ -154,8 +156,8 @@ def _compress(document: dict) -> Part:
     part.verdict(document["passed"])
     part.add("size of the model's file", document["size"]["after"], SIZES, "bytes")
     part.add(f"loss of {metric['name']}", metric["loss"], ERRORS, "share", floor=ROUNDING)
-    for name, error in document["outputs"].items():
-        part.add(f"error of output {name}", error, ERRORS, "share", floor=ROUNDING)
+    for name, found in document["outputs"].items():
+        part.add(f"error of output {name}", found["relative_error"], ERRORS, "share", floor=ROUNDING)
     return part
 
 
