@@ -211,7 +211,9 @@ def show_inspection(found: dict, verbose: bool) -> None:
     recipe = found["recipe"] or {}
     facts = {
         "kind": found["kind"] + (f", from {found['source']['kind']} {found['source']['name']}" if found["source"] else ""),
-        "file": f"{found['file_bytes'] / 1e6:.1f} MB, {found['parameters'] / 1e6:.1f} M parameters",
+        "file": f"{found['file_bytes'] / 1e6:.1f} MB"
+        # of weights that are packed, the numbers that are stored are bytes
+        + ("" if found["compression"] else f", {found['parameters'] / 1e6:.1f} M parameters"),
         "sha256": found["sha256"],
         "opset": ", ".join(f"{domain} {version}" for domain, version in found["opsets"].items()),
         "needs": f"IR {found['ir_version']}, onnxruntime {found['min_onnxruntime']} or newer",
@@ -243,7 +245,7 @@ def _weights_text(compression: dict | None) -> str:
     if compression is None:
         return ""
     stored = Counter(
-        re.sub(r" in blocks.*", "", re.sub(r"rank \d+", "low-rank", w["method"])) for w in compression["layers"]
+        re.sub(r" (in blocks|of).*", "", re.sub(r"rank \d+", "low-rank", w["method"])) for w in compression["layers"]
     )
     kinds = ", ".join(f"{count} {kind}" for kind, count in stored.most_common())
     size, metric = compression["size"], compression["metric"]

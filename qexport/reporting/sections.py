@@ -173,7 +173,9 @@ def size(found: dict, manifest: dict) -> str:
     rows = [(name, f"{count:,}") for name, count in files.items()]
     about = facts(
         {
-            "converted model": f"{megabytes(found['file_bytes'])}, {found['parameters'] / 1e6:.3g} million parameters",
+            "converted model": megabytes(found["file_bytes"])
+            # of weights that are packed, the numbers that are stored are bytes
+            + ("" if found["compression"] else f", {found['parameters'] / 1e6:.3g} million parameters"),
             "weights": megabytes(found["parameter_bytes"]),
             "whole bundle": megabytes(sum(files.values())),
         }
