@@ -38,7 +38,7 @@ from bench.imdb import compared, embed, right
 from bench.minilm_error import texts
 from bench.models import minilm
 from bench.sts_b import correlation, embed_all, pairs, tokenizer
-from qexport.profiling.rss import extra_rss
+from qexport.memory.rss import extra_rss
 from qexport.profiling.timing import interleaved
 from qexport.recipe import defaults
 from qexport.scaling import baselines, nodes, reference

@@ -25,6 +25,7 @@ SECTIONS = (
     ("Rows of attention as circuits", "qexport.hardware", None),
     ("Measured by Qiskit", "qexport.hardware.qiskit", ("QiskitBackend",)),
     ("Measured by PennyLane", "qexport.hardware.pennylane", ("PennyLaneBackend",)),
+    ("Memory", "qexport.memory", None),
     ("Recipes", "qexport.recipe", ("Recipe", "LayerRecipe", "make_recipe", "load_recipe")),
     ("Nodes by hand", "qexport.ops.proto", ("make_node", "function_proto", "register_schemas")),
 )

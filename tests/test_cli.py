@@ -84,6 +84,10 @@ def test_text_output(qexport, bundle):
     assert code == 0
     assert "p50 ms" in out
     assert "QuantumAttention" in out
+    code, out, _ = qexport("profile", bundle, "--runs", "3", "--seq", "16", "--memory")
+    assert code == 0
+    for words in ("model/run", "left behind", "leak in", "bytes per token of model", "node by node, converted"):
+        assert words in out
     code, out, _ = qexport("inspect", bundle)
     assert code == 0
     assert "encoder.1.attention" in out

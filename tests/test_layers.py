@@ -42,6 +42,7 @@ def run(code, blocked=()):
         "qexport.bundle",
         "qexport.data",
         "qexport.validation",
+        "qexport.memory",
         "qexport.profiling",
         "qexport.inspection",
     ],

@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from bundle_factory import LIMIT, make_bundle, manifest
+from bundle_factory import LIMIT, WIDTH, make_bundle, manifest
 from scipy import stats
 
 from qexport import profiling
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.profiling import CLASSICAL, CONVERTED, median_interval, profile
+from qexport.profiling.model_memory import model_memory
 from qexport.profiling.timeline import RssTimeline
 from qexport.profiling.trace import arena_peak, node_table, op_table, peak_raises, placement, read_trace
 
@@ -76,12 +77,30 @@ def test_memory_is_measured_in_a_child(report):
             assert 0 < memory["load_seconds"] < 60
 
 
+def test_memory_in_detail(folder):
+    report = profile(folder, seq=16, runs=2, warmup=0, threads=1, memory=True).to_dict()
+    json.dumps(report, allow_nan=False)
+    for which, figures in report["sizes"][0]["models"].items():
+        found = figures["memory"]["profile"]
+        blocks = {"/".join(block["path"]): block for block in found["blocks"]}
+        assert set(blocks) == {"model", "model/load", "model/run"}
+        assert blocks["model/run"]["leak"]["verdict"] in ("no leak", "slows down")
+        whole = blocks["model"]["efficiency"]
+        assert whole["bytes_per_token"]["denominator"] == {"what": "tokens", "value": 16}
+        # weights, two inputs of 16 int64 and one output of 16 x WIDTH floats
+        path = Bundle.open(folder).classical_path if which == CLASSICAL else Bundle.open(folder).model_path
+        assert whole["overhead"]["denominator"]["value"] == path.stat().st_size + 2 * 16 * 8 + 16 * WIDTH * 4
+        assert (whole["compression_ratio"] is None) == (which == CLASSICAL)
+        peaks = [node["memory_peak_bytes"] for node in figures["nodes"] if node["memory_peak_bytes"] is not None]
+        assert not peaks or max(peaks) <= figures["arena_peak_bytes"]
+
+
 def test_the_parents_memory_does_not_count(folder):
     """A large block in this process must not show in the child, as it does with ru_maxrss after a fork."""
     block = np.ones(400 * 2**20, np.uint8)
     bundle = Bundle.open(folder)
     feed = {"input_ids": np.zeros((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
-    answer = profiling._memory(bundle.classical_path, None, ["CPUExecutionProvider"], 1, feed)
+    answer = model_memory(bundle.classical_path, None, ["CPUExecutionProvider"], 1, feed)
     assert block.nbytes > answer["peak_bytes"]
 
 
@@ -90,7 +109,7 @@ def test_the_models_peak_grows_with_what_it_does(folder):
 
     def peak(items):
         feed = {"input_ids": np.zeros((items, 64), np.int64), "attention_mask": np.ones((items, 64), np.int64)}
-        return profiling._memory(bundle.classical_path, None, ["CPUExecutionProvider"], 1, feed)["peak_bytes"]
+        return model_memory(bundle.classical_path, None, ["CPUExecutionProvider"], 1, feed)["peak_bytes"]
 
     # the scores of one attention alone hold items * heads * 64 * 64 floats
     assert peak(2000) - peak(1) > 2000 * 2 * 64 * 64 * 4 / 2
@@ -158,6 +177,7 @@ def test_a_trace_by_hand(tmp_path):
     # before `a` 10 bytes were in use; its peak of 50 holds 20 of scratch beside its output
     assert by_name["a"]["memory_peak_raised_bytes"] == 40
     assert by_name["b"]["memory_peak_raised_bytes"] == 0
+    assert (by_name["a"]["memory_peak_bytes"], by_name["copy"]["memory_peak_bytes"]) == (50, None)
     assert by_name["copy"]["memory_in_use_bytes"] is None
     assert by_name["copy"]["memory_peak_raised_bytes"] is None
     assert arena_peak(runs) == 50
@@ -210,7 +230,7 @@ def test_a_model_without_a_length_has_one_size_per_batch(folder):
 def test_a_failing_child_is_one_line(folder):
     feed = {"input_ids": np.full((1, 4), 999), "attention_mask": np.ones((1, 4), np.int64)}
     with pytest.raises(QexportError) as error:
-        profiling._memory(Bundle.open(folder).classical_path, None, ["CPUExecutionProvider"], 1, feed)
+        model_memory(Bundle.open(folder).classical_path, None, ["CPUExecutionProvider"], 1, feed)
     assert "node 'node_embedded' (Gather) failed" in str(error.value)
     assert "\n" not in str(error.value)
 

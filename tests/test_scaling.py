@@ -14,7 +14,7 @@ from scipy import stats
 from qexport import _core, scaling
 from qexport.cli.scaling import command
 from qexport.errors import QexportError, UsageError
-from qexport.profiling.rss import extra_rss
+from qexport.memory.rss import extra_rss
 from qexport.scaling import contenders, plot, sweep
 from qexport.scaling.contenders import FAMILIES, Entry
 from qexport.scaling.fit import power_law, predicted

@@ -14,8 +14,9 @@ from qexport.cli import Numbers, common_options, print_json
 @click.option("--runs", type=click.IntRange(1), default=50, show_default=True, help="Timed runs per model and size.")
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the clock starts.")
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
+@click.option("--memory", is_flag=True, help="Where memory goes: peaks by source, leaks, efficiency, per node.")
 @common_options
-def command(bundle, providers, allow_fallback, batch, seq, runs, warmup, threads, as_json, quiet, verbose):
+def command(bundle, providers, allow_fallback, batch, seq, runs, warmup, threads, memory, as_json, quiet, verbose):
     """Time the bundle in DIR and its classical model in one run, interleaved: latency, per op, memory, placement."""
     from qexport.cli.render import show_profile
     from qexport.cli.text import progress_line
@@ -30,6 +31,7 @@ def command(bundle, providers, allow_fallback, batch, seq, runs, warmup, threads
         runs=runs,
         warmup=warmup,
         threads=threads,
+        memory=memory,
         progress=progress_line(quiet or as_json),
     )
     if as_json:

@@ -5,6 +5,7 @@ from collections import Counter
 
 import click
 
+from qexport.cli.render_memory import show_memory
 from qexport.cli.text import table
 from qexport.runtime import CUDA
 from qexport.words import error_text, megabytes, percent, plural, recipe_text, site_label
@@ -182,6 +183,8 @@ def show_profile(report, verbose: bool) -> None:
         table(f"{what}, {which}, {size}", ("op", "nodes", "ms", "share"), rows if verbose else rows[:6])
         if verbose:
             _show_nodes(which, model["nodes"])
+        if model["memory"]["profile"]:
+            show_memory(which, size, model, found["versions"]["onnxruntime"], verbose)
         placement = model["placement"]
         if placement["not_on_first_provider"] or placement["memcpy_nodes"]:
             away = plural(len(placement["not_on_first_provider"]), "node")

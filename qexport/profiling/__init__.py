@@ -5,12 +5,9 @@ come from separate sessions, because tracing slows a run down; memory comes from
 docs/json_schema.md explains every figure of the report.
 """
 
-import json
 import math
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +17,17 @@ import numpy as np
 from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
+from qexport.external_data import file_bytes
 from qexport.generated import dimension_sizes, generate
 from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
-from qexport.profiling.timeline import RssTimeline
+from qexport.profiling.model_memory import model_memory, needed
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 
 SCHEMA = "qexport.profile"
 SCHEMA_VERSION = 1
 CLASSICAL, CONVERTED = "classical", "converted"
 TRACED_RUNS = 10
-MEMORY_RUNS = 3
-MEMORY_TIMEOUT = 600
 
 
 @dataclass
@@ -68,6 +64,7 @@ def profile(
     threads: int | None = None,
     library=True,
     allow_fallback=False,
+    memory: bool = False,
     progress=None,
 ) -> ProfileReport:
     """Measure latency, throughput, time per op, placement and memory of a bundle's two models.
@@ -80,6 +77,7 @@ def profile(
         runs, warmup: timed runs of each model and size, and runs before them.
         threads: intra-op threads; the runtime's choice when None.
         library, allow_fallback: as in `qexport.runtime.session`, for the converted model.
+        memory: run a `qexport.memory.AdvancedMemoryProfiler` over loading and running each model, some ten seconds longer.
         progress: called with one line per step.
 
     Raises:
@@ -105,26 +103,50 @@ def profile(
         for which, (path, lib) in models.items()
     }
     feeds = [_summarised(opened, sessions[CONVERTED], feed) for feed in feeds]
-    shared, times = shared_buffers(opened.manifest), []
+    shared, times, least = shared_buffers(opened.manifest), [], []
     for (b, s, _), feed in zip(sizes, feeds, strict=True):
         say(f"timing batch {b}, length {s}")
         calls = {which: make_call(session, feed, shared) for which, session in sessions.items()}
         times.append(interleaved(calls, runs, warmup))
+        if memory:
+            least.append({which: _least(models[which][0], session, feed, shared) for which, session in sessions.items()})
     del sessions, calls
     entries = []
     for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
         entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": ratio(times[i])}
         for which, (path, lib) in models.items():
             say(f"tracing the {which} model, batch {b}, length {s}")
+            tokens, classical = _tokens(opened, feed), entry["models"].get(CLASSICAL)
+            figures = _figures(tokens, least[i][which], classical and classical["memory"]) if memory else None
             entry["models"][which] = {
-                **_latency(times[i][which], b, _tokens(opened, feed)),
-                "memory": _memory(path, lib, providers, threads, feed, shared),
+                **_latency(times[i][which], b, tokens),
+                "memory": model_memory(path, lib, providers, threads, feed, shared, figures),
                 **_traced(path, lib, providers, threads, feed, shared, min(runs, TRACED_RUNS)),
             }
         entries.append(entry)
     names = [runtime.provider_name(p) for p in providers]
     settings = {"providers": names, "runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
     return ProfileReport(str(opened.path), settings, machine(), entries, versions())
+
+
+def _least(path, session, feed: dict, shared) -> dict[str, int | None]:
+    """The least bytes that any program must hold for the model: its weights (their files), inputs and outputs; and for one
+    more run: its outputs. Of a pair in `shared` only the input counts, since both lie in the same memory."""
+    outputs = dict(zip([o.name for o in session.get_outputs()], runtime.run(session, None, feed), strict=True))
+    made = sum(array.nbytes for name, array in outputs.items() if name not in {present for _, present in shared})
+    return {"model": file_bytes(path) + sum(array.nbytes for array in feed.values()) + made, "run": made or None}
+
+
+def _figures(tokens: int | None, least: dict[str, int], classical: dict | None) -> dict[str, dict]:
+    """What the memory profiler is told of a model; the converted one is compared with what the classical one needed."""
+    return {
+        name: {
+            "tokens": tokens,
+            "minimum_bytes": least[name],
+            "reference_bytes": classical and needed(classical, *path),
+        }
+        for name, path in (("model", ("model",)), ("run", ("model", "run")))
+    }
 
 
 def numbers(name: str, value) -> list[int]:
@@ -246,48 +268,6 @@ def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
         "arena_peak_bytes": arena_peak(events),
         "nodes": nodes,
     }
-
-
-def _memory(path, library, providers, threads, feed, shared=()) -> dict:
-    """Memory and load time of one model in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        file = Path(folder) / "feed.npz"
-        np.savez(file, **feed)
-        request = {
-            "model": str(path),
-            "library": library,
-            "providers": providers,
-            "threads": threads,
-            "feed": str(file),
-            "shared": list(shared),
-            "runs": MEMORY_RUNS,
-        }
-        # the child finds the package where this process found it
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        try:
-            with (
-                subprocess.Popen(
-                    [sys.executable, "-m", "qexport.profiling.memory_child"],
-                    **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
-                    text=True,
-                    env=environment,
-                ) as child,
-                RssTimeline(child.pid) as timeline,
-            ):
-                try:
-                    said, complaint = child.communicate(json.dumps(request), timeout=MEMORY_TIMEOUT)
-                finally:
-                    child.kill()
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise QexportError(f"{path}: its memory could not be measured: {error}") from error
-    try:
-        answer = json.loads(said.splitlines()[-1])
-    except (ValueError, IndexError):
-        reason = complaint.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-        raise QexportError(f"{path}: its memory could not be measured: {reason[0]}") from None
-    if "error" in answer:
-        raise QexportError(answer["error"])
-    return answer | {"timeline": timeline.to_dict(answer.pop("marks"))}
 
 
 def machine() -> dict:

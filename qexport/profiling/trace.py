@@ -50,6 +50,8 @@ def node_table(runs: list[list[dict]], first: list[dict] = ()) -> list[dict]:
     if not runs:
         return []
     raised = peak_raises(first)
+    # the allocator's peak never falls, so the last event of a node has it
+    peaks = {_key(event): _largest([event], "mem_in_use_peak") for event in first}
     grouped = defaultdict(list)
     for run in runs:
         for event in run:
@@ -71,6 +73,7 @@ def node_table(runs: list[list[dict]], first: list[dict] = ()) -> list[dict]:
                 "memory_in_use_bytes": _largest(events, "mem_bytes_in_use"),
                 "memory_delta_bytes": _largest(events, "mem_in_use_delta"),
                 "memory_peak_raised_bytes": raised.get((name, index)),
+                "memory_peak_bytes": peaks.get((name, index)),
             }
         )
     return sorted(table, key=lambda row: -row["time_us"])
@@ -89,9 +92,13 @@ def peak_raises(first: list[dict]) -> dict[tuple[str, str], int]:
         provider, peak = args.get("provider"), int(args["mem_in_use_peak"])
         # before the first node, what the session holds after loading is in use
         before = peaks.get(provider, int(args.get("mem_bytes_in_use", peak)) - int(args.get("mem_in_use_delta", 0)))
-        raises[event["name"].removesuffix(KERNEL), args.get("node_index", "")] += max(peak - before, 0)
+        raises[_key(event)] += max(peak - before, 0)
         peaks[provider] = max(peak, before)
     return dict(raises)
+
+
+def _key(event: dict) -> tuple[str, str]:
+    return event["name"].removesuffix(KERNEL), event["args"].get("node_index", "")
 
 
 def arena_peak(runs: list[list[dict]]) -> int | None:

@@ -16,7 +16,7 @@ import psutil
 from qexport import profiling
 from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
-from qexport.profiling.rss import extra_rss
+from qexport.memory.rss import extra_rss
 from qexport.profiling.timing import interleaved
 from qexport.scaling import plot as picture
 from qexport.scaling import reference

@@ -1,24 +1,27 @@
-"""Resident memory of this process."""
+"""Resident memory of this process, as the system counts it."""
 
 import ctypes
+import os
 import sys
-from pathlib import Path
 
 
-def _status(key: str) -> int | None:
-    """A value in kB of /proc/self/status, in bytes; None where there is no such file."""
+def _status(key: bytes) -> int | None:
+    """A value in kB of /proc/self/status, in bytes; None where there is no such file. It is read often, so by plain calls of
+    the system: half the time of a file object, and nothing is left for the garbage collector."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+        file = os.open("/proc/self/status", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        _, found, rest = os.read(file, 8192).partition(b"\n" + key + b":")
+    finally:
+        os.close(file)
+    return int(rest.split(None, 1)[0]) * 1024 if found else None
 
 
 def current_rss() -> int | None:
     """Bytes resident now; None where neither /proc nor psutil tells."""
-    value = _status("VmRSS")
+    value = _status(b"VmRSS")
     if value is not None:
         return value
     try:
@@ -33,7 +36,7 @@ def peak_rss() -> int | None:
 
     On Linux from VmHWM: ru_maxrss would also count the parent's memory at the moment of the fork.
     """
-    value = _status("VmHWM")
+    value = _status(b"VmHWM")
     if value is not None:
         return value
     try:
@@ -42,6 +45,21 @@ def peak_rss() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak() -> bool:
+    """Make what is resident now the peak that `peak_rss` tells; False where that cannot be done (it needs Linux)."""
+    try:
+        file = os.open("/proc/self/clear_refs", os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        os.write(file, b"5")  # VmHWM := VmRSS
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return True
 
 
 def extra_rss(call) -> int | None:
@@ -53,8 +71,9 @@ def extra_rss(call) -> int | None:
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
+        return None
+    if not forget_peak():
         return None
     before = current_rss()
     call()
