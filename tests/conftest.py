@@ -1,11 +1,14 @@
 """Makes `bench` importable for the tests that use it, last on the path, so that the installed qexport is what is tested; and
-runs the command line for tests."""
+runs the command line for tests. Where tests share the machine (`-n`), each has one thread of OpenMP: read before torch is."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parent.parent))
 
 
