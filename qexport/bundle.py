@@ -24,8 +24,35 @@ MODEL = "model.onnx"
 CLASSICAL = "classical.onnx"
 MANIFEST = "manifest.json"
 SAMPLES = "test_data_set_0"
-REQUIRED_KEYS = ("files", "sites", "left_alone", "inputs", "limits", "opset", "seed_input")
+SEAL = "manifest.json.sha256"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder with a manifest is.
+
+    Attributes:
+        name: how it is called; manifest["kind"].
+        command: the one that writes it.
+        again: the mend of a damaged one.
+        keys: those that its manifest must have.
+        sealed: whether a file beside the manifest holds its sha256, in the form that `sha256sum -c` reads.
+    """
+
+    name: str
+    command: str
+    again: str
+    keys: tuple[str, ...]
+    sealed: bool = False
+
+
+BUNDLE = Kind(
+    "bundle",
+    "qexport convert MODEL -o DIR",
+    "convert again",
+    ("files", "sites", "left_alone", "inputs", "limits", "opset", "seed_input"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,26 +120,28 @@ class Bundle:
 
     def changed_files(self) -> list[str]:
         """The files whose size or sha256 differs from the manifest's, in the manifest's order."""
-        return [
-            name
-            for name, entry in self.manifest["files"].items()
-            if (self.path / name).stat().st_size != entry["bytes"] or sha256(self.path / name) != entry["sha256"]
-        ]
+        return [name for name, entry in self.manifest["files"].items() if is_changed(self.path / name, entry)]
 
 
-def read_manifest(path) -> dict:
-    """The manifest of the bundle in the folder `path`, checked for its version and keys.
+def is_changed(file, entry: dict) -> bool:
+    """Whether the size or sha256 of a file differs from its entry in a manifest."""
+    return os.stat(file).st_size != entry["bytes"] or sha256(file) != entry["sha256"]
+
+
+def read_manifest(path, kind: Kind = BUNDLE) -> dict:
+    """The manifest of the bundle (or what else `kind` says) in the folder `path`, checked for its version and keys.
 
     Raises:
-        QexportError: no manifest, not JSON, another schema version, a key is missing or a file name leaves the folder.
+        QexportError: no manifest, not JSON, of another kind or schema version, a key is missing or a file name leaves the
+            folder.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
-        raise QexportError(f"{path}: not a bundle, it has no {MANIFEST}; make one with 'qexport convert MODEL -o DIR'")
+        raise QexportError(f"{path}: not a {kind.name}, it has no {MANIFEST}; make one with '{kind.command}'")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise QexportError(f"{file}: cannot be read ({error}); convert again") from error
+        raise QexportError(f"{file}: cannot be read ({error}); {kind.again}") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
         raise QexportError(f"{file}: not a manifest of qexport, it has no schema_version")
@@ -120,12 +149,15 @@ def read_manifest(path) -> dict:
         raise QexportError(
             f"{file}: schema_version {version} is newer than this qexport reads ({SCHEMA_VERSION}): pip install -U qexport"
         )
-    for key in REQUIRED_KEYS:
+    found = manifest.get("kind", BUNDLE.name)  # bundles of earlier releases do not say what they are
+    if found != kind.name:
+        raise QexportError(f"{path}: a {found}, not a {kind.name}; make one with '{kind.command}'")
+    for key in kind.keys:
         if key not in manifest:
-            raise QexportError(f"{file}: key {key!r} is missing; convert again")
+            raise QexportError(f"{file}: key {key!r} is missing; {kind.again}")
     for name in manifest["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise QexportError(f"{file}: file name {name!r} leaves the folder of the bundle; do not trust this bundle")
+            raise QexportError(f"{file}: file name {name!r} leaves the folder of the {kind.name}; do not trust it")
     return manifest
 
 
@@ -141,12 +173,13 @@ class BundleWriter:
 
     path: Path
     target: Path
+    kind: Kind
     manifest: dict = field(default_factory=dict)
 
 
 @contextmanager
-def write_bundle(output):
-    """Write a bundle to the folder `output`, all or nothing.
+def write_bundle(output, kind: Kind = BUNDLE):
+    """Write a bundle (or what else `kind` says) to the folder `output`, all or nothing.
 
     Yields a `BundleWriter`. On a normal exit the files are hashed into manifest["files"], manifest.json is written and
     the folder is renamed to `output`; an existing bundle there is exchanged in one step and then removed. On any failure,
@@ -157,10 +190,11 @@ def write_bundle(output):
         QexportError: the folder cannot be written, or the disk is full.
     """
     target = Path(os.path.realpath(output))
-    check_output(target)
+    check_output(target, kind)
     made = _make_parents(target.parent)
     _remove_abandoned(target)
-    writer = BundleWriter(target.parent / f"{_partial_prefix(target)}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial", target)
+    partial = target.parent / f"{_partial_prefix(target)}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
+    writer = BundleWriter(partial, target, kind)
     done = False
     try:
         with terminate_as_exception():
@@ -168,7 +202,7 @@ def write_bundle(output):
                 writer.path.mkdir()
                 yield writer
                 _write_manifest(writer)
-                check_output(target)
+                check_output(target, kind)
                 with deferred_signals():
                     exchange(writer.path, target)
                     done = True
@@ -181,26 +215,33 @@ def write_bundle(output):
         raise QexportError(_explain(error, target)) from error
 
 
-def check_output(target) -> None:
-    """Check that a bundle may be written to `target`: nothing there, an empty folder, or a bundle to replace.
+def check_output(target, kind: Kind = BUNDLE) -> None:
+    """Check that a bundle may be written to `target`: nothing there, an empty folder, or one of its kind to replace.
 
     Raises:
-        UsageError: a file is there, or a folder holding files that no bundle wrote.
+        UsageError: a file is there, or a folder holding files that are not of its kind.
     """
     target = Path(target)
     if not target.exists():
         return
     if not target.is_dir():
-        raise UsageError(f"{target}: a file is there already; choose another folder for the bundle")
+        raise UsageError(f"{target}: a file is there already; choose another folder for the {kind.name}")
     present = {str(p.relative_to(target)) for p in target.rglob("*") if not p.is_dir()}
     if not present:
         return
     try:
-        manifest = read_manifest(target)
+        manifest = read_manifest(target, kind)
     except QexportError:
-        raise UsageError(f"{target}: the folder is not empty and holds no bundle; choose another folder") from None
-    if strangers := sorted(present - set(manifest["files"]) - {MANIFEST}):
-        raise UsageError(f"{target}: replacing this bundle would delete {strangers[0]}; move it or choose another folder")
+        raise UsageError(f"{target}: the folder is not empty and holds no {kind.name}; choose another folder") from None
+    if strangers := sorted(present - set(manifest["files"]) - own_files(kind)):
+        raise UsageError(
+            f"{target}: replacing this {kind.name} would delete {strangers[0]}; move it or choose another folder"
+        )
+
+
+def own_files(kind: Kind) -> set[str]:
+    """The files of a folder that its manifest does not list."""
+    return {MANIFEST, SEAL} if kind.sealed else {MANIFEST}
 
 
 def _partial_prefix(target: Path) -> str:
@@ -234,8 +275,15 @@ def _write_manifest(writer: BundleWriter) -> None:
     writer.manifest["files"] = {
         name: {"sha256": sha256(p), "bytes": p.stat().st_size} for name, p in names.items() if name != MANIFEST
     }
-    manifest = {"schema_version": SCHEMA_VERSION, **writer.manifest}
+    manifest = {"schema_version": SCHEMA_VERSION, "kind": writer.kind.name, **writer.manifest}
     (writer.path / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if writer.kind.sealed:
+        (writer.path / SEAL).write_text(seal_text(writer.path), encoding="ascii")
+
+
+def seal_text(path) -> str:
+    """What the file SEAL of a folder must hold: the sha256 and name of its manifest."""
+    return f"{sha256(Path(path) / MANIFEST)}  {MANIFEST}\n"
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -42,20 +42,21 @@ def plugin_path(library) -> Path:
     return library.with_name(f"{library.stem}_cuda{library.suffix}")
 
 
-def find_library() -> Path | None:
-    """The op library of this installation, or None.
+def find_installed(name: str) -> Path | None:
+    """A file or folder that the build put into the installed package, or None.
 
-    It lies in qexport/lib of the installed package: beside this file, or in site-packages where this file belongs to an
-    editable install or to a source tree that comes first on sys.path.
+    It lies in the package: beside this file, or in site-packages where this file belongs to an editable install or to a
+    source tree that comes first on sys.path.
     """
     folders = [Path(__file__).parent]
     with suppress(metadata.PackageNotFoundError):
         folders.append(Path(metadata.distribution("qexport").locate_file("qexport")))
-    for folder in folders:
-        candidate = folder / "lib" / library_file_name()
-        if candidate.is_file():
-            return candidate.resolve()
-    return None
+    return next(((folder / name).resolve() for folder in folders if (folder / name).exists()), None)
+
+
+def find_library() -> Path | None:
+    """The op library of this installation, or None."""
+    return find_installed(f"lib/{library_file_name()}")
 
 
 def find_cuda_plugin() -> Path | None:

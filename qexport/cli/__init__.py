@@ -28,6 +28,8 @@ COMMANDS = {
     "generate": "Continue a text with a bundle that has a KV cache.",
     "report": "Write one page on a bundle: verdict, accuracy, latency, memory, how to reproduce.",
     "compare": "Tell what changed between two JSON reports, and whether it is worse.",
+    "bundle": "Pack what a device needs to run a bundle's model: a deployment.",
+    "verify-bundle": "Check a deployment: its files and its outputs.",
     "inspect": "Show what a bundle or an .onnx file contains.",
     "ops": "List the ops of the domain com.qexport.",
     "doctor": "Check this installation and say how to mend it.",
@@ -44,7 +46,7 @@ class Commands(click.Group):
     def get_command(self, ctx, name):
         if name not in COMMANDS:
             return None
-        return import_module(f"qexport.cli.{name}").command
+        return import_module(f"qexport.cli.{name.replace('-', '_')}").command
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):

@@ -1,0 +1,32 @@
+"""qexport bundle"""
+
+import click
+
+from qexport.cli import common_options, print_json
+
+
+@click.command("bundle")
+@click.argument("bundle", metavar="DIR")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Folder of the deployment; an old one is replaced.")
+@click.option("--target", metavar="NAME", help="linux-x86_64 or linux-aarch64 [this machine].")
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the model there."
+)
+@click.option(
+    "--library", metavar="FILE", help="A wheel of qexport, or a libqexport_ops.so, for another target [the installed one]."
+)
+@common_options
+def command(bundle, output, target, provider, library, as_json, quiet, verbose):
+    """Pack what a device needs to run the bundle in DIR, without qexport: a deployment.
+
+    OUT holds the model, the op library for the target, samples with the model's outputs, run.py (needs numpy and onnxruntime
+    alone), a C++ program that does the same, and a manifest with the sha256 of every file.
+    """
+    from qexport.cli.render_deployment import show_deployment
+    from qexport.deployment import pack_deployment
+
+    manifest = pack_deployment(bundle, output, target=target, provider=provider, library=library)
+    if as_json:
+        print_json(manifest)
+    else:
+        show_deployment(output, manifest)

@@ -1,0 +1,204 @@
+"""A deployment: what a device needs to run a bundle's model, and to prove that it runs it right.
+
+A bundle, which `convert` writes, is for working with: it holds the classical model and what was found about the converted
+one. A deployment is packed from it for one kind of machine, which needs neither qexport nor Python: the model, the op
+library built for that machine, samples with the outputs that this model gave, a Python and a C++ program that reproduce
+them, and the sha256 of every file.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qexport import runtime
+from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_files, read_manifest, seal_text, write_bundle
+from qexport.data import stored_samples
+from qexport.deployment.library import LIBRARY, PROVIDERS, check_target, copy_library, this_target
+from qexport.errors import QexportError, UsageError
+from qexport.external_data import external_files, load_structure
+from qexport.failures import one_line
+from qexport.manifest import package_version
+from qexport.validation.limits import DEFAULT_MAX_ERROR, ROUNDING, limits_of
+from qexport.validation.sensitivity import quantizes, sensitivity
+
+SAMPLES = "samples"
+CPP = "cpp"  # of the deployment
+DEPLOYMENT = Kind(
+    "deployment",
+    "qexport bundle DIR -o OUT",
+    "pack it again",
+    ("files", "target", "provider", "min_onnxruntime", "source", "qexport_version"),
+    sealed=True,
+)
+
+
+@dataclass
+class VerificationReport:
+    """What `verify_deployment` found; that all files are as they were packed is certain, or it would have raised.
+
+    Attributes:
+        path: the folder.
+        target, provider: what it was packed for.
+        files: how many files were compared.
+        manifest_sha256: of the manifest; whoever holds it from elsewhere knows that nothing was exchanged.
+        run: what `run.py --json` prints; None where this machine is not the target, so that nothing was run.
+        passed: False where the outputs are out of tolerance.
+    """
+
+    path: str
+    target: str
+    provider: str
+    files: int
+    manifest_sha256: str
+    run: dict | None = field(default=None)
+
+    @property
+    def passed(self) -> bool:
+        return self.run is None or self.run["passed"]
+
+    def to_dict(self) -> dict:
+        """Plain data for --json."""
+        return {**self.__dict__, "passed": self.passed}
+
+
+def pack_deployment(bundle, output, *, target: str | None = None, provider: str = "cpu", library=None) -> dict:
+    """Pack what a device needs of a bundle into the folder `output`; a deployment that is there is replaced.
+
+    The stored outputs are those of the converted model with its default seed on this machine's CPU, where `target` is this
+    machine with the very library that is packed.
+
+    Args:
+        bundle: a folder, or a `Bundle`.
+        output: the folder of the deployment.
+        target: "linux-x86_64" or "linux-aarch64"; this machine when None.
+        provider: "cpu", or "cuda" to pack the CUDA kernels too and run there.
+        library: a wheel of qexport or an op library for `target`; the installed one when None.
+
+    Returns:
+        The manifest of the deployment.
+
+    Raises:
+        UsageError: an unknown target or provider, a target that the installed library is not for, or `output` holds
+            something else.
+        QexportError: the bundle changed, the library does not fit the target, or the model does not run.
+    """
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider must be {' or '.join(PROVIDERS)}, got {provider!r}")
+    target = check_target(target)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=True)
+    with write_bundle(output, DEPLOYMENT) as writer:
+        folder = writer.path
+        structure = load_structure(opened.model_path)
+        for name in (MODEL, *external_files(structure)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(opened.path / name, folder / name)
+        (folder / "lib").mkdir()
+        copy_library(folder / "lib", target, provider, library)
+        own = folder / "lib" / LIBRARY if target == this_target() else True
+        _write_samples(opened, folder / SAMPLES, own, provider)
+        shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
+        shutil.copytree(_cpp_sources(), folder / CPP)
+        writer.manifest = {
+            "qexport_version": package_version("qexport"),
+            "target": target,
+            "provider": provider,
+            "min_onnxruntime": opened.manifest["min_onnxruntime"],
+            "source": opened.manifest.get("source"),
+            "recipe": opened.manifest.get("recipe"),
+            "packed_with": {"onnxruntime": runtime.onnxruntime().__version__},
+        }
+    return read_manifest(output, DEPLOYMENT)
+
+
+def _cpp_sources() -> Path:
+    sources = runtime.find_installed("deployment/cpp")
+    if sources is None:
+        raise QexportError("the C++ runner is not in this installation of qexport; install the package")
+    return sources
+
+
+def _write_samples(bundle: Bundle, folder: Path, library, provider: str) -> None:
+    """Write input_K.npy and output_K.npy, by the order of the session, and tolerance.npy."""
+    inputs = stored_samples(bundle)
+    (feed,) = inputs.feeds
+    session = runtime.session(bundle.model_path, library=library)
+    outputs = runtime.run(session, None, feed)
+    arrays = {f"input_{k}": feed[spec.name] for k, spec in enumerate(session.get_inputs())}
+    arrays |= {f"output_{k}": value for k, value in enumerate(outputs)}
+    arrays["tolerance"] = np.array(_tolerance(bundle, inputs, outputs, provider))
+    folder.mkdir()
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            raise QexportError(f"{bundle.path}: {name} is of type {array.dtype}, which .npy files cannot hold")
+        np.save(folder / f"{name}.npy", np.asarray(array, order="C"))
+
+
+def _tolerance(bundle: Bundle, inputs, outputs, provider: str) -> float:
+    """The relative error that another machine may make at the same seed: what the recipe allows, since a processor may
+    choose another way to compute an attention; draws are the same everywhere, so noise has no licence of its own."""
+    moved = None
+    if quantizes(load_structure(bundle.classical_path)):
+        moved = sensitivity(bundle, inputs, bundle.manifest["sites"])
+    limit = limits_of(bundle, [str(value.dtype) for value in outputs], moved, None, True)["library"]
+    if not np.isfinite(limit):
+        limit = DEFAULT_MAX_ERROR
+    # CUDA multiplies float32 in TF32, which keeps as many bits as float16
+    return max(limit, ROUNDING["float16"]) if provider == "cuda" else limit
+
+
+def verify_deployment(path, *, runs: int = 20) -> VerificationReport:
+    """Check that every file of a deployment is as it was packed, and that its model gives the stored outputs here.
+
+    Args:
+        path: the folder.
+        runs: timed runs of the model.
+
+    Raises:
+        QexportError: not a deployment; a file changed, is missing or was added (the message names it); or the model cannot
+            be run.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise QexportError(f"{path}: no such folder; pack a deployment with '{DEPLOYMENT.command}'")
+    if (path / MANIFEST).is_file() and (path / SEAL).is_file() and _read(path / SEAL) != seal_text(path):
+        raise QexportError(f"{path}: {MANIFEST} or {SEAL} changed since it was packed; {DEPLOYMENT.again}")
+    manifest = read_manifest(path, DEPLOYMENT)
+    if found := _differences(path, manifest):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise QexportError(f"{path}: {found[0]}{more}; copy the whole folder again, or {DEPLOYMENT.again}")
+    report = VerificationReport(
+        str(path), manifest["target"], manifest["provider"], len(manifest["files"]), seal_text(path).split()[0]
+    )
+    if manifest["target"] == this_target():
+        report.run = _run(path, runs)
+    return report
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _differences(path: Path, manifest: dict) -> list[str]:
+    """What is not as the manifest says, a phrase each."""
+    listed = set(manifest["files"]) | own_files(DEPLOYMENT)
+    # a link is a file of another place, which may change without this folder
+    present = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
+    found = [f"{name} is missing" for name in sorted(listed - set(present))]
+    found += [f"{name} is a link, not a file" for name in sorted(listed & set(present)) if present[name].is_symlink()]
+    for name, entry in manifest["files"].items():
+        if (file := present.get(name)) and not file.is_symlink() and is_changed(file, entry):
+            found.append(f"{name} changed since it was packed")
+    return found + [f"{name} was added since it was packed" for name in sorted(set(present) - listed)]
+
+
+def _run(path: Path, runs: int) -> dict:
+    """What the deployment's run.py finds, by the same program of this package."""
+    runtime.onnxruntime()  # says in one line what is wrong with it
+    from qexport.deployment import run
+
+    try:
+        return run.check(path, runs=runs)
+    except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
+        raise QexportError(f"{path}: cannot be run here: {one_line(error)}") from error

@@ -1,0 +1,95 @@
+"""The op library of the machine that a deployment is for, and the check that it is one."""
+
+import platform
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+from qexport.errors import QexportError, UsageError
+from qexport.runtime import LIBRARY_STEM, find_library, plugin_path
+
+# Targets, and the e_machine of their ELF files (elf.h).
+MACHINES = {"linux-x86_64": 62, "linux-aarch64": 183}
+PROVIDERS = ("cpu", "cuda")
+LIBRARY = f"lib{LIBRARY_STEM}.so"
+PLUGIN = plugin_path(LIBRARY).name
+_ELF_NAMES = {3: "x86", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv"}
+_SHARED_OBJECT = 3
+
+
+def this_target() -> str | None:
+    """The target that this machine is, None where it is none of them."""
+    name = f"{sys.platform}-{platform.machine()}"
+    return name if name in MACHINES else None
+
+
+def check_target(target: str | None) -> str:
+    """`target`, or this machine's when None.
+
+    Raises:
+        UsageError: no target of that name, or none is given and this machine is none.
+    """
+    chosen = target or this_target()
+    if chosen not in MACHINES:
+        found = f"target {target!r} is not known" if target else "this machine is no target"
+        raise UsageError(f"{found}; targets: {', '.join(MACHINES)}")
+    return chosen
+
+
+def copy_library(folder: Path, target: str, provider: str, given=None) -> None:
+    """Copy the op library of `target` into `folder`, for CUDA with its plugin.
+
+    Args:
+        given: a wheel of qexport, or a libqexport_ops.so with the plugin beside it; None takes the installed package's.
+
+    Raises:
+        UsageError: `given` is None and the installed package is for another machine.
+        QexportError: the library or the plugin is missing, or is not for `target`.
+    """
+    wanted = [LIBRARY, PLUGIN] if provider == "cuda" else [LIBRARY]
+    if given is not None and Path(given).suffix == ".whl":
+        _unpack(Path(given), folder, wanted)
+    else:
+        source = Path(given) if given is not None else _installed(target)
+        for name, file in zip(wanted, (source, plugin_path(source)), strict=False):
+            if not file.is_file():
+                raise QexportError(f"{file}: no such file; give --library a wheel of qexport for {target} or a {LIBRARY}")
+            shutil.copyfile(file, folder / name)
+    for name in wanted:
+        _check_machine(folder / name, given or name, target)
+
+
+def _installed(target: str) -> Path:
+    library = find_library()
+    if target != this_target() or library is None:
+        holds = f"is for {this_target() or sys.platform}" if library else "holds no op library"
+        raise UsageError(f"this installation {holds}; give --library a wheel of qexport for {target} or a {LIBRARY}")
+    return library
+
+
+def _unpack(wheel: Path, folder: Path, wanted: list[str]) -> None:
+    """The files `wanted` of the folder qexport/lib in a wheel."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in wanted:
+                with archive.open(f"qexport/lib/{name}") as source, open(folder / name, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    except KeyError:
+        raise QexportError(f"{wheel}: holds no qexport/lib/{name}; give a wheel of qexport that does") from None
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise QexportError(f"{wheel}: cannot be read as a wheel ({' '.join(str(error).split())})") from error
+
+
+def _check_machine(file: Path, source, target: str) -> None:
+    """Check the ELF header of a shared object: 64 bits, little-endian, and of the target's machine."""
+    with open(file, "rb") as opened:
+        header = opened.read(20)
+    if len(header) < 20 or header[:4] != b"\x7fELF":
+        raise QexportError(f"{source}: {file.name} is no ELF file, {target} needs one")
+    kind, machine = (int.from_bytes(header[at : at + 2], "little") for at in (16, 18))
+    if header[4:6] != b"\x02\x01" or kind != _SHARED_OBJECT:
+        raise QexportError(f"{source}: {file.name} is no little-endian shared object of 64 bits, {target} needs one")
+    if machine != MACHINES[target]:
+        found = _ELF_NAMES.get(machine, f"ELF machine {machine}")
+        raise QexportError(f"{source}: {file.name} is built for {found}, which does not fit the target {target}")
