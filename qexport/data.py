@@ -23,7 +23,7 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
 
     Args:
         data: None for the stored samples (generated inputs when `batch` or `seq` is given), a path of an .npz or .txt file,
-            a dict of arrays by input name, or a list of texts.
+            a dict of arrays by input name, a list of texts, or `Inputs` as they are.
         batch: items per feed (files), or items (generated).
         seq: length that texts are cut to, or length of generated inputs.
 
@@ -34,6 +34,8 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
     for name, value in (("batch", batch), ("seq", seq)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be >= 1, got {value}")
+    if isinstance(data, Inputs):
+        return data
     if data is None:
         if batch is None and seq is None:
             return stored_samples(bundle)

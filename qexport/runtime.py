@@ -1,6 +1,6 @@
 """onnxruntime with the op library: find both, open sessions, and turn load failures into one line.
 
-Needs numpy, onnx and onnxruntime alone. onnxruntime is imported when it is first used, after checking that exactly one
+Needs numpy and onnxruntime alone. onnxruntime is imported when it is first used, after checking that exactly one
 of its packages is installed.
 """
 
@@ -10,10 +10,10 @@ import sys
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
-from qexport.external_data import check_external_data
 from qexport.failures import explain_load_error, explain_run_error, one_line
 
 LIBRARY_STEM = "qexport_ops"
@@ -199,8 +199,11 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
         library = get_library_path()
     if library:
         register_library(options, str(library))
-    # Older runtimes read external data from anywhere on the disk; newer ones check the folder themselves.
-    if version_tuple(ort.__version__) < (1, 25):
+    # Older runtimes read external data from anywhere on the disk; newer ones check the folder themselves. Only a target of
+    # qexport.remote, which looked before it copied, may lack onnx.
+    if version_tuple(ort.__version__) < (1, 25) and find_spec("onnx"):
+        from qexport.external_data import check_external_data
+
         check_external_data(path)
     opened = create_session(path, str(path), options, providers, bool(library))
     if library:

@@ -150,6 +150,29 @@ def common_options(function):
     return function
 
 
+def target_options(function):
+    """--target and what goes with it, of the commands that can measure on another machine."""
+    for option in (
+        click.option("--ssh-config", metavar="FILE", help="Configuration for ssh [your own]."),
+        click.option("--python", metavar="NAME", help="Python there, with numpy and onnxruntime [python3]."),
+        click.option("--library", metavar="FILE", help="Op library, or a wheel of qexport with it [the installed one]."),
+        click.option("--target", metavar="URL", help="Measure on another machine: ssh://user@host[:port]."),
+    ):
+        function = option(function)
+    return function
+
+
+def make_target(url: str | None, python: str | None, ssh_config: str | None):
+    """The `qexport.remote.Target` that the options ask for, None for this machine."""
+    if url is None:
+        if python or ssh_config:
+            raise click.UsageError("--python and --ssh-config go with --target")
+        return None
+    from qexport.remote.connection import Target
+
+    return Target(url, python or "python3", ssh_config)
+
+
 def print_json(document: dict) -> None:
     """The machine-readable answer of a command."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))

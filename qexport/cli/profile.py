@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import Numbers, common_options, print_json
+from qexport.cli import Numbers, common_options, make_target, print_json, target_options
 
 
 @click.command("profile")
@@ -15,9 +15,30 @@ from qexport.cli import Numbers, common_options, print_json
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the clock starts.")
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
 @click.option("--memory", is_flag=True, help="Where memory goes: peaks by source, leaks, efficiency, per node.")
+@target_options
 @common_options
-def command(bundle, providers, allow_fallback, batch, seq, runs, warmup, threads, memory, as_json, quiet, verbose):
-    """Time the bundle in DIR and its classical model in one run, interleaved: latency, per op, memory, placement."""
+def command(
+    bundle,
+    providers,
+    allow_fallback,
+    batch,
+    seq,
+    runs,
+    warmup,
+    threads,
+    memory,
+    target,
+    library,
+    python,
+    ssh_config,
+    as_json,
+    quiet,
+    verbose,
+):
+    """Time the bundle in DIR and its classical model in one run, interleaved: latency, per op, memory, placement.
+
+    With --target on another machine, over ssh.
+    """
     from qexport.cli.render import show_profile
     from qexport.cli.text import progress_line
     from qexport.profiling import profile
@@ -32,6 +53,8 @@ def command(bundle, providers, allow_fallback, batch, seq, runs, warmup, threads
         warmup=warmup,
         threads=threads,
         memory=memory,
+        library=library or True,
+        target=make_target(target, python, ssh_config),
         progress=progress_line(quiet or as_json),
     )
     if as_json:

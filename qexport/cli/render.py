@@ -46,11 +46,16 @@ def show_conversion(report, verbose: bool) -> None:
         click.echo(f"next: qexport validate {report.path}")
 
 
+def _measured(found: dict) -> str:
+    """The bundle, and the machine where that is another one."""
+    return f"{found['bundle']} at {found['target']}" if found["target"] else found["bundle"]
+
+
 def show_validation(report, verbose: bool) -> None:
     """What `validate` found: outputs, sites, verdict."""
     data, found = report.to_dict()["data"], report.to_dict()
     click.echo(
-        f"{found['bundle']} on {data['source']}: {plural(data['samples'], 'item')}, {plural(len(found['seeds']), 'seed')}"
+        f"{_measured(found)} on {data['source']}: {plural(data['samples'], 'item')}, {plural(len(found['seeds']), 'seed')}"
     )
     for note in data["notes"]:
         click.echo(f"note: {note}")
@@ -151,7 +156,7 @@ def show_profile(report, verbose: bool) -> None:
     settings, machine = found["settings"], found["machine"]
     threads = settings["threads"] or "all"
     click.echo(
-        f"{found['bundle']}: {machine['processor']}, {machine['cpu_count']} cores, "
+        f"{_measured(found)}: {machine['processor']}, {machine['cpu_count']} cores, "
         f"onnxruntime {found['versions']['onnxruntime']}, {', '.join(settings['providers'])}, threads: {threads}, "
         f"{settings['runs']} runs, interleaved"
     )

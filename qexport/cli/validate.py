@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
+from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, make_target, print_json, target_options
 
 
 @click.command("validate")
@@ -14,18 +14,29 @@ from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
 @click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
+@target_options
 @common_options
-def command(bundle, data, max_error, seeds, batch, seq, as_json, quiet, verbose):
+def command(bundle, data, max_error, seeds, batch, seq, target, library, python, ssh_config, as_json, quiet, verbose):
     """Compare the bundle in DIR with its classical model, with and without the op library.
 
-    Exit code 3 when the error is out of tolerance.
+    With --target on another machine, over ssh. Exit code 3 when the error is out of tolerance.
     """
     from qexport.cli.render import show_validation
     from qexport.cli.text import progress_line
     from qexport.validation import validate
 
     progress = progress_line(quiet or as_json)
-    report = validate(bundle, data, max_error=max_error, seeds=seeds, batch=batch, seq=seq, progress=progress)
+    report = validate(
+        bundle,
+        data,
+        max_error=max_error,
+        seeds=seeds,
+        batch=batch,
+        seq=seq,
+        library=library or True,
+        target=make_target(target, python, ssh_config),
+        progress=progress,
+    )
     if as_json:
         print_json(report.to_dict())
     else:

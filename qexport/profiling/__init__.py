@@ -40,6 +40,7 @@ class ProfileReport:
         machine: operating system, processor and number of CPUs.
         sizes: one dict per batch size and length: latencies in milliseconds, per op, and memory in bytes, of both models.
         versions: of qexport and what it ran on.
+        target: the URL of the machine, None for this one.
     """
 
     bundle: str
@@ -47,6 +48,7 @@ class ProfileReport:
     machine: dict
     sizes: list[dict]
     versions: dict
+    target: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data."""
@@ -65,6 +67,7 @@ def profile(
     library=True,
     allow_fallback=False,
     memory: bool = False,
+    target=None,
     progress=None,
 ) -> ProfileReport:
     """Measure latency, throughput, time per op, placement and memory of a bundle's two models.
@@ -78,11 +81,13 @@ def profile(
         threads: intra-op threads; the runtime's choice when None.
         library, allow_fallback: as in `qexport.runtime.session`, for the converted model.
         memory: run a `qexport.memory.AdvancedMemoryProfiler` over loading and running each model, some ten seconds longer.
+        target: measure on another machine: ssh://user@host[:port], or a `qexport.remote.Target`. `library` may then also be
+            a wheel of qexport for that machine.
         progress: called with one line per step.
 
     Raises:
         UsageError: a number below 1, a length above the model's limit, or a provider that is not available.
-        QexportError: the bundle or the runtime is at fault.
+        QexportError: the bundle, the runtime or the target is at fault.
     """
     batches, lengths = numbers("batch", batch), numbers("seq", seq)
     for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
@@ -90,6 +95,12 @@ def profile(
             raise UsageError(f"{name} must be >= {least}, got {value}")
     say = progress or (lambda text: None)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if target is not None:
+        from qexport.remote.measuring import measure_there
+
+        arguments = {"providers": providers, "batch": batches, "seq": lengths, "runs": runs, "warmup": warmup}
+        arguments |= {"threads": threads, "allow_fallback": allow_fallback, "memory": memory}
+        return measure_there(ProfileReport, "profile", opened, target, arguments, library=library, progress=progress)
     providers = runtime.check_providers(providers)
     sizes = _distinct_sizes(opened, batches, lengths)
     feeds = [generate(opened, batch=b, seq=s).feeds[0] for b, s, _ in sizes]

@@ -33,6 +33,7 @@ class ValidationReport:
         outputs: name of a model output to its errors.
         sites: one dict per attention, with its errors, bias and spread.
         worst_site: the entry of `sites` with the largest error; None where no site could be measured.
+        target: the URL of the machine it was computed on, None for this one.
     """
 
     bundle: str
@@ -50,6 +51,7 @@ class ValidationReport:
     first_over_tolerance: dict | None
     worst_site: dict | None
     versions: dict = field(default_factory=dict)
+    target: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
@@ -67,6 +69,7 @@ def validate(
     seq: int | None = None,
     library=True,
     providers=None,
+    target=None,
     progress=None,
 ) -> ValidationReport:
     """Compare a bundle's converted model with its classical one.
@@ -82,6 +85,7 @@ def validate(
         batch, seq: items per run and sequence length; see `qexport.data.load_inputs`.
         library: True, a path of an op library, or False to compare the fallback alone.
         providers: execution providers; the CPU when None.
+        target: compute on another machine, as in `qexport.profile`.
         progress: called with one line per step.
 
     Raises:
@@ -93,6 +97,13 @@ def validate(
     if max_error is not None and not 0 < max_error < math.inf:
         raise UsageError(f"max_error must be a positive number, got {max_error}")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if target is not None:
+        from qexport.remote.measuring import measure_there
+
+        arguments = {"max_error": max_error, "seeds": seeds, "batch": batch, "seq": seq, "providers": providers}
+        return measure_there(
+            ValidationReport, "validate", opened, target, arguments, library=library, data=data, progress=progress
+        )
     inputs = load_inputs(opened, data, batch=batch, seq=seq)
     chosen = list(range(seeds))
     found = compare(opened, inputs, chosen, library=library, providers=providers, progress=progress)

@@ -1,0 +1,346 @@
+"""Measuring on another machine over ssh: the same reports, nothing left there, and no trust in what it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundle_factory import make_bundle, make_text_bundle
+from deployment_cases import AARCH64, elf
+from ssh_server import PACKAGES, free_port, make_python, server  # noqa: F401  (a fixture)
+
+import qexport as package
+from qexport import profile, validate
+from qexport.deployment.library import MACHINES, this_target
+from qexport.errors import QexportError, UsageError
+from qexport.remote import Target
+from qexport.remote.connection import MOST_ANSWER, printable
+
+pytestmark = pytest.mark.skipif(this_target() is None, reason=f"this machine is none of {', '.join(MACHINES)}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("remote") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def pythons(tmp_path_factory):
+    """By name: with numpy and onnxruntime alone, with onnx as well, and without onnxruntime."""
+    base = tmp_path_factory.mktemp("pythons")
+    chosen = {"plain": PACKAGES[:2], "onnx": PACKAGES, "bare": PACKAGES[:1]}
+    return {name: make_python(base / name, *packages) for name, packages in chosen.items()}
+
+
+@pytest.fixture
+def target(server, pythons):  # noqa: F811
+    def make(python="plain", *, url=None, config=None):
+        chosen = pythons.get(python, python)
+        return Target(url or server.url, str(chosen), str(config or server.config()))
+
+    return make
+
+
+@pytest.fixture
+def options(server, pythons):  # noqa: F811
+    """The options of the command that say the same."""
+
+    def make(python="plain"):
+        return ["--target", server.url, "--python", pythons[python], "--ssh-config", server.config()]
+
+    return make
+
+
+def fails(function, *arguments, **keywords) -> str:
+    with pytest.raises(QexportError) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_profile_needs_numpy_and_onnxruntime_there(folder, server, target):  # noqa: F811
+    """The report is the one of this machine: same keys at every depth, same nodes; measured where it says."""
+    sizes = {"batch": (1, 2), "seq": 8, "runs": 6, "warmup": 1, "threads": 1}
+    steps = []
+    there = profile(folder, target=target(), progress=steps.append, **sizes).to_dict()
+    here = profile(folder, **sizes).to_dict()
+    assert there.pop("target") == server.url
+    assert here.pop("target") is None
+    assert shape(there) == shape(here)
+    assert there["bundle"] == here["bundle"] == str(folder)
+    assert there["versions"] == here["versions"]
+    assert there["settings"] == here["settings"]
+    model = there["sizes"][1]["models"]["converted"]
+    assert {op["op"] for op in model["ops"]} >= {"QuantumAttention"}
+    assert model["memory"]["peak_bytes"] > 1 << 20
+    assert "127.0.0.1: timing batch 2, length 8" in steps
+    assert server.left() == []
+
+
+def shape(value):
+    """Keys and types of a report; numbers are figures, and lists are as their first element (times differ, so do orders)."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
+
+
+def test_validate_finds_there_what_it_finds_here(folder, server, options, qexport, tmp_path):  # noqa: F811
+    """To the last digit: the processor and the library are the same, and so are the seeds."""
+    data = tmp_path / "data.npz"
+    rng = np.random.default_rng(3)
+    np.savez(data, input_ids=rng.integers(0, 50, (3, 20)), attention_mask=np.ones((3, 20), np.int64))
+    for chosen in ([], ["--batch", 2, "--seq", 16], ["--data", data, "--batch", 2]):
+        arguments = ["validate", folder, "--json", "--seeds", 4, "--max-error", "5", *chosen]
+        code, out, _ = qexport(*arguments, *options("onnx"))
+        there, here = json.loads(out), json.loads(qexport(*arguments)[1])
+        assert code == 0
+        assert there.pop("target") == server.url
+        assert here.pop("target") is None
+        assert there == here
+    code, out, _ = qexport("validate", folder, "--max-error", "1e-6", *options("onnx"))
+    assert code == 3
+    assert f"{folder} at {server.url} on stored samples" in out
+    assert server.left() == []
+
+
+def test_texts_are_read_here(target, server, tmp_path):  # noqa: F811
+    pytest.importorskip("tokenizers")
+    bundle = make_text_bundle(tmp_path / "bundle")
+    report = validate(bundle, ["the cat sat", "the cat"], max_error=5, seeds=2, target=target("onnx"))
+    assert report.data["samples"] == 2
+    assert server.left() == []
+
+
+def test_what_is_missing_there(folder, server, target):  # noqa: F811
+    text = fails(profile, folder, target=target("bare"))
+    assert "onnxruntime not installed for" in text
+    assert "pip install onnxruntime there" in text
+    assert "onnx not installed" in fails(validate, folder, target=target("plain"))
+    text = fails(profile, folder, target=target("no-such-python"))
+    assert "cannot run 'no-such-python'" in text
+    assert "--python" in text
+    assert server.left() == []
+
+
+def test_our_own_python_is_refused_where_it_hides_the_copy(folder, target, server):  # noqa: F811
+    """An editable install comes before everything on the path."""
+    finders = subprocess.run([sys.executable, "-c", "import qexport, sys; print(qexport.__file__)"], capture_output=True)
+    installed = Path(os.fsdecode(finders.stdout.strip()))
+    if "site-packages" in installed.parts:
+        assert profile(folder, seq=8, runs=1, warmup=0, target=target(sys.executable)).target
+    else:
+        assert "editable install of qexport" in fails(profile, folder, target=target(sys.executable))
+    assert server.left() == []
+
+
+def test_errors_of_the_job_come_back_as_they_are(folder, target, options, qexport, server):  # noqa: F811
+    text = fails(profile, folder, seq=65, target=target())
+    assert "sequence 65 is longer than the model takes (64); lower it" in text
+    assert qexport("profile", folder, "--seq", 65, *options())[0] == 2
+    code, out, err = qexport("profile", folder, "--provider", "NoProvider", *options())
+    assert (code, out) == (2, "")
+    assert "provider 'NoProvider' is not in this onnxruntime" in err
+    assert server.left() == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ({"known": None}, "its host key is not known here"),
+        ({"known": "stranger"}, "its host key is another one than before"),
+        ({"key": "stranger"}, "it accepts none of your keys"),
+    ],
+)
+def test_hosts_and_users_must_know_each_other(folder, server, target, chosen, says):  # noqa: F811
+    """Though the configuration says StrictHostKeyChecking no; and a host that was refused is not remembered."""
+    for _ in range(2):
+        config = server.config("other_config", **chosen)
+        before = config.with_name("other_config.known").read_text()
+        assert says in fails(profile, folder, target=target(config=config))
+        assert config.with_name("other_config.known").read_text() == before
+    assert server.left() == []
+
+
+def test_a_wrong_port(folder, server, target):  # noqa: F811
+    url = server.url.rpartition(":")[0] + f":{free_port()}"
+    assert "Connection refused" in fails(profile, folder, target=target(url=url))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "host",
+        "http://host",
+        "ssh://",
+        "ssh://-oProxyCommand=touch x",
+        "ssh://-l@host",
+        "ssh://a b@host",
+        "ssh://me:secret@host",
+        "ssh://host:99999",
+        "ssh://host:port",
+        "ssh://host/etc",
+        "ssh://host?x",
+        "ssh://host;reboot",
+    ],
+)
+def test_urls(folder, url, qexport):
+    with pytest.raises(UsageError, match="is not of the form ssh://user@host"):
+        profile(folder, target=url)
+    assert qexport("profile", folder, "--target", url)[0] == 2
+
+
+def test_options_that_go_together(folder, server, qexport, tmp_path):  # noqa: F811
+    code, _, err = qexport("validate", folder, "--python", "python3")
+    assert (code, "--python and --ssh-config go with --target" in err) == (2, True)
+    code, _, err = qexport("validate", folder, "--target", server.url, "--ssh-config", tmp_path / "nothing")
+    assert (code, "no such ssh configuration file" in err) == (2, True)
+
+
+def test_a_library_for_another_machine_is_not_sent(folder, target, tmp_path, server):  # noqa: F811
+    if this_target() != "linux-x86_64":
+        pytest.skip("the file is one for aarch64")
+    (tmp_path / "other.so").write_bytes(elf(AARCH64))
+    assert "does not fit the target linux-x86_64" in fails(profile, folder, library=tmp_path / "other.so", target=target())
+    assert server.left() == []
+
+
+# --- Targets that answer something else
+
+HELLO = json.dumps({"hello": {"target": this_target(), "python": [3, 12, 1], "missing": []}})
+# Reads all that is sent, then answers.
+LIAR = """#!{python}
+import sys, json
+print({hello!r}, flush=True)
+for line in sys.stdin.buffer:
+    if line.startswith(b'{{"command"'):
+        break
+{answer}
+"""
+
+
+@pytest.fixture
+def liar(target, tmp_path):
+    def make(answer, hello=HELLO):
+        program = tmp_path / "python"
+        program.write_text(LIAR.format(python=sys.executable, hello=hello, answer=answer))
+        program.chmod(0o755)
+        return target(str(program))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("print('Welcome to Ubuntu\\x1b[2J')", "answered 'Welcome to Ubuntu?[2J', which is not what was asked"),
+        ("print('[1, 2]')", "answered '[1, 2]'"),
+        ("print('{\"report\": NaN}')", "which is not what was asked"),
+        ("print('[' * 100000)", "which is not what was asked"),
+        ("sys.stdout.buffer.write(b'\\xff\\x00{')", "which is not what was asked"),
+        ("pass", "no reason given"),
+        ("sys.exit('out of memory')", "out of memory (exit code 1)"),
+        ("print(json.dumps({'removed': True}))", "no reason given"),
+        ("print(json.dumps({'report': {}}))", "no reason given"),
+        ("print(json.dumps({'report': [], 'removed': True}))", "no report of this qexport"),
+        ("print(json.dumps({'report': {'bundle': '/etc'}, 'removed': True}))", "no report of this qexport"),
+        ("print(json.dumps({'error': 'a\\nb\\x1b]0;c\\x07' + 'd' * 9999}))", "a b?]0;c?ddd"),
+        ("print(json.dumps({'error': ['x']}))", "['x']"),
+    ],
+)
+def test_answers_that_are_none(folder, liar, answer, says):
+    text = fails(profile, folder, target=liar(answer))
+    assert says in text
+    assert text.isprintable()
+    assert len(text) < 500
+
+
+@pytest.mark.parametrize(
+    ("hello", "says"),
+    [
+        ("Last login: today", "answered 'Last login: today'"),
+        ('{"hello": {}}', "did not say what is installed there"),
+        ('{"hello": {"target": "linux-riscv64", "python": [3, 12, 1], "missing": []}}', "is linux-riscv64"),
+        ('{"hello": {"target": ["x"], "python": [3, 12, 1], "missing": []}}', "op libraries are for"),
+        ('{"hello": {"target": "linux-x86_64", "python": [3, 9, 2], "missing": []}}', "Python 3.9.2 is too old"),
+        ('{"hello": {"target": "linux-x86_64", "python": ["3"], "missing": []}}', "did not say"),
+    ],
+)
+def test_introductions_that_are_none(folder, liar, hello, says):
+    assert says in fails(profile, folder, target=liar("pass", hello))
+
+
+def test_endless_answers_are_cut_off(folder, liar, monkeypatch):
+    assert MOST_ANSWER > 1 << 20
+    monkeypatch.setattr("qexport.remote.connection.MOST_ANSWER", 1 << 20)
+    for answer in ("while True: print('{}')", "while True: print('x' * 1000, end='')"):
+        assert "answered more than 1 MB; it was cut off" in fails(profile, folder, target=liar(answer))
+
+
+def test_texts_of_a_target_do_not_steer_the_terminal():
+    assert printable({"a\x1b": ["b\nc", "\ud800", "日本", 1.5, None]}) == {"a?": ["b c", "?", "日本", 1.5, None]}
+
+
+# --- Ends that come early
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing(folder, server, pythons, number):  # noqa: F811
+    """Neither files nor processes, even where we are killed without a chance to say good-bye."""
+    command = [sys.executable, "-m", "qexport", "profile", str(folder), "--runs", "10000000", "--target", server.url]
+    command += ["--python", str(pythons["plain"]), "--ssh-config", str(server.config())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(server.temporary.glob("qexport-*/job.json")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.05)
+    (made,) = server.temporary.iterdir()
+    while not jobs_in(made):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], err
+    assert server.left() == []
+    while jobs_in(made):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def jobs_in(folder: Path) -> list[str]:
+    """Processes that work in a folder, which may be gone."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            where = os.readlink(link)
+        except OSError:
+            continue
+        if where.removesuffix(" (deleted)") == str(folder):
+            found.append(link.parent.name)
+    return found
+
+
+def test_a_full_disk_there(folder, target, server, monkeypatch):  # noqa: F811
+    """A file where a folder has to be: whatever cannot be written there is said, and what was is removed."""
+    from qexport.remote.connection import Connection
+
+    send = Connection.send
+
+    def spoiled(self, name, source):
+        if name == "job.json":
+            send(self, "lib", b"")
+            send(self, "lib/more/file", b"x" * (1 << 24))
+        send(self, name, source)
+
+    monkeypatch.setattr(Connection, "send", spoiled)
+    text = fails(profile, folder, seq=8, target=target())
+    assert "cannot write what was sent" in text
+    assert server.left() == []
