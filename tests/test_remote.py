@@ -65,7 +65,7 @@ def fails(function, *arguments, **keywords) -> str:
 
 def test_profile_needs_numpy_and_onnxruntime_there(folder, server, target):  # noqa: F811
     """The report is the one of this machine: same keys at every depth, same nodes; measured where it says."""
-    sizes = {"batch": (1, 2), "seq": 8, "runs": 6, "warmup": 1, "threads": 1}
+    sizes = {"batch": 2, "seq": 8, "runs": 6, "warmup": 1, "threads": 1}
     steps = []
     there = profile(folder, target=target(), progress=steps.append, **sizes).to_dict()
     here = profile(folder, **sizes).to_dict()
@@ -75,11 +75,20 @@ def test_profile_needs_numpy_and_onnxruntime_there(folder, server, target):  # n
     assert there["bundle"] == here["bundle"] == str(folder)
     assert there["versions"] == here["versions"]
     assert there["settings"] == here["settings"]
-    model = there["sizes"][1]["models"]["converted"]
+    model = there["sizes"][0]["models"]["converted"]
     assert {op["op"] for op in model["ops"]} >= {"QuantumAttention"}
     assert model["memory"]["peak_bytes"] > 1 << 20
     assert "127.0.0.1: timing batch 2, length 8" in steps
     assert server.left() == []
+
+
+def flat(value) -> list[float]:
+    """The numbers of a report, in their order."""
+    if isinstance(value, dict):
+        return flat(list(value.values()))
+    if isinstance(value, list):
+        return [number for item in value for number in flat(item)]
+    return [float(value)] if isinstance(value, (int, float)) else []
 
 
 def shape(value):
@@ -92,19 +101,20 @@ def shape(value):
 
 
 def test_validate_finds_there_what_it_finds_here(folder, server, options, qexport, tmp_path):  # noqa: F811
-    """To the last digit: the processor and the library are the same, and so are the seeds."""
+    """The processor and the library are the same, and so are the seeds; numpy adds up in an order of its own."""
     data = tmp_path / "data.npz"
     rng = np.random.default_rng(3)
     np.savez(data, input_ids=rng.integers(0, 50, (3, 20)), attention_mask=np.ones((3, 20), np.int64))
-    for chosen in ([], ["--batch", 2, "--seq", 16], ["--data", data, "--batch", 2]):
-        arguments = ["validate", folder, "--json", "--seeds", 4, "--max-error", "5", *chosen]
+    for chosen in ([], ["--data", data, "--batch", 2]):
+        arguments = ["validate", folder, "--json", "--seeds", 2, "--max-error", "5", *chosen]
         code, out, _ = qexport(*arguments, *options("onnx"))
         there, here = json.loads(out), json.loads(qexport(*arguments)[1])
         assert code == 0
         assert there.pop("target") == server.url
         assert here.pop("target") is None
-        assert there == here
-    code, out, _ = qexport("validate", folder, "--max-error", "1e-6", *options("onnx"))
+        assert shape(there) == shape(here)
+        assert flat(there) == pytest.approx(flat(here), rel=1e-9)
+    code, out, _ = qexport("validate", folder, "--seeds", 1, "--max-error", "1e-6", *options("onnx"))
     assert code == 3
     assert f"{folder} at {server.url} on stored samples" in out
     assert server.left() == []
@@ -219,7 +229,7 @@ LIAR = """#!{python}
 import sys, json
 print({hello!r}, flush=True)
 for line in sys.stdin.buffer:
-    if line.startswith(b'{{"command"'):
+    if b'{{"command": ["-m", "qexport.remote.worker"]}}' in line:
         break
 {answer}
 """

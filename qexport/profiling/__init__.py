@@ -17,7 +17,6 @@ import numpy as np
 from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
-from qexport.external_data import file_bytes
 from qexport.generated import dimension_sizes, generate
 from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
@@ -143,6 +142,8 @@ def profile(
 def _least(path, session, feed: dict, shared) -> dict[str, int | None]:
     """The least bytes that any program must hold for the model: its weights (their files), inputs and outputs; and for one
     more run: its outputs. Of a pair in `shared` only the input counts, since both lie in the same memory."""
+    from qexport.external_data import file_bytes  # needs onnx, which the rest of a profile does not
+
     outputs = dict(zip([o.name for o in session.get_outputs()], runtime.run(session, None, feed), strict=True))
     made = sum(array.nbytes for name, array in outputs.items() if name not in {present for _, present in shared})
     return {"model": file_bytes(path) + sum(array.nbytes for array in feed.values()) + made, "run": made or None}

@@ -57,7 +57,8 @@ def receive(stream, folder):
 
 def run(stream, folder, command):
     """Runs the command in `folder`, which it finds its modules in; kills it and its children when `stream` ends."""
-    environment = dict(os.environ, PYTHONPATH=folder)
+    # onnxruntime, too, leaves a file in the folder for temporary ones
+    environment = dict(os.environ, PYTHONPATH=folder, TMPDIR=folder)
     # a session of its own, so that its children are killed with it
     job = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True

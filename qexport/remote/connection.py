@@ -6,6 +6,7 @@ known, and forwards nothing. What the target answers is data: it names no file h
 
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
@@ -96,8 +97,19 @@ class Connection:
     def __init__(self, target: Target, process: subprocess.Popen):
         self.target, self.process, self.left = target, process, MOST_ANSWER
         self._stderr = b""
-        self._reader = threading.Thread(target=self._keep_stderr, daemon=True)
-        self._reader.start()
+        self._lines = queue.SimpleQueue()
+        # both are read while we write, since a target may answer before it has read everything
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._keep_stdout, self._keep_stderr)]
+        for reader in self._readers:
+            reader.start()
+
+    def _keep_stdout(self) -> None:
+        while self.left > 0 and (line := self.process.stdout.readline(self.left)):
+            self.left -= len(line)
+            self._lines.put(line)
+        if self.left <= 0:
+            self.process.kill()
+        self._lines.put(None)
 
     def _keep_stderr(self) -> None:
         while data := self.process.stderr.read1(STDERR_KEPT):
@@ -133,10 +145,13 @@ class Connection:
         Raises:
             QexportError: it said something that is not a line of JSON, or more than MOST_ANSWER bytes.
         """
-        while line := self.process.stdout.readline(self.left):
-            self.left -= len(line)
+        while True:
+            line = self._lines.get()
             if self.left <= 0:
                 raise self.error(f"answered more than {MOST_ANSWER >> 20} MB; it was cut off")
+            if line is None:
+                self._lines.put(None)  # the end stays the end
+                return
             try:
                 message = json.loads(line, parse_constant=_refuse)
             except (ValueError, RecursionError):
@@ -146,6 +161,11 @@ class Connection:
                 raise self.error(f"answered {said!r}, which is not what was asked; its shell must print nothing by itself")
             yield printable(message)
 
+    def close(self) -> None:
+        """Wait until all that an ended process said is read."""
+        for reader in self._readers:
+            reader.join(GRACE)
+
     def error(self, text) -> QexportError:
         """An error of the target, as one line."""
         return QexportError(f"{self.target.url}: {one_line(printable(str(text)))}")
@@ -154,7 +174,7 @@ class Connection:
         """Why the connection or the target's Python ended."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE)
-        self._reader.join(GRACE)
+        self.close()
         said = self._stderr.decode("utf-8", "replace")
         for words, mend in MENDS.items():
             if words in said:
@@ -198,8 +218,8 @@ def connect(target: Target):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            connection.close()
             process.stdout.close()
-            connection._reader.join(GRACE)
             process.stderr.close()
 
 

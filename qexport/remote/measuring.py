@@ -17,7 +17,6 @@ from qexport.remote.connection import Connection, Target, connect
 from qexport.runtime import CUDA, provider_name
 
 OLDEST_PYTHON = [3, 11]
-NEEDED = {"profile": ("numpy", "onnxruntime"), "validate": ("numpy", "onnxruntime", "onnx")}
 # Of a bundle; the target has a library of its own, and texts become arrays here.
 STAY_HERE = ("lib/", "tokenizer/")
 
@@ -50,7 +49,8 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         feeds = load_inputs(opened, data, batch=arguments.pop("batch"), seq=arguments.pop("seq"))
     say(f"connecting to {target.host}")
     with connect(target) as (connection, hello), tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        platform = _check_hello(connection, hello, function)
+        needs_onnx = function == "validate" or arguments.get("memory")
+        platform = _check_hello(connection, hello, ["numpy", "onnxruntime", *(["onnx"] if needs_onnx else [])])
         say(f"copying to {target.host}")
         names = _send_library(connection, Path(folder), platform, arguments.get("providers"), library)
         _send_package(connection)
@@ -62,8 +62,8 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         return _as_report(connection, report_type, found, {"bundle": str(opened.path), "target": target.url})
 
 
-def _check_hello(connection: Connection, hello: dict, function: str) -> str:
-    """The platform of the target, after a check that it can run the function."""
+def _check_hello(connection: Connection, hello: dict, needed: list[str]) -> str:
+    """The platform of the target, after a check that it has the Python packages that are needed."""
     version, missing, platform = hello.get("python"), hello.get("missing"), hello.get("target")
     if not (isinstance(version, list) and isinstance(missing, list) and all(isinstance(n, int) for n in version)):
         raise connection.error("did not say what is installed there")
@@ -74,7 +74,7 @@ def _check_hello(connection: Connection, hello: dict, function: str) -> str:
         raise connection.error(
             f"Python {found} is too old, 3.11 is needed; give another with --python, or pack a deployment"
         )
-    if absent := [name for name in NEEDED[function] if name in missing]:
+    if absent := [name for name in needed if name in missing]:
         raise connection.error(
             f"{' and '.join(absent)} not installed for {connection.target.python!r}: pip install {' '.join(absent)} there, "
             "or give another Python with --python"
