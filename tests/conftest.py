@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ssh_server import server  # noqa: F401  (a fixture)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

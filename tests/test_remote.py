@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bundle_factory import make_bundle, make_text_bundle
 from deployment_cases import AARCH64, elf
-from ssh_server import PACKAGES, free_port, make_python, server  # noqa: F401  (a fixture)
+from ssh_server import PACKAGES, free_port, make_python
 
 import qexport as package
 from qexport import profile, validate
@@ -38,7 +38,7 @@ def pythons(tmp_path_factory):
 
 
 @pytest.fixture
-def target(server, pythons):  # noqa: F811
+def target(server, pythons):
     def make(python="plain", *, url=None, config=None):
         chosen = pythons.get(python, python)
         return Target(url or server.url, str(chosen), str(config or server.config()))
@@ -47,7 +47,7 @@ def target(server, pythons):  # noqa: F811
 
 
 @pytest.fixture
-def options(server, pythons):  # noqa: F811
+def options(server, pythons):
     """The options of the command that say the same."""
 
     def make(python="plain"):
@@ -63,7 +63,7 @@ def fails(function, *arguments, **keywords) -> str:
     return str(error.value)
 
 
-def test_profile_needs_numpy_and_onnxruntime_there(folder, server, target):  # noqa: F811
+def test_profile_needs_numpy_and_onnxruntime_there(folder, server, target):
     """The report is the one of this machine: same keys at every depth, same nodes; measured where it says."""
     sizes = {"batch": 2, "seq": 8, "runs": 6, "warmup": 1, "threads": 1}
     steps = []
@@ -100,7 +100,7 @@ def shape(value):
     return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
 
 
-def test_validate_finds_there_what_it_finds_here(folder, server, options, qexport, tmp_path):  # noqa: F811
+def test_validate_finds_there_what_it_finds_here(folder, server, options, qexport, tmp_path):
     """The processor and the library are the same, and so are the seeds; numpy adds up in an order of its own."""
     data = tmp_path / "data.npz"
     rng = np.random.default_rng(3)
@@ -120,7 +120,7 @@ def test_validate_finds_there_what_it_finds_here(folder, server, options, qexpor
     assert server.left() == []
 
 
-def test_texts_are_read_here(target, server, tmp_path):  # noqa: F811
+def test_texts_are_read_here(target, server, tmp_path):
     pytest.importorskip("tokenizers")
     bundle = make_text_bundle(tmp_path / "bundle")
     report = validate(bundle, ["the cat sat", "the cat"], max_error=5, seeds=2, target=target("onnx"))
@@ -128,7 +128,7 @@ def test_texts_are_read_here(target, server, tmp_path):  # noqa: F811
     assert server.left() == []
 
 
-def test_what_is_missing_there(folder, server, target):  # noqa: F811
+def test_what_is_missing_there(folder, server, target):
     text = fails(profile, folder, target=target("bare"))
     assert "onnxruntime not installed for" in text
     assert "pip install onnxruntime there" in text
@@ -139,7 +139,7 @@ def test_what_is_missing_there(folder, server, target):  # noqa: F811
     assert server.left() == []
 
 
-def test_our_own_python_is_refused_where_it_hides_the_copy(folder, target, server):  # noqa: F811
+def test_our_own_python_is_refused_where_it_hides_the_copy(folder, target, server):
     """An editable install comes before everything on the path."""
     finders = subprocess.run([sys.executable, "-c", "import qexport, sys; print(qexport.__file__)"], capture_output=True)
     installed = Path(os.fsdecode(finders.stdout.strip()))
@@ -150,7 +150,7 @@ def test_our_own_python_is_refused_where_it_hides_the_copy(folder, target, serve
     assert server.left() == []
 
 
-def test_errors_of_the_job_come_back_as_they_are(folder, target, options, qexport, server):  # noqa: F811
+def test_errors_of_the_job_come_back_as_they_are(folder, target, options, qexport, server):
     text = fails(profile, folder, seq=65, target=target())
     assert "sequence 65 is longer than the model takes (64); lower it" in text
     assert qexport("profile", folder, "--seq", 65, *options())[0] == 2
@@ -168,7 +168,7 @@ def test_errors_of_the_job_come_back_as_they_are(folder, target, options, qexpor
         ({"key": "stranger"}, "it accepts none of your keys"),
     ],
 )
-def test_hosts_and_users_must_know_each_other(folder, server, target, chosen, says):  # noqa: F811
+def test_hosts_and_users_must_know_each_other(folder, server, target, chosen, says):
     """Though the configuration says StrictHostKeyChecking no; and a host that was refused is not remembered."""
     for _ in range(2):
         config = server.config("other_config", **chosen)
@@ -178,7 +178,7 @@ def test_hosts_and_users_must_know_each_other(folder, server, target, chosen, sa
     assert server.left() == []
 
 
-def test_a_wrong_port(folder, server, target):  # noqa: F811
+def test_a_wrong_port(folder, server, target):
     url = server.url.rpartition(":")[0] + f":{free_port()}"
     assert "Connection refused" in fails(profile, folder, target=target(url=url))
 
@@ -206,14 +206,14 @@ def test_urls(folder, url, qexport):
     assert qexport("profile", folder, "--target", url)[0] == 2
 
 
-def test_options_that_go_together(folder, server, qexport, tmp_path):  # noqa: F811
+def test_options_that_go_together(folder, server, qexport, tmp_path):
     code, _, err = qexport("validate", folder, "--python", "python3")
     assert (code, "--python and --ssh-config go with --target" in err) == (2, True)
     code, _, err = qexport("validate", folder, "--target", server.url, "--ssh-config", tmp_path / "nothing")
     assert (code, "no such ssh configuration file" in err) == (2, True)
 
 
-def test_a_library_for_another_machine_is_not_sent(folder, target, tmp_path, server):  # noqa: F811
+def test_a_library_for_another_machine_is_not_sent(folder, target, tmp_path, server):
     if this_target() != "linux-x86_64":
         pytest.skip("the file is one for aarch64")
     (tmp_path / "other.so").write_bytes(elf(AARCH64))
@@ -301,7 +301,7 @@ def test_texts_of_a_target_do_not_steer_the_terminal():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_leaves_nothing(folder, server, pythons, number):  # noqa: F811
+def test_an_interrupted_run_leaves_nothing(folder, server, pythons, number):
     """Neither files nor processes, even where we are killed without a chance to say good-bye."""
     command = [sys.executable, "-m", "qexport", "profile", str(folder), "--runs", "10000000", "--target", server.url]
     command += ["--python", str(pythons["plain"]), "--ssh-config", str(server.config())]
@@ -338,7 +338,7 @@ def jobs_in(folder: Path) -> list[str]:
     return found
 
 
-def test_a_full_disk_there(folder, target, server, monkeypatch):  # noqa: F811
+def test_a_full_disk_there(folder, target, server, monkeypatch):
     """A file where a folder has to be: whatever cannot be written there is said, and what was is removed."""
     from qexport.remote.connection import Connection
 
