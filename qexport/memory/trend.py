@@ -29,8 +29,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-from qexport.validation.statistics import CONFIDENCE, t_survival
-
 LEVEL = 0.01  # of the leak test of a block, over all of its counters
 MIN_READINGS = 8  # of each part that the leak test looks at: 32 calls
 LEAST_RATE = 16.0  # bytes a call: the size of the smallest object in Python
@@ -90,6 +88,8 @@ def slope_test(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     if slope <= 0 or freedom <= 0:
         return slope, 1.0
     variance = tau * float(residuals @ residuals) / (len(x) - 2) / spread
+    from qexport.validation.statistics import t_survival  # whose package needs onnx, which a profile does not
+
     return slope, t_survival(slope / math.sqrt(variance), freedom) if variance > 0 else 0.0
 
 
@@ -137,6 +137,8 @@ def theil_sen(x, y) -> dict:
     i, j = np.triu_indices(len(bx), 1)
     slopes = np.sort((by[j] - by[i]) / (bx[j] - bx[i]))
     result["slope"] = float(np.median(slopes))
+    from qexport.validation.statistics import CONFIDENCE  # whose package needs onnx, which a profile does not
+
     margin = kendall_quantile(len(bx), (1 + CONFIDENCE) / 2)
     low = -1 if margin is None else (len(slopes) - margin) // 2 - 1
     if low >= 0 and len(x) >= 6 * tau:
