@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli.text import plural
+from qexport.words import plural
 
 
 def show_deployment(output, manifest: dict) -> None:
