@@ -1,5 +1,6 @@
 """Makes `bench` importable for the tests that use it, last on the path, so that the installed qexport is what is tested,
-and runs the command line for tests. Where tests share the machine (`-n`), each has one thread of OpenMP: read before torch is."""
+and runs the command line for tests. Where tests share the machine (`-n`), each has one thread of OpenMP:
+read before torch is."""
 
 import os
 import sys
