@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from qexport.compression import trellis
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.distillation import rate
 from qexport.compression.forms import Half, Method, Seen
@@ -215,24 +214,6 @@ def test_half_precision_stays_as_it_is(source, layers, tmp_path):
     result = healed(source, layers, forms, batches(1), tmp_path, steps=30)
     assert result.notes == []
     assert result.forms[layers[0].name] is forms[layers[0].name]
-
-
-def test_strings_are_left_alone(source, layers, tmp_path):
-    strings = {
-        layer.name: trellis.encode(layer.matrix(), np.ones(len(layer.matrix())), 3.0, np.eye(len(layer.matrix())))
-        for layer in layers
-        if layer.products and not layer.picks
-    }
-    mixed = compressed(layers) | dict([next(iter(strings.items()))])
-    result = healed(source, layers, mixed, batches(3), tmp_path, steps=30)
-    assert result.notes == ["not healed, as they are strings: 1 weights"]
-    assert result.after < result.before
-    name = next(iter(strings))
-    assert result.forms[name] is mixed[name]
-    only = [layer for layer in layers if layer.name in strings]
-    result = healed(source, only, strings, batches(3), tmp_path / "only")
-    assert (result.forms, result.step) == (strings, 0)
-    assert result.notes == [f"not healed, as they are strings: {len(strings)} weights"]
 
 
 def test_a_module_in_half_precision(tmp_path):

@@ -128,6 +128,9 @@ def compress(
             raise UsageError(
                 f"{model}: heal needs a torch model to train; give the folder or the callable that it came from"
             )
+        if settings.heal and "trellis" in settings.methods:
+            notes.append("healing has no hold on strings: trellis is left out; without healing it may lose less")
+            settings = settings.without("trellis")
         inputs = load_inputs(bundle, data, batch=batch, seq=seq)
         if data is None:
             notes.append(f"{inputs.source} tell too little for low-rank factors, and little about the loss: give --data")

@@ -17,7 +17,6 @@ from qexport.compression.forms import Form
 from qexport.compression.layers import LINEAR, TABLE, Layer
 from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
-from qexport.compression.trellis import Trellis
 from qexport.errors import QexportError
 from qexport.metrics import COSINE, Metric
 from qexport.sources import Source
@@ -59,11 +58,9 @@ class Distillation:
 
         A weight that is tied in the module may be two in the graph, a table and the matrix of a product, of a form each.
         """
-        lost, strings = [], 0
+        lost = []
         for layer in layers:
             form = chosen.get(layer.name)
-            if isinstance(form, Trellis):
-                strings += 1
             if not isinstance(form, Quantized | LowRank):
                 continue
             array = torch.from_numpy(layer.stored())
@@ -77,11 +74,10 @@ class Distillation:
             self.parts[layer.name] = (_Factors if isinstance(form, LowRank) else _Codes)(form)
             turned = found[places[0][0]] != (layer.transposed or not layer.products)
             self.places |= dict.fromkeys(places, (layer.name, turned))
-        if not self.parts and not strings:
+        if not self.parts:
             raise QexportError("none of the compressed weights is a parameter of the torch model: compress without healing")
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        notes = [f"not healed, as no single parameter of the torch model holds them: {names}"] if lost else []
-        return notes + [f"not healed, as they are strings: {strings} weights"] * bool(strings)
+        return [f"not healed, as no single parameter of the torch model holds them: {names}"] if lost else []
 
     def train(self, steps: int, learning_rate: float, store: Checkpoint, key: str, say) -> None:
         """Go `steps` steps, or those that are left of them by what is stored under `key`."""

@@ -63,7 +63,7 @@ def heal(
     Args:
         source: from `open_source`, of a torch model.
         layers: weights of the graph that was exported from it, or converted from that.
-        chosen: the form of each layer by its name; float16, trains and strings stay as they are.
+        chosen: the form of each layer by its name; float16 stays as it is.
         feeds: batches of inputs, a few of which are held out to tell the best step.
         steps: batches that are learnt from.
         metric: tells the output, and what is made small: for perplexity and top1 the KL divergence from the original
@@ -83,8 +83,6 @@ def heal(
 
     run = Distillation(source, metric, feeds)
     notes = run.place(layers, chosen)
-    if not run.parts:
-        return Healed(dict(chosen), 0.0, 0.0, 0, notes)
     try:
         run.train(steps, learning_rate, store, f"healing {steps} {learning_rate} {_digest(chosen)}", say)
     except RuntimeError as error:  # what torch raises for shapes, memory and missing gradients
