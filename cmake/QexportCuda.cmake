@@ -3,7 +3,7 @@
 #   1. CMAKE_CUDA_COMPILER, or the environment variable CUDACXX
 #   2. nvcc on the path, in CUDA_PATH, in /usr/local/cuda
 #   3. the wheels of the extra `cuda-build`, where the Python that builds has them
-# No step needs a GPU.
+# No step needs a GPU. A build for another processor has no plugin.
 
 set(QEXPORT_CUDA AUTO CACHE STRING "Build the CUDA plugin: AUTO (where there is nvcc), ON or OFF")
 set_property(CACHE QEXPORT_CUDA PROPERTY STRINGS AUTO ON OFF)
@@ -28,6 +28,10 @@ endfunction()
 
 # Sets `reason` to why the plugin cannot be built, or to "".
 function(_qexport_find_nvcc reason)
+  if(CMAKE_CROSSCOMPILING)
+    set(${reason} "no nvcc that compiles for another processor" PARENT_SCOPE)
+    return()
+  endif()
   if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{CUDACXX})
     set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
   endif()

@@ -30,13 +30,15 @@ bool runs_avx512bf16() {
 
 // From the least to the best.
 const Copy kCopies[] = {
+#if defined(QEXPORT_HAVE_NEON)
+    {&neon::kernels, runs_everywhere},
+#else
     {&generic::kernels, runs_everywhere},
+#endif
 #if defined(QEXPORT_HAVE_X86)
     {&avx2::kernels, runs_avx2},
     {&avx512::kernels, runs_avx512},
     {&avx512bf16::kernels, runs_avx512bf16},
-#elif defined(QEXPORT_HAVE_NEON)
-    {&neon::kernels, runs_everywhere},
 #endif
 };
 
