@@ -43,6 +43,9 @@ FORMS = (
 TYPED = "3d_grouped_odd"  # the form that is run in every type
 EQUAL = {"limit": 0.0, "equal": True}
 SAMPLES = 8
+# No draw of these cases lies within rounding of the border between two keys, where AVX-512 and AVX2 may differ too: with seed 5
+# one of 3900 rows drew another key.
+SEED = 7
 DRAWING = tuple(strategy for strategy in STRATEGIES if strategy not in BLOCKWISE)
 
 
@@ -88,7 +91,7 @@ def write_attention(
     attributes = case.all_attributes(strategy=strategy, num_samples=num_samples, **more)
     proto = attention_model(feeds, dtype, list(checks), attributes)
     name = "-".join(["attention", case.name, strategy, dtype, *more.values()])
-    writer.model(name, f"attention {dtype}", proto, feeds | {"seed": np.array(5)}, checks)
+    writer.model(name, f"attention {dtype}", proto, feeds | {"seed": np.array(SEED)}, checks)
 
 
 def write_draws(writer: Writer, strategy: str) -> None:
@@ -100,7 +103,7 @@ def write_draws(writer: Writer, strategy: str) -> None:
     # naive: how often each key was drawn, over num_samples. The others weigh what they drew.
     check = EQUAL if strategy == "naive" else {"limit": LIMITS["float32"], "zeros": True}
     proto = attention_model(feeds, "float32", ["Y"], attributes)
-    writer.model(f"draws-{strategy}", "attention draws", proto, feeds | {"seed": np.array(7)}, {"Y": check})
+    writer.model(f"draws-{strategy}", "attention draws", proto, feeds | {"seed": np.array(SEED)}, {"Y": check})
 
 
 def write_cache_step(writer: Writer) -> None:
@@ -141,7 +144,7 @@ def write_probabilities(writer: Writer) -> None:
         proto = one_node_model("QuantumOverlap", feeds, types, ("overlaps",), attributes)
         writer.model(f"overlap-{name_of(case)}", f"overlap {dtype}", proto, feeds, {"overlaps": {"limit": LIMITS[dtype]}})
     for dtype in TYPES:
-        feeds = {"probabilities": rows(40, 50), "seed": np.array(3)}
+        feeds = {"probabilities": rows(40, 50), "seed": np.array(SEED)}
         proto = one_node_model("QuantumMeasure", feeds, {"probabilities": dtype}, ("frequencies",), {"shots": 1000})
         writer.model(f"measure-{dtype}", "measure draws", proto, feeds, {"frequencies": EQUAL})
 
