@@ -120,7 +120,7 @@ def write_cache_step(writer: Writer) -> None:
     attributes = {name: value for name, value in QUANTUM_ATTENTION.resolve(attributes).items() if value is not None}
     checks = {"0": {"limit": LIMITS["float32"]}, "5": {"limit": LIMITS["float32"]}}
     arguments = [q, k, v, None, None, None, nonpad, np.array(0), inputs["key_summary"]]
-    writer.call("module-cache_step", "module", "quantum_attention", arguments, attributes, checks)
+    writer.call("module-cache_step", "attention cache step", "quantum_attention", arguments, attributes, checks)
 
 
 def write_probabilities(writer: Writer) -> None:
