@@ -43,8 +43,8 @@ FORMS = (
 TYPED = "3d_grouped_odd"  # the form that is run in every type
 EQUAL = {"limit": 0.0, "equal": True}
 SAMPLES = 8
-# No draw of these cases lies within rounding of the border between two keys, where AVX-512 and AVX2 may differ too: with seed 5
-# one of 3900 rows drew another key.
+# No draw of these cases lies within rounding of the border between two keys, where AVX-512 and AVX2 may differ too: with
+# seed 5 one of 3900 rows drew another key.
 SEED = 7
 DRAWING = tuple(strategy for strategy in STRATEGIES if strategy not in BLOCKWISE)
 

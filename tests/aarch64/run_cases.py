@@ -36,7 +36,7 @@ def fault(got: np.ndarray, expected: np.ndarray, check: dict) -> str:
     if check.get("equal") and (got.dtype != expected.dtype or not np.array_equal(got, expected)):
         return "not equal bit for bit"
     if check.get("zeros") and not np.array_equal(got == 0, expected == 0):
-        return "other elements are zero: other keys were drawn"
+        return "zero at other places: other keys were drawn"
     found = difference(got, expected)
     return "" if found <= check["limit"] else f"off by {found:.2g} of its largest number, allowed are {check['limit']:.2g}"
 
