@@ -1,4 +1,4 @@
-// RegisterCustomOps, the one symbol of libqexport_ops: adds the domain com.qexport to a session.
+// RegisterQexportOps: adds the domain com.qexport to a session.
 #include <cstdio>
 
 #include "mpo_linear.h"
@@ -6,6 +6,7 @@
 #include "mps_decode.h"
 #include "mps_encode.h"
 #include "qexport/cuda_plugin.h"
+#include "qexport_ops.h"
 #include "quantum_attention.h"
 #include "quantum_measure.h"
 #include "quantum_noise.h"
@@ -50,8 +51,7 @@ OrtCustomOpDomain* make_domain(const OrtApiBase* base) {
 }  // namespace
 }  // namespace qexport
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
-                                                                                            const OrtApiBase* base) {
+OrtStatus* ORT_API_CALL RegisterQexportOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace qexport;
   if (!base->GetApi(kOrtApiVersion)) {
     const std::string message =

@@ -3,7 +3,22 @@
 #include "tree_block.h"
 #include "tree_decode.h"
 
+// The copy whose other kernels this one uses: its own, unless the build says that they are another's, instruction by
+// instruction.
+#if !defined(QEXPORT_REST_OF)
+#define QEXPORT_REST_OF QEXPORT_ISA
+#endif
+
 namespace qexport {
+
+namespace QEXPORT_REST_OF {
+extern const DensityKernels<float> density_f32;  // of density_kernels.cc
+extern const DensityKernels<double> density_f64;
+extern const MpsKernels mps_kernels;                 // of mps_kernels.cc
+extern const MpsProductKernels mps_product_kernels;  // of product_kernels.cc
+extern const TrellisKernels trellis_kernels;         // of trellis_kernels.cc
+}  // namespace QEXPORT_REST_OF
+
 namespace QEXPORT_ISA {
 
 static size_t scratch_bytes(const AttentionJob& job) {
@@ -35,11 +50,6 @@ constexpr bool kLowPrecision = true;
 constexpr bool kLowPrecision = false;
 #endif
 
-extern const DensityKernels<float> density_f32;  // of density_kernels.cc
-extern const DensityKernels<double> density_f64;
-extern const MpsKernels mps_kernels;                 // of mps_kernels.cc
-extern const MpsProductKernels mps_product_kernels;  // of product_kernels.cc
-extern const TrellisKernels trellis_kernels;         // of trellis_kernels.cc
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          kMaxRows,
@@ -69,11 +79,11 @@ const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
                          tree_audit,
                          value_stats,
                          cluster_values,
-                         &density_f32,
-                         &density_f64,
-                         &mps_kernels,
-                         &mps_product_kernels,
-                         &trellis_kernels};
+                         &QEXPORT_REST_OF::density_f32,
+                         &QEXPORT_REST_OF::density_f64,
+                         &QEXPORT_REST_OF::mps_kernels,
+                         &QEXPORT_REST_OF::mps_product_kernels,
+                         &QEXPORT_REST_OF::trellis_kernels};
 
 }  // namespace QEXPORT_ISA
 }  // namespace qexport
