@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import IR_VERSION, make_manifest
+from qexport.progress import portion, unwatched
 
 OPSETS = (17, 24)
 # protobuf refuses 2 GiB; nodes and names need room beside the weights.
@@ -67,7 +68,7 @@ def convert(
     task: str | None = None,
     kv_cache: int | None = None,
     dry_run: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> ConversionReport:
     """Convert a transformer to a bundle.
 
@@ -85,7 +86,7 @@ def convert(
         kv_cache: give a causal language model a cache of so many tokens that it appends to in place: see
             `qexport.generation`.
         dry_run: do everything but write.
-        progress: is called with the name of each step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Returns:
         What was done, and the manifest of the bundle.
@@ -97,7 +98,7 @@ def convert(
     from qexport.kv_cache import OPSET as CACHE_OPSET
     from qexport.recipe import make_recipe
 
-    say = progress or (lambda step: None)
+    say = progress or unwatched
     if kv_cache is not None and kv_cache < 2:
         raise UsageError(f"kv_cache must be at least 2 tokens, got {kv_cache}")
     least = OPSETS[0] if kv_cache is None else CACHE_OPSET
@@ -131,10 +132,11 @@ def convert(
     from qexport.rewrite.sample_attention import sample_attention
     from qexport.sources import open_source
 
-    say("reading the model")
-    source = open_source(model, opset=opset, dtype=dtype, task=task, positions=kv_cache is not None)
+    source = open_source(
+        model, opset=opset, dtype=dtype, task=task, positions=kv_cache is not None, say=portion(say, 0.0, 0.5)
+    )
     if dry_run:
-        say("finding attention")
+        say("finding attention", 0.5)
         left_alone = _to_classical(source, opset, kv_cache, resolved)
         sites, more = _rewrite(source, sample_attention, resolved)
         _require_sites(source, sites, [*left_alone, *more])
@@ -142,10 +144,10 @@ def convert(
     from qexport.bundle import write_bundle
 
     with write_bundle(output) as writer:
-        report = write_models(writer.path, source, resolved, opset, kv_cache, say)
+        report = write_models(writer.path, source, resolved, opset, kv_cache, portion(say, 0.5, 0.95))
         report.path = Path(output)
         writer.manifest = report.manifest
-        say("writing the bundle")
+        say("writing the bundle", 0.95)
     return report
 
 
@@ -162,15 +164,15 @@ def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None,
     external = external_name(source.model)
     left_alone = []
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
-        say("finding attention")
+        say("finding attention", 0.0)
         left_alone = _to_classical(source, opset, kv_cache, recipe)
     attach_fallback(source.model)  # of noise that the model brought along
-    say("writing the classical model")
+    say("writing the classical model", 0.2)
     classical = folder / "classical.onnx"
     save(source.model, classical, external)
-    say("running the classical model")
+    say("running the classical model", 0.3)
     outputs, difference = run_classical(source, classical)
-    say("converting attention")
+    say("converting attention", 0.5)
     sites = []
     if recipe is not None:
         if opset < 23:
@@ -183,9 +185,9 @@ def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None,
     attach_fallback(source.model)
     save(source.model, folder / "model.onnx", external)
     if outputs is not None:
-        say("checking the fallback")
+        say("checking the fallback", 0.7)
         check_fallback(source, folder / "model.onnx", outputs)
-        say("checking the op library")
+        say("checking the op library", 0.85)
         check_library(source, folder / "model.onnx", outputs)
     write_samples(folder / "test_data_set_0", source.examples, outputs or source.expected)
     _copy_library(folder / "lib")

@@ -5,6 +5,7 @@ from importlib import util
 from pathlib import Path
 
 from qexport.errors import QexportError
+from qexport.progress import portion, unwatched
 
 SENTENCES = Path(__file__).with_name("demo_sentences.txt")
 SEQ = 128  # length that is profiled; the sentences have their own
@@ -44,7 +45,7 @@ def demo(output="qexport_demo", *, progress=None) -> DemoReport:
 
     Args:
         output: folder of the bundle; a bundle that is there is replaced.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         QexportError: the [demo] extra is missing, or one of the steps fails.
@@ -53,6 +54,7 @@ def demo(output="qexport_demo", *, progress=None) -> DemoReport:
     from qexport.profiling import profile
     from qexport.validation import validate
 
-    conversion = convert(minilm_folder(), output, progress=progress)
-    validation = validate(output, SENTENCES, progress=progress)
-    return DemoReport(conversion, validation, profile(output, seq=(SEQ,), progress=progress))
+    say = progress or unwatched
+    conversion = convert(minilm_folder(), output, progress=portion(say, 0.0, 0.5))
+    validation = validate(output, SENTENCES, progress=portion(say, 0.5, 0.8))
+    return DemoReport(conversion, validation, profile(output, seq=(SEQ,), progress=portion(say, 0.8, 1.0)))

@@ -178,7 +178,7 @@ def test_an_old_bundle_is_replaced_and_survives_a_failure(source, tmp_path):
     convert(source, target, strategy="stratified", num_samples=4)
     before = (target / "manifest.json").read_bytes()
 
-    def stop(step):
+    def stop(step, done):
         if step == "converting attention":
             raise KeyboardInterrupt
 
@@ -192,9 +192,9 @@ def test_an_old_bundle_is_replaced_and_survives_a_failure(source, tmp_path):
 
 def test_steps_are_told(source, tmp_path):
     steps = []
-    convert(source, tmp_path / "b", progress=steps.append)
-    assert steps[0] == "reading the model"
-    assert steps[-1] == "writing the bundle"
+    convert(source, tmp_path / "b", progress=lambda *step: steps.append(step))
+    assert steps[0] == ("reading the model", 0.0)
+    assert steps[-1][0] == "writing the bundle"
 
 
 def test_onnx_files_need_no_torch_and_print_nothing(source, tmp_path):

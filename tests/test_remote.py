@@ -67,7 +67,7 @@ def test_profile_needs_numpy_and_onnxruntime_there(folder, server, target):
     """The report is the one of this machine: same keys at every depth, same nodes; measured where it says."""
     sizes = {"batch": 2, "seq": 8, "runs": 6, "warmup": 1, "threads": 1}
     steps = []
-    there = profile(folder, target=target(), progress=steps.append, **sizes).to_dict()
+    there = profile(folder, target=target(), progress=lambda step, done: steps.append(step), **sizes).to_dict()
     here = profile(folder, **sizes).to_dict()
     assert there.pop("target") == server.url
     assert here.pop("target") is None

@@ -282,7 +282,7 @@ def test_a_model_that_does_not_run_is_one_line(tmp_path):
 def test_the_default_limit_and_progress(tmp_path):
     make_bundle(tmp_path / "b")
     steps = []
-    report = validate(tmp_path / "b", seeds=1, progress=steps.append)
+    report = validate(tmp_path / "b", seeds=1, progress=lambda *step: steps.append(step))
     assert report.max_error["library"] == DEFAULT_MAX_ERROR
     assert report.outputs["library"]["hidden"]["relative_error_ci95"] is None
     assert report.outputs["library"]["hidden"]["bias"]["verdict"] == TOO_FEW

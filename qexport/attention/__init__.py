@@ -11,6 +11,7 @@ from pathlib import Path
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
+from qexport.progress import portion, unwatched
 
 __all__ = ["MEASURES", "AttentionMaps", "SiteMap", "entropy", "map_attention", "site_labels"]
 
@@ -46,7 +47,7 @@ def map_attention(
         seq: sequence length that texts are cut to; without data, the length of generated inputs.
         library: True or a path of an op library: the probabilities come from it.
         providers: execution providers; the CPU when None.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: a layer, head or `seq` that is not there, or a file in the place of `output`.
@@ -58,7 +59,7 @@ def map_attention(
     from qexport.data import load_inputs
     from qexport.runtime import onnxruntime
 
-    say = progress or (lambda text: None)
+    say = progress or unwatched
     if not library:
         raise UsageError("library must be True or a path: attention maps come from the op library")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -72,7 +73,7 @@ def map_attention(
         raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
     layers, heads = (None if numbers is None else sorted({int(n) for n in numbers}) for numbers in (layers, heads))
     options = {"layers": layers, "heads": heads, "seed": seed, "library": library, "providers": providers}
-    items, unseen = capture(opened, inputs, progress=say, **options)
+    items, unseen = capture(opened, inputs, progress=portion(say, 0.0, 0.5 if output is not None else 1.0), **options)
     maps = AttentionMaps(
         bundle=str(opened.path),
         data={"source": inputs.source, "samples": inputs.samples, "notes": inputs.notes},
@@ -82,7 +83,7 @@ def map_attention(
         versions={"qexport": __version__, "onnxruntime": onnxruntime().__version__},
     )
     if output is not None:
-        maps.files = _write(maps, Path(output), pictures, say)
+        maps.files = _write(maps, Path(output), pictures, portion(say, 0.5, 1.0))
     return maps
 
 
@@ -115,12 +116,13 @@ def _write(maps: AttentionMaps, folder: Path, pictures: bool, say) -> list[Path]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".attention-") as scratch:
-            say("writing the page")
+            say("writing the page", 0.0)
             files = [Path(scratch) / PAGE]
             files[0].write_text(page(maps), encoding="utf-8")
-            for number, item in enumerate(maps.items if pictures else [], 1):
-                prefix = f"input_{number}_" if len(maps.items) > 1 else ""
-                files += _draw(item, Path(scratch), prefix, lambda name, n=number: say(f"drawing {name} of input {n}"))
+            for number, item in enumerate(maps.items if pictures else []):
+                prefix = f"input_{number + 1}_" if len(maps.items) > 1 else ""
+                tell = portion(say, number / len(maps.items), (number + 1) / len(maps.items))
+                files += _draw(item, Path(scratch), prefix, tell)
             return [file.replace(folder / file.name) for file in files]
     except OSError as error:
         raise QexportError(
@@ -136,8 +138,8 @@ def _draw(item: list[SiteMap], folder: Path, prefix: str, say) -> list[Path]:
         drawn[f"layer_{site.layer:02}"] = lambda site=site: figures.plot_site(site)
         drawn[f"layer_{site.layer:02}_difference"] = lambda site=site: figures.plot_site(site, "difference")
     files = []
-    for name, make in drawn.items():
-        say(name)
+    for number, (name, make) in enumerate(drawn.items()):
+        say(f"drawing {prefix}{name}", number / len(drawn))
         files.append(folder / f"{prefix}{name}.png")
         figures.save(make(), files[-1])
     return files

@@ -38,7 +38,7 @@ def capture(
     sites = [site for site in sites if site["name"] in local]
     if not sites:
         raise QexportError(f"{bundle.path}: has no attention that can be observed, outside of subgraphs; map another bundle")
-    progress("measuring how large the maps are")
+    progress("measuring how large the maps are", 0.0)
     sizes = measure_sizes(bundle, inputs, hybrid, local, providers)
     check_heads(sites, sizes, heads)
     check_memory(sizes, heads)
@@ -52,7 +52,7 @@ def capture(
         open_probe(model, bundle.model_path, library=library, providers=providers) as sampled,
     ):
         for number, (feed, by_site) in enumerate(zip(inputs.feeds, sizes, strict=True), 1):
-            progress(f"running both models, {number} of {len(inputs.feeds)}")
+            progress(f"running both models, {number} of {len(inputs.feeds)}", number / (len(inputs.feeds) + 1))
             masks, batch = keep_masks(bundle.manifest, feed), by_site[sites[0]["name"]].batch
             seeded = seeded_feed(feed, bundle.seed_input, seed)
             exact = _run(base, [*outputs.values(), *local.values(), *of_classical.values()], seeded)

@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from qexport import __version__
 from qexport.errors import QexportError
@@ -34,6 +35,7 @@ COMMANDS = {
     "ops": "List the ops of the domain com.qexport.",
     "doctor": "Check this installation and say how to mend it.",
     "demo": "Convert, validate and profile a real model from the [demo] extra.",
+    "completion": "Print the script that makes your shell complete this command.",
 }
 
 
@@ -52,6 +54,11 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def shell_complete(self, ctx, incomplete):
+        """From the table, as click's own would import every command."""
+        names = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
     def resolve_command(self, ctx, args):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(f"no command {args[0]!r}; commands: {', '.join(COMMANDS)}", ctx)
@@ -69,6 +76,20 @@ def cli():
 
     Start with `qexport demo`, or `qexport convert MODEL -o DIR`, then `qexport validate DIR` and `qexport profile DIR`.
     """
+
+
+class Place(click.ParamType):
+    """A path, which the library checks: here it is what the shell completes, a "file" or a "dir"."""
+
+    def __init__(self, name: str, kind: str):
+        self.name = name
+        self.kind = kind
+
+    def shell_complete(self, ctx, param, incomplete):
+        return [CompletionItem(incomplete, type=self.kind)]
+
+
+FILE, DIR = Place("FILE", "file"), Place("DIR", "dir")
 
 
 class Numbers(click.ParamType):
@@ -153,9 +174,9 @@ def common_options(function):
 def target_options(function):
     """--target and what goes with it, of the commands that can measure on another machine."""
     for option in (
-        click.option("--ssh-config", metavar="FILE", help="Configuration for ssh [your own]."),
+        click.option("--ssh-config", type=FILE, help="Configuration for ssh [your own]."),
         click.option("--python", metavar="NAME", help="Python there, with numpy and onnxruntime [python3]."),
-        click.option("--library", metavar="FILE", help="Op library, or a wheel of qexport with it [the installed one]."),
+        click.option("--library", type=FILE, help="Op library, or a wheel of qexport with it [the installed one]."),
         click.option("--target", metavar="URL", help="Measure on another machine: ssh://user@host[:port]."),
     ):
         function = option(function)

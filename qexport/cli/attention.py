@@ -2,16 +2,16 @@
 
 import click
 
-from qexport.cli import Numbers, common_options, print_json
+from qexport.cli import DIR, FILE, Numbers, common_options, print_json
 
 
 @click.command("attention")
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", type=DIR, metavar="DIR")
 @click.option("--text", "texts", multiple=True, help="A text to look at; may be given several times.")
 @click.option(
-    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+    "--data", type=FILE, help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
-@click.option("-o", "--output", required=True, metavar="FOLDER", help="Folder for attention.html and the pictures.")
+@click.option("-o", "--output", required=True, type=DIR, metavar="FOLDER", help="For attention.html and the pictures.")
 @click.option("--layers", type=Numbers(0), help="Numbers of the attentions, from 0 [all].")
 @click.option("--heads", type=Numbers(0), help="Numbers of the query heads, from 0 [all].")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampled model.")
@@ -26,12 +26,12 @@ def command(bundle, texts, data, no_pictures, as_json, quiet, verbose, **options
     """
     from qexport.attention import map_attention
     from qexport.cli.render_attention import show_attention
-    from qexport.cli.text import progress_line
+    from qexport.cli.text import progress_bar
 
     if texts and data:
         raise click.UsageError("--text and --data exclude each other")
-    progress = progress_line(quiet or as_json)
-    maps = map_attention(bundle, list(texts) or data, pictures=not no_pictures, progress=progress, **options)
+    with progress_bar(quiet or as_json) as progress:
+        maps = map_attention(bundle, list(texts) or data, pictures=not no_pictures, progress=progress, **options)
     if as_json:
         print_json(maps.to_dict())
     else:

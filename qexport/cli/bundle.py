@@ -2,18 +2,20 @@
 
 import click
 
-from qexport.cli import common_options, print_json
+from qexport.cli import DIR, FILE, common_options, print_json
 
 
 @click.command("bundle")
-@click.argument("bundle", metavar="DIR")
-@click.option("-o", "--output", required=True, metavar="OUT", help="Folder of the deployment; an old one is replaced.")
+@click.argument("bundle", type=DIR, metavar="DIR")
+@click.option(
+    "-o", "--output", required=True, type=DIR, metavar="OUT", help="Folder of the deployment; an old one is replaced."
+)
 @click.option("--target", metavar="NAME", help="linux-x86_64 or linux-aarch64 [this machine].")
 @click.option(
     "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the model there."
 )
 @click.option(
-    "--library", metavar="FILE", help="A wheel of qexport, or a libqexport_ops.so, for another target [the installed one]."
+    "--library", type=FILE, help="A wheel of qexport, or a libqexport_ops.so, for another target [the installed one]."
 )
 @common_options
 def command(bundle, output, target, provider, library, as_json, quiet, verbose):

@@ -2,12 +2,12 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
+from qexport.cli import FILE, OUT_OF_TOLERANCE, Share, common_options, print_json
 
 
 @click.command("compare")
-@click.argument("before", metavar="A.json")
-@click.argument("after", metavar="B.json")
+@click.argument("before", type=FILE, metavar="A.json")
+@click.argument("after", type=FILE, metavar="B.json")
 @click.option("--threshold", type=Share(), default=0.05, help="Changes up to this share of A's figure never count [5%].")
 @common_options
 def command(before, after, threshold, as_json, quiet, verbose):

@@ -2,28 +2,28 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
+from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, print_json
 
 
 @click.command("compress")
-@click.argument("model")
-@click.option("-o", "--output", required=True, metavar="DIR", help="Folder of the new bundle.")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", required=True, type=DIR, help="Folder of the new bundle.")
 @click.option("--ratio", type=float, metavar="R", help="File of the classical model over the compressed one, such as 8.")
 @click.option("--max-drop", type=Share(), help="Largest loss of the metric; the smallest file within it [1%].")
 @click.option(
-    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+    "--data", type=FILE, help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
 @click.option("--methods", metavar="M,...", help="Of fp16, int8, trellis, int4, low-rank, mpo [all].")
 @click.option(
     "--heal", type=click.IntRange(0), metavar="STEPS", help="Distil so many steps behind it; torch models only [0]."
 )
-@click.option("--config", metavar="FILE", help="Recipe in YAML with the key compress; options given here win over it.")
+@click.option("--config", type=FILE, help="Recipe in YAML with the key compress; options given here win over it.")
 @click.option("--metric", type=click.Choice(["perplexity", "top1", "cosine"]), help="What is lost [by the model].")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
 @click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
 @click.option("--opset", type=click.IntRange(17, 24), help="Opset of the file, unless MODEL is a bundle [23].")
-@click.option("--findings", metavar="DIR", help="Keep here what was found, for other ratios of this model.")
+@click.option("--findings", type=DIR, help="Keep here what was found, for other ratios of this model.")
 @click.option("--profile/--no-profile", default=True, help="Also measure latency and memory of both models [yes].")
 @common_options
 def command(model, config, as_json, quiet, verbose, **options):
@@ -42,7 +42,8 @@ def command(model, config, as_json, quiet, verbose, **options):
     from qexport.cli.text import progress_bar
     from qexport.compression import compress
 
-    report = compress(model, recipe=config, progress=progress_bar(quiet or as_json), **options)
+    with progress_bar(quiet or as_json) as progress:
+        report = compress(model, recipe=config, progress=progress, **options)
     if as_json:
         print_json(report.to_dict())
     else:

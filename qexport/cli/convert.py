@@ -2,9 +2,9 @@
 
 import click
 
-from qexport.cli import Numbers, Share, Shots, common_options, print_json
+from qexport.cli import DIR, FILE, Numbers, Share, Shots, common_options, print_json
 from qexport.cli.render import show_conversion
-from qexport.cli.text import progress_line
+from qexport.cli.text import progress_bar
 from qexport.ops import QUANTUM_ATTENTION
 
 
@@ -14,8 +14,8 @@ def choices(attribute: str) -> click.Choice:
 
 
 @click.command("convert")
-@click.argument("model")
-@click.option("-o", "--output", metavar="DIR", help="Folder of the bundle; an older bundle there is replaced.")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=DIR, help="Folder of the bundle; an older bundle there is replaced.")
 @click.option("--strategy", type=choices("strategy"), help="How attention is computed, see docs/math.md [tree].")
 @click.option("--error-tolerance", type=Share(), help="tree: relative error allowed at each attention; 0 is off [1%].")
 @click.option("--precision", type=choices("precision"), help="Lowest precision of products; exact and tree [tree: auto].")
@@ -35,7 +35,7 @@ def choices(attribute: str) -> click.Choice:
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the weights [as they are].")
 @click.option("--task", help="Which head of a Hugging Face model [feature-extraction].")
 @click.option("--kv-cache", type=click.IntRange(2), metavar="N", help="Give a causal language model a cache of N tokens.")
-@click.option("--config", metavar="FILE", help="Recipe in YAML; options given here win over it.")
+@click.option("--config", type=FILE, help="Recipe in YAML; options given here win over it.")
 @click.option("--dry-run", is_flag=True, help="Find and list the attentions, write nothing.")
 @common_options
 def command(model, output, config, dry_run, as_json, quiet, verbose, **options):
@@ -51,7 +51,8 @@ def command(model, output, config, dry_run, as_json, quiet, verbose, **options):
 
     if output is None and not dry_run:
         raise click.UsageError("give the folder of the bundle with -o DIR, or look first with --dry-run")
-    report = convert(model, output, recipe=config, dry_run=dry_run, progress=progress_line(quiet or as_json), **options)
+    with progress_bar(quiet or as_json) as progress:
+        report = convert(model, output, recipe=config, dry_run=dry_run, progress=progress, **options)
     if as_json:
         print_json(report.to_dict())
     else:

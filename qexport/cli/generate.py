@@ -2,11 +2,11 @@
 
 import click
 
-from qexport.cli import common_options, print_json
+from qexport.cli import DIR, common_options, print_json
 
 
 @click.command("generate")
-@click.argument("bundle")
+@click.argument("bundle", type=DIR)
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True, help="Tokens at most.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token.")

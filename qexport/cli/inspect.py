@@ -2,11 +2,11 @@
 
 import click
 
-from qexport.cli import common_options, print_json
+from qexport.cli import FILE, common_options, print_json
 
 
 @click.command("inspect")
-@click.argument("path")
+@click.argument("path", type=FILE)
 @common_options
 def command(path, as_json, quiet, verbose):
     """Show what a bundle or an .onnx file contains: opset, ops, attentions and their recipe, size."""

@@ -2,11 +2,11 @@
 
 import click
 
-from qexport.cli import Numbers, common_options, make_target, print_json, target_options
+from qexport.cli import DIR, Numbers, common_options, make_target, print_json, target_options
 
 
 @click.command("profile")
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", type=DIR, metavar="DIR")
 @click.option("--provider", "providers", multiple=True, metavar="NAME", help="Execution provider, repeatable [CPU].")
 @click.option("--allow-fallback", is_flag=True, help="Run nodes on the CPU that lack a CUDA kernel.")
 @click.option("--batch", type=Numbers(), default=(1,), help="Batch sizes to sweep [1].")
@@ -40,23 +40,24 @@ def command(
     With --target on another machine, over ssh.
     """
     from qexport.cli.render import show_profile
-    from qexport.cli.text import progress_line
+    from qexport.cli.text import progress_bar
     from qexport.profiling import profile
 
-    report = profile(
-        bundle,
-        providers=list(providers) or None,
-        allow_fallback=allow_fallback,
-        batch=batch,
-        seq=seq,
-        runs=runs,
-        warmup=warmup,
-        threads=threads,
-        memory=memory,
-        library=library or True,
-        target=make_target(target, python, ssh_config),
-        progress=progress_line(quiet or as_json),
-    )
+    with progress_bar(quiet or as_json) as progress:
+        report = profile(
+            bundle,
+            providers=list(providers) or None,
+            allow_fallback=allow_fallback,
+            batch=batch,
+            seq=seq,
+            runs=runs,
+            warmup=warmup,
+            threads=threads,
+            memory=memory,
+            library=library or True,
+            target=make_target(target, python, ssh_config),
+            progress=progress,
+        )
     if as_json:
         print_json(report.to_dict())
     else:

@@ -2,19 +2,19 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, Numbers, Share, common_options, print_json
+from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Numbers, Share, common_options, print_json
 
 
 @click.command("report")
-@click.argument("bundle", metavar="DIR")
-@click.option("-o", "--output", required=True, metavar="FILE", help="The page, an .html file.")
+@click.argument("bundle", type=DIR, metavar="DIR")
+@click.option("-o", "--output", required=True, type=FILE, help="The page, an .html file.")
 @click.option(
-    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+    "--data", type=FILE, help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
 @click.option(
     "--reuse",
     multiple=True,
-    metavar="FILE",
+    type=FILE,
     help="What validate, profile, scaling, tune or report printed with --json; repeatable. That is not measured again.",
 )
 @click.option(
@@ -38,10 +38,11 @@ def command(bundle, as_json, quiet, verbose, **options):
     tolerance; the page is written all the same.
     """
     from qexport.cli.render_report import show_report
-    from qexport.cli.text import progress_line
+    from qexport.cli.text import progress_bar
     from qexport.reporting import report
 
-    found = report(bundle, progress=progress_line(quiet or as_json), **options)
+    with progress_bar(quiet or as_json) as progress:
+        found = report(bundle, progress=progress, **options)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -2,13 +2,13 @@
 
 import click
 
-from qexport.cli import Levels, Share, Shots, common_options, print_json
+from qexport.cli import DIR, FILE, Levels, Share, Shots, common_options, print_json
 
 
 @click.command("resilience")
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", type=DIR, metavar="DIR")
 @click.option(
-    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+    "--data", type=FILE, help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
 @click.option("--noise", default="depolarizing", show_default=True, metavar="MODELS", help="Channels, all at one level.")
 @click.option("--levels", type=Levels(), help="Levels of the noise [0.001 to 0.1].")
@@ -21,7 +21,7 @@ from qexport.cli import Levels, Share, Shots, common_options, print_json
 @click.option("--metric", type=click.Choice(["perplexity", "top1", "cosine"]), help="What is lost [by the model].")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
-@click.option("--plot", metavar="FILE", help="Draw it to a .png, .svg or .pdf; needs matplotlib.")
+@click.option("--plot", type=FILE, help="Draw it to a .png, .svg or .pdf; needs matplotlib.")
 @common_options
 def command(bundle, mitigation, as_json, quiet, verbose, levels, shots, **options):
     """Measure how noisy a quantum device may be before the model in DIR breaks.
@@ -35,8 +35,8 @@ def command(bundle, mitigation, as_json, quiet, verbose, levels, shots, **option
     from qexport.resilience import measure_resilience
 
     given = {name: value for name, value in (("levels", levels), ("shots", shots)) if value is not None}
-    progress = progress_bar(quiet or as_json)
-    report = measure_resilience(bundle, mitigation=mitigation.split(","), progress=progress, **given, **options)
+    with progress_bar(quiet or as_json) as progress:
+        report = measure_resilience(bundle, mitigation=mitigation.split(","), progress=progress, **given, **options)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import Numbers, common_options, print_json
+from qexport.cli import FILE, Numbers, common_options, print_json
 
 
 @click.command("scaling")
@@ -18,7 +18,7 @@ from qexport.cli import Numbers, common_options, print_json
 @click.option("--causal", is_flag=True, help="Query i sees the keys up to i alone.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of onnxruntime and torch.")
 @click.option("--strategies", metavar="NAME,...", help="Strategies of the op, and names of what they meet [all].")
-@click.option("--activations", metavar="FILE", help="An .npz with arrays q, k, v, (..., n, head size) each [random].")
+@click.option("--activations", type=FILE, help="An .npz with arrays q, k, v, (..., n, head size) each [random].")
 @click.option(
     "--seconds",
     type=float,
@@ -27,7 +27,7 @@ from qexport.cli import Numbers, common_options, print_json
     metavar="S",
     help="What one contender may take at one length; who needs more is stopped there.",
 )
-@click.option("--plot", metavar="FILE", help="Draw it to a .png, .svg or .pdf; needs matplotlib.")
+@click.option("--plot", type=FILE, help="Draw it to a .png, .svg or .pdf; needs matplotlib.")
 @common_options
 def command(strategies, as_json, quiet, verbose, **options):
     """Measure time, memory and error of attention against the length, and fit time ~ n^a with its interval.
@@ -37,11 +37,12 @@ def command(strategies, as_json, quiet, verbose, **options):
     output; errors are held against float64. It takes some two minutes; fewer lengths or strategies take less.
     """
     from qexport.cli.render_scaling import show_scaling
-    from qexport.cli.text import progress_line
+    from qexport.cli.text import progress_bar
     from qexport.scaling import sweep
 
     names = strategies.split(",") if strategies else None
-    report = sweep(strategies=names, progress=progress_line(quiet or as_json), **options)
+    with progress_bar(quiet or as_json) as progress:
+        report = sweep(strategies=names, progress=progress, **options)
     if as_json:
         print_json(report.to_dict())
     else:

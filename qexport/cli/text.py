@@ -1,33 +1,39 @@
-"""Pieces that the output of commands is made of: a progress line and tables."""
+"""Pieces that the output of commands is made of: a progress bar and tables."""
 
 import sys
-
-import click
-
-
-def progress_line(silent: bool):
-    """A function that shows the current step on one line of stderr, or None when nobody watches it."""
-    if silent or not sys.stderr.isatty():
-        return None
-
-    def show(step: str) -> None:
-        click.echo(f"\r\x1b[K{step} ...", nl=False, err=True)
-
-    click.get_current_context().call_on_close(lambda: click.echo("\r\x1b[K", nl=False, err=True))
-    return show
+from contextlib import contextmanager
 
 
+@contextmanager
 def progress_bar(silent: bool):
-    """A function that shows a step and a bar of the share done on one line of stderr, or None when nobody watches it."""
-    show = progress_line(silent)
-    if show is None:
-        return None
+    """Shows on stderr how far the block is: a bar, the time so far and the step; nothing when nobody watches.
 
-    def bar(step: str, done: float) -> None:
-        filled = round(20 * min(max(done, 0.0), 1.0))
-        show(f"{'█' * filled}{'░' * (20 - filled)} {100 * done:3.0f} % {step}")
+    Yields the function that the library calls with a step in words and the share that is done, 0 to 1, or None. It draws
+    when it is called and not in between, so that what is timed has no thread beside it.
+    """
+    if silent or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    return bar
+    bar = Progress(
+        BarColumn(20),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        console=Console(stderr=True),
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        expand=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=1)
+        bar.refresh()
+        yield lambda step, done: bar.update(task, description=step, completed=done, refresh=True)
 
 
 def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: int = 1) -> None:

@@ -2,14 +2,14 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
+from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, print_json
 
 
 @click.command("tune")
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", type=DIR, metavar="DIR")
 @click.option("--max-error", type=Share(), required=True, help="Relative error allowed at the model's outputs: 0.01 or 1%.")
 @click.option(
-    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+    "--data", type=FILE, help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
@@ -18,7 +18,11 @@ from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, print_json
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each recipe that samples.")
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
 @click.option(
-    "-o", "--output", metavar="PATH", help="Folder of a new bundle with the recipe, or a .yaml file for the recipe."
+    "-o",
+    "--output",
+    type=FILE,
+    metavar="PATH",
+    help="Folder of a new bundle with the recipe, or .yaml file for the recipe.",
 )
 @common_options
 def command(bundle, as_json, quiet, verbose, **options):
@@ -34,7 +38,8 @@ def command(bundle, as_json, quiet, verbose, **options):
     from qexport.cli.text import progress_bar
     from qexport.tuning import tune
 
-    report = tune(bundle, progress=progress_bar(quiet or as_json), **options)
+    with progress_bar(quiet or as_json) as progress:
+        report = tune(bundle, progress=progress, **options)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -2,13 +2,13 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, Share, common_options, make_target, print_json, target_options
+from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, make_target, print_json, target_options
 
 
 @click.command("validate")
-@click.argument("bundle", metavar="DIR")
+@click.argument("bundle", type=DIR, metavar="DIR")
 @click.option(
-    "--data", metavar="FILE", help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
+    "--data", type=FILE, help="Inputs: .npz with an array per input, or .txt with a text per line [stored samples]."
 )
 @click.option("--max-error", type=Share(), help="Relative error allowed at the model's outputs [what the recipe allows].")
 @click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
@@ -22,21 +22,21 @@ def command(bundle, data, max_error, seeds, batch, seq, target, library, python,
     With --target on another machine, over ssh. Exit code 3 when the error is out of tolerance.
     """
     from qexport.cli.render import show_validation
-    from qexport.cli.text import progress_line
+    from qexport.cli.text import progress_bar
     from qexport.validation import validate
 
-    progress = progress_line(quiet or as_json)
-    report = validate(
-        bundle,
-        data,
-        max_error=max_error,
-        seeds=seeds,
-        batch=batch,
-        seq=seq,
-        library=library or True,
-        target=make_target(target, python, ssh_config),
-        progress=progress,
-    )
+    with progress_bar(quiet or as_json) as progress:
+        report = validate(
+            bundle,
+            data,
+            max_error=max_error,
+            seeds=seeds,
+            batch=batch,
+            seq=seq,
+            library=library or True,
+            target=make_target(target, python, ssh_config),
+            progress=progress,
+        )
     if as_json:
         print_json(report.to_dict())
     else:

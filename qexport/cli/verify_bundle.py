@@ -2,11 +2,11 @@
 
 import click
 
-from qexport.cli import OUT_OF_TOLERANCE, common_options, print_json
+from qexport.cli import DIR, OUT_OF_TOLERANCE, common_options, print_json
 
 
 @click.command("verify-bundle")
-@click.argument("deployment", metavar="DIR")
+@click.argument("deployment", type=DIR, metavar="DIR")
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Timed runs of the model.")
 @common_options
 def command(deployment, runs, as_json, quiet, verbose):

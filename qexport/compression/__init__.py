@@ -23,6 +23,7 @@ from qexport.errors import UsageError
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
+from qexport.progress import portion, unwatched
 from qexport.validation import finite
 
 SCHEMA = "qexport.compress"
@@ -118,12 +119,12 @@ def compress(
         QexportError: the model, the data or the runtime is at fault, nothing can be compressed, or the loss is above
             `max_drop` before any weight is touched or with the most accurate forms.
     """
-    started, say = time.monotonic(), progress or (lambda step, done: None)
+    started, say = time.monotonic(), progress or unwatched
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, heal=heal)
     check_output(Path(output))
     # what was found outlives a bundle that cannot be written, so that its context is the last to end
     with ExitStack() as last, write_bundle(output) as writer, named_as(model, writer.path):
-        bundle, source, notes = open_model(model, writer.path, sampling, opset, task, lambda step: say(step, 0.01))
+        bundle, source, notes = open_model(model, writer.path, sampling, opset, task, portion(say, 0.0, 0.01))
         if settings.heal and (source is None or source.runnable is None):
             raise UsageError(
                 f"{model}: heal needs a torch model to train; give the folder or the callable that it came from"

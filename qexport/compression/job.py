@@ -22,6 +22,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.external_data import file_bytes
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
+from qexport.progress import portion
 from qexport.recipe_compression import Compression
 from qexport.validation.comparison import Remembered
 
@@ -124,15 +125,11 @@ class Job:
                 for inputs, classical in ((self.probing, Remembered(self.classical)), (self.judging, self.remembered))
             )
             self._check_start(probing, judging)
-            calibrate(
-                self.bundle, self.layers, self.fitting, self.library, store, lambda step, done: say(step, 0.02 + 0.08 * done)
-            )
-            search = Search(
-                self.layers, self._methods, probing, judging, store, lambda step, done: say(step, 0.1 + 0.6 * done)
-            )
+            calibrate(self.bundle, self.layers, self.fitting, self.library, store, portion(say, 0.02, 0.1))
+            search = Search(self.layers, self._methods, probing, judging, store, portion(say, 0.1, 0.7))
             search.prepare()
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
-            written, reasons = make(search, store, lambda step, done: say(step, 0.7 + 0.25 * done))
+            written, reasons = make(search, store, portion(say, 0.7, 0.95))
         result = self._result(search, written, reasons)
         self.draft.take_place(self.judging.feeds[0], self.classical)
         return result
@@ -211,7 +208,7 @@ class Job:
             self.fitting.feeds,
             self.library,
             store,
-            lambda step, done: say(step, 0.5 * done),
+            portion(say, 0.0, 0.5),
         )
         if search.error(forms) >= search.error(chosen):
             forms = chosen
@@ -225,7 +222,7 @@ class Job:
             steps=self.settings.heal,
             metric=self.metric,
             store=store,
-            say=lambda step, done: say(step, 0.5 + 0.3 * done),
+            say=portion(say, 0.5, 0.8),
         )
         return healed.forms, healed.notes
 

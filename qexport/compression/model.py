@@ -10,6 +10,7 @@ from qexport.bundle import MANIFEST, Bundle
 from qexport.compression.layers import SMALLEST
 from qexport.conversion import OPSETS, write_models
 from qexport.errors import QexportError, UsageError
+from qexport.progress import portion
 from qexport.recipe import Recipe
 
 
@@ -21,7 +22,7 @@ def open_model(
     Args:
         model: a folder with a bundle, or what `qexport.convert` takes.
         sampling: how attention is sampled; None leaves it classical, or as the bundle has it.
-        say: called with the step in words.
+        say: called with the step in words and the share that is done.
 
     Raises:
         UsageError: a recipe for the attention of a bundle, or an opset or a task of one.
@@ -36,17 +37,16 @@ def open_model(
                 )
         if "compression" in bundle.manifest:
             raise QexportError(f"{bundle.path}: is compressed already; compress the bundle or model it came from")
-        say("copying the bundle")
+        say("copying the bundle", 0.0)
         return _copied(bundle, folder), None, []
     from qexport.sources import open_source
 
     opset = 23 if opset is None else opset
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
-    say("reading the model")
-    source = open_source(model, opset=opset, task=task)
+    source = open_source(model, opset=opset, task=task, say=portion(say, 0.0, 0.5))
     passes.LiftConstantsToInitializersPass(size_limit=SMALLEST)(source.model)  # where weights are looked for
-    report = write_models(folder, source, sampling, opset, None, say)
+    report = write_models(folder, source, sampling, opset, None, portion(say, 0.5, 1.0))
     return Bundle(folder, report.manifest), source, report.notes
 
 

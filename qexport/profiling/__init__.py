@@ -22,6 +22,7 @@ from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.model_memory import model_memory, needed
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
+from qexport.progress import unwatched
 
 SCHEMA = "qexport.profile"
 SCHEMA_VERSION = 1
@@ -82,7 +83,7 @@ def profile(
         memory: run a `qexport.memory.AdvancedMemoryProfiler` over loading and running each model, some ten seconds longer.
         target: measure on another machine: ssh://user@host[:port], or a `qexport.remote.Target`. `library` may then also be
             a wheel of qexport for that machine.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: a number below 1, a length above the model's limit, or a provider that is not available.
@@ -92,7 +93,7 @@ def profile(
     for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} must be >= {least}, got {value}")
-    say = progress or (lambda text: None)
+    say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if target is not None:
         from qexport.remote.measuring import measure_there
@@ -114,8 +115,8 @@ def profile(
     }
     feeds = [_summarised(opened, sessions[CONVERTED], feed) for feed in feeds]
     shared, times, least = shared_buffers(opened.manifest), [], []
-    for (b, s, _), feed in zip(sizes, feeds, strict=True):
-        say(f"timing batch {b}, length {s}")
+    for i, ((b, s, _), feed) in enumerate(zip(sizes, feeds, strict=True)):
+        say(f"timing batch {b}, length {s}", 0.5 * i / len(sizes))
         calls = {which: make_call(session, feed, shared) for which, session in sessions.items()}
         times.append(interleaved(calls, runs, warmup))
         if memory:
@@ -124,8 +125,8 @@ def profile(
     entries = []
     for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
         entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": ratio(times[i])}
-        for which, (path, lib) in models.items():
-            say(f"tracing the {which} model, batch {b}, length {s}")
+        for j, (which, (path, lib)) in enumerate(models.items()):
+            say(f"tracing the {which} model, batch {b}, length {s}", 0.5 + 0.5 * (i + j / len(models)) / len(sizes))
             tokens, classical = _tokens(opened, feed), entry["models"].get(CLASSICAL)
             figures = _figures(tokens, least[i][which], classical and classical["memory"]) if memory else None
             entry["models"][which] = {

@@ -13,6 +13,7 @@ from qexport.data import load_inputs
 from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, copy_library
 from qexport.errors import UsageError
 from qexport.external_data import check_external_data
+from qexport.progress import portion, unwatched
 from qexport.remote.connection import Connection, Target, connect
 from qexport.runtime import CUDA, provider_name
 
@@ -33,32 +34,32 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         library: True for the installed op library where the target is of this machine's kind, False for none, or a wheel of
             qexport or a library for the target.
         data: of `validate`; read here.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: a wrong argument or URL.
         QexportError: the bundle, the connection, what is installed there or the function is at fault; one line says which.
     """
     target = target if isinstance(target, Target) else Target(str(target))
-    say = progress or (lambda step: None)
+    say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     for path in (opened.model_path, opened.classical_path):
         check_external_data(path)  # runtimes before 1.25 would read whatever file a model names
     feeds = None
     if data is not None:
         feeds = load_inputs(opened, data, batch=arguments.pop("batch"), seq=arguments.pop("seq"))
-    say(f"connecting to {target.host}")
+    say(f"connecting to {target.host}", 0.0)
     with connect(target) as (connection, hello), tempfile.TemporaryDirectory(prefix="qexport-") as folder:
         needs_onnx = function == "validate" or arguments.get("memory")
         platform = _check_hello(connection, hello, ["numpy", "onnxruntime", *(["onnx"] if needs_onnx else [])])
-        say(f"copying to {target.host}")
+        say(f"copying to {target.host}", 0.05)
         names = _send_library(connection, Path(folder), platform, arguments.get("providers"), library)
         _send_package(connection)
         _send_bundle(connection, opened)
         job = {"function": function, "arguments": arguments, "library": names, "feeds": _send_feeds(connection, feeds)}
         connection.send("job.json", json.dumps(job).encode())
         connection.start(["-m", "qexport.remote.worker"])
-        found = _await_report(connection, target, say)
+        found = _await_report(connection, target, portion(say, 0.2, 1.0))
         return _as_report(connection, report_type, found, {"bundle": str(opened.path), "target": target.url})
 
 
@@ -129,7 +130,9 @@ def _await_report(connection: Connection, target: Target, say) -> dict:
             error = connection.error(message["error"])
             raise UsageError(str(error)) if message.get("usage") is True else error
         if "progress" in message:
-            say(f"{target.host}: {str(message['progress'])[:100]}")
+            step, done = str(message["progress"])[:100], message.get("done")
+            known = isinstance(done, (int, float)) and 0 <= done <= 1
+            say(f"{target.host}: {''.join(c for c in step if c.isprintable())}", done if known else 0.0)
         found = message.get("report", found)
         removed = removed or message.get("removed") is True
     if found is None or not removed:

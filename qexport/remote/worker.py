@@ -25,7 +25,9 @@ def main() -> None:
     try:
         if Path(__file__).resolve().parents[2] != Path.cwd().resolve():
             raise QexportError("its Python has an editable install of qexport, which hides the copy; give another Python")
-        report = perform(json.loads(Path("job.json").read_text(encoding="utf-8")), lambda step: send(progress=step))
+        report = perform(
+            json.loads(Path("job.json").read_text(encoding="utf-8")), lambda step, done: send(progress=step, done=done)
+        )
         send(report=report)
     except QexportError as error:
         send(error=str(error), usage=isinstance(error, UsageError))

@@ -15,6 +15,7 @@ from qexport import __version__
 from qexport.bundle import Bundle
 from qexport.documents import well_formed
 from qexport.errors import QexportError, UsageError
+from qexport.progress import unwatched
 from qexport.reporting.judgement import verdict
 from qexport.reporting.parts import MEASURED, Wanted, gather
 
@@ -76,7 +77,7 @@ def report(
         seq: lengths that are timed; 32 to 512, doubling, up to the model's limit, when None.
         runs, threads: as for `qexport.profile`.
         seeds, max_error: as for `qexport.validate`.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: a wrong argument, or a file to reuse that is no report, or of another model.
@@ -90,7 +91,7 @@ def report(
         raise UsageError(f"skip: no part {unknown[0]!r}; parts: {', '.join(MEASURED)}, all")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     wanted = Wanted(data, seq, runs, seeds, max_error, threads, MEASURED if "all" in skip else tuple(skip))
-    parts, missing, notes = gather(opened, wanted, reuse, progress or (lambda text: None))
+    parts, missing, notes = gather(opened, wanted, reuse, progress or unwatched)
     found = Report(
         bundle=str(opened.path),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

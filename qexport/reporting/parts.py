@@ -8,6 +8,7 @@ from qexport.doctor import doctor
 from qexport.documents import load_document, parts_of, well_formed
 from qexport.errors import QexportError, UsageError
 from qexport.inspection import inspect
+from qexport.progress import portion
 from qexport.words import site_label
 
 # Parts that take longer than a moment, in the order in which they are made.
@@ -39,20 +40,20 @@ def gather(bundle: Bundle, wanted: Wanted, reuse, say) -> tuple[dict, dict, list
     """
     parts, notes = _reused(bundle, reuse)
     missing = {}
-    for name in MEASURED:
+    for number, name in enumerate(MEASURED):
         if name in parts:
             continue
         if name in wanted.skip:
             missing[name] = "it was skipped"
             continue
         try:
-            parts[name] = _make(name, bundle, wanted, say)
+            parts[name] = _make(name, bundle, wanted, portion(say, number / len(MEASURED), (number + 1) / len(MEASURED)))
         except QexportError as error:
             # what a bundle is for must work; the rest does not fit every bundle
             if name in ("validate", "profile"):
                 raise
             missing[name] = str(error)
-    say("looking at the bundle and this machine")
+    say("looking at the bundle and this machine", 1.0)
     parts["inspect"] = inspect(bundle.path)
     parts["doctor"] = [finding.to_dict() for finding in doctor()]
     return parts, missing, notes

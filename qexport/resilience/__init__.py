@@ -21,6 +21,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
 from qexport.noise.model import NoiseModel, parse_channels
+from qexport.progress import unwatched
 from qexport.recipe_values import INFINITE
 from qexport.resilience import plot as picture
 from qexport.resilience.cells import NO_MITIGATION, Cell, make_cell
@@ -106,7 +107,7 @@ def measure_resilience(
         UsageError: a wrong argument; a level outside the limits of its channel, or of what a mitigation makes of it.
         QexportError: the bundle, the data, the op library or the runtime is at fault, or no attention can be noisy.
     """
-    started, say = time.monotonic(), progress or (lambda step, done: None)
+    started, say = time.monotonic(), progress or unwatched
     if not library:
         raise UsageError("library must be True or a path: without the op library there is no noise")
     if plot is not None:

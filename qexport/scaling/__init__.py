@@ -18,6 +18,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
 from qexport.memory.rss import extra_rss
 from qexport.profiling.timing import interleaved
+from qexport.progress import portion, unwatched
 from qexport.scaling import plot as picture
 from qexport.scaling import reference
 from qexport.scaling.contenders import FAMILIES, Entry, entries
@@ -96,13 +97,13 @@ def sweep(
         seconds: what the timed runs of one contender may take at one length. Who is expected to need more, or does, is
             stopped there, and the reason is in the report.
         plot: a .png, .svg or .pdf to draw the report to; needs matplotlib.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: a number below its limit, an unknown strategy, a file that does not hold such arrays.
         QexportError: the runtime is at fault, or no contender is left.
     """
-    start, say = time.perf_counter(), progress or (lambda text: None)
+    start, say = time.perf_counter(), progress or unwatched
     # torch's idle threads must not spin while another contender is timed; read once, when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     lengths = sorted(set(profiling.numbers("lengths", lengths)))
@@ -115,12 +116,13 @@ def sweep(
         picture.check(plot)
     _check_room(lengths[-1], heads, head_size)
     inputs = Gaussian(heads, head_size) if activations is None else Activations(activations, heads, lengths[-1])
+    say("calling every attention once", 0.0)
     runs, left_out = _admitted(causal, strategies, inputs(1), threads)
-    for n in lengths:
+    for number, n in enumerate(lengths):
         if all(run.stopped for run in runs):
             break
-        say(f"length {n} of {lengths[-1]}, {time.perf_counter() - start:.0f} s so far")
-        _measure(runs, n, inputs(n), threads, causal, seconds, bounded=activations is None and not causal)
+        tell = portion(say, number / len(lengths), (number + 1) / len(lengths))
+        _measure(runs, n, inputs(n), threads, causal, seconds, activations is None and not causal, tell)
     settings = {
         "lengths": lengths,
         "heads": heads,
@@ -185,13 +187,15 @@ def _admitted(causal: bool, strategies, inputs, threads: int) -> tuple[list[_Run
     return runs, left_out
 
 
-def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, seconds: float, bounded: bool) -> None:
+def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, seconds: float, bounded: bool, say) -> None:
     """Add a row of length n to every run that is not stopped; stop those that are too slow or too large."""
     rows = reference.rows_of(n, ROWS)
     expected = reference.attention(*inputs, rows, causal)
     found, calls = {}, {}
-    for run in (run for run in runs if run.stopped is None):
+    left = [run for run in runs if run.stopped is None]
+    for number, run in enumerate(left):
         name = run.entry.name
+        say(f"length {n}: {name}", 0.5 * number / len(left))
         try:
             contender = _tried(run, n, inputs, threads, causal, seconds)
         except _TooMuchError as reason:
@@ -201,9 +205,12 @@ def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, secon
         bound = reference.gaussian_bound(run.entry.keys(n), n) if bounded and run.entry.keys else None
         found[name] = {"error_mean": _finite(errors.mean()), "error_worst": _finite(errors.max()), "bound": bound}
         calls[name] = contender.call
+    say(f"length {n}: timing {len(calls)} attentions in turn", 0.5)
     times = _timed(calls)
     contender = calls = None  # their memory is free before that of others is measured
-    for run in (run for run in runs if run.stopped is None):
+    left = [run for run in left if run.stopped is None]
+    for number, run in enumerate(left):
+        say(f"length {n}: memory of {run.entry.name}", 0.75 + 0.25 * number / len(left))
         ms = times[run.entry.name]
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))
         row = {"n": n, "ms": median, "ms_p25": low, "ms_p75": high, "runs": len(ms)} | found[run.entry.name]

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import QexportError, UsageError
+from qexport.progress import unwatched
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -58,7 +59,7 @@ class Source:
 
 
 def open_source(
-    model, *, opset: int = 23, dtype: str | None = None, task: str | None = None, positions: bool = False
+    model, *, opset: int = 23, dtype: str | None = None, task: str | None = None, positions: bool = False, say=unwatched
 ) -> Source:
     """Read `model`: a Hugging Face folder, `package.module:callable`, a .pt2 or an .onnx file.
 
@@ -69,11 +70,13 @@ def open_source(
         task: task of a Hugging Face model.
         positions: give a Hugging Face language model position ids as an input in place of the attention mask, as a KV
             cache needs it.
+        say: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: the name is none of the four, or an option does not fit the kind.
         QexportError: the source cannot be read or exported.
     """
+    say("reading the model", 0.0)
     text = str(model)
     path = Path(text)
     if dtype is not None and dtype not in DTYPES:
@@ -85,14 +88,14 @@ def open_source(
     if is_folder:
         from qexport.sources.huggingface import open_folder
 
-        return open_folder(path, opset=opset, dtype=dtype, task=task, positions=positions)
+        return open_folder(path, opset=opset, dtype=dtype, task=task, positions=positions, say=say)
     if suffix in (".onnx", ".pt2"):
         if not is_file:
             raise QexportError(f"{text}: no such file")
         if suffix == ".pt2":
             from qexport.sources.torch_module import open_archive
 
-            return open_archive(path, opset=opset, dtype=dtype)
+            return open_archive(path, opset=opset, dtype=dtype, say=say)
         if dtype is not None:
             raise UsageError(f"{text}: dtype is for torch models; an .onnx file keeps its own type")
         from qexport.sources.onnx_file import open_file
@@ -103,6 +106,6 @@ def open_source(
     if ":" in text and "/" not in text:
         from qexport.sources.torch_module import open_callable
 
-        return open_callable(text, opset=opset, dtype=dtype)
+        return open_callable(text, opset=opset, dtype=dtype, say=say)
     shown = text if len(text) <= 200 else f"{text[:200]}…"
     raise QexportError(f"{shown}: no such file or folder, and not of the form package.module:callable")

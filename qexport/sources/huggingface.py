@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
+from qexport.progress import portion, unwatched
 from qexport.sources import Source
 from qexport.sources.huggingface_inputs import example_inputs
 from qexport.sources.quiet import quiet, reason_of
@@ -37,7 +38,9 @@ ALIASES = {
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
-def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None, positions: bool = False) -> Source:
+def open_folder(
+    folder: Path, *, opset: int, dtype: str | None, task: str | None, positions: bool = False, say=unwatched
+) -> Source:
     """Load and export the model of a Hugging Face folder; `positions` makes position ids an input, for a KV cache.
 
     Raises:
@@ -52,6 +55,7 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
     if positions and task != "causal-lm":
         raise UsageError(f"a KV cache needs task causal-lm, got {task!r}")
     torch = import_torch()
+    say("loading the weights", 0.2)
     model = _load(folder, task, torch)
     for part in model.modules():  # encoders and decoders hold configurations of their own
         config = getattr(part, "config", None)
@@ -74,6 +78,7 @@ def open_folder(folder: Path, *, opset: int, dtype: str | None, task: str | None
         axes=axes,
         output_names=_output_names(torch, model, kwargs, folder),
         specs=specs,
+        say=portion(say, 0.5, 1.0),
     )
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     source.tokenizer = _tokenizer_text(folder, tokenizer)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qexport.errors import QexportError
 from qexport.ops import DOMAIN
+from qexport.progress import unwatched
 from qexport.rewrite.convert_opset import convert_opset
 from qexport.sources import InputSpec, Source
 from qexport.sources.modules import name_modules
@@ -44,6 +45,7 @@ def export_module(
     axes=None,
     output_names: list[str] | None = None,
     specs: dict[str, InputSpec] | None = None,
+    say=unwatched,
 ) -> Source:
     """Export an nn.Module or ExportedProgram with torch.onnx.export and describe its inputs.
 
@@ -54,6 +56,7 @@ def export_module(
             With neither, batch axes and the axis 1 of token ids and of 3-D inputs are made dynamic.
         output_names: names of the graph outputs; None keeps the exporter's.
         specs: what is known of an input beyond its type and shape, by name.
+        say: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         QexportError: the module does not run on the examples, or cannot be exported.
@@ -69,18 +72,21 @@ def export_module(
             if axes is None:
                 args, kwargs, axes = _guess_axes(torch, args, kwargs)
             dynamic_shapes = torch.utils._pytree.tree_map_only(str, lambda name: torch.export.Dim.AUTO, axes)
+    say("running the module", 0.0)
     try:
         with quiet(), torch.no_grad(), as_exported(torch):
             runner = module.module() if is_program else module
             expected = tensors(torch, runner(*args, **kwargs))
     except Exception as error:
         raise QexportError(f"{name}: the model does not run on its example inputs: {reason_of(error)}") from error
+    say("exporting the module", 0.2)
     program = _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset, output_names, name)
     if opset < 23 and any(node.domain == DOMAIN for node in program.model.graph.all_nodes()):
         raise QexportError(
             f"{name}: attention of qexport.nn needs opset 23 or newer, got {opset}; for an older one convert the model with "
             'classical attention (quantum_backend="classical", or before replace_attention)'
         )
+    say("reading the export", 0.8)
     name_modules(program.model)
     notes = []
     if axes is not None:

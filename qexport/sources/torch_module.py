@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
+from qexport.progress import portion
 from qexport.sources import Source
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.torch_export import export_module, import_torch
 
 
-def open_callable(text: str, *, opset: int, dtype: str | None) -> Source:
+def open_callable(text: str, *, opset: int, dtype: str | None, say) -> Source:
     """Export what `package.module:callable` returns: (nn.Module, example inputs[, dynamic_shapes]).
 
     Example inputs are a tuple (positional) or a dict (keywords) of tensors; dynamic_shapes as torch.export takes them.
@@ -46,7 +47,10 @@ def open_callable(text: str, *, opset: int, dtype: str | None) -> Source:
         raise UsageError(f"{text}: {wanted}, got an input of type {strange[0]}")
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     shapes = result[2] if len(result) == 3 else None
-    return export_module(module, args, kwargs, kind="callable", name=text, opset=opset, dtype=dtype, dynamic_shapes=shapes)
+    say = portion(say, 0.5, 1.0)
+    return export_module(
+        module, args, kwargs, kind="callable", name=text, opset=opset, dtype=dtype, dynamic_shapes=shapes, say=say
+    )
 
 
 def _find_callable(text: str, module_name: str, attribute: str):
@@ -78,7 +82,7 @@ def _find_callable(text: str, module_name: str, attribute: str):
     return found
 
 
-def open_archive(path: Path, *, opset: int, dtype: str | None) -> Source:
+def open_archive(path: Path, *, opset: int, dtype: str | None, say) -> Source:
     """Export a .pt2 archive of torch.export.save; its dynamic axes are those it was exported with.
 
     Raises:
@@ -97,4 +101,6 @@ def open_archive(path: Path, *, opset: int, dtype: str | None) -> Source:
     args, kwargs = program.example_inputs or ((), {})
     if not args and not kwargs:
         raise QexportError(f"{path}: the archive holds no example inputs; save it with torch.export.save again")
-    return export_module(program, args, kwargs, kind="pt2", name=path.name, opset=opset, dtype=None)
+    return export_module(
+        program, args, kwargs, kind="pt2", name=path.name, opset=opset, dtype=None, say=portion(say, 0.5, 1.0)
+    )

@@ -18,6 +18,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
+from qexport.progress import unwatched
 from qexport.tuning.measurement import SiteTable, key_counts, measure
 from qexport.tuning.output import SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search
@@ -99,7 +100,7 @@ def tune(
     """
     _check(max_error, trials, time, seeds, threads, output)
     started = clock.monotonic()
-    say = progress or (lambda step, done: None)
+    say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     runtime.get_library_path()
     check_measurable(opened)

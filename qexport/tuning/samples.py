@@ -6,6 +6,7 @@ from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
+from qexport.progress import unwatched
 from qexport.runtime import onnxruntime
 from qexport.tuning import MOST_FEEDS, check_measurable, site_entry, watched_sites
 from qexport.tuning.measurement import key_counts, measure
@@ -57,12 +58,12 @@ def error_by_samples(
         bundle: a folder, or a `Bundle`.
         data, seq: inputs, as for `qexport.validate`; the first batches are enough.
         threads: intra-op threads; the runtime's choice when None.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         QexportError: the bundle, the data, the op library or the runtime is at fault, or no attention has keys to sample.
     """
-    say = progress or (lambda text: None)
+    say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_measurable(opened)
     inputs = load_inputs(opened, data, seq=seq)
@@ -72,7 +73,7 @@ def error_by_samples(
     keys = key_counts(opened, sites, timed)
     settings = [[Setting(strategy, (n,)) for strategy in STRATEGIES for n in budgets(count)] for count in keys]
     words = f"measuring {sum(map(len, settings))} budgets of {len(sites)} attentions"
-    tables = measure(opened, inputs, timed, sites, settings, threads, lambda done: say(f"{words}, {100 * done:.0f} %"))
+    tables = measure(opened, inputs, timed, sites, settings, threads, lambda done: say(words, done))
     return SamplesReport(
         str(opened.path),
         {"source": inputs.source, "samples": inputs.samples, "batches": len(inputs.feeds), "notes": inputs.notes},

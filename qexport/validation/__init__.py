@@ -86,7 +86,7 @@ def validate(
         library: True, a path of an op library, or False to compare the fallback alone.
         providers: execution providers; the CPU when None.
         target: compute on another machine, as in `qexport.profile`.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         UsageError: `seeds` < 1, `max_error` not positive, or a wrong `batch` or `seq`.

@@ -13,6 +13,7 @@ from qexport.bundle import Bundle
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
+from qexport.progress import unwatched
 from qexport.validation.certificate import CertificateAccumulator, head_weights
 from qexport.validation.probes import beside, open_probe, ordered_sites, watch
 from qexport.validation.sensitivity import quantizes, sensitivity
@@ -71,19 +72,24 @@ def compare(bundle: Bundle, inputs: Inputs, seeds: list[int], *, library=True, p
     Args:
         seeds: the seeds that the library runs with.
         library: as in `qexport.runtime.session`; False compares the fallback only.
-        progress: called with one line per step.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         QexportError: a model does not load or run.
     """
-    say = progress or (lambda text: None)
+    say = progress or unwatched
     result = Comparison()
-    modes = [("fallback", False, seeds[:1])] + ([("library", library, seeds)] if library else [])
-    for mode, lib, chosen in modes:
-        say(f"running the models, {_mode_words(mode, chosen)}")
-        result.outputs[mode] = _compare_outputs(bundle, inputs, chosen, lib, providers, result)
+    modes = [("fallback", False, seeds[:1], 0.0, 0.1)] + ([("library", library, seeds, 0.1, 0.3)] if library else [])
+    for mode, lib, chosen, start, end in modes:
+        tell = _step(say, f"running the models, {_mode_words(mode, chosen)}", start, end)
+        result.outputs[mode] = _compare_outputs(bundle, inputs, chosen, lib, providers, result, tell)
     _compare_sites(bundle, inputs, seeds, library, providers, say, result)
     return result
+
+
+def _step(say, words: str, start: float, end: float):
+    """Called with the share of a step that is done, says how far the whole is."""
+    return lambda done: say(words, start + (end - start) * done)
 
 
 def _mode_words(mode: str, seeds: list[int]) -> str:
@@ -95,28 +101,32 @@ def seeded_feed(feed: dict, seed_input: str | None, seed: int) -> dict:
     return feed if seed_input is None else {**feed, seed_input: np.array(seed, np.int64)}
 
 
-def _compare_outputs(bundle, inputs, seeds, library, providers, result: Comparison) -> dict[str, ErrorAccumulator]:
+def _compare_outputs(bundle, inputs, seeds, library, providers, result: Comparison, tell) -> dict[str, ErrorAccumulator]:
     """The graph outputs of both model files as they are. Also the stored outputs against the classical model's."""
     classical = runtime.session(bundle.classical_path, library=False, providers=providers)
     model = runtime.session(bundle.model_path, library=library, providers=providers)
     stored = ErrorAccumulator(1)
-    accumulators = output_errors(bundle, inputs, seeds, classical, model, result.dtypes, stored)
+    accumulators = output_errors(bundle, inputs, seeds, classical, model, result.dtypes, stored, tell)
     if inputs.expected:
         result.baseline = float(stored.relative_errors()[0])
     return accumulators
 
 
-def output_errors(bundle, inputs, seeds, classical, model, dtypes=None, stored=None) -> dict[str, ErrorAccumulator]:
+def output_errors(
+    bundle, inputs, seeds, classical, model, dtypes=None, stored=None, tell=lambda done: None
+) -> dict[str, ErrorAccumulator]:
     """Errors of the graph outputs of the session `model` against those of the session `classical`, by output name.
 
     Args:
         dtypes: a dict that takes the element types of the outputs, by name.
         stored: takes the deviation of the inputs' stored outputs, where they have some.
+        tell: called with the share that is done.
     """
     names = [o.name for o in classical.get_outputs()]
     symbols = {o.name: o.shape for o in classical.get_outputs()}
     accumulators = {name: ErrorAccumulator(len(seeds)) for name in names}
     for i, feed in enumerate(inputs.feeds):
+        tell(i / len(inputs.feeds))
         masks = keep_masks(bundle.manifest, feed)
         base = dict(zip(names, runtime.run(classical, names, feed), strict=True))
         runs = [runtime.run(model, names, seeded_feed(feed, bundle.seed_input, seed)) for seed in seeds]
@@ -152,18 +162,18 @@ def _compare_sites(bundle, inputs, seeds, library, providers, say, result: Compa
     if not sites:
         return
     if quantizes(classical):
-        say("measuring how far rounding moves the outputs")
+        say("measuring how far rounding moves the outputs", 0.3)
         result.sensitivity = sensitivity(bundle, inputs, sites, providers)
-    say("comparing the sites, without the library")
-    result.sites["fallback"] = _watched_sites(bundle, inputs, sites, seeds[:1], False, providers, result.dtypes)
+    tell = _step(say, "comparing the sites, without the library", 0.4, 0.5)
+    result.sites["fallback"] = _watched_sites(bundle, inputs, sites, seeds[:1], False, providers, result.dtypes, tell)
     if library:
-        say(f"comparing the sites, {len(seeds)} seeds")
-        result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, providers, result.dtypes)
-        say(f"comparing each site alone, {len(seeds)} seeds")
-        _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result)
+        tell = _step(say, f"comparing the sites, {len(seeds)} seeds", 0.5, 0.75)
+        result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, providers, result.dtypes, tell)
+        tell = _step(say, f"comparing each site alone, {len(seeds)} seeds", 0.75, 1.0)
+        _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result, tell)
 
 
-def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes) -> dict[str, ErrorAccumulator]:
+def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes, tell) -> dict[str, ErrorAccumulator]:
     """The sites' errors as they run through the converted model."""
     accumulators = {site["name"]: ErrorAccumulator(len(seeds), site["q_heads"]) for site in sites}
     with (
@@ -171,11 +181,11 @@ def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes) -> 
         open_probe(watch(bundle.model_path, sites), bundle.model_path, library=library, providers=providers) as model,
     ):
         same = {site["name"]: site["output"] for site in sites}
-        _run_sites(bundle, inputs, base, model, sites, same, seeds, accumulators, dtypes)
+        _run_sites(bundle, inputs, base, model, sites, same, seeds, accumulators, dtypes, tell)
     return accumulators
 
 
-def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result: Comparison) -> None:
+def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result: Comparison, tell) -> None:
     """The sites' errors when each is fed with the classical model's values; sites that cannot be are left out."""
     hybrid, local, estimates = beside(bundle.classical_path, structure, sites)
     sites = [site for site in sites if site["name"] in local]
@@ -187,10 +197,10 @@ def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, 
     }
     with open_probe(hybrid, bundle.classical_path, library=library, providers=providers) as model:
         certify = (estimates, result.certificates)
-        _run_sites(bundle, inputs, model, model, sites, local, seeds, result.local, result.dtypes, certify)
+        _run_sites(bundle, inputs, model, model, sites, local, seeds, result.local, result.dtypes, tell, certify)
 
 
-def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators, dtypes, certify=({}, {})) -> None:
+def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators, dtypes, tell, certify=({}, {})) -> None:
     """Compare the sites' values of `base` with the values `value_of[site name]` of `model`, by feed and seed.
 
     `certify` holds the names of the error estimates by site name, and where they are added up.
@@ -198,7 +208,8 @@ def _run_sites(bundle, inputs, base, model, sites, value_of, seeds, accumulators
     estimate_of, certificates = certify
     symbols = {o.name: o.shape for o in base.get_outputs()}
     takes_seed = bundle.seed_input in {v.name for v in base.get_overridable_initializers()}
-    for feed in inputs.feeds:
+    for number, feed in enumerate(inputs.feeds):
+        tell(number / len(inputs.feeds))
         masks = keep_masks(bundle.manifest, feed)
         seeded = [seeded_feed(feed, bundle.seed_input, seed) for seed in seeds]
         names = [site["output"] for site in sites]
