@@ -62,7 +62,9 @@ def test_validate_and_profile_with_summaries(summarised):
     report = qexport.validate(summarised[1], seeds=1, max_error=0.1)
     assert report.passed, report.reasons
     assert qexport.profile(summarised[1], seq=1, runs=2, warmup=1).sizes[0]["ratio"]["of_medians"] > 0
-    with pytest.raises(QexportError, match="its steps read summaries of the cache, which cannot be measured under other settings"):
+    with pytest.raises(
+        QexportError, match="its steps read summaries of the cache, which cannot be measured under other settings"
+    ):
         qexport.tune(summarised[1], max_error=0.1)
 
 
