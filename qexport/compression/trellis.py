@@ -28,6 +28,8 @@ MARGIN = 0.25
 # How far out a number can lie in these units: float16 holds it.
 FARTHEST = 2.0**15
 LAZY = 64
+# Rows of a table that are encoded at a time: with their windows and copies they take ten times their own memory.
+AT_ONCE = 4096
 
 
 @cache
@@ -125,7 +127,8 @@ def encode(W: np.ndarray, weights: np.ndarray, rate: float, passing: np.ndarray 
     if passing is None:
         apart = np.zeros((rows, columns), bool)
         for count, chosen in made.groups():
-            _, apart[chosen] = _encode_rows(W[chosen], chosen, count, made)
+            for part in np.array_split(chosen, -(-len(chosen) // AT_ONCE)):
+                _, apart[part] = _encode_rows(W[part], part, count, made)
     else:
         apart = _encode_passing(W, passing, made)
     outliers = _over(W, made.scales)[apart].astype(np.float16)
