@@ -49,11 +49,12 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
     if data is not None:
         feeds = load_inputs(opened, data, batch=arguments.pop("batch"), seq=arguments.pop("seq"))
     say(f"connecting to {target.host}", 0.0)
-    with connect(target) as (connection, hello), tempfile.TemporaryDirectory(prefix="qexport-") as folder:
+    with connect(target) as (connection, hello):
         needs_onnx = function == "validate" or arguments.get("memory")
         platform = _check_hello(connection, hello, ["numpy", "onnxruntime", *(["onnx"] if needs_onnx else [])])
         say(f"copying to {target.host}", 0.05)
-        names = _send_library(connection, Path(folder), platform, arguments.get("providers"), library)
+        with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
+            names = _send_library(connection, Path(folder), platform, arguments.get("providers"), library)
         _send_package(connection)
         _send_bundle(connection, opened)
         job = {"function": function, "arguments": arguments, "library": names, "feeds": _send_feeds(connection, feeds)}
