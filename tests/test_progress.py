@@ -17,6 +17,7 @@ from bundle_factory import make_bundle
 from qexport import convert, profile, tune, validate
 from qexport.attention import map_attention
 from qexport.compression import compress
+from qexport.deployment import pack_deployment, verify_deployment
 from qexport.reporting import report
 from qexport.resilience import measure_resilience
 from qexport.scaling import sweep
@@ -37,6 +38,7 @@ CALLS = {
     "attention": lambda bundle, folder, say: map_attention(bundle, output=folder, pictures=False, progress=say),
     "samples": lambda bundle, folder, say: error_by_samples(bundle, seq=40, progress=say),
     "tune": lambda bundle, folder, say: tune(bundle, max_error=0.5, trials=2, seeds=1, progress=say),
+    "bundle": lambda bundle, folder, say: pack_deployment(bundle, folder / "out", progress=say),
     "report": lambda bundle, folder, say: report(
         bundle, folder / "page.html", skip=("scaling", "samples"), seq=(4,), runs=2, seeds=2, progress=say
     ),
@@ -54,7 +56,12 @@ def test_the_share_that_is_done_only_grows(name, bundle, tmp_path):
     assert all(step == step.strip() and "\n" not in step for step, _ in told)
 
 
-@pytest.mark.parametrize("function", [convert, profile, tune, validate, map_attention, compress, measure_resilience, report])
+@pytest.mark.parametrize(
+    "function",
+    [
+        convert, profile, tune, validate, map_attention, compress, measure_resilience, report, pack_deployment, verify_deployment
+    ],
+)  # fmt: skip
 def test_progress_is_described_alike(function):
     assert signature(function).parameters["progress"].default is None
     assert "progress: called with the step in words and the share that is done, 0 to 1." in function.__doc__

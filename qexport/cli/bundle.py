@@ -25,9 +25,11 @@ def command(bundle, output, target, provider, library, as_json, quiet, verbose):
     alone), a C++ program that does the same, and a manifest with the sha256 of every file.
     """
     from qexport.cli.render_deployment import show_deployment
+    from qexport.cli.text import progress_bar
     from qexport.deployment import pack_deployment
 
-    manifest = pack_deployment(bundle, output, target=target, provider=provider, library=library)
+    with progress_bar(quiet or as_json) as progress:
+        manifest = pack_deployment(bundle, output, target=target, provider=provider, library=library, progress=progress)
     if as_json:
         print_json(manifest)
     else:

@@ -15,9 +15,11 @@ def command(deployment, runs, as_json, quiet, verbose):
     A file that changed, is missing or was added is named. Exit code 3 when outputs are out of tolerance.
     """
     from qexport.cli.render_deployment import show_verification
+    from qexport.cli.text import progress_bar
     from qexport.deployment import verify_deployment
 
-    report = verify_deployment(deployment, runs=runs)
+    with progress_bar(quiet or as_json) as progress:
+        report = verify_deployment(deployment, runs=runs, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -20,6 +20,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.external_data import external_files, load_structure
 from qexport.failures import one_line
 from qexport.manifest import package_version
+from qexport.progress import unwatched
 from qexport.validation.limits import DEFAULT_MAX_ERROR, ROUNDING, limits_of
 from qexport.validation.sensitivity import quantizes, sensitivity
 
@@ -63,7 +64,9 @@ class VerificationReport:
         return {**self.__dict__, "passed": self.passed}
 
 
-def pack_deployment(bundle, output, *, target: str | None = None, provider: str = "cpu", library=None) -> dict:
+def pack_deployment(
+    bundle, output, *, target: str | None = None, provider: str = "cpu", library=None, progress=None
+) -> dict:
     """Pack what a device needs of a bundle into the folder `output`; a deployment that is there is replaced.
 
     The stored outputs are those of the converted model with its default seed on this machine's CPU, where `target` is this
@@ -75,6 +78,7 @@ def pack_deployment(bundle, output, *, target: str | None = None, provider: str 
         target: "linux-x86_64" or "linux-aarch64"; this machine when None.
         provider: "cpu", or "cuda" to pack the CUDA kernels too and run there.
         library: a wheel of qexport or an op library for `target`; the installed one when None.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Returns:
         The manifest of the deployment.
@@ -86,18 +90,22 @@ def pack_deployment(bundle, output, *, target: str | None = None, provider: str 
     """
     if provider not in PROVIDERS:
         raise UsageError(f"provider must be {' or '.join(PROVIDERS)}, got {provider!r}")
-    target = check_target(target)
+    target, say = check_target(target), progress or unwatched
+    say("checking the bundle", 0.0)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=True)
     with write_bundle(output, DEPLOYMENT) as writer:
         folder = writer.path
         structure = load_structure(opened.model_path)
+        say("copying the model", 0.2)
         for name in (MODEL, *external_files(structure)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(opened.path / name, folder / name)
         (folder / "lib").mkdir()
         copy_library(folder / "lib", target, provider, library)
         own = folder / "lib" / LIBRARY if target == this_target() else True
+        say("running the samples", 0.4)
         _write_samples(opened, folder / SAMPLES, own, provider)
+        say("hashing the files", 0.8)
         shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
         shutil.copytree(_cpp_sources(), folder / CPP)
         writer.manifest = {
@@ -148,23 +156,25 @@ def _tolerance(bundle: Bundle, inputs, outputs, provider: str) -> float:
     return max(limit, ROUNDING["float16"]) if provider == "cuda" else limit
 
 
-def verify_deployment(path, *, runs: int = 20) -> VerificationReport:
+def verify_deployment(path, *, runs: int = 20, progress=None) -> VerificationReport:
     """Check that every file of a deployment is as it was packed, and that its model gives the stored outputs here.
 
     Args:
         path: the folder.
         runs: timed runs of the model.
+        progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         QexportError: not a deployment; a file changed, is missing or was added (the message names it); or the model cannot
             be run.
     """
-    path = Path(path)
+    path, say = Path(path), progress or unwatched
     if not path.is_dir():
         raise QexportError(f"{path}: no such folder; pack a deployment with '{DEPLOYMENT.command}'")
     if (path / MANIFEST).is_file() and (path / SEAL).is_file() and _read(path / SEAL) != seal_text(path):
         raise QexportError(f"{path}: {MANIFEST} or {SEAL} changed since it was packed; {DEPLOYMENT.again}")
     manifest = read_manifest(path, DEPLOYMENT)
+    say("hashing the files", 0.0)
     if found := _differences(path, manifest):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise QexportError(f"{path}: {found[0]}{more}; copy the whole folder again, or {DEPLOYMENT.again}")
@@ -172,6 +182,7 @@ def verify_deployment(path, *, runs: int = 20) -> VerificationReport:
         str(path), manifest["target"], manifest["provider"], len(manifest["files"]), seal_text(path).split()[0]
     )
     if manifest["target"] == this_target():
+        say("running the samples", 0.5)
         report.run = _run(path, runs)
     return report
 
