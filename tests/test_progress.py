@@ -59,9 +59,18 @@ def test_the_share_that_is_done_only_grows(name, bundle, tmp_path):
 @pytest.mark.parametrize(
     "function",
     [
-        convert, profile, tune, validate, map_attention, compress, measure_resilience, report, pack_deployment, verify_deployment
+        convert,
+        profile,
+        tune,
+        validate,
+        map_attention,
+        compress,
+        measure_resilience,
+        report,
+        pack_deployment,
+        verify_deployment,
     ],
-)  # fmt: skip
+)
 def test_progress_is_described_alike(function):
     assert signature(function).parameters["progress"].default is None
     assert "progress: called with the step in words and the share that is done, 0 to 1." in function.__doc__
