@@ -141,7 +141,7 @@ def test_what_is_missing_there(folder, server, target):
 
 def test_our_own_python_is_refused_where_it_hides_the_copy(folder, target, server):
     """An editable install comes before everything on the path."""
-    finders = subprocess.run([sys.executable, "-c", "import qexport, sys; print(qexport.__file__)"], capture_output=True)
+    finders = subprocess.run([sys.executable, "-P", "-c", "import qexport; print(qexport.__file__)"], capture_output=True)
     installed = Path(os.fsdecode(finders.stdout.strip()))
     if "site-packages" in installed.parts:
         assert profile(folder, seq=8, runs=1, warmup=0, target=target(sys.executable)).target
