@@ -4,6 +4,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from qexport.bundle import sha256
+
 VOCAB, WIDTH, HIDDEN = 96, 64, 160
 
 _LANGUAGE_MODEL = f"""
@@ -81,3 +83,19 @@ def with_weight(model: onnx.ModelProto, name: str, array: np.ndarray) -> onnx.Mo
     assert tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
     tensor.CopyFrom(numpy_helper.from_array(array.astype(numpy_helper.to_array(tensor).dtype), name))
     return changed
+
+
+RUNTIME_OPS = {"MatMulNBits", "GatherBlockQuantized"}
+
+
+def ops(path) -> list[str]:
+    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+def files(folder) -> dict[str, str]:
+    """Digests of everything in a folder."""
+    return {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def relative(value, expected) -> float:
+    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
