@@ -36,11 +36,11 @@ __global__ __launch_bounds__(Tile::kThreads,
 #endif
   using T = typename Tile::T;
   char* const shared = dynamic_shared<char>();
-  ExactTile<T, Tile::kQueries, Tile::kKeys> tile;
+  ExactTileOf<Tile> tile;
   if (!tile.open(launch, shared + Tile::kSharedBytes)) return;
   State<Tile> state;
   state.clear();
-  attend(state, shared, tile.count, tile);
+  if (!attend(state, shared, tile.count, tile)) return;
   state.join_sums();
 #pragma unroll
   for (int i = 0; i < State<Tile>::kRows; ++i) {

@@ -23,19 +23,24 @@ inline bool aligned_rows(const AttentionJob& job) {
          (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
 }
 
+template <class Tile>
+using ExactTileOf = ExactTile<typename Tile::T, Tile::kQueries, Tile::kKeys, !Tile::kPipeline>;
+
 template <class Tile_, template <class> class State_>
 struct Choice {
   using Tile = Tile_;
   template <class T>
   using State = State_<T>;
   static size_t shared_bytes(const AttentionJob& job) {
-    return Tile::kSharedBytes + ExactTile<typename Tile::T, Tile::kQueries, Tile::kKeys>::shared_bytes(job);
+    return Tile::kSharedBytes + ExactTileOf<Tile>::shared_bytes(job);
   }
 };
 template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
 using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
 template <class T, int kHead, int kWarps, int kBlocksPerProcessor>
 using Warpgroups = Choice<FlashTile<T, kHead, 1, kWarps, 64, kBlocksPerProcessor, true>, FlashState>;
+template <class T, int kHead, int kConsumers, int kKeys, int kStages, bool kTurns = true>
+using Pipeline = Choice<PipelineTile<T, kHead, kConsumers, kKeys, kStages, kTurns>, FlashState>;
 template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
 using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
 template <class T_>
@@ -83,6 +88,10 @@ template <class T, class Visit>
 void choose_half(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
   if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
+    if (device.capability == 90 && !job.tensors.mask.data && size > 32) {
+      if (size <= 64) return visit_choice<Pipeline<T, 64, 2, 128, 2>, Flash<T, 64, 1, 3>>(job, device, visit);
+      return visit_choice<Pipeline<T, 128, 2, 128, 2>, Flash<T, 128, 1, 2>>(job, device, visit);
+    }
     if (device.capability == 90) {  // the waves are those from which warpgroups were faster on an H200
       if (size > 32 && size <= 64) return visit_choice<Warpgroups<T, 64, 8, 2>, Flash<T, 64, 1, 3>>(job, device, visit, 1.5);
       using Large = Warpgroups<T, 128, 12, 1>;

@@ -36,7 +36,8 @@ __device__ __forceinline__ float capped_score(float x, float cap, float two_over
 // A bias in base 2. A finite one that is beyond float32 there does not shut its key out: it may be that of all keys.
 __device__ __forceinline__ float base2_bias(float x) { return x > -kInf ? fmaxf(x * kLog2E, -FLT_MAX) : -kInf; }
 
-template <class T_, int kQueries, int kKeys>
+// Without kMasked the call has no mask.
+template <class T_, int kQueries, int kKeys, bool kMasked>
 class ExactTile {
  public:
   using T = T_;
@@ -44,7 +45,7 @@ class ExactTile {
 
   static size_t shared_bytes(const AttentionJob& job) {
     return (2 * kQueries + 4) * sizeof(int) +
-           (job.tensors.mask.data ? kKeys * sizeof(int) + kQueries * kBiasRow * sizeof(float) : 0);
+           (kMasked && job.tensors.mask.data ? kKeys * sizeof(int) + kQueries * kBiasRow * sizeof(float) : 0);
   }
 
   // Called by all threads. False: there is nothing to write.
@@ -126,14 +127,22 @@ class ExactTile {
     return key_or_value(block, row, value_past, value_new, t.past_value.row_stride, t.v.row_stride);
   }
 
+  __device__ __forceinline__ KeyRun<T> key_run(int block, int part) const {
+    const QuantumAttentionTensors& t = launch->job.tensors;
+    return run_of(block, part, key_past, key_new, t.past_key.row_stride, t.k.row_stride);
+  }
+  __device__ __forceinline__ KeyRun<T> value_run(int block, int part) const {
+    const QuantumAttentionTensors& t = launch->job.tensors;
+    return run_of(block, part, value_past, value_new, t.past_value.row_stride, t.v.row_stride);
+  }
+
   __device__ __forceinline__ bool plain(int block) const {
     const int from = first + block * kKeys;
-    return from >= all_from && from + kKeys <= all_to && !launch->job.tensors.mask.data &&
-           launch->job.params.softcap == 0.0f;
+    return from >= all_from && from + kKeys <= all_to && !hides() && launch->job.params.softcap == 0.0f;
   }
 
   // Keys that the mask shuts out for all queries count as hidden once `prepare` was there.
-  __device__ __forceinline__ bool hides() const { return launch->job.tensors.mask.data != nullptr; }
+  __device__ __forceinline__ bool hides() const { return kMasked && launch->job.tensors.mask.data != nullptr; }
   __device__ __forceinline__ bool hidden(int block, int row) const { return seen[row] != block + 1; }
 
   // Lays the mask of the tile into shared memory, as logarithms of base 2. Where all rows have the same, row 0 serves them.
@@ -164,7 +173,7 @@ class ExactTile {
       for (int m = 0; m < kCount; ++m) at(m) = capped_score(at(m), job.params.softcap, two_over_cap);
     }
     // Everything is selected, so that a NaN behind the mask does not leak.
-    if (job.tensors.mask.data) {
+    if (hides()) {
       const float* const row_bias = bias + row * bias_step;
 #pragma unroll
       for (int m = 0; m < kCount; ++m) {
@@ -222,6 +231,15 @@ class ExactTile {
     const bool old = from < past_len && (from + kKeys <= past_len || j < past_len);
     return reinterpret_cast<const T*>((old ? past : fresh) +
                                       sizeof(T) * static_cast<uintptr_t>(j * (old ? past_stride : stride)));
+  }
+
+  __device__ __forceinline__ KeyRun<T> run_of(int block, int part, uintptr_t past, uintptr_t fresh, int64_t past_stride,
+                                              int64_t stride) const {
+    const int from = first + block * kKeys + part * kRun, past_len = static_cast<int>(launch->job.params.past_len);
+    const bool old = from < past_len;
+    if (from + kRun > end || (old && from + kRun > past_len)) return {nullptr, 0};
+    if (old) stride = past_stride;
+    return {reinterpret_cast<const T*>((old ? past : fresh) + sizeof(T) * static_cast<uintptr_t>(from * stride)), stride};
   }
 
   const ExactLaunch* launch;

@@ -16,15 +16,14 @@
 //                                        key
 #pragma once
 
-#include "flash_warpgroups.cuh"
+#include "flash_pipeline.cuh"
 
 namespace qexport {
 namespace cuda {
 
-// Joins blocks 0..count-1 to `state`, which the caller has cleared or filled. `shared` has Tile::kSharedBytes. All threads
-// of the block call this, and may write to `shared` again behind a barrier.
+// `attend` by warps, or warpgroups, that copy and compute alike.
 template <class Tile, class Blocks>
-__device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
+__device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
   if (count == 0) return;
   char* const queries = shared;
   char* const keys = shared + Tile::kQueryBytes;
@@ -69,6 +68,18 @@ __device__ __forceinline__ void attend(FlashState<Tile>& state, char* shared, in
       flash_weights<Tile>(state, s, left);
       flash_values<Tile>(state, s, values + at);
     }
+  }
+}
+
+// Joins blocks 0..count-1 to `state`, which the caller has cleared or filled. `shared` has Tile::kSharedBytes. All threads
+// of the block call this, and may write to `shared` again behind a barrier. False: this thread has no rows and is done.
+template <class Tile, class Blocks>
+__device__ __forceinline__ bool attend(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
+  if constexpr (Tile::kPipeline) {
+    return flash_attend_pipeline(state, shared, count, blocks);
+  } else {
+    flash_attend(state, shared, count, blocks);
+    return true;
   }
 }
 

@@ -9,12 +9,21 @@ namespace cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
+constexpr int kRun = 64;  // rows of K or V that are copied at once where they lie at even distances, in elements
+template <class T>
+struct KeyRun {
+  const T* first;  // null: they do not
+  int64_t stride;
+};
+
 // The shape of a tile. A warp computes 16 * kRowTiles queries and shares what it reads of K and V among them.
 template <class T_, int kHead_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocksPerProcessor_, bool kWarpgroups_ = false>
 struct FlashTile {
   static constexpr bool kWarpgroups = kWarpgroups_;  // the products are those of warpgroups where they exist
   using T = T_;
   static constexpr int kHead = kHead_, kRowTiles = kRowTiles_, kKeys = kKeys_, kThreads = kWarps_ * kWarp;
+  static constexpr bool kPipeline = false;
+  static constexpr int kCopiers = kThreads;  // threads that copy rows
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   // Blocks that the keys of few queries are split into, and up to how many queries, both for each multiprocessor.
   static constexpr int kPartsPerProcessor = 2, kMostJoined = 16;
@@ -88,9 +97,9 @@ struct FlashLane {
 
 template <class Tile, int kRows, class Row, int kPanelRows = Tile::kWarpgroups ? kRows : 0>
 __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
-  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kThreads / kChunks;
-  static_assert(Tile::kThreads % kChunks == 0);
-  const int first = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
+  static_assert(Tile::kCopiers % kChunks == 0);
+  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
 #pragma unroll
   for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
     const int row = i * kStep + first;
@@ -115,10 +124,10 @@ __device__ __forceinline__ void flash_clear_values(char* values, const Hidden& h
 // Negates what this thread has copied of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_negate(char* queries) {
-  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kThreads / kChunks;
+  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
 #pragma unroll
   for (int i = 0; i < ceil_div(Tile::kQueries, kStep); ++i) {
-    const int row = i * kStep + static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const int row = i * kStep + static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
     if (Tile::kQueries % kStep && row >= Tile::kQueries) break;
     uint32_t* words = reinterpret_cast<uint32_t*>(queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(row, chunk));
 #pragma unroll

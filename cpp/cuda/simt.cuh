@@ -11,6 +11,7 @@ namespace cuda {
 template <class T_, int kHead_, int kRows_, int kKeys_, int kBlocksPerProcessor_>
 struct SimtTile {
   using T = T_;
+  static constexpr bool kPipeline = false;
   static constexpr int kHead = kHead_, kRows = kRows_, kKeys = kKeys_, kThreads = 128;
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   static constexpr int kPartsPerProcessor = kBlocksPerProcessor, kMostJoined = 64;  // slower products, more to gain
@@ -82,7 +83,7 @@ __device__ __forceinline__ void simt_copy_rows(float* shared, int columns, const
 
 // Joins blocks 0..count-1 to `state`, as that of FlashState does.
 template <class Tile, class Blocks>
-__device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int count, Blocks& blocks) {
+__device__ __forceinline__ bool attend(SimtState<Tile>& state, char* shared, int count, Blocks& blocks) {
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kHead = Tile::kHead;
   float* const queries = reinterpret_cast<float*>(shared);
   float* const keys = queries + Tile::kQueries * kHead;
@@ -188,6 +189,7 @@ __device__ __forceinline__ void attend(SimtState<Tile>& state, char* shared, int
     }
     __syncwarp();
   }
+  return true;
 }
 
 }  // namespace cuda

@@ -13,6 +13,18 @@
 namespace qexport {
 namespace cuda {
 
+// Gives registers of this warpgroup back, or takes what others gave back.
+template <int kRegisters, bool kTakes>
+__device__ __forceinline__ void set_registers() {
+#if QEXPORT_WGMMA
+  if constexpr (kTakes) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  }
+#endif
+}
+
 #if QEXPORT_WGMMA
 
 // A matrix in shared memory, in panels of 64 columns of 16 bits with rows of 128 bytes, whose 16-byte chunk c of row r lies

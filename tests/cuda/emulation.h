@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -71,6 +72,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;
   Meeting meeting;
+  std::map<const void*, Meeting> phases;  // barriers that count arrivals, by their place in shared memory
+  std::map<int, Meeting> numbered;
   std::jmp_buf scheduler;
   Thread* now = nullptr;
 };
@@ -85,12 +88,20 @@ void yield();
   std::abort();
 }
 
-inline void meet(Meeting& meeting) {
+inline void arrive(Meeting& meeting) {
+  if (++meeting.arrived == meeting.running) meeting.open();
+}
+// Waits until the meeting that is under way is over.
+inline void await(const Meeting& meeting) {
   Thread& self = *block->now;
-  if (++meeting.arrived == meeting.running) return meeting.open();
   self.waits = &meeting, self.generation = meeting.generation;
   yield();
   self.waits = nullptr;
+}
+inline void meet(Meeting& meeting) {
+  const uint64_t now = meeting.generation;
+  arrive(meeting);
+  if (meeting.generation == now) await(meeting);
 }
 
 inline void barrier() { meet(block->meeting); }
@@ -319,6 +330,22 @@ inline void cp_async_commit() {}
 template <int>
 void cp_async_wait() {}
 inline float fast_exp2(float x) { return std::exp2(x); }
+
+inline void phase_init(uint64_t* barrier, int arrivals) {
+  emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);
+}
+inline void phase_arrive(uint64_t* barrier) { emulation::arrive(emulation::block->phases.at(barrier)); }
+inline void phase_wait(uint64_t* barrier, int parity) {
+  const emulation::Meeting& phases = emulation::block->phases.at(barrier);
+  if (phases.generation % 2 == static_cast<unsigned>(parity)) emulation::await(phases);
+}
+inline emulation::Meeting& numbered_barrier(int id, int threads) {
+  emulation::Meeting& barrier = emulation::block->numbered[id];
+  barrier.running = static_cast<unsigned>(threads);
+  return barrier;
+}
+inline void numbered_wait(int id, int threads) { emulation::meet(numbered_barrier(id, threads)); }
+inline void numbered_arrive(int id, int threads) { emulation::arrive(numbered_barrier(id, threads)); }
 
 }  // namespace cuda
 }  // namespace qexport

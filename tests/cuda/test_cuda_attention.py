@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from attention_backends import DTYPES, rounded, run_ref
-from attention_cases import CASES
+from attention_cases import CASES, Case
 from calls import attention
 from devices import split
 from test_ops import DRAWING, SAMPLES, allowed_flips, assert_close
@@ -37,6 +37,29 @@ def test_exact(device, case, dtype):
     got = attention(device, feeds, dtype, 0, attributes)
     assert_close(got["Y"], run_ref(feeds, dtype, 0, attributes)["Y"], dtype, "Y")
     assert not got["error_estimate"].any()
+
+
+# More queries than one tile has, for every multiprocessor of the emulated card, in heads that matrix units take: blocks of keys
+# that are whole, cut, hidden and split between the past and the new ones, and tiles with one block and with none.
+FULL_TILES = (
+    Case("whole_blocks", 1, 4, 4, q_len=256, kv_len=384, head_size=64, v_head_size=64),
+    Case("cut_blocks", 2, 4, 2, q_len=130, kv_len=333, head_size=48, v_head_size=56),
+    Case("causal", 1, 4, 2, q_len=300, kv_len=300, head_size=64, v_head_size=40, attributes={"is_causal": 1}),
+    Case("past", 1, 4, 4, q_len=150, kv_len=150, past_len=277, head_size=64, v_head_size=64, attributes={"is_causal": 1}),
+    Case("wide", 1, 4, 1, q_len=140, kv_len=500, head_size=128, v_head_size=128),
+    Case("wide_causal", 1, 4, 4, q_len=260, kv_len=260, head_size=80, v_head_size=128, attributes={"is_causal": 1}),
+    Case("window", 1, 4, 4, q_len=300, kv_len=300, head_size=64, v_head_size=64, attributes={"left_window_size": 70, "is_causal": 1}),
+    Case("nonpad", 4, 2, 2, q_len=129, kv_len=260, head_size=64, v_head_size=64, nonpad=(0, 128, 131, 260)),
+    Case("softcap_negative", 1, 4, 4, q_len=130, kv_len=200, head_size=64, v_head_size=64, attributes={"softcap": 2.0, "scale": -0.3}),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", FULL_TILES, ids=ids)
+def test_exact_in_full_tiles(device, case, dtype):
+    feeds, attributes = rounded(case.inputs(), dtype), case.all_attributes(strategy="exact")
+    want = run_ref(feeds, dtype, 0, attributes)["Y"]
+    assert_close(attention(device, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
 
 
 @pytest.mark.parametrize(

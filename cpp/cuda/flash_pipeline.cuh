@@ -1,0 +1,227 @@
+// The loop of flash attention with a warpgroup that copies and others that compute (FlashAttention-3: Shah et al., arXiv
+// 2407.08608): nobody waits at a barrier of the block, and while one warpgroup computes weights another has the tensor cores.
+#pragma once
+
+#include "barriers.cuh"
+#include "flash_warpgroups.cuh"
+
+namespace qexport {
+namespace cuda {
+
+// kConsumers warpgroups of 64 queries each, and one more that holds no rows. kStages blocks of K and of V are under way.
+template <class T_, int kHead_, int kConsumers_, int kKeys_, int kStages_, bool kTurns_ = true>
+struct PipelineTile {
+  static constexpr bool kWarpgroups = true, kPipeline = true, kTurns = kTurns_;
+  using T = T_;
+  static constexpr int kHead = kHead_, kRowTiles = 1, kKeys = kKeys_, kStages = kStages_, kConsumers = kConsumers_;
+  static constexpr int kGroup = 128, kThreads = kGroup * (kConsumers + 1), kCopiers = kGroup, kBlocksPerProcessor = 1;
+  static constexpr int kPartsPerProcessor = 1, kMostJoined = 16;
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kRowBytes = kHead * 2, kQueryPanel = kQueries, kKeyPanel = kKeys;
+  static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
+  static constexpr int kBarrierBytes = 4 * kStages * 8;
+  static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kKeyBytes + kBarrierBytes;
+  // Copies that are under way when the next is started. The slot of the next is free only once K of two blocks later than
+  // what it holds has been seen, which must not be among them.
+  static constexpr int kUnderWay = kStages == 2 ? 2 : 3;
+  static_assert(kStages >= 2 && kUnderWay <= 2 * kStages - 2);
+  // Registers of a thread, 65536 in all; two warpgroups have enough as it is.
+  static constexpr bool kShifts = kConsumers > 1;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+};
+
+// Where a block lies in a ring of kStages slots, and the parity of the slot's phase then.
+template <class Tile>
+struct FlashCursor {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == Tile::kStages) slot = 0, parity ^= 1;
+  }
+};
+
+// Blocks of K (kind 0) and of V (kind 1) in shared memory, and who may have which: slots 0..kStages-1 are K's.
+template <class Tile>
+struct FlashRing {
+  using Cursor = FlashCursor<Tile>;
+  static constexpr int kSlots = 2 * Tile::kStages;
+  char* blocks;
+  uint64_t* full;  // then as many that say that a slot is free
+
+  __device__ __forceinline__ explicit FlashRing(char* shared)
+      : blocks(shared + Tile::kQueryBytes), full(reinterpret_cast<uint64_t*>(blocks + kSlots * Tile::kKeyBytes)) {}
+  // All threads call this; the barriers are ready behind a barrier of the block. A warp counts once.
+  __device__ __forceinline__ void open() const {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < 2 * kSlots) phase_init(full + i, 4 * (i < kSlots ? 1 : Tile::kConsumers));
+  }
+  __device__ __forceinline__ static int slot(int kind, const Cursor& at) { return kind * Tile::kStages + at.slot; }
+  __device__ __forceinline__ char* block(int slot) const { return blocks + slot * Tile::kKeyBytes; }
+  __device__ __forceinline__ const char* wait_full(int kind, const Cursor& at) const {
+    phase_wait(full + slot(kind, at), at.parity);
+    return block(slot(kind, at));
+  }
+  __device__ __forceinline__ void wait_free(int kind, const Cursor& at) const {
+    phase_wait(full + kSlots + slot(kind, at), at.parity ^ 1);
+  }
+  __device__ __forceinline__ void give_back(int kind, const Cursor& at) const { arrive(kSlots + slot(kind, at)); }
+  __device__ __forceinline__ void arrive(int barrier) const {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) phase_arrive(full + barrier);
+  }
+};
+
+// Copies a block of K or V, kRun rows at a time: at once where they lie at even distances, else row by row.
+template <class Tile, class Run, class Row>
+__device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run& run_of, const Row& row_of) {
+  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
+  static_assert(Tile::kKeys % kRun == 0 && kRun % kStep == 0 && kStep % 8 == 0);
+  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const bool valid = 8 * chunk < columns;
+  to += flash_offset<Tile::kHead, Tile::kKeys>(first, chunk);
+#pragma unroll
+  for (int part = 0; part < Tile::kKeys / kRun; ++part) {
+    const KeyRun<typename Tile::T> run = run_of(part);
+    const typename Tile::T* from = run.first + first * run.stride + 8 * chunk;
+#pragma unroll
+    for (int i = part * kRun; i < (part + 1) * kRun; i += kStep) {
+      if (!run.first) {
+        from = row_of(i + first);
+        cp_async_16(to + i * 128, valid && from ? from + 8 * chunk : nullptr, valid && from);
+      } else {
+        cp_async_16(to + i * 128, from, valid);
+        from += kStep * run.stride;
+      }
+    }
+  }
+}
+
+// The warpgroup that copies.
+template <class Tile, class Blocks>
+__device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile>& ring, int count, const Blocks& blocks) {
+  flash_copy_rows<Tile, Tile::kQueries>(shared, blocks.head_size, [&](int row) { return blocks.query(row); });
+  if (blocks.scale < 0.0f) {
+    // The maximum is taken of products before scaling, so that the scale must not be negative.
+    cp_async_commit();
+    cp_async_wait<0>();
+    flash_negate<Tile>(shared);
+  }
+  int under_way[Tile::kUnderWay];  // slots whose copies were started last, the oldest first; -1: none
+#pragma unroll
+  for (int i = 0; i < Tile::kUnderWay; ++i) under_way[i] = -1;
+  const auto publish = [&](int slot) {
+    if (slot < 0) return;
+#if QEXPORT_WGMMA
+    wgmma_shared_fence();
+#endif
+    ring.arrive(slot);
+  };
+  const auto started = [&](int slot) {
+    cp_async_commit();
+    cp_async_wait<Tile::kUnderWay>();
+    publish(under_way[0]);
+#pragma unroll
+    for (int i = 1; i < Tile::kUnderWay; ++i) under_way[i - 1] = under_way[i];
+    under_way[Tile::kUnderWay - 1] = slot;
+  };
+  const auto drain = [&] {
+    cp_async_wait<0>();
+#pragma unroll
+    for (int i = 0; i < Tile::kUnderWay; ++i) publish(under_way[i]), under_way[i] = -1;
+  };
+  FlashCursor<Tile> key_at, value_at;
+  for (int block = 0; block <= count; ++block) {
+    if (block < count) {
+      ring.wait_free(0, key_at);
+      const int slot = ring.slot(0, key_at);
+      flash_copy_runs<Tile>(
+          ring.block(slot), blocks.head_size, [&](int part) { return blocks.key_run(block, part); },
+          [&](int row) { return blocks.key(block, row); });
+      started(slot);
+      key_at.advance();
+    } else {
+      drain();  // the slot of the last V is free only once the last K has been seen
+    }
+    if (block > 0) {
+      ring.wait_free(1, value_at);
+      const int slot = ring.slot(1, value_at);
+      flash_copy_runs<Tile>(
+          ring.block(slot), blocks.v_head_size, [&](int part) { return blocks.value_run(block - 1, part); },
+          [&](int row) { return blocks.value(block - 1, row); });
+      started(slot);
+      value_at.advance();
+    }
+  }
+  drain();
+}
+
+// The warpgroups that compute.
+template <class Tile, class Blocks>
+__device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const char* queries, const FlashRing<Tile>& ring,
+                                              int count, float factor, Blocks& blocks) {
+  // They take turns with the tensor cores: each starts its products when the one before it has.
+  const int group = static_cast<int>(threadIdx.x) / Tile::kGroup, next = (group + 1) % Tile::kConsumers;
+  constexpr bool kTurns = Tile::kTurns && Tile::kConsumers > 1;
+  const auto pass_turn = [&] {
+    if (kTurns) numbered_arrive(1 + next, 2 * Tile::kGroup);
+  };
+  float s[1][Tile::kKeys / 8][4], fade[2];
+  uint32_t p[Tile::kKeys / 16][1][4];
+  FlashCursor<Tile> key_at, value_at, last_value_at;
+  bool moved = false;
+  // Weights of a block whose products with K were started before those with V, if any.
+  const auto weigh = [&](int block) {
+    ring.give_back(0, key_at);
+    key_at.advance();
+    if (!blocks.plain(block)) blocks.prepare(block);
+    const float left = flash_scores<Tile>(s, factor, block, blocks);
+    moved = flash_move(state, s, left, fade);
+    flash_exp2(state, s, left);
+  };
+  // Takes the weights up once the products with V before them are done.
+  const auto settle = [&] {
+    flash_finish<0>(state.o[0]);
+    if (moved) flash_fade(state, fade);
+    flash_pack<Tile>(p, s);
+  };
+  if (next == 0 && count > 1) pass_turn();
+  flash_start_products<Tile>(s, queries, ring.wait_full(0, key_at));
+  flash_finish<0>(s[0]);
+  weigh(0);
+  for (int block = 1; block < count; ++block) {
+    // This wait keeps the compiler from waiting for the products with V before it has computed the weights.
+    const char* const keys = ring.wait_full(0, key_at);
+    settle();
+    if (block > 1) ring.give_back(1, last_value_at);
+    last_value_at = value_at;
+    if (kTurns) numbered_wait(1 + group, 2 * Tile::kGroup);
+    flash_start_products<Tile>(s, queries, keys);
+    flash_start_values(state, p, ring.wait_full(1, value_at));
+    value_at.advance();
+    if (next != 0 || block + 1 < count) pass_turn();
+    flash_finish<1>(s[0]);
+    weigh(block);
+  }
+  const char* const values = ring.wait_full(1, value_at);
+  settle();
+  flash_start_values(state, p, values);
+  flash_finish<0>(state.o[0]);
+}
+
+// As `attend` of flash.cuh, of blocks that hide nothing. False: this thread holds no rows and has nothing left to do.
+template <class Tile, class Blocks>
+__device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
+  const FlashRing<Tile> ring(shared);
+  ring.open();
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= Tile::kQueries * 2) {
+    if constexpr (Tile::kShifts) set_registers<Tile::kProducerRegisters, false>();
+    if (count > 0) flash_produce(shared, ring, count, blocks);
+    return false;
+  }
+  if constexpr (Tile::kShifts) set_registers<Tile::kConsumerRegisters, true>();
+  if (count > 0) flash_consume(state, shared, ring, count, fabsf(blocks.scale), blocks);
+  return true;
+}
+
+}  // namespace cuda
+}  // namespace qexport
