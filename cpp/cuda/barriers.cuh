@@ -21,6 +21,12 @@ __device__ __forceinline__ void phase_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
+// This thread arrives once all copies have that it started before (cp_async_16); it goes on at once.
+__device__ __forceinline__ void phase_arrive_after_copies(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
 // Waits until the phases 0, 2, 4, ... (parity 0) or 1, 3, 5, ... (parity 1) up to the one under way have ended. Who waits is
 // never two phases behind.
 __device__ __forceinline__ void phase_wait(uint64_t* barrier, int parity) {

@@ -88,8 +88,8 @@ template <class T, class Visit>
 void choose_half(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
   if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
-    if (device.capability == 90 && !job.tensors.mask.data && size > 32) {
-      if (size <= 64) return visit_choice<Pipeline<T, 64, 2, 128, 2>, Flash<T, 64, 1, 3>>(job, device, visit);
+    if (device.capability == 90 && !job.tensors.mask.data && job.params.scale >= 0.0f && size > 32) {
+      if (size <= 64) return visit_choice<Pipeline<T, 64, 3, 128, 3>, Flash<T, 64, 1, 3>>(job, device, visit);
       return visit_choice<Pipeline<T, 128, 2, 128, 2>, Flash<T, 128, 1, 2>>(job, device, visit);
     }
     if (device.capability == 90) {  // the waves are those from which warpgroups were faster on an H200

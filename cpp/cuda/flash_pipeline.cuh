@@ -21,10 +21,6 @@ struct PipelineTile {
   static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
   static constexpr int kBarrierBytes = 4 * kStages * 8;
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kKeyBytes + kBarrierBytes;
-  // Copies that are under way when the next is started. The slot of the next is free only once K of two blocks later than
-  // what it holds has been seen, which must not be among them.
-  static constexpr int kUnderWay = kStages == 2 ? 2 : 3;
-  static_assert(kStages >= 2 && kUnderWay <= 2 * kStages - 2);
   // Registers of a thread, 65536 in all; two warpgroups have enough as it is.
   static constexpr bool kShifts = kConsumers > 1;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -49,24 +45,28 @@ struct FlashRing {
 
   __device__ __forceinline__ explicit FlashRing(char* shared)
       : blocks(shared + Tile::kQueryBytes), full(reinterpret_cast<uint64_t*>(blocks + kSlots * Tile::kKeyBytes)) {}
-  // All threads call this; the barriers are ready behind a barrier of the block. A warp counts once.
+  // All threads call this; the barriers are ready behind a barrier of the block. Threads tell that a slot is full, warps that
+  // it is free.
   __device__ __forceinline__ void open() const {
     const int i = static_cast<int>(threadIdx.x);
-    if (i < 2 * kSlots) phase_init(full + i, 4 * (i < kSlots ? 1 : Tile::kConsumers));
+    if (i < 2 * kSlots) phase_init(full + i, i < kSlots ? Tile::kGroup : 4 * Tile::kConsumers);
   }
   __device__ __forceinline__ static int slot(int kind, const Cursor& at) { return kind * Tile::kStages + at.slot; }
   __device__ __forceinline__ char* block(int slot) const { return blocks + slot * Tile::kKeyBytes; }
+  // Only who reads orders the copies before its products: for who copies, that would be a wait for all that is under way.
   __device__ __forceinline__ const char* wait_full(int kind, const Cursor& at) const {
     phase_wait(full + slot(kind, at), at.parity);
+#if QEXPORT_WGMMA
+    wgmma_shared_fence();
+#endif
     return block(slot(kind, at));
   }
   __device__ __forceinline__ void wait_free(int kind, const Cursor& at) const {
     phase_wait(full + kSlots + slot(kind, at), at.parity ^ 1);
   }
-  __device__ __forceinline__ void give_back(int kind, const Cursor& at) const { arrive(kSlots + slot(kind, at)); }
-  __device__ __forceinline__ void arrive(int barrier) const {
+  __device__ __forceinline__ void give_back(int kind, const Cursor& at) const {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) phase_arrive(full + barrier);
+    if (threadIdx.x % kWarp == 0) phase_arrive(full + kSlots + slot(kind, at));
   }
 };
 
@@ -99,35 +99,6 @@ __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run
 template <class Tile, class Blocks>
 __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile>& ring, int count, const Blocks& blocks) {
   flash_copy_rows<Tile, Tile::kQueries>(shared, blocks.head_size, [&](int row) { return blocks.query(row); });
-  if (blocks.scale < 0.0f) {
-    // The maximum is taken of products before scaling, so that the scale must not be negative.
-    cp_async_commit();
-    cp_async_wait<0>();
-    flash_negate<Tile>(shared);
-  }
-  int under_way[Tile::kUnderWay];  // slots whose copies were started last, the oldest first; -1: none
-#pragma unroll
-  for (int i = 0; i < Tile::kUnderWay; ++i) under_way[i] = -1;
-  const auto publish = [&](int slot) {
-    if (slot < 0) return;
-#if QEXPORT_WGMMA
-    wgmma_shared_fence();
-#endif
-    ring.arrive(slot);
-  };
-  const auto started = [&](int slot) {
-    cp_async_commit();
-    cp_async_wait<Tile::kUnderWay>();
-    publish(under_way[0]);
-#pragma unroll
-    for (int i = 1; i < Tile::kUnderWay; ++i) under_way[i - 1] = under_way[i];
-    under_way[Tile::kUnderWay - 1] = slot;
-  };
-  const auto drain = [&] {
-    cp_async_wait<0>();
-#pragma unroll
-    for (int i = 0; i < Tile::kUnderWay; ++i) publish(under_way[i]), under_way[i] = -1;
-  };
   FlashCursor<Tile> key_at, value_at;
   for (int block = 0; block <= count; ++block) {
     if (block < count) {
@@ -136,10 +107,8 @@ __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile
       flash_copy_runs<Tile>(
           ring.block(slot), blocks.head_size, [&](int part) { return blocks.key_run(block, part); },
           [&](int row) { return blocks.key(block, row); });
-      started(slot);
+      phase_arrive_after_copies(ring.full + slot);
       key_at.advance();
-    } else {
-      drain();  // the slot of the last V is free only once the last K has been seen
     }
     if (block > 0) {
       ring.wait_free(1, value_at);
@@ -147,11 +116,11 @@ __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile
       flash_copy_runs<Tile>(
           ring.block(slot), blocks.v_head_size, [&](int part) { return blocks.value_run(block - 1, part); },
           [&](int row) { return blocks.value(block - 1, row); });
-      started(slot);
+      phase_arrive_after_copies(ring.full + slot);
       value_at.advance();
     }
   }
-  drain();
+  cp_async_wait<0>();
 }
 
 // The warpgroups that compute.
@@ -166,16 +135,25 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
   };
   float s[1][Tile::kKeys / 8][4], fade[2];
   uint32_t p[Tile::kKeys / 16][1][4];
-  FlashCursor<Tile> key_at, value_at, last_value_at;
+  FlashCursor<Tile> key_at, value_at;  // of the next K, and of the V that products were started with last
   bool moved = false;
-  // Weights of a block whose products with K were started before those with V, if any.
-  const auto weigh = [&](int block) {
+  const auto load = [&](uint32_t (&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); };
+  // Turns products with K into weights.
+  const auto weigh = [&](int block, const char* keys) {
+    const bool plain = blocks.plain(block);
+    moved = !plain || !flash_exp2_as_before(state, s, factor);
+    if (moved) {
+      if (plain) {
+        flash_products<Tile>(s, load, keys);  // once more, by each warp for itself
+      } else {
+        blocks.prepare(block);
+      }
+      const float left = flash_scores<Tile>(s, factor, block, blocks);
+      moved = flash_move(state, s, left, fade);
+      flash_exp2(state, s, left);
+    }
     ring.give_back(0, key_at);
     key_at.advance();
-    if (!blocks.plain(block)) blocks.prepare(block);
-    const float left = flash_scores<Tile>(s, factor, block, blocks);
-    moved = flash_move(state, s, left, fade);
-    flash_exp2(state, s, left);
   };
   // Takes the weights up once the products with V before them are done.
   const auto settle = [&] {
@@ -184,30 +162,34 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
     flash_pack<Tile>(p, s);
   };
   if (next == 0 && count > 1) pass_turn();
-  flash_start_products<Tile>(s, queries, ring.wait_full(0, key_at));
+  const char* keys = ring.wait_full(0, key_at);
+  flash_start_products<Tile>(s, queries, keys);
   flash_finish<0>(s[0]);
-  weigh(0);
+  weigh(0, keys);
   for (int block = 1; block < count; ++block) {
     // This wait keeps the compiler from waiting for the products with V before it has computed the weights.
-    const char* const keys = ring.wait_full(0, key_at);
+    keys = ring.wait_full(0, key_at);
     settle();
-    if (block > 1) ring.give_back(1, last_value_at);
-    last_value_at = value_at;
+    if (block > 1) {
+      ring.give_back(1, value_at);
+      value_at.advance();
+    }
     if (kTurns) numbered_wait(1 + group, 2 * Tile::kGroup);
     flash_start_products<Tile>(s, queries, keys);
     flash_start_values(state, p, ring.wait_full(1, value_at));
-    value_at.advance();
     if (next != 0 || block + 1 < count) pass_turn();
     flash_finish<1>(s[0]);
-    weigh(block);
+    weigh(block, keys);
   }
+  if (count > 1) value_at.advance();
   const char* const values = ring.wait_full(1, value_at);
   settle();
   flash_start_values(state, p, values);
   flash_finish<0>(state.o[0]);
 }
 
-// As `attend` of flash.cuh, of blocks that hide nothing. False: this thread holds no rows and has nothing left to do.
+// As `attend` of flash.cuh, of blocks that hide nothing, with a scale that is not negative. False: this thread holds no rows
+// and is done.
 template <class Tile, class Blocks>
 __device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
   const FlashRing<Tile> ring(shared);
@@ -219,7 +201,7 @@ __device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, c
     return false;
   }
   if constexpr (Tile::kShifts) set_registers<Tile::kConsumerRegisters, true>();
-  if (count > 0) flash_consume(state, shared, ring, count, fabsf(blocks.scale), blocks);
+  if (count > 0) flash_consume(state, shared, ring, count, blocks.scale, blocks);
   return true;
 }
 

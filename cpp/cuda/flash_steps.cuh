@@ -122,6 +122,34 @@ __device__ __forceinline__ void flash_exp2(FlashState<Tile>& state, float (&s)[T
   }
 }
 
+// As flash_move and flash_exp2, relative to the maximum of before, which saves finding that of the block. False: it will not
+// do, since a row has none yet or a weight might leave fp16; then `s` is lost and all else as it was.
+template <class Tile>
+__device__ __forceinline__ bool flash_exp2_as_before(FlashState<Tile>& state,
+                                                     float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], float factor) {
+  constexpr int kRows = FlashState<Tile>::kRows;
+  constexpr float kMost = 4096.0f;
+  float sum[kRows];
+  bool fits = true;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    sum[i] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
+        s[i / 2][n][e] = fast_exp2(fmaf(s[i / 2][n][e], factor, -state.most[i]));
+        sum[i] += s[i / 2][n][e];
+      }
+    }
+    fits = fits && sum[i] <= kMost;  // not infinite, nor NaN
+  }
+  if (__any_sync(kFullWarp, !fits)) return false;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) state.sum[i] += sum[i];
+  return true;
+}
+
 // All of that: scores into weights.
 template <class Tile>
 __device__ __forceinline__ void flash_weights(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],

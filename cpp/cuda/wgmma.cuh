@@ -35,9 +35,14 @@ __device__ __forceinline__ uint64_t wgmma_matrix(const char* start, int panel_by
          (shared_address(start) & 0x3ffff) >> 4;
 }
 
+// The matrix that lies so many bytes behind it, in the same shared memory.
+__device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
+  return matrix >> 32 << 32 | (static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16));
+}
+
 // Orders registers and, with wgmma_shared_fence, earlier writes to shared memory before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_shared_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {

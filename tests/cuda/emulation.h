@@ -335,6 +335,7 @@ inline void phase_init(uint64_t* barrier, int arrivals) {
   emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);
 }
 inline void phase_arrive(uint64_t* barrier) { emulation::arrive(emulation::block->phases.at(barrier)); }
+inline void phase_arrive_after_copies(uint64_t* barrier) { phase_arrive(barrier); }
 inline void phase_wait(uint64_t* barrier, int parity) {
   const emulation::Meeting& phases = emulation::block->phases.at(barrier);
   if (phases.generation % 2 == static_cast<unsigned>(parity)) emulation::await(phases);

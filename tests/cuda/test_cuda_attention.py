@@ -62,6 +62,21 @@ def test_exact_in_full_tiles(device, case, dtype):
     assert_close(attention(device, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("most", [15, 500])
+def test_scores_that_rise_from_block_to_block(device, most, size, dtype):
+    """Their maximum moves; by 500 at once no float32 holds a weight that is relative to the one before."""
+    feeds = Case("rising", 1, 4, 4, q_len=200, kv_len=700, head_size=size, v_head_size=size).inputs()
+    feeds["Q"], scale = np.abs(feeds["Q"]), np.abs(feeds["Q"]).sum(-1).max()
+    # Row j of K is the same in all elements, so that queries score it 0 to `most`.
+    rise = np.linspace(-most, most, 700).round(-1 if most > 100 else 0)
+    feeds["K"][:] = (rise / scale)[:, None] + 0.02 / scale * feeds["K"]
+    feeds, attributes = rounded(feeds, dtype), {"strategy": "exact", "scale": 1.0}
+    want = run_ref(feeds, dtype, 0, attributes)["Y"]
+    assert_close(attention(device, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
+
+
 @pytest.mark.parametrize(
     ("device", "case", "strategy", "control_variate", "dtype"),
     split(
