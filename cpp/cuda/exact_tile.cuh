@@ -43,6 +43,7 @@ class ExactTile {
   using T = T_;
   static constexpr int kBiasRow = kKeys + 8;  // floats: rows that lie 8 banks apart are read without conflict
 
+  static_assert(kQueries % kWarp == 0);
   static size_t shared_bytes(const AttentionJob& job) {
     return (2 * kQueries + 4) * sizeof(int) +
            (kMasked && job.tensors.mask.data ? kKeys * sizeof(int) + kQueries * kBiasRow * sizeof(float) : 0);
@@ -56,12 +57,14 @@ class ExactTile {
     int* const extremes = ranges + 2 * kQueries;
     seen = extremes + 4;
     bias = reinterpret_cast<float*>(seen + kKeys);
-    int64_t index = blockIdx.x;
-    part = static_cast<int>(index % exact.parts), index /= exact.parts;
+    // In 32 bits, which a grid has: divisions of 64 bits take as long as the products of a block of keys.
+    uint32_t index = blockIdx.x;
+    const uint32_t parts = static_cast<uint32_t>(exact.parts), tiles = static_cast<uint32_t>(exact.tiles);
+    const uint32_t packs = static_cast<uint32_t>(job.params.q_heads) / static_cast<uint32_t>(exact.pack);
+    part = static_cast<int>(index % parts), index /= parts;
     // Later queries see more keys under a causal mask: the longest work first.
-    first_row = (exact.tiles - 1 - index % exact.tiles) * kQueries, index /= exact.tiles;
-    const int64_t packs = job.params.q_heads / exact.pack;
-    first_head = index % packs * exact.pack, batch = index / packs;
+    first_row = int64_t{tiles - 1 - index % tiles} * kQueries, index /= tiles;
+    first_head = int64_t{index % packs} * exact.pack, batch = index / packs;
     head_size = static_cast<int>(job.params.head_size), v_head_size = static_cast<int>(job.params.v_head_size);
     scale = job.params.scale * kLog2E;
     if (threadIdx.x == 0) extremes[0] = extremes[2] = -INT32_MAX, extremes[1] = extremes[3] = -INT32_MAX;
@@ -79,8 +82,14 @@ class ExactTile {
         }
       }
       ranges[2 * row] = lo, ranges[2 * row + 1] = hi;
-      if (hi > lo) atomicMax(&extremes[0], -lo), atomicMax(&extremes[1], hi);
-      if (hi >= 0) atomicMax(&extremes[2], lo), atomicMax(&extremes[3], -hi);
+      // Whole warps come here: their rows first, since what all threads add to one place is added one by one.
+      const bool any = hi > lo, our = hi >= 0;
+      const int found[4] = {any ? -lo : -INT32_MAX, any ? hi : -INT32_MAX, our ? lo : -INT32_MAX, our ? -hi : -INT32_MAX};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int most = warp_max(found[i]);
+        if (threadIdx.x % kWarp == 0) atomicMax(&extremes[i], most);
+      }
     }
     __syncthreads();
     if (extremes[3] == -INT32_MAX) return false;
@@ -92,7 +101,8 @@ class ExactTile {
       end = extremes[1], first = from + begin * kKeys;
       count = static_cast<int>(int64_t{blocks} * (part + 1) / exact.parts) - begin;
     }
-    const int64_t kv_head = first_head / job.group, past = job.params.past_len;
+    const int64_t past = job.params.past_len;
+    const int64_t kv_head = static_cast<uint32_t>(first_head) / static_cast<uint32_t>(job.group);
     // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the
     // buffer.
     const auto base = [&](const HeadRows& rows, int64_t back) {
@@ -127,6 +137,11 @@ class ExactTile {
     return key_or_value(block, row, value_past, value_new, t.past_value.row_stride, t.v.row_stride);
   }
 
+  __device__ __forceinline__ KeyRun<T> query_run(int part) const {
+    const int64_t r = first_row + part * kRun;
+    if (launch->pack > 1 || launch->only || r + kRun > launch->job.params.q_len) return {nullptr, 0};
+    return {row_of<T>(launch->job.tensors.q, batch, first_head, r), launch->job.tensors.q.row_stride};
+  }
   __device__ __forceinline__ KeyRun<T> key_run(int block, int part) const {
     const QuantumAttentionTensors& t = launch->job.tensors;
     return run_of(block, part, key_past, key_new, t.past_key.row_stride, t.k.row_stride);

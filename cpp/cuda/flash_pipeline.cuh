@@ -15,7 +15,7 @@ struct PipelineTile {
   using T = T_;
   static constexpr int kHead = kHead_, kRowTiles = 1, kKeys = kKeys_, kStages = kStages_, kConsumers = kConsumers_;
   static constexpr int kGroup = 128, kThreads = kGroup * (kConsumers + 1), kCopiers = kGroup, kBlocksPerProcessor = 1;
-  static constexpr int kPartsPerProcessor = 1, kMostJoined = 16;
+  static constexpr int kPartsPerProcessor = 1, kMostJoined = 0;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kRowBytes = kHead * 2, kQueryPanel = kQueries, kKeyPanel = kKeys;
   static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
@@ -70,16 +70,16 @@ struct FlashRing {
   }
 };
 
-// Copies a block of K or V, kRun rows at a time: at once where they lie at even distances, else row by row.
-template <class Tile, class Run, class Row>
+// Copies rows kRun at a time: at once where they lie at even distances, else row by row.
+template <class Tile, int kRows, class Run, class Row>
 __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run& run_of, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
-  static_assert(Tile::kKeys % kRun == 0 && kRun % kStep == 0 && kStep % 8 == 0);
+  static_assert(kRows % kRun == 0 && kRun % kStep == 0 && kStep % 8 == 0);
   const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
   const bool valid = 8 * chunk < columns;
-  to += flash_offset<Tile::kHead, Tile::kKeys>(first, chunk);
+  to += flash_offset<Tile::kHead, kRows>(first, chunk);
 #pragma unroll
-  for (int part = 0; part < Tile::kKeys / kRun; ++part) {
+  for (int part = 0; part < kRows / kRun; ++part) {
     const KeyRun<typename Tile::T> run = run_of(part);
     const typename Tile::T* from = run.first + first * run.stride + 8 * chunk;
 #pragma unroll
@@ -98,13 +98,15 @@ __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run
 // The warpgroup that copies.
 template <class Tile, class Blocks>
 __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile>& ring, int count, const Blocks& blocks) {
-  flash_copy_rows<Tile, Tile::kQueries>(shared, blocks.head_size, [&](int row) { return blocks.query(row); });
+  flash_copy_runs<Tile, Tile::kQueries>(
+      shared, blocks.head_size, [&](int part) { return blocks.query_run(part); },
+      [&](int row) { return blocks.query(row); });
   FlashCursor<Tile> key_at, value_at;
   for (int block = 0; block <= count; ++block) {
     if (block < count) {
       ring.wait_free(0, key_at);
       const int slot = ring.slot(0, key_at);
-      flash_copy_runs<Tile>(
+      flash_copy_runs<Tile, Tile::kKeys>(
           ring.block(slot), blocks.head_size, [&](int part) { return blocks.key_run(block, part); },
           [&](int row) { return blocks.key(block, row); });
       phase_arrive_after_copies(ring.full + slot);
@@ -113,7 +115,7 @@ __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile
     if (block > 0) {
       ring.wait_free(1, value_at);
       const int slot = ring.slot(1, value_at);
-      flash_copy_runs<Tile>(
+      flash_copy_runs<Tile, Tile::kKeys>(
           ring.block(slot), blocks.v_head_size, [&](int part) { return blocks.value_run(block - 1, part); },
           [&](int row) { return blocks.value(block - 1, row); });
       phase_arrive_after_copies(ring.full + slot);

@@ -9,6 +9,7 @@ namespace cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
+constexpr int kFlashMostJoined = 16;  // queries for each multiprocessor up to which their keys are split
 constexpr int kRun = 64;  // rows of K or V that are copied at once where they lie at even distances, in elements
 template <class T>
 struct KeyRun {
@@ -26,7 +27,7 @@ struct FlashTile {
   static constexpr int kCopiers = kThreads;  // threads that copy rows
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   // Blocks that the keys of few queries are split into, and up to how many queries, both for each multiprocessor.
-  static constexpr int kPartsPerProcessor = 2, kMostJoined = 16;
+  static constexpr int kPartsPerProcessor = 2, kMostJoined = kFlashMostJoined;
   static constexpr int kQueries = 16 * kRowTiles * kWarps_;
   static constexpr int kRowBytes = kHead * 2;
   static constexpr int kQueryPanel = kWarpgroups ? kQueries : 0, kKeyPanel = kWarpgroups ? kKeys : 0;
