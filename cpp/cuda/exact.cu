@@ -44,7 +44,7 @@ __global__ __launch_bounds__(Tile::kThreads,
     // A row that has no maximum is looked at more closely, which those beyond the tile are not worth.
 #pragma unroll
     for (int i = 0; i < State<Tile>::kRows; ++i) {
-      if (state.row(i) >= Tile::kQueries || !tile.ours(state.row(i))) state.most[i] = 0.0f;
+      if (!tile.ours(state.row(i))) state.most[i] = 0.0f;
     }
   }
   if (!attend(state, shared, tile.count, tile)) return;

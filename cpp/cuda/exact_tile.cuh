@@ -43,64 +43,49 @@ class ExactTile {
   using T = T_;
   static constexpr int kBiasRow = kKeys + 8;  // floats: rows that lie 8 banks apart are read without conflict
 
-  static_assert(kQueries % kWarp == 0);
   static size_t shared_bytes(const AttentionJob& job) {
-    return (2 * kQueries + 4) * sizeof(int) +
-           (kMasked && job.tensors.mask.data ? kKeys * sizeof(int) + kQueries * kBiasRow * sizeof(float) : 0);
+    return kMasked && job.tensors.mask.data ? kKeys * sizeof(int) + kQueries * kBiasRow * sizeof(float) : 0;
   }
 
   // Called by all threads. False: there is nothing to write.
   __device__ __forceinline__ bool open(const ExactLaunch& exact, char* shared) {
     launch = &exact;
     const AttentionJob& job = exact.job;
-    ranges = reinterpret_cast<int*>(shared);
-    int* const extremes = ranges + 2 * kQueries;
-    seen = extremes + 4;
+    const QuantumAttentionParams& p = job.params;
+    seen = reinterpret_cast<int*>(shared);
     bias = reinterpret_cast<float*>(seen + kKeys);
     // In 32 bits, which a grid has: divisions of 64 bits take as long as the products of a block of keys.
     uint32_t index = blockIdx.x;
     const uint32_t parts = static_cast<uint32_t>(exact.parts), tiles = static_cast<uint32_t>(exact.tiles);
-    const uint32_t packs = static_cast<uint32_t>(job.params.q_heads) / static_cast<uint32_t>(exact.pack);
+    const uint32_t packs = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(exact.pack);
     part = static_cast<int>(index % parts), index /= parts;
     // Later queries see more keys under a causal mask: the longest work first.
     first_row = int64_t{tiles - 1 - index % tiles} * kQueries, index /= tiles;
     first_head = int64_t{index % packs} * exact.pack, batch = index / packs;
-    head_size = static_cast<int>(job.params.head_size), v_head_size = static_cast<int>(job.params.v_head_size);
-    scale = job.params.scale * kLog2E;
-    if (threadIdx.x == 0) extremes[0] = extremes[2] = -INT32_MAX, extremes[1] = extremes[3] = -INT32_MAX;
+    head_size = static_cast<int>(p.head_size), v_head_size = static_cast<int>(p.v_head_size);
+    scale = p.scale * kLog2E;
+    bool any = !exact.only;
+    for (int i = 0; i < exact.pack; ++i) any = any || exact.only[batch * p.q_heads + first_head + i];
+    if (!any) return false;
+    const int64_t nonpad = job.tensors.nonpad_kv_seqlen ? job.tensors.nonpad_kv_seqlen[batch] : 0;
+    offset = job.tensors.nonpad_kv_seqlen ? nonpad - p.q_len : p.past_len;
+    int64_t keys = job.tensors.nonpad_kv_seqlen ? min(max(nonpad, int64_t{0}), job.total_len) : job.total_len;
+    if (job.tensors.mask.data) keys = min(keys, job.tensors.mask.len);
+    key_end = static_cast<int>(keys);
     if (hides()) {
       for (int i = static_cast<int>(threadIdx.x); i < kKeys; i += static_cast<int>(blockDim.x)) seen[i] = 0;
+      __syncthreads();
     }
-    __syncthreads();
-    for (int row = static_cast<int>(threadIdx.x); row < kQueries; row += static_cast<int>(blockDim.x)) {
-      int lo = 0, hi = -1;  // not ours
-      if (first_row + row < exact.pack * job.params.q_len) {
-        const QueryPlace at = place(row);
-        if (!exact.only || exact.only[batch * job.params.q_heads + at.head]) {
-          const KeyRange range = key_range(job, batch, at.query);
-          lo = static_cast<int>(range.lo), hi = static_cast<int>(range.hi);
-        }
-      }
-      ranges[2 * row] = lo, ranges[2 * row + 1] = hi;
-      // Whole warps come here: their rows first, since what all threads add to one place is added one by one.
-      const bool any = hi > lo, our = hi >= 0;
-      const int found[4] = {any ? -lo : -INT32_MAX, any ? hi : -INT32_MAX, our ? lo : -INT32_MAX, our ? -hi : -INT32_MAX};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int most = warp_max(found[i]);
-        if (threadIdx.x % kWarp == 0) atomicMax(&extremes[i], most);
-      }
-    }
-    __syncthreads();
-    if (extremes[3] == -INT32_MAX) return false;
-    all_from = extremes[2], all_to = -extremes[3];
-    end = 0, first = 0, count = 0;
-    if (extremes[1] > 0) {
-      const int from = -extremes[0], blocks = ceil_div(extremes[1] - from, kKeys);
-      const int begin = static_cast<int>(int64_t{blocks} * part / exact.parts);
-      end = extremes[1], first = from + begin * kKeys;
-      count = static_cast<int>(int64_t{blocks} * (part + 1) / exact.parts) - begin;
-    }
+    // The first query of the tile begins and ends to see keys before the others, the last one after them.
+    const int64_t last_row = min(first_row + kQueries, exact.pack * p.q_len) - 1;
+    QueryPlace lowest = place(0), highest = place(static_cast<int>(last_row - first_row));
+    if (lowest.head != highest.head) lowest.query = 0, highest.query = p.q_len - 1;
+    const Range low = range_of(lowest.query), high = range_of(highest.query);
+    all_from = high.lo, all_to = low.hi;
+    const int blocks = high.hi > low.lo ? ceil_div(high.hi - low.lo, kKeys) : 0;
+    const int begin = static_cast<int>(int64_t{blocks} * part / exact.parts);
+    end = high.hi, first = low.lo + begin * kKeys;
+    count = static_cast<int>(int64_t{blocks} * (part + 1) / exact.parts) - begin;
     const int64_t past = job.params.past_len;
     const int64_t kv_head = static_cast<uint32_t>(first_head) / static_cast<uint32_t>(job.group);
     // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the
@@ -121,7 +106,10 @@ class ExactTile {
     const uint32_t q_len = static_cast<uint32_t>(launch->job.params.q_len), at = static_cast<uint32_t>(r);
     return {first_head + at / q_len, at % q_len};
   }
-  __device__ __forceinline__ bool ours(int row) const { return ranges[2 * row + 1] >= 0; }
+  __device__ __forceinline__ bool ours(int row) const {
+    if (row >= kQueries || first_row + row >= launch->pack * launch->job.params.q_len) return false;
+    return !launch->only || launch->only[batch * launch->job.params.q_heads + place(row).head];
+  }
 
   __device__ __forceinline__ const T* query(int row) const {
     if (!ours(row)) return nullptr;
@@ -196,7 +184,8 @@ class ExactTile {
         at(m) = b > -kInf ? at(m) + b : -kInf;
       }
     }
-    const int from = first + block * kKeys, lo = ranges[2 * row] - from, hi = ranges[2 * row + 1] - from;
+    const Range range = ours(row) ? range_of(place(row).query) : Range{0, 0};
+    const int from = first + block * kKeys, lo = range.lo - from, hi = range.hi - from;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) at(m) = key(m) >= lo && key(m) < hi ? at(m) : -kInf;
   }
@@ -217,6 +206,20 @@ class ExactTile {
   float scale;
 
  private:
+  // As key_range, of this batch item; where hi <= lo there are none.
+  struct Range {
+    int lo, hi;
+  };
+  __device__ __forceinline__ Range range_of(int64_t query) const {
+    const QuantumAttentionParams& p = launch->job.params;
+    const int64_t position = query + offset;
+    int64_t lo = 0, hi = key_end;
+    if (p.is_causal) hi = min(hi, position + 1);
+    if (p.right_window >= 0) hi = min(hi, position + p.right_window + 1);
+    if (p.left_window >= 0) lo = max(lo, min(position - p.left_window, hi));
+    return {static_cast<int>(lo), static_cast<int>(hi)};
+  }
+
   template <class Mask, class Bias>
   __device__ __forceinline__ void stage_mask(int block, const Bias& bias_of) {
     const AttentionMask& mask = launch->job.tensors.mask;
@@ -262,7 +265,8 @@ class ExactTile {
   int64_t batch, first_head, first_row;
   int first, end;        // of the keys
   int all_from, all_to;  // the keys that every row sees
-  int* ranges;           // (kQueries, 2); -1 as the end of a row that is not ours
+  int key_end;           // of all keys
+  int64_t offset;        // position of query 0
   int* seen;             // (kKeys,) 1 + the last block whose key some query sees, as far as the mask goes
   float* bias;           // (kQueries, kBiasRow)
   int bias_step = 0;

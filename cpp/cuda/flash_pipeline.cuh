@@ -143,12 +143,12 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
   // Turns products with K into weights.
   const auto weigh = [&](int block, const char* keys) {
     const bool plain = blocks.plain(block);
-    moved = !plain || !flash_exp2_as_before(state, s, factor);
+    moved = block == 0 || !plain || !flash_exp2_as_before(state, s, factor);
     if (moved) {
-      if (plain) {
-        flash_products<Tile>(s, load, keys);  // once more, by each warp for itself
-      } else {
+      if (!plain) {
         blocks.prepare(block);
+      } else if (block > 0) {
+        flash_products<Tile>(s, load, keys);  // once more, by each warp for itself
       }
       const float left = flash_scores<Tile>(s, factor, block, blocks);
       moved = flash_move(state, s, left, fade);
