@@ -48,8 +48,9 @@ struct FlashRing {
   // All threads call this; the barriers are ready behind a barrier of the block. Threads tell that a slot is full, warps that
   // it is free.
   __device__ __forceinline__ void open() const {
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < 2 * kSlots) phase_init(full + i, i < kSlots ? Tile::kGroup : 4 * Tile::kConsumers);
+    if (threadIdx.x > 0) return;
+#pragma unroll
+    for (int i = 0; i < 2 * kSlots; ++i) phase_init(full + i, i < kSlots ? Tile::kGroup : 4 * Tile::kConsumers);
   }
   __device__ __forceinline__ static int slot(int kind, const Cursor& at) { return kind * Tile::kStages + at.slot; }
   __device__ __forceinline__ char* block(int slot) const { return blocks + slot * Tile::kKeyBytes; }
