@@ -5,11 +5,11 @@
 namespace qexport {
 namespace cuda {
 namespace {
-
-constexpr float kMostHalf = 65504.0f;
 constexpr int kNodeThreads = 256;  // of a block that copies a cluster and takes its moments
 constexpr int kRowsAtOnce = kNodeThreads / kRowThreads, kMemberEach = kCluster / kRowsAtOnce;
 constexpr int kNodeArrayRows = node_array_rows(kNodeThreads / kWarp);
+
+constexpr float kMostHalf = 65504.0f;
 
 // Up to kCluster rows of K or of V: node.rows points to them, and they are copied to `to`, zeros behind them.
 template <class T, class RowOf>
