@@ -22,7 +22,7 @@ struct TreeNode {
   int32_t first, count, left;  // places [first, first + count) of the list above, of which `left` go to the first half
 };
 
-// TreeNode `index` of level `level` below a list; left is 0 where there is nothing to divide.
+// Node `index` of level `level` below a list; left is 0 where there is nothing to divide.
 __device__ __forceinline__ TreeNode find_node(int32_t count, int32_t cluster, int32_t index, int level) {
   TreeNode node{0, count, 0};
   for (int bit = level;; --bit) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ TreeNode find_node(int32_t count, int32_t cluster, in
   }
 }
 
-// TreeNode `index` of a level of all roots, and where its places are.
+// Node `index` of a level of all roots, and where its places are.
 struct NodePlace {
   int64_t root, at;
   TreeNode node;

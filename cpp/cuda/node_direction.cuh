@@ -102,8 +102,8 @@ __device__ __forceinline__ float inverse_length(const float* x, int width) {
   return inverse / sqrtf(square);
 }
 
-// norm(sum ((row - mean) . direction) (row - mean)), unless that is 0 or not finite; the mean is taken off the sums of a
-// thread. t_of: (count), scratch.
+// norm(sum ((row - mean) . direction) (row - mean)), unless that is 0 or not finite. The mean is taken off
+// the sums of a thread, not off every element. t_of: (count), scratch.
 template <int kEach, class Rows>
 __device__ __forceinline__ Axis power_step(const Team& team, const Rows& rows, int count, const NodeArrays& s,
                                            const Axis& axis, float* t_of) {
@@ -111,14 +111,15 @@ __device__ __forceinline__ Axis power_step(const Team& team, const Rows& rows, i
   float* next = s.direction + (1 - axis.which) * width;
 #pragma unroll 1
   for (int at = first_chunk(); at < width; at += kPass) {
-    const bool first_pass = at<kPass, more = width> kPass;
+    const bool first_pass = at < kPass;
+    const bool more = width > kPass;
     __align__(16) float mean[kChunkRow], direction[kChunkRow];
     float sum[kChunkRow] = {}, middle = 0.0f, all = 0.0f;
     copy_whole_chunk(mean, s.mean + at);
     copy_whole_chunk(direction, s.direction + axis.which * width + at);
 #pragma unroll
     for (int e = 0; e < kChunkRow; ++e) direction[e] *= axis.scale, middle += mean[e] * direction[e];
-    __syncwarp();  // the first pass has left t
+    __syncwarp();  // later passes read what the first has left in t_of
 #pragma unroll 1
     for (int base = 0; base < count; base += rows_of_step(team, kEach)) {
       __align__(16) typename Rows::Element chunk[kEach][kChunkRow];

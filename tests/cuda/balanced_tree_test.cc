@@ -55,6 +55,7 @@ struct Case {
   int64_t rows, past, size, cluster, chunk;
   bool padded, masked, ties;
   int64_t batch = 2, heads = 2;
+  float offset = 0.0f;  // of every element
 };
 
 template <class T>
@@ -71,7 +72,7 @@ int check(const Case& c, DType type) {
       for (int64_t e = 0; e < c.size; ++e) {
         float value = normal(random) * (1.0f + 4.0f / (1.0f + static_cast<float>(e)));
         if (c.ties) value = e == 0 ? static_cast<float>(j % 7) : 0.0f;
-        const T stored = from_float<T>(value);
+        const T stored = from_float<T>(value + c.offset);
         x[h][j][e] = to_float(stored);
         (j < c.past ? past[(h * c.past + j) * c.size + e] : rows[(h * c.rows + j - c.past) * c.size + e]) = stored;
       }
@@ -147,6 +148,7 @@ int main() {
   failed += check<__nv_bfloat16>({"chunks of large nodes", 5000, 0, 16, 64, 2048, true, false, false, 2, 1}, DType::bf16);
   failed += check<__half>({"a long mask", 9000, 0, 8, 64, kAll, true, true, false, 2, 1}, DType::f16);
   failed += check<__half>({"many blocks of one node", 70000, 0, 8, 64, kAll, false, false, false, 1, 1}, DType::f16);
+  failed += check<float>({"far from 0", 600, 0, 64, 64, kAll, false, false, false, 1, 2, 300.0f}, DType::f32);
   failed += check<float>({"one row", 1, 0, 8, 64, kAll, false, false, false}, DType::f32);
   return failed != 0;
 }
