@@ -1,177 +1,196 @@
 // Where a node of the balanced tree is long: the mean of its rows and three steps of the power method (docs/math.md, "tree",
-// "Clusters"). Eight threads share a row and 32 rows are on the way at once.
+// "Clusters").
 #pragma once
 
 #include "attention.cuh"
-#include "row_chunk.cuh"
+#include "partition.cuh"
+#include "row_moments.cuh"
 
 namespace qexport {
 namespace cuda {
 
-constexpr int kNodeThreads = 256, kNodeWarps = kNodeThreads / kWarp;
-constexpr int kRowThreads = 8, kRowsAtOnce = kNodeThreads / kRowThreads;
-constexpr int kPass = kRowThreads * kChunkRow;  // elements of a row that its threads load at a time
 constexpr int kPowerSteps = 3;
 constexpr int kDirectionRows = 256;  // of a larger node, so many evenly spaced ones say where it is long
 
-__host__ __device__ inline int node_width(int64_t size) { return static_cast<int>(ceil_div<int64_t>(size, kPass) * kPass); }
-
-// Shared memory of one node. Rows are `width` elements here, zeros from `size` on.
+// Shared memory of a block that works on one node.
 template <class T>
 struct NodeShared {
   const T* rows[kDirectionRows];
   float t[kDirectionRows];
   float parts[kWarp];
-  int axis;
 };
-// (width) each but `partial`: (2, kNodeWarps, width).
-struct NodeArrays {
-  float *mean, *direction, *partial;
+
+// Through s.mean, along row `which` of s.direction times `scale`, which makes it as long as 1.
+struct Axis {
+  int which;
+  float scale;
 };
-constexpr int kNodeArrayRows = 2 + 2 * kNodeWarps;
-__device__ __forceinline__ NodeArrays node_arrays(float* memory, int width) {
-  return {memory, memory + width, memory + 2 * width};
-}
 
-// (row - mean) . direction, the same on the eight threads of a row; all 32 lanes take part.
-template <class T>
-__device__ __forceinline__ float project(const T* row, const NodeArrays& s, int size, int width, bool aligned, bool valid) {
-  float t = 0.0f;
-  for (int x = static_cast<int>(threadIdx.x) % kRowThreads * kChunkRow; x < width; x += kPass) {
-    if (!valid) break;
-    float chunk[kChunkRow];
-    load_chunk(chunk, row, x, size, aligned);
+// t[i] += (row i - mean) . direction over every eighth chunk of a row, from element `at` on.
+template <int kEach, class Rows>
+__device__ __forceinline__ void add_projection(float (&t)[kEach], const Rows& rows, const int (&row)[kEach],
+                                               const NodeArrays& s, const Axis& axis, int at) {
+#pragma unroll 1
+  for (; at < s.width; at += kPass) {
+    __align__(16) typename Rows::Element chunk[kEach][kChunkRow];
+    __align__(16) float mean[kChunkRow], direction[kChunkRow];
+    rows.load(chunk, row, at);
+    copy_whole_chunk(mean, s.mean + at);
+    copy_whole_chunk(direction, s.direction + axis.which * s.width + at);
 #pragma unroll
-    for (int e = 0; e < kChunkRow; ++e) t += (chunk[e] - s.mean[x + e]) * s.direction[x + e];
+    for (int e = 0; e < kChunkRow; ++e) {
+      const float along = direction[e] * axis.scale;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) t[i] += (to_float(chunk[i][e]) - mean[e]) * along;
+    }
   }
-  for (int step = 1; step < kRowThreads; step *= 2) t += __shfl_xor_sync(kFullWarp, t, step);
-  return t;
 }
 
-// Sums over the row groups of a warp, to partial[which][warp][x ..].
-__device__ __forceinline__ void store_partial(float (&sum)[kChunkRow], float* partial, int width, int which, int x) {
+template <int kEach>
+__device__ __forceinline__ void sum_over_row(float (&t)[kEach]) {
 #pragma unroll
-  for (int e = 0; e < kChunkRow; ++e) {
-    for (int step = kRowThreads; step < kWarp; step *= 2) sum[e] += __shfl_xor_sync(kFullWarp, sum[e], step);
+  for (int step = 1; step < kRowThreads; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) t[i] += __shfl_xor_sync(kFullWarp, t[i], step);
   }
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (threadIdx.x % kWarp >= kRowThreads) return;
-#pragma unroll
-  for (int e = 0; e < kChunkRow; ++e) partial[(which * kNodeWarps + warp) * width + x + e] = sum[e];
 }
 
-__device__ __forceinline__ float sum_partial(const float* partial, int width, int which, int x) {
-  float sum = 0.0f;
-  for (int warp = 0; warp < kNodeWarps; ++warp) sum += partial[(which * kNodeWarps + warp) * width + x];
-  return sum;
+// The largest of some numbers, the first of those.
+__device__ __forceinline__ int largest_of(const float* x, int size) {
+  float most = -1.0f;
+  int best = 0;
+#pragma unroll 1
+  for (int at = first_chunk(); at < size; at += kPass) {
+    __align__(16) float chunk[kChunkRow];
+    copy_whole_chunk(chunk, x + at);
+#pragma unroll
+    for (int e = 0; e < kChunkRow; ++e) {
+      if (at + e < size && chunk[e] > most) most = chunk[e], best = at + e;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kRowThreads; step *= 2) {
+    const float other = __shfl_xor_sync(kFullWarp, most, step);
+    const int other_at = __shfl_xor_sync(kFullWarp, best, step);
+    if (other > most || (other == most && other_at < best)) most = other, best = other_at;
+  }
+  return best;
 }
 
-// mean, and in `direction` the sums of squared differences from it.
-template <class T>
-__device__ inline void row_moments(NodeShared<T>& node, const NodeArrays& s, int count, int size, int width, bool aligned) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const float share = 1.0f / static_cast<float>(count);
-  for (int x = thread % kRowThreads * kChunkRow; x < width; x += kPass) {
-    // Differences from the first row, so that the sum of squares cancels nothing.
-    float sum[kChunkRow] = {}, square[kChunkRow] = {}, origin[kChunkRow], chunk[kChunkRow];
-    load_chunk(origin, node.rows[0], x, size, aligned);
-    for (int i = thread / kRowThreads; i < count; i += kRowsAtOnce) {
-      load_chunk(chunk, node.rows[i], x, size, aligned);
+// What makes a vector as long as 1, on every thread; 0 if it is 0 or not finite.
+__device__ __forceinline__ float inverse_length(const float* x, int width) {
+  __align__(16) float chunk[kChunkRow];
+  float most = 0.0f, square = 0.0f;
+#pragma unroll 1
+  for (int at = first_chunk(); at < width; at += kPass) {
+    copy_whole_chunk(chunk, x + at);
 #pragma unroll
-      for (int e = 0; e < kChunkRow; ++e) {
-        const float rest = chunk[e] - origin[e];
-        sum[e] += rest, square[e] += rest * rest;
+    for (int e = 0; e < kChunkRow; ++e) most = fmaxf(most, fabsf(chunk[e]));
+  }
+#pragma unroll
+  for (int step = 1; step < kRowThreads; step *= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
+  if (!(most > 0.0f) || most == kInf) return 0.0f;
+  const float inverse = 1.0f / most;  // first, so that no square runs out of float32
+#pragma unroll 1
+  for (int at = first_chunk(); at < width; at += kPass) {
+    copy_whole_chunk(chunk, x + at);
+#pragma unroll
+    for (int e = 0; e < kChunkRow; ++e) square += chunk[e] * inverse * (chunk[e] * inverse);
+  }
+#pragma unroll
+  for (int step = 1; step < kRowThreads; step *= 2) square += __shfl_xor_sync(kFullWarp, square, step);
+  return inverse / sqrtf(square);
+}
+
+// norm(sum ((row - mean) . direction) (row - mean)), unless that is 0 or not finite. The mean is taken off
+// the sums of a thread, not off every element. t_of: (count), scratch.
+template <int kEach, class Rows>
+__device__ __forceinline__ Axis power_step(const Team& team, const Rows& rows, int count, const NodeArrays& s,
+                                           const Axis& axis, float* t_of) {
+  const int width = s.width;
+  float* next = s.direction + (1 - axis.which) * width;
+#pragma unroll 1
+  for (int at = first_chunk(); at < width; at += kPass) {
+    const bool first_pass = at < kPass;
+    const bool more = width > kPass;
+    __align__(16) float mean[kChunkRow], direction[kChunkRow];
+    float sum[kChunkRow] = {}, middle = 0.0f, all = 0.0f;
+    copy_whole_chunk(mean, s.mean + at);
+    copy_whole_chunk(direction, s.direction + axis.which * width + at);
+#pragma unroll
+    for (int e = 0; e < kChunkRow; ++e) direction[e] *= axis.scale, middle += mean[e] * direction[e];
+    __syncwarp();  // later passes read what the first has left in t_of
+#pragma unroll 1
+    for (int base = 0; base < count; base += rows_of_step(team, kEach)) {
+      __align__(16) typename Rows::Element chunk[kEach][kChunkRow];
+      int row[kEach];
+      float t[kEach], x[kEach][kChunkRow];
+      own_rows(row, team, base, count);
+      rows.load(chunk, row, at);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        t[i] = -middle;
+#pragma unroll
+        for (int e = 0; e < kChunkRow; ++e) x[i][e] = to_float(chunk[i][e]), t[i] += x[i][e] * direction[e];
+      }
+      if (first_pass) {
+        if (more) add_projection(t, rows, row, s, axis, at + kPass);
+        sum_over_row(t);
+      }
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const bool valid = base + row_of_step(team, i) < count;
+        if (more && first_pass && valid && at == 0) t_of[row[i]] = t[i];
+        if (!first_pass) t[i] = t_of[row[i]];
+        if (!valid) t[i] = 0.0f;
+        all += t[i];
+#pragma unroll
+        for (int e = 0; e < kChunkRow; ++e) sum[e] += t[i] * x[i][e];
       }
     }
-    __syncwarp();
-    store_partial(sum, s.partial, width, 0, x);
-    store_partial(square, s.partial, width, 1, x);
-  }
-  __syncthreads();
-  for (int x = thread; x < width; x += kNodeThreads) {
-    const float sum = sum_partial(s.partial, width, 0, x);
-    const float origin = x < size ? to_float(node.rows[0][x]) : 0.0f;
-    s.mean[x] = origin + sum * share;
-    s.direction[x] = sum_partial(s.partial, width, 1, x) - sum * sum * share;
-  }
-  __syncthreads();
-}
-
-// The mean of the rows, and for a first direction the axis along which they vary most (the first of them).
-template <class T>
-__device__ inline void start_direction(NodeShared<T>& node, const NodeArrays& s, int count, int size, int width,
-                                       bool aligned) {
-  const int thread = static_cast<int>(threadIdx.x);
-  row_moments(node, s, count, size, width, aligned);
-  if (thread < kWarp) {
-    float most = -1.0f;
-    int axis = 0;
-    for (int x = thread; x < size; x += kWarp) {
-      if (s.direction[x] > most) most = s.direction[x], axis = x;
-    }
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(kFullWarp, most, step);
-      const int other_axis = __shfl_xor_sync(kFullWarp, axis, step);
-      if (other > most || (other == most && other_axis < axis)) most = other, axis = other_axis;
-    }
-    if (thread == 0) node.axis = axis;
-  }
-  __syncthreads();
-  for (int x = thread; x < width; x += kNodeThreads) s.direction[x] = x == node.axis ? 1.0f : 0.0f;
-  __syncthreads();
-}
-
-// direction = norm(sum ((row - mean) . direction) (row - mean)), unless that is 0 or not finite.
-template <class T>
-__device__ inline void power_step(NodeShared<T>& node, const NodeArrays& s, int count, int size, int width, bool aligned) {
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kRowThreads;
-  for (int first = 0; first < count; first += kRowsAtOnce) {
-    const int i = first + group;
-    const float t = project(node.rows[i < count ? i : 0], s, size, width, aligned, i < count);
-    if (i < count && thread % kRowThreads == 0) node.t[i] = t;
-  }
-  __syncthreads();
-  for (int x = thread % kRowThreads * kChunkRow; x < width; x += kPass) {
-    float sum[kChunkRow] = {}, chunk[kChunkRow];
-    for (int i = group; i < count; i += kRowsAtOnce) {
-      load_chunk(chunk, node.rows[i], x, size, aligned);
-      const float t = node.t[i];
 #pragma unroll
-      for (int e = 0; e < kChunkRow; ++e) sum[e] += t * (chunk[e] - s.mean[x + e]);
-    }
-    __syncwarp();
-    store_partial(sum, s.partial, width, 0, x);
+    for (int e = 0; e < kChunkRow; ++e) sum[e] -= all * mean[e];
+    store_partial(team, sum, s.partial, width, at);
   }
-  __syncthreads();
-  float most = 0.0f, square = 0.0f;
-  for (int x = thread; x < size; x += kNodeThreads) {
-    const float next = sum_partial(s.partial, width, 0, x);
-    s.partial[kNodeWarps * width + x] = next;
-    most = fmaxf(most, fabsf(next));
-  }
-  most = block_max(most, node.parts);
-  if (!(most > 0.0f) || most == kInf) return;
-  const float inverse = 1.0f / most;  // first, so that no square runs out of float32
-  for (int x = thread; x < size; x += kNodeThreads) {
-    const float next = s.partial[kNodeWarps * width + x] * inverse;
-    square += next * next;
-  }
-  const float norm = inverse / sqrtf(block_sum(square, node.parts));
-  for (int x = thread; x < size; x += kNodeThreads) s.direction[x] = s.partial[kNodeWarps * width + x] * norm;
-  __syncthreads();
+  team.sync();
+  for (int x = team.thread; x < width; x += team.threads()) next[x] = sum_partial(team, s.partial, width, x);
+  team.sync();
+  const float scale = inverse_length(next, width);
+  return scale > 0.0f ? Axis{1 - axis.which, scale} : axis;
 }
 
-// mean and direction of the node whose rows `row_at(i)`, 0 <= i < count, gives.
-template <class T, class RowAt>
-__device__ inline void node_direction(NodeShared<T>& node, const NodeArrays& s, int64_t count, int size, bool aligned,
-                                      int width, RowAt row_at) {
-  const int rows = static_cast<int>(count < kDirectionRows ? count : kDirectionRows);
-  for (int i = static_cast<int>(threadIdx.x); i < rows; i += kNodeThreads) {
-    node.rows[i] = row_at(rows == count ? i : i * count / kDirectionRows);
+// Where rows 0 .. count - 1 are long. t: (count), scratch. Steps that have sums to keep take half as many rows at once.
+template <int kEach, class Rows>
+__device__ inline Axis node_direction(const Team& team, const Rows& rows, int count, int size, const NodeArrays& s,
+                                      float* t) {
+  row_moments<kEach>(team, rows, count, s);
+  const int best = largest_of(s.direction, size);
+  for (int x = team.thread; x < s.width; x += team.threads()) s.direction[s.width + x] = x == best ? 1.0f : 0.0f;
+  team.sync();
+  Axis axis{1, 1.0f};
+#pragma unroll 1
+  for (int step = 0; step < kPowerSteps; ++step) {
+    axis = power_step<kEach / 2>(team, rows, count, s, axis, t);
   }
-  __syncthreads();
-  start_direction(node, s, rows, size, width, aligned);
-  for (int step = 0; step < kPowerSteps; ++step) power_step(node, s, rows, size, width, aligned);
+  return axis;
+}
+
+// key[i] = the projection of row i, 0 <= i < count, in an order of integers.
+template <int kEach, class Rows>
+__device__ __forceinline__ void project_rows(const Team& team, const Rows& rows, int count, const NodeArrays& s,
+                                             const Axis& axis, uint32_t* key) {
+#pragma unroll 1
+  for (int base = 0; base < count; base += rows_of_step(team, kEach)) {
+    int row[kEach];
+    float t[kEach] = {};
+    own_rows(row, team, base, count);
+    add_projection(t, rows, row, s, axis, first_chunk());
+    sum_over_row(t);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (base + row_of_step(team, i) < count && first_chunk() == 0) key[row[i]] = ordered_bits(t[i]);
+    }
+  }
 }
 
 }  // namespace cuda

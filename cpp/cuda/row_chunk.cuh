@@ -1,4 +1,4 @@
-// Eight elements of a row at a time, as float32.
+// Eight elements of a row at a time.
 #pragma once
 
 #include "common.cuh"
@@ -8,20 +8,38 @@ namespace cuda {
 
 constexpr int kChunkRow = 8;  // elements
 
-// x[e] = row[at + e], 0 from `size` on. `aligned`: the row begins on 16 bytes; `at` is a multiple of kChunkRow.
+// Both begin on 16 bytes.
 template <class T>
-__device__ __forceinline__ void load_chunk(float (&x)[kChunkRow], const T* row, int at, int size, bool aligned) {
+__device__ __forceinline__ void copy_whole_chunk(T* to, const T* from) {
+  constexpr int kVectors = sizeof(T) * kChunkRow / sizeof(uint4);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+}
+
+// x[i][e] = row[i][at + e], 0 from `size` on. `aligned`: rows begin on 16 bytes, as x does; `at` is a multiple of kChunkRow.
+// All loads are on the way before the first has arrived.
+template <int kRows, class T>
+__device__ __forceinline__ void copy_chunks(T (&x)[kRows][kChunkRow], const T* const (&row)[kRows], int at, int size,
+                                            bool aligned) {
   if (aligned && at + kChunkRow <= size) {
-    constexpr int kVectors = sizeof(T) * kChunkRow / sizeof(uint4);
-    __align__(16) T chunk[kChunkRow];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(chunk)[i] = reinterpret_cast<const uint4*>(row + at)[i];
-#pragma unroll
-    for (int e = 0; e < kChunkRow; ++e) x[e] = to_float(chunk[e]);
+    for (int i = 0; i < kRows; ++i) copy_whole_chunk(x[i], row[i] + at);
   } else {
 #pragma unroll
-    for (int e = 0; e < kChunkRow; ++e) x[e] = at + e < size ? to_float(row[at + e]) : 0.0f;
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int e = 0; e < kChunkRow; ++e) x[i][e] = at + e < size ? row[i][at + e] : from_float<T>(0.0f);
+    }
   }
+}
+
+// One row, as float32.
+template <class T>
+__device__ __forceinline__ void load_chunk(float (&x)[kChunkRow], const T* row, int at, int size, bool aligned) {
+  __align__(16) T chunk[1][kChunkRow];
+  copy_chunks(chunk, {row}, at, size, aligned);
+#pragma unroll
+  for (int e = 0; e < kChunkRow; ++e) x[e] = to_float(chunk[0][e]);
 }
 
 inline bool starts_on_16_bytes(const HeadRows& rows, int64_t element_size) {

@@ -5,6 +5,9 @@
 namespace qexport {
 namespace cuda {
 namespace {
+constexpr int kNodeThreads = 256;  // of a block that copies a cluster and takes its moments
+constexpr int kRowsAtOnce = kNodeThreads / kRowThreads, kMemberEach = kCluster / kRowsAtOnce;
+constexpr int kNodeArrayRows = node_array_rows(kNodeThreads / kWarp);
 
 constexpr float kMostHalf = 65504.0f;
 
@@ -19,13 +22,10 @@ __device__ void copy_rows(const TreeLaunch& tree, bool values, int64_t head, int
   }
   __syncthreads();
   for (int i = thread / kRowThreads; i < kCluster; i += kRowsAtOnce) {
-    for (int x = thread % kRowThreads * kChunkRow; x < size; x += kPass) {
-      float chunk[kChunkRow] = {};
-      if (i < rows) load_chunk(chunk, node.rows[i], x, size, aligned);
-      __align__(16) T stored[kChunkRow];
-#pragma unroll
-      for (int e = 0; e < kChunkRow; ++e) stored[e] = from_float<T>(chunk[e]);
-      *reinterpret_cast<uint4*>(to + int64_t{i} * size + x) = *reinterpret_cast<const uint4*>(stored);
+    for (int x = first_chunk(); x < size; x += kPass) {
+      __align__(16) T chunk[1][kChunkRow] = {};
+      if (i < rows) copy_chunks(chunk, {node.rows[i]}, x, size, aligned);
+      copy_whole_chunk(to + int64_t{i} * size + x, chunk[0]);
     }
   }
 }
@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kNodeThreads)
   const auto member = [&](int i) { return tree.order[at * kCluster + i]; };
   const float share = 1.0f / static_cast<float>(rows);
   copy_rows(tree, false, head, rows, member, keys, keys_aligned, node);
-  row_moments(node, arrays, rows, d, width, keys_aligned);
+  row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, d, keys_aligned}, rows, arrays);
   for (int x = static_cast<int>(threadIdx.x); x < d; x += kNodeThreads) {
     static_cast<T*>(tree.mean_key)[at * d + x] = from_float<T>(arrays.mean[x]);
     tree.variance[at * d + x] = from_float<__nv_bfloat16>(fmaxf(arrays.direction[x] * share, 0.0f));
   }
   __syncthreads();
   copy_rows(tree, true, head, rows, member, values, values_aligned, node);
-  row_moments(node, arrays, rows, dv, width, values_aligned);
+  row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, dv, values_aligned}, rows, arrays);
   float spread = 0.0f;
   for (int x = static_cast<int>(threadIdx.x); x < dv; x += kNodeThreads) {
     static_cast<T*>(tree.mean_value)[at * dv + x] = from_float<T>(arrays.mean[x]);
