@@ -20,14 +20,16 @@ constexpr int kAuditRows = 128;  // rows of a head that are computed exactly to 
 static_assert(kAuditRows <= kTreeRows);
 constexpr int kSummaryThreads = 256;
 
-// What a start of the kernel of tiles computes, and for what.
+// What a start of the kernels of tiles computes, and for what. Steps that choose clusters start both: one scores them and
+// leaves the output of the centroids, the other adds the keys that are read. The rest starts but one of them.
 enum class TreeStep {
-  probes,  // the scores of tiles that are looked at, and the norm of what centroids alone give
+  probes,  // the scores of tiles that are looked at, and the norm of what centroids alone give: no keys are read
   trials,  // the output of tiles that are tried, with growing budgets and exactly
   tiles,   // the output
-  audits,  // parts of the exact output of some rows
-  again,   // the output, exactly, of the heads that missed the tolerance
+  audits,  // parts of the exact output of some rows: nothing is chosen
+  again,   // the output, exactly, of the heads that missed the tolerance: likewise
 };
+constexpr int kAllClusters = -1;  // as a number of chosen clusters: there is no list, nor an output of centroids
 
 // A tile that shares reads at least and at most so many clusters.
 __host__ __device__ __forceinline__ int least_shared(int budget) { return (budget + 3) / 4; }
@@ -57,6 +59,9 @@ struct TreeLaunch {
   float* probe_norm;            // (places, kProbes)
   int trials;                   // budgets that are tried: those of num_samples, doubled, and all clusters
   float* trial_output;          // (places, kTrials, trials, kTreeRows, v_head_size)
+  int64_t most_chosen;          // clusters that a tile with a choice may read
+  int32_t* chosen;              // (tiles of a step, 1 + most_chosen): their number, and which, in order
+  float* centroid_weight;       // (tiles of a step, kTreeRows): log2 of the weight of what a row does not read
   int32_t* budget;              // (places): clusters that a tile reads
   int audit_parts;              // of the keys
   float* audit_output;          // (places, audit_parts, kTreeRows, v_head_size), not divided by the sum
@@ -99,7 +104,7 @@ struct TreeLaunch {
 // Fills keys to slopes from order and count; tree_summary.cu.
 void summarise_clusters(Status& status, const TreeLaunch& tree, void* stream);
 
-// What is settled between two starts of the kernel of tiles; tree_settle.cu. Thresholds from probes, budgets from trials,
+// What is settled between two starts of the kernels of tiles; tree_settle.cu. Thresholds from probes, budgets from trials,
 // errors and `again` from audits.
 void settle_thresholds(Status& status, const TreeLaunch& tree, void* stream);
 void settle_budgets(Status& status, const TreeLaunch& tree, void* stream);
