@@ -59,9 +59,11 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   take(tree.count, heads * tree.chunks * 4);
   take(tree.keys, heads * tree.stored() * kCluster * p.head_size * 2);
   take(tree.values, heads * tree.stored() * kCluster * p.v_head_size * 2);
-  take(tree.mean_key, all * p.head_size * 2);
-  take(tree.mean_value, all * p.v_head_size * 2);
-  take(tree.variance, all * p.head_size * 2);
+  visit_tiles<__half>(p, device, [&](auto scores, auto) {
+    using Flash = typename decltype(scores)::Flash;
+    tree.row_size = Flash::kHead, tree.panel_rows = Flash::kKeyPanel;
+  });
+  take(tree.summaries, tree.summary_bytes());
   take(tree.spread, all * 4);
   take(tree.slope_parts, heads * tree.parts * p.head_size * p.v_head_size * 4);
   take(tree.slopes, heads * (p.is_causal ? tree.chunks : 1) * p.head_size * p.v_head_size * 2);
@@ -132,7 +134,8 @@ void run_on(Status& status, const TreeLaunch& tree, const Device& device, void* 
 bool fits(const AttentionJob& job, const Device& device) {
   size_t bytes = 0;
   visit_tiles<__half>(job.params, device, [&](auto scores, auto attend) {
-    bytes = std::max(scores.shared_bytes(tree_places(job, clusters_of(job)) / kCluster), kAttendSharedBytes<decltype(attend)>);
+    bytes =
+        std::max(scores.shared_bytes(tree_places(job, clusters_of(job)) / kCluster), kAttendSharedBytes<decltype(attend)>);
   });
   return bytes <= static_cast<size_t>(device.shared_bytes);
 }

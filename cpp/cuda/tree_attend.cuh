@@ -19,10 +19,7 @@ __device__ __forceinline__ void open_state(State& state, const TreeRows<T>& rows
     state.most[i] = weights[State::row(i)];
     state.sum[i] = State::column(0) == 0 && state.most[i] > -kInf ? 1.0f : 0.0f;
   }
-  for_pairs<State>(rows, [&](int i, int n, int row, int column) {
-    const float2 pair = output.get(row, column);
-    state.pair(i, n)[0] = pair.x, state.pair(i, n)[1] = pair.y;
-  });
+  output.get(state);
 }
 
 // Part of the exact output of the rows that are audited.
@@ -75,9 +72,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   float unit[State::kRows];
 #pragma unroll
   for (int i = 0; i < State::kRows; ++i) unit[i] = state.sum[i] > 0.0f ? 1.0f / state.sum[i] : 0.0f;  // no keys: 0
-  for_pairs<State>(rows, [&](int i, int n, int row, int column) {
-    output.put(row, column, state.pair(i, n)[0] * unit[i], state.pair(i, n)[1] * unit[i]);
-  });
+  output.put(state, unit);
 }
 
 }  // namespace cuda

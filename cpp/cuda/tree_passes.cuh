@@ -14,8 +14,8 @@ static_assert(kCluster == 64, "kLogCluster");
 
 // Turns products of a block into logarithms of the weights of clusters: of means of log-normal weights, damped where so few
 // keys cannot show their tail. True where some variance of the warp is large enough for that.
-template <class Tile, class Cluster>
-__device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i, int count, Cluster cluster,
+template <class Tile, class Clusters>
+__device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters,
                                             SummaryScores<Tile>& s, const SummaryScores<Tile>& s2) {
   constexpr int kRowTiles = Tile::Flash::kRowTiles, kTiles = Tile::kKeys / 8;
   uint32_t bits = 0;  // variances are not negative: bit 30 is set from 2 on
@@ -36,7 +36,7 @@ __device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float y = s2[t][n][e], damped = y > 2.0f ? 6.0f - __fdividef(16.0f, y + 2.0f) : y;
+          const float y = s2[t][n][e], damped = y > 2.0f ? fmaf(-16.0f, fast_reciprocal(y + 2.0f), 6.0f) : y;
           s[t][n][e] = fmaf(s[t][n][e], factor, damped);
         }
       }
@@ -59,7 +59,7 @@ __device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int j = i * Tile::kKeys + 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e;
-      const float less = j >= count ? -kInf : cluster(j) == block.full ? fewer : 0.0f;
+      const float less = j >= count ? -kInf : clusters(j) == block.full ? fewer : 0.0f;
 #pragma unroll
       for (int t = 0; t < 2 * kRowTiles; ++t) s[t / 2][n][t % 2 * 2 + e] += less;
     }
@@ -108,26 +108,22 @@ __device__ __forceinline__ float expm1_ratio(float x) {
 
 // Sums a thread's columns over the eight lanes that hold the same ones. Each ends with an eighth of them in x[0]..: those
 // from kCount / 8 * (lane / 4) on.
-template <int kCount>
+template <int kLeft, int kLanes = 16, int kCount>
 __device__ __forceinline__ void sum_columns(float (&x)[kCount]) {
+  const bool upper = threadIdx.x & kLanes;
 #pragma unroll
-  for (int step = 0; step < 3; ++step) {
-    const int lanes = 16 >> step, half = kCount >> (step + 1);
-    const bool upper = threadIdx.x & lanes;
-#pragma unroll
-    for (int m = 0; m < half; ++m) {
-      const float given = upper ? x[m] : x[m + half], kept = upper ? x[m + half] : x[m];
-      x[m] = kept + __shfl_xor_sync(kFullWarp, given, lanes);
-    }
+  for (int m = 0; m < kLeft / 2; ++m) {
+    const float given = upper ? x[m] : x[m + kLeft / 2], kept = upper ? x[m + kLeft / 2] : x[m];
+    x[m] = kept + __shfl_xor_sync(kFullWarp, given, kLanes);
   }
+  if constexpr (kLanes > 4) sum_columns<kLeft / 2, kLanes / 2>(x);
 }
 
 // What is lost, by the model, to the rows of a warp where only the centroids of a block of clusters are taken; to
-// words->columns. `damps` is what log_weights said.
-template <class Tile>
+// words->columns. kDamps is what log_weights said.
+template <bool kDamps, class Tile>
 __device__ __forceinline__ void lose_clusters(const ScoreBlock<Tile>& block, int i, const SummaryScores<Tile>& s,
-                                              const SummaryScores<Tile>& s2, bool damps,
-                                              const float (&whole)[Tile::State::kRows]) {
+                                              const SummaryScores<Tile>& s2, const float (&whole)[Tile::State::kRows]) {
   constexpr int kRows = Tile::State::kRows, kColumns = Tile::kKeys / 4;
   float lost[kColumns];
 #pragma unroll
@@ -137,14 +133,11 @@ __device__ __forceinline__ void lose_clusters(const ScoreBlock<Tile>& block, int
     for (int t = 0; t < kRows; ++t) {
       const float x = s[t / 2][m / 2][t % 2 * 2 + m % 2], y = s2[t / 2][m / 2][t % 2 * 2 + m % 2];
       const float share2 = fast_exp2(fmaf(x, 2.0f * kHalfLog2E, -2.0f * whole[t]));
-      if (damps) {
-        lost[m] = fmaf(share2, fast_exp2(fminf(y * kLog2E, 30.0f)) - 1.0f, lost[m]);
-      } else {
-        lost[m] = fmaf(share2 * y, expm1_ratio(y), lost[m]);
-      }
+      lost[m] = kDamps ? fmaf(share2, fast_exp2(fminf(y * kLog2E, 30.0f)) - 1.0f, lost[m])
+                       : fmaf(share2 * y, expm1_ratio(y), lost[m]);
     }
   }
-  sum_columns(lost);
+  sum_columns<kColumns>(lost);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   static_assert(kColumns == 16);  // two are left, beside each other
   *reinterpret_cast<float2*>(&block.words->columns[i % 2][warp][2 * lane]) = make_float2(lost[0], lost[1]);

@@ -73,48 +73,6 @@ struct TreeRows {
   }
 };
 
-// Where the output of a tile lies, first that of its centroids: in y, or, of a tile that is tried, as float32 in scratch.
-template <class T>
-struct TreeOutput {
-  const TreeRows<T>& rows;
-  float* trial;  // null: y
-
-  __device__ __forceinline__ TreeOutput(const TreeRows<T>& rows_, TreeStep step) : rows(rows_), trial(nullptr) {
-    const TreeLaunch& tree = rows.tree;
-    if (step == TreeStep::trials) trial = tree.trial_output + blockIdx.x * kTreeRows * tree.job.params.v_head_size;
-  }
-  __device__ __forceinline__ float2* trial_pair(int row, int column) const {
-    return reinterpret_cast<float2*>(trial + row * rows.tree.job.params.v_head_size + column);
-  }
-  __device__ __forceinline__ T* pair(int row, int column) const {
-    return output_row<T>(rows.tree.job, rows.b, rows.q_head, rows.first_row + row) + column;
-  }
-  __device__ __forceinline__ static bool whole(const T* pair) {
-    return reinterpret_cast<uintptr_t>(pair) % (2 * sizeof(T)) == 0;
-  }
-  __device__ __forceinline__ void put(int row, int column, float x, float y) const {
-    if (trial) {
-      *trial_pair(row, column) = make_float2(x, y);
-    } else if (T* const to = pair(row, column); whole(to)) {
-      *reinterpret_cast<uint32_t*>(to) = pack_pair(x, y, T{});
-    } else {
-      to[0] = from_float<T>(x), to[1] = from_float<T>(y);
-    }
-  }
-  __device__ __forceinline__ float2 get(int row, int column) const {
-    if (trial) return *trial_pair(row, column);
-    const T* const from = pair(row, column);
-    T values[2] = {};
-    if (whole(from)) {
-      const uint32_t bits = *reinterpret_cast<const uint32_t*>(from);
-      memcpy(values, &bits, sizeof(bits));
-    } else {
-      values[0] = from[0], values[1] = from[1];
-    }
-    return make_float2(to_float(values[0]), to_float(values[1]));
-  }
-};
-
 // Calls each(i, n, row, column) for every pair of elements of the tile that this thread holds as state.pair(i, n).
 template <class State, class T, class Each>
 __device__ __forceinline__ void for_pairs(const TreeRows<T>& rows, Each each) {
@@ -128,6 +86,72 @@ __device__ __forceinline__ void for_pairs(const TreeRows<T>& rows, Each each) {
     }
   }
 }
+
+// Where the output of a tile lies, first that of its centroids: in y, or, of a tile that is tried, as float32 in scratch.
+template <class T>
+struct TreeOutput {
+  const TreeRows<T>& rows;
+  float* trial;  // null: y
+  T* y;
+  bool whole;  // pairs in y lie on four bytes
+
+  __device__ __forceinline__ TreeOutput(const TreeRows<T>& rows_, TreeStep step) : rows(rows_), trial(nullptr) {
+    const TreeLaunch& tree = rows.tree;
+    if (step == TreeStep::trials) trial = tree.trial_output + blockIdx.x * kTreeRows * tree.job.params.v_head_size;
+    y = output_row<T>(tree.job, rows.b, rows.q_head, rows.first_row);
+    whole = reinterpret_cast<uintptr_t>(y) % 4 == 0 && tree.job.tensors.y_row_stride % 2 == 0;
+  }
+  __device__ __forceinline__ float2* trial_pair(int row, int column) const {
+    return reinterpret_cast<float2*>(trial + row * static_cast<int>(rows.tree.job.params.v_head_size) + column);
+  }
+  __device__ __forceinline__ T* pair(int row, int column) const {
+    return y + row * rows.tree.job.tensors.y_row_stride + column;
+  }
+  // The state times `unit` of each row.
+  template <class State>
+  __device__ __forceinline__ void put(State& state, const float (&unit)[State::kRows]) const {
+    const auto put_pairs = [&](auto put_pair) {
+      for_pairs<State>(rows, [&](int i, int n, int row, int column) {
+        put_pair(row, column, state.pair(i, n)[0] * unit[i], state.pair(i, n)[1] * unit[i]);
+      });
+    };
+    if (trial) {
+      put_pairs([&](int row, int column, float a, float b) { *trial_pair(row, column) = make_float2(a, b); });
+    } else if (whole) {
+      put_pairs([&](int row, int column, float a, float b) {
+        *reinterpret_cast<uint32_t*>(pair(row, column)) = pack_pair(a, b, T{});
+      });
+    } else {
+      put_pairs([&](int row, int column, float a, float b) {
+        T* const to = pair(row, column);
+        to[0] = from_float<T>(a), to[1] = from_float<T>(b);
+      });
+    }
+  }
+  template <class State>
+  __device__ __forceinline__ void get(State& state) const {
+    const auto get_pairs = [&](auto get_pair) {
+      for_pairs<State>(rows, [&](int i, int n, int row, int column) {
+        const float2 values = get_pair(row, column);
+        state.pair(i, n)[0] = values.x, state.pair(i, n)[1] = values.y;
+      });
+    };
+    if (trial) {
+      get_pairs([&](int row, int column) { return *trial_pair(row, column); });
+    } else if (whole) {
+      get_pairs([&](int row, int column) {
+        T values[2] = {};
+        memcpy(values, __builtin_assume_aligned(pair(row, column), 4), sizeof(values));
+        return make_float2(to_float(values[0]), to_float(values[1]));
+      });
+    } else {
+      get_pairs([&](int row, int column) {
+        const T* const from = pair(row, column);
+        return make_float2(to_float(from[0]), to_float(from[1]));
+      });
+    }
+  }
+};
 
 }  // namespace cuda
 }  // namespace qexport

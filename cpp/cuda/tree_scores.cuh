@@ -50,22 +50,24 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
   load_queries(block);
   typename Tile::State state;
   state.clear();
-  const auto any = [](int j) { return j; };
-  for_summaries(block, block.candidates, true, any,
-                [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char* values) {
-                  log_weights(block, i, block.candidates, any, s, s2);
-                  add_centroids<Tile>(state, s, values, true);
-                });
+  const AllClusters any;
+  for_summaries<3>(block, block.candidates, any,
+                   [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char* values) {
+                     log_weights(block, i, block.candidates, any, s, s2);
+                     add_centroids<Tile>(state, s, values, true);
+                   });
   float whole[Tile::State::kRows];
   weigh_rows(block, state, whole);
   // The weights of clusters are computed again: kept, they would be queries x clusters.
   float* const scores = probe ? tree.probe_score + blockIdx.x * tree.clusters : nullptr;
-  for_summaries(block, block.candidates, false, any,
-                [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char*) {
-                  if (i > 0) put_scores(block, i - 1, scores);
-                  const bool damps = log_weights(block, i, block.candidates, any, s, s2);
-                  lose_clusters(block, i, s, s2, damps, whole);
-                });
+  for_summaries<2>(block, block.candidates, any, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char*) {
+    if (i > 0) put_scores(block, i - 1, scores);
+    if (log_weights(block, i, block.candidates, any, s, s2)) {
+      lose_clusters<true>(block, i, s, s2, whole);
+    } else {
+      lose_clusters<false>(block, i, s, s2, whole);
+    }
+  });
   __syncthreads();
   put_scores(block, ceil_div(block.candidates, Tile::kKeys) - 1, scores);
   if (!probe) {
@@ -74,24 +76,22 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
     if (threadIdx.x == 0) *choice = budget < block.candidates ? budget : kAllClusters;
     if (budget == block.candidates) return;
     choose_clusters(block, budget, choice + 1);
-    const int32_t* const list = reinterpret_cast<const int32_t*>(block.key);
-    const auto chosen = [&](int j) { return list[j]; };
+    const ListedClusters chosen{reinterpret_cast<const int32_t*>(block.key)};
     // What was added before and is added here cancels but for rounding: weights are relative to powers of 2, so that both
     // were rounded alike.
     negate(state);
-    for_summaries(block, budget, true, chosen,
-                  [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char* values) {
-                    log_weights(block, i, budget, chosen, s, s2);
-                    add_centroids<Tile>(state, s, values, false);
-                  });
+    for_summaries<3>(block, budget, chosen, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char* values) {
+      log_weights(block, i, budget, chosen, s, s2);
+      add_centroids<Tile>(state, s, values, false);
+    });
     negate(state);
   }
   close_centroids(block, state, whole);
   if (probe) return put_norm(block, state, tree.probe_norm + blockIdx.x);
-  const TreeOutput<typename Tile::T> output(block, step);
-  for_pairs<typename Tile::State>(block, [&](int i, int n, int row, int column) {
-    output.put(row, column, state.pair(i, n)[0], state.pair(i, n)[1]);
-  });
+  float one[Tile::State::kRows];
+#pragma unroll
+  for (float& unit : one) unit = 1.0f;
+  TreeOutput<typename Tile::T>(block, step).put(state, one);
   float* const weights = tree.centroid_weight + int64_t{blockIdx.x} * kTreeRows;
 #pragma unroll
   for (int t = 0; t < Tile::State::kRows; ++t) {

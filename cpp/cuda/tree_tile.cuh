@@ -13,12 +13,12 @@ namespace cuda {
 template <class T_, int kHead, int kRowTiles, int kWarps_, int kBlocksPerProcessor, bool kWarpgroups>
 struct ScoreTile {
   using T = T_;
-  static constexpr int kKeys = 64, kWarps = kWarps_;
+  static constexpr int kKeys = kSummaries, kWarps = kWarps_;
   using Flash = FlashTile<T, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
   using Squares = FlashTile<__nv_bfloat16, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
   using State = FlashState<Flash>;
   static_assert(Flash::kQueries == kTreeRows);
-  static constexpr int kStage = 3 * Flash::kKeyBytes;  // mean keys, variances, mean values
+  static constexpr int kStage = kSummaryMatrices * Flash::kKeyBytes;
   static constexpr int kWords = Flash::kQueryBytes * 2 + 2 * kStage;
   static_assert(2 * kStage >= kHead * Flash::kRowBytes);
 
@@ -84,47 +84,67 @@ __device__ __forceinline__ void finish_products(SummaryScores<Tile>& s) {
   if constexpr (Tile::Flash::kWarpgroups) flash_finish<0>(s[0]);
 }
 
-// Calls each(i, s, s2, values) for every block i of Tile::kKeys of `count` clusters, with s = the products of the rows with
-// the mean keys, s2 = the variance of the scores of their keys, and, where they are asked for, their mean values in shared
-// memory. cluster(j) is number j of the clusters. All threads of the block of threads call this.
-template <class Tile, class Cluster, class Each>
-__device__ __forceinline__ void for_summaries(const ScoreBlock<Tile>& block, int count, bool with_values, Cluster cluster,
-                                              Each each) {
+// Which clusters a pass looks at: number j of them.
+struct AllClusters {
+  static constexpr bool kInOrder = true;
+  __device__ __forceinline__ int operator()(int j) const { return j; }
+};
+struct ListedClusters {
+  static constexpr bool kInOrder = false;
+  const int32_t* list;
+  __device__ __forceinline__ int operator()(int j) const { return list[j]; }
+};
+
+// Starts to copy kMatrices summaries of block i of `count` clusters.
+template <int kMatrices, class Tile, class Clusters>
+__device__ __forceinline__ void copy_summaries(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters) {
   using Flash = typename Tile::Flash;
-  using T = typename Tile::T;
-  const QuantumAttentionParams& p = block.tree.job.params;
-  const int d = static_cast<int>(p.head_size), dv = static_cast<int>(p.v_head_size);
-  const int64_t first = block.head * block.tree.clusters;
-  const T* const mean_key = static_cast<const T*>(block.tree.mean_key) + first * d;
-  const T* const variance = reinterpret_cast<const T*>(block.tree.variance + first * d);  // as 16 bits each
-  const T* const mean_value = static_cast<const T*>(block.tree.mean_value) + first * dv;
+  const auto offset = [](int row, int chunk) { return flash_offset<Flash::kHead, Flash::kKeyPanel>(row, chunk); };
+  const char* const summaries = block.tree.summaries + block.head * block.tree.summary_blocks() * Tile::kStage;
+  char* const stage = block.stages + i % 2 * Tile::kStage;
+  const int thread = static_cast<int>(threadIdx.x);
+  if constexpr (Clusters::kInOrder) {  // as they lie
+    constexpr int kRowStride = Flash::kKeyPanel && Flash::kRowBytes > 128 ? 128 : Flash::kRowBytes;
+    const char* const from = summaries + i * Tile::kStage + 16 * thread;
+#pragma unroll
+    for (int at = 0; at < kMatrices * Flash::kKeyBytes; at += 16 * Flash::kThreads) {
+      const int row = (at + 16 * thread) / kRowStride % Tile::kKeys;
+      cp_async_16(stage + 16 * thread + at, from + at, i * Tile::kKeys + row < count);
+    }
+  } else {
+    constexpr int kChunks = Flash::kHead / 8;
+#pragma unroll
+    for (int first = 0; first < Tile::kKeys * kChunks; first += Flash::kThreads) {
+      const int row = (first + thread) / kChunks, chunk = thread % kChunks, j = i * Tile::kKeys + row;
+      const int c = j < count ? clusters(j) : 0;
+      const char* const from = summaries + c / kSummaries * Tile::kStage + offset(c % kSummaries, chunk);
+      char* const to = stage + offset(row, chunk);
+#pragma unroll
+      for (int at = 0; at < kMatrices * Flash::kKeyBytes; at += Flash::kKeyBytes) cp_async_16(to + at, from + at, j < count);
+    }
+  }
+  cp_async_commit();
+}
+
+// Calls each(i, s, s2, values) for every block i of Tile::kKeys of `count` clusters, with s = the products of the rows with
+// the mean keys, s2 = the variance of the scores of their keys, and, as the third of kMatrices, their mean values in shared
+// memory. All threads of the block of threads call this.
+template <int kMatrices, class Tile, class Clusters, class Each>
+__device__ __forceinline__ void for_summaries(const ScoreBlock<Tile>& block, int count, Clusters clusters, Each each) {
+  using Flash = typename Tile::Flash;
   const int blocks = ceil_div(count, Tile::kKeys);
-  const auto copy = [&](int i) {
-    if (i >= blocks) return;
-    char* const stage = block.stages + i % 2 * Tile::kStage;
-    const auto rows_of = [&](const T* rows, int size) {
-      return [&, rows, size](int row) {
-        const int j = i * Tile::kKeys + row;
-        return j < count ? rows + cluster(j) * size : nullptr;
-      };
-    };
-    flash_copy_rows<Flash, Tile::kKeys>(stage, d, rows_of(mean_key, d));
-    flash_copy_rows<Flash, Tile::kKeys>(stage + Flash::kKeyBytes, d, rows_of(variance, d));
-    if (with_values) flash_copy_rows<Flash, Tile::kKeys>(stage + 2 * Flash::kKeyBytes, dv, rows_of(mean_value, dv));
-    cp_async_commit();
-  };
   __syncthreads();
-  copy(0);
+  copy_summaries<kMatrices>(block, 0, count, clusters);
   for (int i = 0; i < blocks; ++i) {
     flash_exchange();  // the block is there, and nobody reads the one before any more
     const char* const stage = block.stages + i % 2 * Tile::kStage;
     SummaryScores<Tile> s, s2;
-    start_products<Flash>(s, block.queries, stage);
-    start_products<typename Tile::Squares>(s2, block.squares, stage + Flash::kKeyBytes);
-    copy(i + 1);
+    start_products<Flash>(s, block.queries, stage + kMeanKey * Flash::kKeyBytes);
+    start_products<typename Tile::Squares>(s2, block.squares, stage + kVariance * Flash::kKeyBytes);
+    if (i + 1 < blocks) copy_summaries<kMatrices>(block, i + 1, count, clusters);
     finish_products<Tile>(s);
     finish_products<Tile>(s2);
-    each(i, s, s2, stage + 2 * Flash::kKeyBytes);
+    each(i, s, s2, stage + kMeanValue * Flash::kKeyBytes);
   }
 }
 

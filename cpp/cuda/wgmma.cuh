@@ -17,7 +17,7 @@ namespace cuda {
 
 // A matrix in shared memory, in panels of 64 columns of 16 bits with rows of 128 bytes, whose 16-byte chunk c of row r lies
 // at c ^ (r % 8); "Matrix descriptor" of the PTX manual, 128-byte swizzle. Eight rows are 1024 bytes; `panel` is from one
-// panel to the next where the columns are not those that the product sums over.
+// panel to the next where the columns are not those that the product sums over. A matrix 16 n bytes further on is this plus n.
 __device__ __forceinline__ uint64_t wgmma_matrix(const char* start, int panel_bytes) {
   return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | static_cast<uint64_t>(panel_bytes / 16) << 16 |
          (shared_address(start) & 0x3ffff) >> 4;
@@ -25,7 +25,7 @@ __device__ __forceinline__ uint64_t wgmma_matrix(const char* start, int panel_by
 
 // Orders registers and, with wgmma_shared_fence, earlier writes to shared memory before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_shared_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {

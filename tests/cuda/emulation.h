@@ -319,6 +319,7 @@ inline void cp_async_commit() {}
 template <int>
 void cp_async_wait() {}
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 }  // namespace cuda
 }  // namespace qexport
