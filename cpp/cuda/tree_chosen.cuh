@@ -35,16 +35,16 @@ struct ChosenBlocks {
     first = static_cast<int>(all * part / parts), end = static_cast<int>(all * (part + 1) / parts);
     count = ceil_div(end - first, kEach);
   }
-  // Where the kCluster keys that hold `row` of block i of the loop lie among all that are stored; -1 behind the last.
-  __device__ __forceinline__ int at(int i, int row) const {
-    i = first + i * kEach + row / kCluster;
+  // Where the kCluster keys `part` of block i of the loop lie among all that are stored; -1 behind the last.
+  __device__ __forceinline__ int at(int i, int part) const {
+    i = first + i * kEach + part;
     if (i >= end) return -1;
     if (i >= chosen) return natural + rows.open / kCluster + i - chosen;
-    return list ? list[i] : i;
+    return list ? __ldg(list + i) : i;
   }
   __device__ __forceinline__ const T* row_at(int i, int row, const T* from, int size) const {
-    const int c = at(i, row);
-    return c < 0 ? nullptr : from + (int64_t{c} * kCluster + row % kCluster) * size;
+    const int c = at(i, kEach == 1 ? 0 : row / kCluster);
+    return c < 0 ? nullptr : from + int64_t{c} * (kCluster * size) + row % kCluster * size;
   }
   __device__ __forceinline__ const T* query(int row) const { return rows.query(row); }
   __device__ __forceinline__ const T* key(int i, int row) const { return row_at(i, row, keys, head_size); }
@@ -58,7 +58,7 @@ struct ChosenBlocks {
   __device__ __forceinline__ bool plain(int i) const {
     bool all = true;
 #pragma unroll
-    for (int part = 0; part < kEach; ++part) all = all && seen(at(i, part * kCluster), 0) >= kCluster;
+    for (int part = 0; part < kEach; ++part) all = all && seen(at(i, part), 0) >= kCluster;
     return all;
   }
   __device__ __forceinline__ void prepare(int) {}
@@ -68,7 +68,7 @@ struct ChosenBlocks {
   __device__ __forceinline__ void adjust(int i, int row, At score, Key key) const {
     int limit[kEach];  // of the keys of a part
 #pragma unroll
-    for (int part = 0; part < kEach; ++part) limit[part] = row < rows.rows ? seen(at(i, part * kCluster), row) : 0;
+    for (int part = 0; part < kEach; ++part) limit[part] = row < rows.rows ? seen(at(i, part), row) : 0;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       const int part = m * kEach / kCount;  // keys come in order

@@ -105,11 +105,12 @@ __device__ __forceinline__ void copy_summaries(const ScoreBlock<Tile>& block, in
   const int thread = static_cast<int>(threadIdx.x);
   if constexpr (Clusters::kInOrder) {  // as they lie
     constexpr int kRowStride = Flash::kKeyPanel && Flash::kRowBytes > 128 ? 128 : Flash::kRowBytes;
+    static_assert(Tile::kKeys * kRowStride % (16 * Flash::kThreads) == 0);
     const char* const from = summaries + i * Tile::kStage + 16 * thread;
+    const int row = 16 * thread / kRowStride, left = count - i * Tile::kKeys;
 #pragma unroll
     for (int at = 0; at < kMatrices * Flash::kKeyBytes; at += 16 * Flash::kThreads) {
-      const int row = (at + 16 * thread) / kRowStride % Tile::kKeys;
-      cp_async_16(stage + 16 * thread + at, from + at, i * Tile::kKeys + row < count);
+      cp_async_16(stage + 16 * thread + at, from + at, row < left - at / kRowStride % Tile::kKeys);
     }
   } else {
     constexpr int kChunks = Flash::kHead / 8;

@@ -203,6 +203,10 @@ T atomicMax(T* p, T x) {
   *p = x > old ? x : old;
   return old;
 }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 using std::max;
 using std::min;
 
