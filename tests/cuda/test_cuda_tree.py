@@ -23,6 +23,8 @@ EMULATED = (
     cuda("full_last_cluster", kv_len=320, q_len=128),
     cuda("grouped_heads", q_heads=4, kv_heads=2, head_size=32),
     cuda("wide_heads", head_size=80, v_head_size=128, q_heads=1, kv_heads=1),
+    cuda("heads_of_64", head_size=48, v_head_size=64, q_heads=1, kv_heads=1),
+    cuda("blocks_of_clusters", q_len=128, kv_len=9000, q_heads=1, kv_heads=1, attributes={"num_samples": [4400]}),
     cuda("one_budget_per_head", attributes={"num_samples": [64, 150]}),
     cuda("past", past_len=130, kv_len=200),
     cuda("padding", batch=2, q_heads=1, kv_heads=1, kv_len=600, mask=PADDING, mask_kind="padding"),
