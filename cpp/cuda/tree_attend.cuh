@@ -69,10 +69,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   attend(state, dynamic_shared<char>(), blocks.count, blocks);
   state.join_sums();
   if (audit) return put_part(state, rows);
-  float unit[State::kRows];
 #pragma unroll
-  for (int i = 0; i < State::kRows; ++i) unit[i] = state.sum[i] > 0.0f ? 1.0f / state.sum[i] : 0.0f;  // no keys: 0
-  output.put(state, unit);
+  for (int i = 0; i < State::kRows; ++i) {
+    const float unit = state.sum[i] > 0.0f ? 1.0f / state.sum[i] : 0.0f;  // a row without keys is 0
+#pragma unroll
+    for (int n = 0; n < State::kPairs; ++n) state.pair(i, n)[0] *= unit, state.pair(i, n)[1] *= unit;
+  }
+  output.put(state);
 }
 
 }  // namespace cuda

@@ -3,6 +3,8 @@
 // makes them powers of 2; the 64 keys that every cluster but a last one has are counted at the end.
 #pragma once
 
+#include <type_traits>
+
 #include "tree_tile.cuh"
 
 namespace qexport {
@@ -243,6 +245,7 @@ __device__ __forceinline__ void close_centroids(const ScoreBlock<Tile>& block, t
         const int t = 2 * i + e % 4 / 2;
         float& o = state.o[i][2 * n + e / 4][e % 4];
         o = fmaf(scale[t], shift[i][e / 4][e % 4], o * unit[t]);
+        if (std::is_same<T, __half>::value && fabsf(o) > kMostHalf) o = copysignf(kMostHalf, o);  // it may weigh next to 0
       }
     }
   }

@@ -107,13 +107,11 @@ struct TreeOutput {
   __device__ __forceinline__ T* pair(int row, int column) const {
     return y + row * rows.tree.job.tensors.y_row_stride + column;
   }
-  // The state times `unit` of each row.
   template <class State>
-  __device__ __forceinline__ void put(State& state, const float (&unit)[State::kRows]) const {
+  __device__ __forceinline__ void put(State& state) const {
     const auto put_pairs = [&](auto put_pair) {
-      for_pairs<State>(rows, [&](int i, int n, int row, int column) {
-        put_pair(row, column, state.pair(i, n)[0] * unit[i], state.pair(i, n)[1] * unit[i]);
-      });
+      for_pairs<State>(
+          rows, [&](int i, int n, int row, int column) { put_pair(row, column, state.pair(i, n)[0], state.pair(i, n)[1]); });
     };
     if (trial) {
       put_pairs([&](int row, int column, float a, float b) { *trial_pair(row, column) = make_float2(a, b); });

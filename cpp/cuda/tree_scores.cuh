@@ -88,10 +88,7 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
   }
   close_centroids(block, state, whole);
   if (probe) return put_norm(block, state, tree.probe_norm + blockIdx.x);
-  float one[Tile::State::kRows];
-#pragma unroll
-  for (float& unit : one) unit = 1.0f;
-  TreeOutput<typename Tile::T>(block, step).put(state, one);
+  TreeOutput<typename Tile::T>(block, step).put(state);
   float* const weights = tree.centroid_weight + int64_t{blockIdx.x} * kTreeRows;
 #pragma unroll
   for (int t = 0; t < Tile::State::kRows; ++t) {

@@ -6,8 +6,6 @@ namespace qexport {
 namespace cuda {
 namespace {
 
-constexpr float kMostHalf = 65504.0f;
-
 // Up to kCluster rows of K or of V: node.rows points to them, and they are copied to `to`, zeros behind them.
 template <class T, class RowOf>
 __device__ void copy_rows(const TreeLaunch& tree, bool values, int64_t head, int rows, RowOf row_of_place, T* to,
