@@ -9,17 +9,22 @@ namespace cuda {
 template <class Tile>
 constexpr size_t kAttendSharedBytes = Tile::kSharedBytes + kTreeRows * sizeof(int32_t);
 
-// The state that the output of the centroids is: one key that weighs as much as they do.
+// Divides the state by its sum, joined with that of the centroids, which `output` holds, where there are any.
 template <class State, class T>
-__device__ __forceinline__ void open_state(State& state, const TreeRows<T>& rows, const TreeOutput<T>& output) {
-  const float* const weights = rows.tree.centroid_weight + int64_t{blockIdx.x} * kTreeRows;
+__device__ __forceinline__ void join_centroids(State& state, const TreeOutput<T>& output, bool centroids) {
+  const float* const weights = output.rows.tree.centroid_weight + int64_t{blockIdx.x} * kTreeRows;
+  float share[State::kRows];  // of the centroids
 #pragma unroll
   for (int i = 0; i < State::kRows; ++i) {
-    if (State::row(i) >= rows.rows) continue;
-    state.most[i] = weights[State::row(i)];
-    state.sum[i] = State::column(0) == 0 && state.most[i] > -kInf ? 1.0f : 0.0f;
+    const float weight = centroids ? weights[State::row(i)] : -kInf, most = fmaxf(state.most[i], weight);
+    const float base = most == -kInf ? 0.0f : most, fade = fast_exp2(state.most[i] - base);
+    share[i] = fast_exp2(weight - base);
+    const float sum = fmaf(fade, state.sum[i], share[i]), unit = sum > 0.0f ? 1.0f / sum : 0.0f;  // a row without keys is 0
+    share[i] *= unit;
+#pragma unroll
+    for (int n = 0; n < State::kPairs; ++n) state.pair(i, n)[0] *= fade * unit, state.pair(i, n)[1] *= fade * unit;
   }
-  output.get(state);
+  if (centroids) output.add_to(state, share);
 }
 
 // Part of the exact output of the rows that are audited.
@@ -58,23 +63,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
     __syncthreads();
   }
   const TreeRows<T> rows(tree, item.place, item.tile, audit ? audited : nullptr);
-  const TreeOutput<T> output(rows, step);
   const int32_t* const choice = tree.chosen + blockIdx.x * (1 + tree.most_chosen);
   const bool all = audit || step == TreeStep::again || *choice == kAllClusters;
   ChosenBlocks<T, Tile::kKeys> blocks(rows, all ? nullptr : choice + 1, all ? rows.candidates : *choice, item.part,
                                       audit ? tree.audit_parts : 1);
   State state;
   state.clear();
-  if (!all) open_state(state, rows, output);
   attend(state, dynamic_shared<char>(), blocks.count, blocks);
   state.join_sums();
   if (audit) return put_part(state, rows);
-#pragma unroll
-  for (int i = 0; i < State::kRows; ++i) {
-    const float unit = state.sum[i] > 0.0f ? 1.0f / state.sum[i] : 0.0f;  // a row without keys is 0
-#pragma unroll
-    for (int n = 0; n < State::kPairs; ++n) state.pair(i, n)[0] *= unit, state.pair(i, n)[1] *= unit;
-  }
+  const TreeOutput<T> output(rows, step);
+  join_centroids(state, output, !all);
   output.put(state);
 }
 

@@ -126,24 +126,26 @@ struct TreeOutput {
       });
     }
   }
+  // Adds what was put before, times `share` of each row.
   template <class State>
-  __device__ __forceinline__ void get(State& state) const {
-    const auto get_pairs = [&](auto get_pair) {
+  __device__ __forceinline__ void add_to(State& state, const float (&share)[State::kRows]) const {
+    const auto add_pairs = [&](auto get_pair) {
       for_pairs<State>(rows, [&](int i, int n, int row, int column) {
         const float2 values = get_pair(row, column);
-        state.pair(i, n)[0] = values.x, state.pair(i, n)[1] = values.y;
+        float* const to = state.pair(i, n);
+        to[0] = fmaf(share[i], values.x, to[0]), to[1] = fmaf(share[i], values.y, to[1]);
       });
     };
     if (trial) {
-      get_pairs([&](int row, int column) { return *trial_pair(row, column); });
+      add_pairs([&](int row, int column) { return *trial_pair(row, column); });
     } else if (whole) {
-      get_pairs([&](int row, int column) {
+      add_pairs([&](int row, int column) {
         T values[2] = {};
         memcpy(values, __builtin_assume_aligned(pair(row, column), 4), sizeof(values));
         return make_float2(to_float(values[0]), to_float(values[1]));
       });
     } else {
-      get_pairs([&](int row, int column) {
+      add_pairs([&](int row, int column) {
         const T* const from = pair(row, column);
         return make_float2(to_float(from[0]), to_float(from[1]));
       });
