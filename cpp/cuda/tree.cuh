@@ -20,7 +20,7 @@ constexpr int kTrials = 2;       // tiles of a head that are tried for a toleran
 constexpr int kAuditRows = 128;  // rows of a head that are computed exactly to measure its error
 static_assert(kAuditRows <= kTreeRows);
 constexpr int kSummaryThreads = 256;
-constexpr float kMostHalf = 65504.0f;
+constexpr float kMostHalf = 65504.0f;  // of float16
 
 // What a start of the kernels of tiles computes, and for what. Steps that choose clusters start both: one scores them and
 // leaves the output of the centroids, the other adds the keys that are read. The rest starts but one of them.

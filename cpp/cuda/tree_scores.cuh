@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
     }
   });
   __syncthreads();
-  put_scores(block, ceil_div(block.candidates, Tile::kKeys) - 1, scores);
+  if (block.candidates > 0) put_scores(block, (block.candidates - 1) / Tile::kKeys, scores);
   if (!probe) {
     __syncthreads();
     budget = min(tile_budget(block, budget), block.candidates);

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kNodeThreads)
     return copy_rows(tree, true, head, rows, natural, values, values_aligned, node);
   }
   const int rows = tree.cluster_rows(head, c);
-  if (rows == 0) return;
+  if (rows == 0) return;  // zeros
   const NodeArrays arrays = node_arrays(dynamic_shared<float>(), width);
   const int64_t at = head * tree.clusters + c;
   const auto member = [&](int i) { return tree.order[at * kCluster + i]; };

@@ -103,6 +103,14 @@ def test_a_tolerance_that_no_tile_meets_makes_all_exact(emulated):
     assert (found["error_estimate"] == 0).all()
 
 
+def test_a_batch_item_without_keys_is_0(emulated):
+    case = cuda("nonpad", batch=2, nonpad=(330, 0), q_heads=1, kv_heads=1)
+    found = attention(emulated, rounded(case.inputs(), "float16"), "float16", 5, attributes_of(case))
+    assert np.abs(found["Y"][0]).max() > 0
+    assert (found["Y"][1] == 0).all()
+    assert found["error_estimate"][1] == 0
+
+
 def test_no_query_sees_the_future(emulated):
     case = cuda("causal", q_len=300, kv_len=300, past_len=800, q_heads=1, kv_heads=1, attributes={"is_causal": 1})
     feeds, attributes = rounded(case.inputs(), "float16"), attributes_of(case)
