@@ -14,13 +14,15 @@ template <class Tile>
 __device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys / 8][4], const char* queries,
                                                      const char* keys) {
 #if QEXPORT_WGMMA
-  const uint64_t a = wgmma_matrix(queries + threadIdx.x / 128 * (64 * 128), 16), b = wgmma_matrix(keys, 16);
+  // Of the first lane, so that the compiler knows it to be the same for all.
+  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
+  const uint64_t a = wgmma_matrix(queries + group * (64 * 128), 16), b = wgmma_matrix(keys, 16);
   wgmma_hold(s[0]);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Tile::kHead / 16; ++k) {
-    wgmma_keys(s[0], a + (k / 4 * Tile::kQueries * 8 + k % 4 * 2), b + (k / 4 * Tile::kKeys * 8 + k % 4 * 2), k > 0,
-               typename Tile::T{});
+    wgmma_keys(s[0], wgmma_further(a, k / 4 * (Tile::kQueries * 128) + k % 4 * 32),
+               wgmma_further(b, k / 4 * (Tile::kKeys * 128) + k % 4 * 32), k > 0, typename Tile::T{});
   }
   wgmma_commit();
 #else
@@ -36,7 +38,7 @@ __device__ __forceinline__ void flash_start_values(FlashState<Tile>& state, cons
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k) {
-    wgmma_values(state.o[0], p[k][0], b + k * 128, typename Tile::T{});
+    wgmma_values(state.o[0], p[k][0], wgmma_further(b, k * (16 * 128)), typename Tile::T{});
   }
   wgmma_commit();
 #else

@@ -17,10 +17,15 @@ namespace cuda {
 
 // A matrix in shared memory, in panels of 64 columns of 16 bits with rows of 128 bytes, whose 16-byte chunk c of row r lies
 // at c ^ (r % 8); "Matrix descriptor" of the PTX manual, 128-byte swizzle. Eight rows are 1024 bytes; `panel` is from one
-// panel to the next where the columns are not those that the product sums over. A matrix 16 n bytes further on is this plus n.
+// panel to the next where the columns are not those that the product sums over.
 __device__ __forceinline__ uint64_t wgmma_matrix(const char* start, int panel_bytes) {
   return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | static_cast<uint64_t>(panel_bytes / 16) << 16 |
          (shared_address(start) & 0x3ffff) >> 4;
+}
+
+// The matrix that lies so many bytes behind it, in the same shared memory.
+__device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
+  return matrix >> 32 << 32 | (static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16));
 }
 
 // Orders registers and, with wgmma_shared_fence, earlier writes to shared memory before the products that follow.
