@@ -65,7 +65,8 @@ __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile:
 // The maximum that weights are relative to may lag behind by this, so that o is rarely multiplied; 2^8 is no matter in fp16.
 constexpr float kSlack = 8.0f;
 
-// Moves the maximum of the rows where it has to, and the sum with it. True: o is to be multiplied by `fade`.
+// Moves the maximum of the rows where it has to, to the next whole number, and the sum with it. True: o is to be multiplied
+// by `fade`, powers of 2, so that weights are rounded alike wherever the maximum is.
 template <class Tile>
 __device__ __forceinline__ bool flash_move(FlashState<Tile>& state, const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
                                            float factor, float (&fade)[FlashState<Tile>::kRows]) {
@@ -86,7 +87,7 @@ __device__ __forceinline__ bool flash_move(FlashState<Tile>& state, const float 
   if (!__any_sync(kFullWarp, moves)) return false;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    most[i] = fmaxf(most[i], state.most[i]);
+    most[i] = ceilf(fmaxf(most[i], state.most[i]));
     fade[i] = most[i] == -kInf ? 1.0f : fast_exp2(state.most[i] - most[i]);
     state.most[i] = most[i];
     state.sum[i] *= fade[i];

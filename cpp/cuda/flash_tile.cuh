@@ -70,16 +70,16 @@ struct FlashState {
 
 // Rows of Q, K and V lie in shared memory one behind the other, permuted so that the same 16 bytes of eight rows that follow
 // each other fill all banks. With kPanelRows they lie in panels of 64 columns of so many rows, as warpgroups want them.
-template <int kHead>
-__device__ __forceinline__ int flash_turn(int row) {
-  return kHead >= 64 ? row & 7 : row >> 1 & 3;
+__device__ __forceinline__ int flash_turn(int head, int row) { return head >= 64 ? row & 7 : row >> 1 & 3; }
+__device__ __forceinline__ int flash_offset(int head, int panel_rows, int row, int chunk) {
+  const int chunks = head >= 64 ? 8 : 4;  // that are permuted among themselves
+  const int lane = (chunk % chunks ^ flash_turn(head, row)) << 4;
+  if (panel_rows) return (chunk / chunks * panel_rows + row) * chunks * 16 + lane;
+  return row * head * 2 + chunk / chunks * chunks * 16 + lane;
 }
 template <int kHead, int kPanelRows = 0>
 __device__ __forceinline__ int flash_offset(int row, int chunk) {
-  constexpr int kChunks = kHead >= 64 ? 8 : 4;  // that are permuted among themselves
-  const int lane = (chunk % kChunks ^ flash_turn<kHead>(row)) << 4;
-  if (kPanelRows) return (chunk / kChunks * kPanelRows + row) * kChunks * 16 + lane;
-  return row * kHead * 2 + chunk / kChunks * kChunks * 16 + lane;
+  return flash_offset(kHead, kPanelRows, row, chunk);
 }
 
 // What a lane gives to ldmatrix: chunk 2 k + half of row 16 n + row, as the sum of what is known to the compiler and little
@@ -89,7 +89,7 @@ struct FlashLane {
   static constexpr int kRowBytes = kPanelRows && kHead > 64 ? 128 : 2 * kHead;
   int first, chunk;
   __device__ __forceinline__ FlashLane(int row, int half)
-      : first(row * kRowBytes), chunk((half ^ flash_turn<kHead>(row)) << 4) {}
+      : first(row * kRowBytes), chunk((half ^ flash_turn(kHead, row)) << 4) {}
   __device__ __forceinline__ int at(int n, int k) const {
     constexpr int kChunks = kHead >= 64 ? 8 : 4;
     return flash_offset<kHead, kPanelRows>(16 * n, 2 * k / kChunks * kChunks) + first + (chunk ^ (2 * k % kChunks << 4));

@@ -3,7 +3,8 @@
 #include <type_traits>
 
 #include "row_chunk.cuh"
-#include "tree_kernel.cuh"
+#include "tree_attend.cuh"
+#include "tree_scores.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -20,14 +21,17 @@ constexpr double kMostDensity = 0.5;  // of the keys that are read
 constexpr int64_t kMostHead = 128;    // elements
 constexpr int kMostAuditParts = 32;
 
-// Visits a tile for the size of the heads and the device.
+// Visits the tiles of both kernels for the size of the heads and the device.
 template <class T, class Visit>
-void visit_tile(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
+void visit_tiles(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
   const int64_t size = std::max(p.head_size, p.v_head_size);
-  if (size > 64) return visit(TreeTile<T, 128, 1, 8, 64, 1, true>{});
-  if (size <= 32) return visit(TreeTile<T, 32, 2, 4, 64, 2, false>{});
-  if (device.capability == 90) return visit(TreeTile<T, 64, 1, 8, 128, 1, true>{});
-  visit(TreeTile<T, 64, 2, 4, 64, 2, false>{});
+  if (size <= 32) return visit(ScoreTile<T, 32, 2, 4, 2, false>{}, FlashTile<T, 32, 2, 4, 64, 2>{});
+  if (device.capability == 90) {
+    if (size <= 64) return visit(ScoreTile<T, 64, 1, 8, 2, true>{}, FlashTile<T, 64, 1, 8, 64, 2, true>{});
+    return visit(ScoreTile<T, 128, 1, 8, 1, true>{}, FlashTile<T, 128, 1, 8, 64, 1, true>{});
+  }
+  if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 64, 2>{});
+  visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 64, 1>{});
 }
 
 BalancedTree clusters_of(const AttentionJob& job) {
@@ -55,9 +59,11 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   take(tree.count, heads * tree.chunks * 4);
   take(tree.keys, heads * tree.stored() * kCluster * p.head_size * 2);
   take(tree.values, heads * tree.stored() * kCluster * p.v_head_size * 2);
-  take(tree.mean_key, all * p.head_size * 2);
-  take(tree.mean_value, all * p.v_head_size * 2);
-  take(tree.variance, all * p.head_size * 2);
+  visit_tiles<__half>(p, device, [&](auto scores, auto) {
+    using Flash = typename decltype(scores)::Flash;
+    tree.row_size = Flash::kHead, tree.panel_rows = Flash::kKeyPanel;
+  });
+  take(tree.summaries, tree.summary_bytes());
   take(tree.spread, all * 4);
   take(tree.slope_parts, heads * tree.parts * p.head_size * p.v_head_size * 4);
   take(tree.slopes, heads * (p.is_causal ? tree.chunks : 1) * p.head_size * p.v_head_size * 2);
@@ -72,6 +78,13 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
     take(tree.budget, places * 4);
     take(tree.again, places * 4);
   }
+  const int64_t samples = *std::max_element(p.num_samples, p.num_samples + p.num_samples_count);
+  const int64_t bought = std::min(ceil_div(samples, int64_t{kCluster}), tree.clusters);
+  tree.most_chosen = tree.shares ? std::min<int64_t>(most_shared(static_cast<int>(bought)), tree.clusters) : bought;
+  if (p.error_tolerance > 0.0f) tree.most_chosen = tree.clusters;  // budgets grow
+  const int64_t tiles = places * std::max(tree.tiles, int64_t{kTrials} * tree.trials);
+  take(tree.chosen, tiles * (1 + tree.most_chosen) * 4);
+  take(tree.centroid_weight, tiles * kTreeRows * 4);
   if (audits(tree.job)) {
     // Enough parts that the rows of all heads fill the card.
     const int64_t fill = ceil_div(int64_t{2} * device.multiprocessors, places > 0 ? places : 1);
@@ -83,39 +96,47 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   return used;
 }
 
-template <class Tile>
+template <class Scores, class Attend>
 void run(Status& status, const TreeLaunch& tree, void* stream) {
-  const size_t shared = Tile::shared_bytes(tree.clusters);
-  const auto queue = [&](int64_t blocks, TreeStep step) {
-    launch(status, tree_kernel<Tile>, dim3(static_cast<unsigned>(blocks)), Tile::Flash::kThreads, shared, stream, tree,
-           step);
+  const auto score = [&](int64_t blocks, TreeStep step) {
+    launch(status, tree_scores_kernel<Scores>, dim3(static_cast<unsigned>(blocks)), Scores::Flash::kThreads,
+           Scores::shared_bytes(tree.clusters), stream, tree, step);
+  };
+  const auto attend = [&](int64_t blocks, TreeStep step) {
+    launch(status, tree_attend_kernel<Attend>, dim3(static_cast<unsigned>(blocks)), Attend::kThreads,
+           kAttendSharedBytes<Attend>, stream, tree, step);
   };
   const int64_t places = tree.places();
   if (tree.shares) {
-    queue(places * kProbes, TreeStep::probes);
+    score(places * kProbes, TreeStep::probes);
     settle_thresholds(status, tree, stream);
   }
   if (tree.trials) {
-    queue(places * kTrials * tree.trials, TreeStep::trials);
+    score(places * kTrials * tree.trials, TreeStep::trials);
+    attend(places * kTrials * tree.trials, TreeStep::trials);
     settle_budgets(status, tree, stream);
   }
-  queue(places * tree.tiles, TreeStep::tiles);
+  score(places * tree.tiles, TreeStep::tiles);
+  attend(places * tree.tiles, TreeStep::tiles);
   if (!tree.audit_parts) return;
-  queue(places * tree.audit_parts, TreeStep::audits);
+  attend(places * tree.audit_parts, TreeStep::audits);
   settle_errors(status, tree, stream);
-  if (tree.trials) queue(places * tree.tiles, TreeStep::again);
+  if (tree.trials) attend(places * tree.tiles, TreeStep::again);
 }
 
 template <class T>
 void run_on(Status& status, const TreeLaunch& tree, const Device& device, void* stream) {
-  visit_tile<T>(tree.job.params, device, [&](auto tile) { run<decltype(tile)>(status, tree, stream); });
+  visit_tiles<T>(tree.job.params, device,
+                 [&](auto scores, auto attend) { run<decltype(scores), decltype(attend)>(status, tree, stream); });
 }
 
 // Whether what a tile knows of all clusters fits beside it.
 bool fits(const AttentionJob& job, const Device& device) {
   size_t bytes = 0;
-  visit_tile<__half>(job.params, device,
-                     [&](auto tile) { bytes = tile.shared_bytes(tree_places(job, clusters_of(job)) / kCluster); });
+  visit_tiles<__half>(job.params, device, [&](auto scores, auto attend) {
+    bytes =
+        std::max(scores.shared_bytes(tree_places(job, clusters_of(job)) / kCluster), kAttendSharedBytes<decltype(attend)>);
+  });
   return bytes <= static_cast<size_t>(device.shared_bytes);
 }
 

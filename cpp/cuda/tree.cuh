@@ -4,6 +4,7 @@
 
 #include "attention.cuh"
 #include "balanced_tree.cuh"
+#include "flash_tile.cuh"
 #include "qexport/philox.h"
 
 namespace qexport {
@@ -19,15 +20,22 @@ constexpr int kTrials = 2;       // tiles of a head that are tried for a toleran
 constexpr int kAuditRows = 128;  // rows of a head that are computed exactly to measure its error
 static_assert(kAuditRows <= kTreeRows);
 constexpr int kSummaryThreads = 256;
+constexpr float kMostHalf = 65504.0f;  // of float16
 
-// What a start of the kernel of tiles computes, and for what.
+// What a start of the kernels of tiles computes, and for what. Steps that choose clusters start both: one scores them and
+// leaves the output of the centroids, the other adds the keys that are read. The rest starts but one of them.
 enum class TreeStep {
-  probes,  // the scores of tiles that are looked at, and the norm of what centroids alone give
+  probes,  // the scores of tiles that are looked at, and the norm of what centroids alone give: no keys are read
   trials,  // the output of tiles that are tried, with growing budgets and exactly
   tiles,   // the output
-  audits,  // parts of the exact output of some rows
-  again,   // the output, exactly, of the heads that missed the tolerance
+  audits,  // parts of the exact output of some rows: nothing is chosen
+  again,   // the output, exactly, of the heads that missed the tolerance: likewise
 };
+constexpr int kAllClusters = -1;  // as a number of chosen clusters: there is no list, nor an output of centroids
+
+// Summaries of a cluster; those of kSummaries clusters lie together, a matrix for each.
+enum Summary { kMeanKey, kVariance, kMeanValue, kSummaryMatrices };
+constexpr int kSummaries = 64;
 
 // A tile that shares reads at least and at most so many clusters.
 __host__ __device__ __forceinline__ int least_shared(int budget) { return (budget + 3) / 4; }
@@ -47,24 +55,43 @@ struct TreeLaunch {
   // (heads, stored, kCluster, size), zeros where there is no key: the clusters; under a causal mask then the keys as they
   // come.
   void *keys, *values;
-  void *mean_key, *mean_value;  // (heads, clusters, size)
-  __nv_bfloat16* variance;      // (heads, clusters, head_size), of each element of the keys
-  float* spread;                // (heads, clusters): mean |v - mean v|^2
-  float* slope_parts;           // (heads, parts, head_size, v_head_size)
-  void* slopes;                 // (heads, 1 or chunks, head_size, v_head_size): cov(k, v) within clusters
-  float* threshold;             // (places): score from which on a cluster is read
-  float* probe_score;           // (places, kProbes, clusters)
-  float* probe_norm;            // (places, kProbes)
-  int trials;                   // budgets that are tried: those of num_samples, doubled, and all clusters
-  float* trial_output;          // (places, kTrials, trials, kTreeRows, v_head_size)
-  int32_t* budget;              // (places): clusters that a tile reads
-  int audit_parts;              // of the keys
-  float* audit_output;          // (places, audit_parts, kTreeRows, v_head_size), not divided by the sum
-  float* audit_stats;           // (places, audit_parts, kTreeRows, 2): maximum of the scores, and sum
-  int32_t* again;               // (places): 1 where the head missed the tolerance
+  // (heads, clusters / kSummaries, kSummaryMatrices, kSummaries, row_size), as flash_offset says of rows of row_size
+  // elements in panels of panel_rows: as products want them in shared memory. Zeros where there is no cluster or no element.
+  // Variances are those of each element of the keys, in bfloat16.
+  char* summaries;
+  int row_size, panel_rows;
+  float* spread;           // (heads, clusters): mean |v - mean v|^2
+  float* slope_parts;      // (heads, parts, head_size, v_head_size)
+  void* slopes;            // (heads, 1 or chunks, head_size, v_head_size): cov(k, v) within clusters
+  float* threshold;        // (places): score from which on a cluster is read
+  float* probe_score;      // (places, kProbes, clusters)
+  float* probe_norm;       // (places, kProbes)
+  int trials;              // budgets that are tried: those of num_samples, doubled, and all clusters
+  float* trial_output;     // (places, kTrials, trials, kTreeRows, v_head_size)
+  int64_t most_chosen;     // clusters that a tile with a choice may read
+  int32_t* chosen;         // (tiles of a step, 1 + most_chosen): their number, and which, in order
+  float* centroid_weight;  // (tiles of a step, kTreeRows): log2 of the weight of what a row does not read
+  int32_t* budget;         // (places): clusters that a tile reads
+  int audit_parts;         // of the keys
+  float* audit_output;     // (places, audit_parts, kTreeRows, v_head_size), not divided by the sum
+  float* audit_stats;      // (places, audit_parts, kTreeRows, 2): maximum of the scores, and sum
+  int32_t* again;          // (places): 1 where the head missed the tolerance
 
   __host__ __device__ __forceinline__ int64_t heads() const { return job.params.batch * job.params.kv_heads; }
   __host__ __device__ __forceinline__ int64_t places() const { return job.params.batch * job.params.q_heads; }
+  __host__ __device__ __forceinline__ int64_t summary_blocks() const {  // of a head
+    return ceil_div(clusters, int64_t{kSummaries});
+  }
+  __host__ __device__ __forceinline__ int64_t summary_bytes() const {
+    return heads() * summary_blocks() * kSummaryMatrices * kSummaries * row_size * 2;
+  }
+  // Element x of a summary of cluster c.
+  template <class T>
+  __device__ __forceinline__ T& summary(int64_t head, int c, Summary which, int x) const {
+    const int64_t matrix = (head * summary_blocks() + c / kSummaries) * kSummaryMatrices + which;
+    char* const rows = summaries + matrix * kSummaries * row_size * 2;
+    return reinterpret_cast<T*>(rows + flash_offset(row_size, panel_rows, c % kSummaries, x / 8))[x % 8];
+  }
   __host__ __device__ __forceinline__ int64_t stored() const { return (job.params.is_causal ? 2 : 1) * clusters; }
   // Clusters that num_samples buys a tile of a place.
   __device__ __forceinline__ int bought(int64_t place) const {
@@ -99,7 +126,7 @@ struct TreeLaunch {
 // Fills keys to slopes from order and count; tree_summary.cu.
 void summarise_clusters(Status& status, const TreeLaunch& tree, void* stream);
 
-// What is settled between two starts of the kernel of tiles; tree_settle.cu. Thresholds from probes, budgets from trials,
+// What is settled between two starts of the kernels of tiles; tree_settle.cu. Thresholds from probes, budgets from trials,
 // errors and `again` from audits.
 void settle_thresholds(Status& status, const TreeLaunch& tree, void* stream);
 void settle_budgets(Status& status, const TreeLaunch& tree, void* stream);

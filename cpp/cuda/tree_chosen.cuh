@@ -1,18 +1,18 @@
 // The clusters that a tile reads key by key, as the loop of flash.cuh takes them.
 #pragma once
 
-#include "tree_tile.cuh"
+#include "tree_rows.cuh"
 
 namespace qexport {
 namespace cuda {
 
 // The chosen clusters, and under a causal mask the keys from `open` on as they come, kCluster keys each; of both together
-// part `part` of `parts`. The loop takes kEach at a time.
-template <class Tile>
+// part `part` of `parts`. The loop takes kKeys keys at a time.
+template <class T, int kKeys>
 struct ChosenBlocks {
-  using T = typename Tile::Flash::T;
-  static constexpr int kEach = Tile::kKeys / kCluster;
-  const TreeRowBlock<Tile>& block;
+  static constexpr int kEach = kKeys / kCluster;
+  static_assert(kKeys % kCluster == 0);
+  const TreeRows<T>& rows;
   const int32_t* list;  // null: all clusters
   int chosen;
   int first, end;  // of this part
@@ -23,43 +23,42 @@ struct ChosenBlocks {
   float scale;
   const T *keys, *values;
 
-  __device__ __forceinline__ ChosenBlocks(const TreeRowBlock<Tile>& block_, const int32_t* list_, int chosen_, int part,
-                                          int parts)
-      : block(block_), list(list_), chosen(chosen_), natural(static_cast<int>(block_.tree.clusters)) {
-    const TreeLaunch& tree = block.tree;
+  __device__ __forceinline__ ChosenBlocks(const TreeRows<T>& rows_, const int32_t* list_, int chosen_, int part, int parts)
+      : rows(rows_), list(list_), chosen(chosen_), natural(static_cast<int>(rows_.tree.clusters)) {
+    const TreeLaunch& tree = rows.tree;
     head_size = static_cast<int>(tree.job.params.head_size), v_head_size = static_cast<int>(tree.job.params.v_head_size);
-    scale = block.factor;
-    keys = static_cast<const T*>(tree.keys) + block.head * tree.stored() * kCluster * head_size;
-    values = static_cast<const T*>(tree.values) + block.head * tree.stored() * kCluster * v_head_size;
-    key_end = static_cast<int>(key_range(tree.job, block.b, block.row_index(block.rows - 1)).hi);
-    const int64_t all = chosen + (tree.job.params.is_causal ? ceil_div(max(key_end - block.open, 0), kCluster) : 0);
+    scale = tree.job.params.scale * kLog2E;
+    keys = static_cast<const T*>(tree.keys) + rows.head * tree.stored() * kCluster * head_size;
+    values = static_cast<const T*>(tree.values) + rows.head * tree.stored() * kCluster * v_head_size;
+    key_end = static_cast<int>(key_range(tree.job, rows.b, rows.row_index(rows.rows - 1)).hi);
+    const int64_t all = chosen + (tree.job.params.is_causal ? ceil_div(max(key_end - rows.open, 0), kCluster) : 0);
     first = static_cast<int>(all * part / parts), end = static_cast<int>(all * (part + 1) / parts);
     count = ceil_div(end - first, kEach);
   }
-  // Where the kCluster keys that hold `row` of block i of the loop lie among all that are stored; -1 behind the last.
-  __device__ __forceinline__ int at(int i, int row) const {
-    i = first + i * kEach + row / kCluster;
+  // Where the kCluster keys `part` of block i of the loop lie among all that are stored; -1 behind the last.
+  __device__ __forceinline__ int at(int i, int part) const {
+    i = first + i * kEach + part;
     if (i >= end) return -1;
-    if (i >= chosen) return natural + block.open / kCluster + i - chosen;
-    return list ? list[i] : i;
+    if (i >= chosen) return natural + rows.open / kCluster + i - chosen;
+    return list ? __ldg(list + i) : i;
   }
-  __device__ __forceinline__ const T* row_at(int i, int row, const T* rows, int size) const {
-    const int c = at(i, row);
-    return c < 0 ? nullptr : rows + (int64_t{c} * kCluster + row % kCluster) * size;
+  __device__ __forceinline__ const T* row_at(int i, int row, const T* from, int size) const {
+    const int c = at(i, kEach == 1 ? 0 : row / kCluster);
+    return c < 0 ? nullptr : from + int64_t{c} * (kCluster * size) + row % kCluster * size;
   }
-  __device__ __forceinline__ const T* query(int row) const { return block.query(row); }
+  __device__ __forceinline__ const T* query(int row) const { return rows.query(row); }
   __device__ __forceinline__ const T* key(int i, int row) const { return row_at(i, row, keys, head_size); }
   __device__ __forceinline__ const T* value(int i, int row) const { return row_at(i, row, values, v_head_size); }
   // How many of the keys of stored block c a row sees.
   __device__ __forceinline__ int seen(int c, int row) const {
     if (c < 0) return 0;
-    if (c < natural) return c < block.full ? kCluster : block.rest;
-    return min(block.position(row) + 1, key_end) - (c - natural) * kCluster;
+    if (c < natural) return c < rows.full ? kCluster : rows.rest;
+    return min(rows.position(row) + 1, key_end) - (c - natural) * kCluster;
   }
   __device__ __forceinline__ bool plain(int i) const {
     bool all = true;
 #pragma unroll
-    for (int part = 0; part < kEach; ++part) all = all && seen(at(i, part * kCluster), 0) >= kCluster;
+    for (int part = 0; part < kEach; ++part) all = all && seen(at(i, part), 0) >= kCluster;
     return all;
   }
   __device__ __forceinline__ void prepare(int) {}
@@ -69,7 +68,7 @@ struct ChosenBlocks {
   __device__ __forceinline__ void adjust(int i, int row, At score, Key key) const {
     int limit[kEach];  // of the keys of a part
 #pragma unroll
-    for (int part = 0; part < kEach; ++part) limit[part] = row < block.rows ? seen(at(i, part * kCluster), row) : 0;
+    for (int part = 0; part < kEach; ++part) limit[part] = row < rows.rows ? seen(at(i, part), row) : 0;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       const int part = m * kEach / kCount;  // keys come in order

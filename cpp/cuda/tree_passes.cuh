@@ -1,96 +1,172 @@
-// What the three passes of a tile over the summaries do: the weight of all clusters, the score of each, and the centroids of
-// those that are not read.
+// What the passes of a tile over the summaries do: the centroids of all clusters, the score of each, and the centroids of
+// those that are read taken out again. Logarithms of weights are natural and doubled, as one product of each element then
+// makes them powers of 2; the 64 keys that every cluster but a last one has are counted at the end.
 #pragma once
+
+#include <type_traits>
 
 #include "tree_tile.cuh"
 
 namespace qexport {
 namespace cuda {
 
-template <class Tile>
-using SummaryScores = float[Tile::Flash::kRowTiles][Tile::kKeys / 8][4];
+constexpr float kHalfLog2E = 0.5f * kLog2E;  // from a doubled natural logarithm to one of base 2
+constexpr float kLogCluster = 6.0f;
+static_assert(kCluster == 64, "kLogCluster");
 
-// The weight of all clusters of each row of a thread: most + log2(sum), block by block.
-template <class Tile>
-struct RowWeights {
-  static constexpr int kRows = 2 * Tile::Flash::kRowTiles;
-  float most[kRows], sum[kRows];
-
-  __device__ __forceinline__ void clear() {
+// Turns products of a block into logarithms of the weights of clusters: of means of log-normal weights, damped where so few
+// keys cannot show their tail. True where some variance of the warp is large enough for that.
+template <class Tile, class Clusters>
+__device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters,
+                                            SummaryScores<Tile>& s, const SummaryScores<Tile>& s2) {
+  constexpr int kRowTiles = Tile::Flash::kRowTiles, kTiles = Tile::kKeys / 8;
+  uint32_t bits = 0;  // variances are not negative: bit 30 is set from 2 on
 #pragma unroll
-    for (int t = 0; t < kRows; ++t) most[t] = -kInf, sum[t] = 0.0f;
+  for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      bits |= __float_as_uint(s2[t][n][0]) | __float_as_uint(s2[t][n][1]);
+      bits |= __float_as_uint(s2[t][n][2]) | __float_as_uint(s2[t][n][3]);
+    }
   }
-  __device__ __forceinline__ void add(const SummaryScores<Tile>& s) {
+  const bool damps = __any_sync(kFullWarp, bits >> 30 & 1);
+  const float factor = 2.0f * block.scale;
+  if (damps) {
 #pragma unroll
-    for (int t = 0; t < kRows; ++t) {
-      float top = most[t];
+    for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
-      for (int n = 0; n < Tile::kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[t / 2][n][t % 2 * 2], s[t / 2][n][t % 2 * 2 + 1]));
-      const float base = top == -kInf ? 0.0f : top;
-      sum[t] *= fast_exp2(most[t] - base);
-      most[t] = top;
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < Tile::kKeys / 8; ++n) {
-        sum[t] += fast_exp2(s[t / 2][n][t % 2 * 2] - base) + fast_exp2(s[t / 2][n][t % 2 * 2 + 1] - base);
+        for (int e = 0; e < 4; ++e) {
+          const float y = s2[t][n][e], damped = y > 2.0f ? fmaf(-16.0f, fast_reciprocal(y + 2.0f), 6.0f) : y;
+          s[t][n][e] = fmaf(s[t][n][e], factor, damped);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[t][n][e] = fmaf(s[t][n][e], factor, s2[t][n][e]);
       }
     }
   }
-  // Joins the four lanes of a row. `most` becomes log2 of its whole weight; +inf in rows without one or beyond the tile, of
-  // which no cluster has a share.
-  __device__ __forceinline__ void finish(int rows) {
+  if ((i + 1) * Tile::kKeys < count) return damps;
+  // The last block: the cluster with fewer keys, and what lies behind it.
+  const float fewer = 2.0f * logf(static_cast<float>(block.rest) / kCluster);
 #pragma unroll
-    for (int t = 0; t < kRows; ++t) {
-      float top = fmaxf(most[t], __shfl_xor_sync(kFullWarp, most[t], 1));
-      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
-      float all = top == -kInf ? 0.0f : sum[t] * fast_exp2(most[t] - top);
-      all += __shfl_xor_sync(kFullWarp, all, 1);
-      all += __shfl_xor_sync(kFullWarp, all, 2);
-      most[t] = FlashState<typename Tile::Flash>::row(t) < rows && all > 0.0f ? top + log2f(all) : kInf;
-    }
-  }
-};
-
-__device__ __forceinline__ uint32_t score_key(float score) { return ~ordered_bits(score); }
-
-// The scores of a block of clusters: how much is lost, by the model, where only their centroids are taken. To block.key, and
-// to `scores` where that is not null.
-template <class Tile>
-__device__ __forceinline__ void score_clusters(const TreeRowBlock<Tile>& block, int i, const SummaryScores<Tile>& s,
-                                               const SummaryScores<Tile>& s2, const RowWeights<Tile>& weights,
-                                               float* scores) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int n = 0; n < Tile::kKeys / 8; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float lost = 0.0f;
+      const int j = i * Tile::kKeys + 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e;
+      const float less = j >= count ? -kInf : clusters(j) == block.full ? fewer : 0.0f;
 #pragma unroll
-      for (int t = 0; t < RowWeights<Tile>::kRows; ++t) {
-        const float share = fast_exp2(s[t / 2][n][t % 2 * 2 + e] - weights.most[t]);
-        const float varied = fast_exp2(fminf(s2[t / 2][n][t % 2 * 2 + e] * kLog2E, 30.0f)) - 1.0f;
-        lost = fmaf(share * share, fmaxf(varied, 0.0f), lost);
-      }
-      for (int step = 4; step < kWarp; step *= 2) lost += __shfl_xor_sync(kFullWarp, lost, step);
-      if (lane < 4) block.words->columns[warp][8 * n + 2 * lane + e] = lost;
+      for (int t = 0; t < 2 * kRowTiles; ++t) s[t / 2][n][t % 2 * 2 + e] += less;
     }
   }
-  __syncthreads();
-  const int c = i * Tile::kKeys + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < Tile::kKeys && c < block.candidates) {
-    float sum = 0.0f;
-    for (int w = 0; w < Tile::Flash::kThreads / kWarp; ++w) sum += block.words->columns[w][threadIdx.x];
-    const float score = sum * block.tree.spread[block.head * block.tree.clusters + c];
-    block.key[c] = score_key(score);
-    if (scores) scores[c] = score;
+  return damps;
+}
+
+// Adds clusters to the state, each as one key with its mean value. Where `moves` is false the maxima are large enough.
+template <class Tile>
+__device__ __forceinline__ void add_centroids(typename Tile::State& state, SummaryScores<Tile>& s, const char* values,
+                                              bool moves) {
+  using Flash = typename Tile::Flash;
+  if (moves) {
+    flash_weights<Flash>(state, s, kHalfLog2E);
+  } else {
+    flash_exp2<Flash>(state, s, kHalfLog2E);
+  }
+  if constexpr (Flash::kWarpgroups) {
+    uint32_t p[Tile::kKeys / 16][1][4];
+    flash_pack<Flash>(p, s);
+    flash_start_values<Flash>(state, p, values);
+    flash_finish<0>(state.o[0]);
+  } else {
+    flash_values<Flash>(state, s, values);
   }
 }
 
-// Chooses `budget` of the candidates, those with the largest score (ties: the first): sets their bits, and puts the list of
-// them where the scores were.
+// log2 of the weight of all clusters, of each row of a thread; +inf in rows without one or beyond the tile, of which no
+// cluster has a share.
 template <class Tile>
-__device__ __forceinline__ void choose_clusters(const TreeRowBlock<Tile>& block, int budget) {
+__device__ __forceinline__ void weigh_rows(const ScoreBlock<Tile>& block, const typename Tile::State& state,
+                                           float (&whole)[Tile::State::kRows]) {
+#pragma unroll
+  for (int t = 0; t < Tile::State::kRows; ++t) {
+    float sum = state.sum[t];
+    sum += __shfl_xor_sync(kFullWarp, sum, 1);
+    sum += __shfl_xor_sync(kFullWarp, sum, 2);
+    whole[t] = Tile::State::row(t) < block.rows && sum > 0.0f ? state.most[t] + log2f(sum) : kInf;
+  }
+}
+
+// (e^x - 1) / x to 1.2e-4 of it for x in [0, 2]: the special function unit has no time for another power.
+__device__ __forceinline__ float expm1_ratio(float x) {
+  return fmaf(fmaf(fmaf(fmaf(0.01923414f, x, 0.02104842f), x, 0.18115446f), x, 0.49664288f), x, 1.000117f);
+}
+
+// Sums a thread's columns over the eight lanes that hold the same ones. Each ends with an eighth of them in x[0]..: those
+// from kCount / 8 * (lane / 4) on.
+template <int kLeft, int kLanes = 16, int kCount>
+__device__ __forceinline__ void sum_columns(float (&x)[kCount]) {
+  const bool upper = threadIdx.x & kLanes;
+#pragma unroll
+  for (int m = 0; m < kLeft / 2; ++m) {
+    const float given = upper ? x[m] : x[m + kLeft / 2], kept = upper ? x[m + kLeft / 2] : x[m];
+    x[m] = kept + __shfl_xor_sync(kFullWarp, given, kLanes);
+  }
+  if constexpr (kLanes > 4) sum_columns<kLeft / 2, kLanes / 2>(x);
+}
+
+// What is lost, by the model, to the rows of a warp where only the centroids of a block of clusters are taken; to
+// words->columns. kDamps is what log_weights said.
+template <bool kDamps, class Tile>
+__device__ __forceinline__ void lose_clusters(const ScoreBlock<Tile>& block, int i, const SummaryScores<Tile>& s,
+                                              const SummaryScores<Tile>& s2, const float (&whole)[Tile::State::kRows]) {
+  constexpr int kRows = Tile::State::kRows, kColumns = Tile::kKeys / 4;
+  float lost[kColumns];
+#pragma unroll
+  for (int m = 0; m < kColumns; ++m) {
+    lost[m] = 0.0f;
+#pragma unroll
+    for (int t = 0; t < kRows; ++t) {
+      const float x = s[t / 2][m / 2][t % 2 * 2 + m % 2], y = s2[t / 2][m / 2][t % 2 * 2 + m % 2];
+      const float share2 = fast_exp2(fmaf(x, 2.0f * kHalfLog2E, -2.0f * whole[t]));
+      lost[m] = kDamps ? fmaf(share2, fast_exp2(fminf(y * kLog2E, 30.0f)) - 1.0f, lost[m])
+                       : fmaf(share2 * y, expm1_ratio(y), lost[m]);
+    }
+  }
+  sum_columns<kColumns>(lost);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  static_assert(kColumns == 16);  // two are left, beside each other
+  *reinterpret_cast<float2*>(&block.words->columns[i % 2][warp][2 * lane]) = make_float2(lost[0], lost[1]);
+}
+
+__device__ __forceinline__ uint32_t score_key(float score) { return ~ordered_bits(score); }
+
+// The scores of a block of clusters from what its warps lose, behind a barrier. To block.key, and to `scores` where that is
+// not null.
+template <class Tile>
+__device__ __forceinline__ void put_scores(const ScoreBlock<Tile>& block, int i, float* scores) {
+  const int thread = static_cast<int>(threadIdx.x), c = i * Tile::kKeys + thread;
+  if (thread >= Tile::kKeys || c >= block.candidates) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < Tile::kWarps; ++w) sum += block.words->columns[i % 2][w][thread];
+  const float score = sum * block.tree.spread[block.head * block.tree.clusters + c];
+  block.key[c] = score_key(score);
+  if (scores) scores[c] = score;
+}
+
+// Chooses `budget` of the candidates, those with the largest score (ties: the first), and makes the list of them where the
+// scores were, and in `chosen`.
+template <class Tile>
+__device__ __forceinline__ void choose_clusters(const ScoreBlock<Tile>& block, int budget, int32_t* chosen) {
   int32_t* const list = reinterpret_cast<int32_t*>(block.key);
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), n = block.candidates;
+  const int thread = static_cast<int>(threadIdx.x), threads = Tile::Flash::kThreads, n = block.candidates;
   const Cut cut = find_cut(block.key, n, budget, block.words->partition);
   int below = 0, equal = 0;
   for (int base = 0; base < n; base += threads) {
@@ -98,54 +174,56 @@ __device__ __forceinline__ void choose_clusters(const TreeRowBlock<Tile>& block,
     const uint32_t mine = c < n ? block.key[c] : 0;
     const Ranks ranks = rank_in_block(c < n && mine < cut.key, c < n && mine == cut.key, block.words->partition.warp);
     const int equals_before = equal + ranks.before[1];
-    const bool first = c < n && first_by(cut, mine, equals_before);
-    if (first) list[below + ranks.before[0] + min(equals_before, cut.equal)] = c;
-    const unsigned bits = __ballot_sync(kFullWarp, first);
-    if (thread % kWarp == 0 && c < block.blocks() * Tile::kKeys) block.bits[c / kWarp] = bits;
+    if (c < n && first_by(cut, mine, equals_before)) {
+      const int at = below + ranks.before[0] + min(equals_before, cut.equal);
+      list[at] = chosen[at] = c;
+    }
     below += ranks.all[0], equal += ranks.all[1];
     __syncthreads();
   }
 }
 
-// The clusters of a block without a bit enter as one key each, with their mean value.
-template <class Tile>
-__device__ __forceinline__ void attend_centroids(const TreeRowBlock<Tile>& block, int i, SummaryScores<Tile>& s,
-                                                 const char* values, FlashState<typename Tile::Flash>& state) {
-  const uint32_t* const words = block.bits + i * (Tile::kKeys / 32);
+template <class State>
+__device__ __forceinline__ void negate(State& state) {
 #pragma unroll
-  for (int n = 0; n < Tile::kKeys / 8; ++n) {
+  for (int t = 0; t < State::kRows; ++t) {
+    state.sum[t] = -state.sum[t];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const bool chosen = words[n / 4] >> (8 * (n % 4) + 2 * (threadIdx.x % 4) + e) & 1;
-#pragma unroll
-      for (int t = 0; t < RowWeights<Tile>::kRows; ++t) {
-        if (chosen) s[t / 2][n][t % 2 * 2 + e] = -kInf;
-      }
+    for (int n = 0; n < State::kPairs; ++n) {
+      state.pair(t, n)[0] = -state.pair(t, n)[0], state.pair(t, n)[1] = -state.pair(t, n)[1];
     }
   }
-  flash_weights<typename Tile::Flash>(state, s, 1.0f);
-  flash_values<typename Tile::Flash>(state, s, values);
 }
 
-// Adds what the slope does to the values of the centroids, which are all that `state` holds.
+// Turns the state into the output of its centroids, moved by the slope, and log2 of their weight in `most`. What is left of
+// less than kLeast of the whole is rounding, and counts as nothing.
 template <class Tile>
-__device__ __forceinline__ void add_slope(const TreeRowBlock<Tile>& block, FlashState<typename Tile::Flash>& state) {
+__device__ __forceinline__ void close_centroids(const ScoreBlock<Tile>& block, typename Tile::State& state,
+                                                const float (&whole)[Tile::State::kRows]) {
   using Flash = typename Tile::Flash;
-  using T = typename Flash::T;
-  constexpr int kRowTiles = Flash::kRowTiles, kPairs = FlashState<Flash>::kPairs;
+  using T = typename Tile::T;
+  constexpr int kRowTiles = Flash::kRowTiles, kRows = Tile::State::kRows;
+  constexpr float kLeast = 0x1p-17f;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const QuantumAttentionParams& p = block.tree.job.params;
   const int d = static_cast<int>(p.head_size), dv = static_cast<int>(p.v_head_size);
   const int64_t slope = p.is_causal ? block.head * block.tree.chunks + block.open / kTreeChunk : block.head;
-  const T* const rows = static_cast<const T*>(block.tree.slopes) + slope * d * dv;
+  const T* const slopes = static_cast<const T*>(block.tree.slopes) + slope * d * dv;
   __syncthreads();
-  flash_copy_rows<Flash, Flash::kHead>(block.stages, dv, [&](int x) { return x < d ? rows + x * dv : nullptr; });
+  flash_copy_rows<Flash, Flash::kHead>(block.stages, dv, [&](int x) { return x < d ? slopes + x * dv : nullptr; });
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
   state.join_sums();
+  float unit[kRows], scale[kRows];
 #pragma unroll
-  for (int n = 0; n < kPairs / 2; ++n) {
+  for (int t = 0; t < kRows; ++t) {
+    const bool left = state.sum[t] > kLeast * fast_exp2(whole[t] - state.most[t]);
+    unit[t] = left ? 1.0f / state.sum[t] : 0.0f, scale[t] = left ? block.scale : 0.0f;
+    state.most[t] = left ? state.most[t] + log2f(state.sum[t]) + kLogCluster : -kInf;
+  }
+#pragma unroll
+  for (int n = 0; n < Tile::State::kPairs / 2; ++n) {
     float shift[kRowTiles][2][4] = {};
 #pragma unroll
     for (int k = 0; k < Flash::kHead / 16; ++k) {
@@ -164,14 +242,13 @@ __device__ __forceinline__ void add_slope(const TreeRowBlock<Tile>& block, Flash
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const float weight = state.sum[2 * i + e % 4 / 2] * p.scale;
-        state.o[i][2 * n + e / 4][e % 4] = fmaf(weight, shift[i][e / 4][e % 4], state.o[i][2 * n + e / 4][e % 4]);
+        const int t = 2 * i + e % 4 / 2;
+        float& o = state.o[i][2 * n + e / 4][e % 4];
+        o = fmaf(scale[t], shift[i][e / 4][e % 4], o * unit[t]);
+        if (std::is_same<T, __half>::value && fabsf(o) > kMostHalf) o = copysignf(kMostHalf, o);  // it may weigh next to 0
       }
     }
   }
-  // Again a part on each of the four lanes of a row.
-#pragma unroll
-  for (int t = 0; t < 2 * kRowTiles; ++t) state.sum[t] = lane % 4 == 0 ? state.sum[t] : 0.0f;
 }
 
 }  // namespace cuda

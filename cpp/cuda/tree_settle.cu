@@ -1,4 +1,4 @@
-// What is settled between two starts of the kernel of tiles (docs/math.md, "tree": "Budget", "error_tolerance",
+// What is settled between two starts of the kernels of tiles (docs/math.md, "tree": "Budget", "error_tolerance",
 // "error_estimate").
 #include "tree.cuh"
 

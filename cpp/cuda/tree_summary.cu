@@ -9,8 +9,6 @@ constexpr int kNodeThreads = 256;  // of a block that copies a cluster and takes
 constexpr int kRowsAtOnce = kNodeThreads / kRowThreads, kMemberEach = kCluster / kRowsAtOnce;
 constexpr int kNodeArrayRows = node_array_rows(kNodeThreads / kWarp);
 
-constexpr float kMostHalf = 65504.0f;
-
 // Up to kCluster rows of K or of V: node.rows points to them, and they are copied to `to`, zeros behind them.
 template <class T, class RowOf>
 __device__ void copy_rows(const TreeLaunch& tree, bool values, int64_t head, int rows, RowOf row_of_place, T* to,
@@ -51,7 +49,7 @@ __global__ void __launch_bounds__(kNodeThreads)
     return copy_rows(tree, true, head, rows, natural, values, values_aligned, node);
   }
   const int rows = tree.cluster_rows(head, c);
-  if (rows == 0) return;  // nobody reads it
+  if (rows == 0) return;  // zeros
   const NodeArrays arrays = node_arrays(dynamic_shared<float>(), width);
   const int64_t at = head * tree.clusters + c;
   const auto member = [&](int i) { return tree.order[at * kCluster + i]; };
@@ -59,15 +57,15 @@ __global__ void __launch_bounds__(kNodeThreads)
   copy_rows(tree, false, head, rows, member, keys, keys_aligned, node);
   row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, d, keys_aligned}, rows, arrays);
   for (int x = static_cast<int>(threadIdx.x); x < d; x += kNodeThreads) {
-    static_cast<T*>(tree.mean_key)[at * d + x] = from_float<T>(arrays.mean[x]);
-    tree.variance[at * d + x] = from_float<__nv_bfloat16>(fmaxf(arrays.direction[x] * share, 0.0f));
+    tree.summary<T>(head, c, kMeanKey, x) = from_float<T>(arrays.mean[x]);
+    tree.summary<__nv_bfloat16>(head, c, kVariance, x) = from_float<__nv_bfloat16>(fmaxf(arrays.direction[x] * share, 0.0f));
   }
   __syncthreads();
   copy_rows(tree, true, head, rows, member, values, values_aligned, node);
   row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, dv, values_aligned}, rows, arrays);
   float spread = 0.0f;
   for (int x = static_cast<int>(threadIdx.x); x < dv; x += kNodeThreads) {
-    static_cast<T*>(tree.mean_value)[at * dv + x] = from_float<T>(arrays.mean[x]);
+    tree.summary<T>(head, c, kMeanValue, x) = from_float<T>(arrays.mean[x]);
     spread += fmaxf(arrays.direction[x] * share, 0.0f);
   }
   spread = block_sum(spread, node.parts);
@@ -102,17 +100,15 @@ __global__ void __launch_bounds__(kSummaryThreads) sum_slope_parts(const __grid_
   for (int c = part.first; c < part.end; c += part.step) {
     const int rows = tree.cluster_rows(head, c);
     if (rows == 0) continue;
-    const int64_t at = head * tree.clusters + c, stored = head * tree.stored() + c;
-    const T *keys = static_cast<const T*>(tree.keys) + stored * kCluster * d,
-            *mean_key = static_cast<const T*>(tree.mean_key) + at * d;
-    const T *values = static_cast<const T*>(tree.values) + stored * kCluster * dv,
-            *mean_value = static_cast<const T*>(tree.mean_value) + at * dv;
+    const int64_t stored = head * tree.stored() + c;
+    const T* const keys = static_cast<const T*>(tree.keys) + stored * kCluster * d;
+    const T* const values = static_cast<const T*>(tree.values) + stored * kCluster * dv;
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < rows * d; i += kSummaryThreads) {
-      k[i] = to_float(keys[i]) - to_float(mean_key[i % d]);
+      k[i] = to_float(keys[i]) - to_float(tree.summary<T>(head, c, kMeanKey, i % d));
     }
     for (int i = static_cast<int>(threadIdx.x); i < rows * dv; i += kSummaryThreads) {
-      v[i] = to_float(values[i]) - to_float(mean_value[i % dv]);
+      v[i] = to_float(values[i]) - to_float(tree.summary<T>(head, c, kMeanValue, i % dv));
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < d * dv / (kSquare * kSquare); i += kSummaryThreads) {
@@ -176,6 +172,7 @@ void summarise(Status& status, const TreeLaunch& tree, void* stream) {
   const int64_t size = p.head_size + p.v_head_size, elements = p.head_size * p.v_head_size;
   const size_t arrays =
       sizeof(float) * kNodeArrayRows * node_width(p.head_size > p.v_head_size ? p.head_size : p.v_head_size);
+  if (status.ok()) fill_zero(status, tree.summaries, static_cast<size_t>(tree.summary_bytes()), stream);
   launch(status, store_rows<T>, dim3(static_cast<unsigned>(tree.heads() * tree.stored())), kNodeThreads, arrays, stream,
          tree, aligned(t.k, t.past_key), aligned(t.v, t.past_value));
   launch(status, sum_slope_parts<T>, dim3(static_cast<unsigned>(tree.heads() * tree.parts)), kSummaryThreads,

@@ -214,6 +214,10 @@ T atomicMax(T* p, T x) {
   *p = x > old ? x : old;
   return old;
 }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 using std::max;
 using std::min;
 
@@ -330,6 +334,7 @@ inline void cp_async_commit() {}
 template <int>
 void cp_async_wait() {}
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 inline void phase_init(uint64_t* barrier, int arrivals) {
   emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);

@@ -23,6 +23,8 @@ EMULATED = (
     cuda("full_last_cluster", kv_len=320, q_len=128),
     cuda("grouped_heads", q_heads=4, kv_heads=2, head_size=32),
     cuda("wide_heads", head_size=80, v_head_size=128, q_heads=1, kv_heads=1),
+    cuda("heads_of_64", head_size=48, v_head_size=64, q_heads=1, kv_heads=1),
+    cuda("blocks_of_clusters", q_len=128, kv_len=9000, q_heads=1, kv_heads=1, attributes={"num_samples": [4400]}),
     cuda("one_budget_per_head", attributes={"num_samples": [64, 150]}),
     cuda("past", past_len=130, kv_len=200),
     cuda("padding", batch=2, q_heads=1, kv_heads=1, kv_len=600, mask=PADDING, mask_kind="padding"),
@@ -99,6 +101,14 @@ def test_a_tolerance_that_no_tile_meets_makes_all_exact(emulated):
     found = attention(emulated, feeds, "float16", 0, attributes_of(case))
     assert relative(found["Y"], exact(case, feeds)) < 1e-3
     assert (found["error_estimate"] == 0).all()
+
+
+def test_a_batch_item_without_keys_is_0(emulated):
+    case = cuda("nonpad", batch=2, nonpad=(330, 0), q_heads=1, kv_heads=1)
+    found = attention(emulated, rounded(case.inputs(), "float16"), "float16", 5, attributes_of(case))
+    assert np.abs(found["Y"][0]).max() > 0
+    assert (found["Y"][1] == 0).all()
+    assert found["error_estimate"][1] == 0
 
 
 def test_no_query_sees_the_future(emulated):
