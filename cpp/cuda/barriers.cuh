@@ -1,6 +1,6 @@
 // Barriers at which some threads of a block wait for others: those that count arrivals in shared memory ("mbarrier" of the
-// PTX manual), and the numbered ones of a block. emulation.h has their twins for the CPU. Kernels that call these are started
-// from sm_90 on.
+// PTX manual), and the numbered ones of a block. emulation.h has their twins for the CPU. Kernels that call these are
+// started from sm_90 on.
 #pragma once
 
 #include "mma.cuh"
@@ -34,8 +34,8 @@ __device__ __forceinline__ void phase_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{.reg .pred done;\n"
       "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT;}"
-      ::"r"(shared_address(barrier)), "r"(parity)
+      "@!done bra WAIT;}" ::"r"(shared_address(barrier)),
+      "r"(parity)
       : "memory");
 #endif
 }

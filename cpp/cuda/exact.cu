@@ -40,13 +40,7 @@ __global__ __launch_bounds__(Tile::kThreads,
   if (!tile.open(launch, shared + Tile::kSharedBytes)) return;
   State<Tile> state;
   state.clear();
-  if constexpr (Tile::kPipeline) {
-    // A row that has no maximum is looked at more closely, which those beyond the tile are not worth.
-#pragma unroll
-    for (int i = 0; i < State<Tile>::kRows; ++i) {
-      if (!tile.ours(state.row(i))) state.most[i] = 0.0f;
-    }
-  }
+  if constexpr (Tile::kPipeline) state.give_up([&](int row) { return !tile.ours(row); });
   if (!attend(state, shared, tile.count, tile)) return;
   state.join_sums();
 #pragma unroll

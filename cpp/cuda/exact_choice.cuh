@@ -32,9 +32,7 @@ struct Choice {
   using Tile = Tile_;
   template <class T>
   using State = State_<T>;
-  static size_t shared_bytes(const AttentionJob& job) {
-    return Tile::kSharedBytes + ExactTileOf<Tile>::shared_bytes(job);
-  }
+  static size_t shared_bytes(const AttentionJob& job) { return Tile::kSharedBytes + ExactTileOf<Tile>::shared_bytes(job); }
 };
 template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
 using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
@@ -90,7 +88,7 @@ void visit_choice(const AttentionJob& job, const Device& device, const Visit& vi
 inline bool pipeline_applies(const AttentionJob& job, const Device& device) {
   const QuantumAttentionParams& p = job.params;
   return device.capability == 90 && std::max(p.head_size, p.v_head_size) > 32 && !job.tensors.mask.data &&
-         p.scale >= 0.0f && p.batch * p.q_heads * p.q_len > int64_t{kFlashMostJoined} * device.multiprocessors;
+         p.batch * p.q_heads * p.q_len > int64_t{kFlashMostJoined} * device.multiprocessors;
 }
 
 // Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.7 : 0.8 : 1 of the time

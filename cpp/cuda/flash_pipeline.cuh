@@ -1,5 +1,6 @@
 // The loop of flash attention with a warpgroup that copies and others that compute (FlashAttention-3: Shah et al., arXiv
-// 2407.08608): nobody waits at a barrier of the block, and while one warpgroup computes weights another has the tensor cores.
+// 2407.08608): nobody waits at a barrier of the block, and while one warpgroup computes weights another has the tensor
+// cores.
 #pragma once
 
 #include "barriers.cuh"
@@ -45,8 +46,8 @@ struct FlashRing {
 
   __device__ __forceinline__ explicit FlashRing(char* shared)
       : blocks(shared + Tile::kQueryBytes), full(reinterpret_cast<uint64_t*>(blocks + kSlots * Tile::kKeyBytes)) {}
-  // All threads call this; the barriers are ready behind a barrier of the block. Threads tell that a slot is full, warps that
-  // it is free.
+  // All threads call this; the barriers are ready behind a barrier of the block. Threads tell that a slot is full, warps
+  // that it is free.
   __device__ __forceinline__ void open() const {
     if (threadIdx.x > 0) return;
 #pragma unroll
@@ -76,7 +77,8 @@ template <class Tile, int kRows, class Run, class Row>
 __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run& run_of, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
   static_assert(kRows % kRun == 0 && kRun % kStep == 0 && kStep % 8 == 0);
-  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks,
+            chunk = static_cast<int>(threadIdx.x) % kChunks;
   const bool valid = 8 * chunk < columns;
   to += flash_offset<Tile::kHead, kRows>(first, chunk);
 #pragma unroll
@@ -99,9 +101,11 @@ __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run
 // The warpgroup that copies.
 template <class Tile, class Blocks>
 __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile>& ring, int count, const Blocks& blocks) {
-  flash_copy_runs<Tile, Tile::kQueries>(
-      shared, blocks.head_size, [&](int part) { return blocks.query_run(part); },
-      [&](int row) { return blocks.query(row); });
+  if (blocks.scale >= 0.0f) {
+    flash_copy_runs<Tile, Tile::kQueries>(
+        shared, blocks.head_size, [&](int part) { return blocks.query_run(part); },
+        [&](int row) { return blocks.query(row); });
+  }
   FlashCursor<Tile> key_at, value_at;
   for (int block = 0; block <= count; ++block) {
     if (block < count) {
@@ -191,12 +195,21 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
   flash_finish<0>(state.o[0]);
 }
 
-// As `attend` of flash.cuh, of blocks that hide nothing, with a scale that is not negative. False: this thread holds no rows
-// and is done.
+// As `attend` of flash.cuh, of blocks that hide nothing. False: this thread holds no rows and is done.
 template <class Tile, class Blocks>
 __device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, char* shared, int count, Blocks& blocks) {
   const FlashRing<Tile> ring(shared);
   ring.open();
+  // The maximum is taken of products before scaling, so that the scale must not be negative.
+  if (blocks.scale < 0.0f && static_cast<int>(threadIdx.x) < Tile::kCopiers) {
+    flash_copy_rows<Tile, Tile::kQueries>(shared, blocks.head_size, [&](int row) { return blocks.query(row); });
+    cp_async_commit();
+    cp_async_wait<0>();
+    flash_negate<Tile>(shared);
+#if QEXPORT_WGMMA
+    wgmma_shared_fence();
+#endif
+  }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) >= Tile::kQueries * 2) {
     if constexpr (Tile::kShifts) set_registers<Tile::kProducerRegisters, false>();
@@ -204,7 +217,7 @@ __device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, c
     return false;
   }
   if constexpr (Tile::kShifts) set_registers<Tile::kConsumerRegisters, true>();
-  if (count > 0) flash_consume(state, shared, ring, count, blocks.scale, blocks);
+  if (count > 0) flash_consume(state, shared, ring, count, fabsf(blocks.scale), blocks);
   return true;
 }
 

@@ -10,7 +10,7 @@ namespace cuda {
 constexpr float kLog2E = 1.44269504088896340736f;
 
 constexpr int kFlashMostJoined = 16;  // queries for each multiprocessor up to which their keys are split
-constexpr int kRun = 64;  // rows of K or V that are copied at once where they lie at even distances, in elements
+constexpr int kRun = 64;              // rows of K or V that are copied at once where they lie at even distances, in elements
 template <class T>
 struct KeyRun {
   const T* first;  // null: they do not
@@ -59,6 +59,14 @@ struct FlashState {
       for (int n = 0; n < kPairs; ++n) pair(i, n)[0] = pair(i, n)[1] = 0.0f;
     }
   }
+  // A row without a maximum is looked at more closely by the loop with roles, which those beyond the tile are not worth.
+  template <class Beyond>
+  __device__ __forceinline__ void give_up(const Beyond& beyond) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (beyond(row(i))) most[i] = 0.0f;
+    }
+  }
   __device__ __forceinline__ void join_sums() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -100,7 +108,8 @@ template <class Tile, int kRows, class Row, int kPanelRows = Tile::kWarpgroups ?
 __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
   static_assert(Tile::kCopiers % kChunks == 0);
-  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks,
+            chunk = static_cast<int>(threadIdx.x) % kChunks;
 #pragma unroll
   for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
     const int row = i * kStep + first;
@@ -128,7 +137,8 @@ __device__ __forceinline__ void flash_negate(char* queries) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
 #pragma unroll
   for (int i = 0; i < ceil_div(Tile::kQueries, kStep); ++i) {
-    const int row = i * kStep + static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const int row = i * kStep + static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks,
+              chunk = static_cast<int>(threadIdx.x) % kChunks;
     if (Tile::kQueries % kStep && row >= Tile::kQueries) break;
     uint32_t* words = reinterpret_cast<uint32_t*>(queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(row, chunk));
 #pragma unroll

@@ -48,9 +48,29 @@ FULL_TILES = (
     Case("past", 1, 4, 4, q_len=150, kv_len=150, past_len=277, head_size=64, v_head_size=64, attributes={"is_causal": 1}),
     Case("wide", 1, 4, 1, q_len=140, kv_len=500, head_size=128, v_head_size=128),
     Case("wide_causal", 1, 4, 4, q_len=260, kv_len=260, head_size=80, v_head_size=128, attributes={"is_causal": 1}),
-    Case("window", 1, 4, 4, q_len=300, kv_len=300, head_size=64, v_head_size=64, attributes={"left_window_size": 70, "is_causal": 1}),
+    Case(
+        "window",
+        1,
+        4,
+        4,
+        q_len=300,
+        kv_len=300,
+        head_size=64,
+        v_head_size=64,
+        attributes={"left_window_size": 70, "is_causal": 1},
+    ),
     Case("nonpad", 4, 2, 2, q_len=129, kv_len=260, head_size=64, v_head_size=64, nonpad=(0, 128, 131, 260)),
-    Case("softcap_negative", 1, 4, 4, q_len=130, kv_len=200, head_size=64, v_head_size=64, attributes={"softcap": 2.0, "scale": -0.3}),
+    Case(
+        "softcap_negative",
+        1,
+        4,
+        4,
+        q_len=130,
+        kv_len=200,
+        head_size=64,
+        v_head_size=64,
+        attributes={"softcap": 2.0, "scale": -0.3},
+    ),
 )
 
 
