@@ -88,7 +88,7 @@ def test_tree_is_the_reference(device, case, dtype):
     differences = relative(cuda_tiles(found["Y"]), cuda_tiles(reference["Y"]), axis=-1)
     assert np.mean(differences < limit) >= 0.9, np.sort(differences.ravel())[::-1][:8]
     error = relative(reference["Y"], exact(case, feeds))
-    assert 10 * limit < error < 0.9, "a case in which tree has nothing to do shows nothing"
+    assert 8 * limit < error < 0.9, "a case in which tree has nothing to do shows nothing"
     np.testing.assert_allclose(relative(found["Y"], exact(case, feeds)), error, rtol=0.05)
     np.testing.assert_allclose(found["error_estimate"], reference["error_estimate"], rtol=0.15, atol=1e-4)
 
