@@ -148,8 +148,12 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
   // Turns products with K into weights.
   const auto weigh = [&](int block, const char* keys) {
     const bool plain = blocks.plain(block);
-    moved = block == 0 || !plain || !flash_exp2_as_before(state, s, factor);
-    if (moved) {
+    float sum[2];
+    const Fit fit = block > 0 && plain ? flash_exp2_as_before(state, s, factor, sum) : Fit::lost;
+    moved = fit != Fit::good;
+    if (fit == Fit::large) {
+      flash_lower<Tile>(state, s, sum, fade);
+    } else if (fit == Fit::lost) {
       if (!plain) {
         blocks.prepare(block);
       } else if (block > 0) {

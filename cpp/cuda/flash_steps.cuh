@@ -123,15 +123,18 @@ __device__ __forceinline__ void flash_exp2(FlashState<Tile>& state, float (&s)[T
   }
 }
 
-// As flash_move and flash_exp2, relative to the maximum of before, which saves finding that of the block. False: it will not
-// do, since a row has none yet or a weight might leave fp16; then `s` is lost and all else as it was.
+// What became of weights that are relative to the maximum of before.
+enum class Fit { good, large, lost };
+
+// As flash_move and flash_exp2, relative to the maximum of before, which saves finding that of the block. `sum` is that of
+// the weights. Where some may leave fp16 they are `large`, and where they leave float32, or a row has no maximum yet,
+// `lost`; then `state` is as it was.
 template <class Tile>
-__device__ __forceinline__ bool flash_exp2_as_before(FlashState<Tile>& state,
-                                                     float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], float factor) {
+__device__ __forceinline__ Fit flash_exp2_as_before(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                                    float factor, float (&sum)[FlashState<Tile>::kRows]) {
   constexpr int kRows = FlashState<Tile>::kRows;
   constexpr float kMost = 4096.0f;
-  float sum[kRows];
-  bool fits = true;
+  bool good = true, finite = true;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     sum[i] = 0.0f;
@@ -143,12 +146,32 @@ __device__ __forceinline__ bool flash_exp2_as_before(FlashState<Tile>& state,
         sum[i] += s[i / 2][n][e];
       }
     }
-    fits = fits && sum[i] <= kMost;  // not infinite, nor NaN
+    good = good && sum[i] <= kMost, finite = finite && sum[i] < 0x1p120f;  // false for NaN too
   }
-  if (__any_sync(kFullWarp, !fits)) return false;
+  if (__any_sync(kFullWarp, !good)) return __any_sync(kFullWarp, !finite) ? Fit::lost : Fit::large;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) state.sum[i] += sum[i];
-  return true;
+  return Fit::good;
+}
+
+// Moves the maximum so that large weights, with their sums, get small enough; o is to be multiplied by `fade`.
+template <class Tile>
+__device__ __forceinline__ void flash_lower(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                            const float (&sum)[FlashState<Tile>::kRows],
+                                            float (&fade)[FlashState<Tile>::kRows]) {
+#pragma unroll
+  for (int i = 0; i < FlashState<Tile>::kRows; ++i) {
+    float most = fmaxf(sum[i], __shfl_xor_sync(kFullWarp, sum[i], 1));
+    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+    const float shift = most > 1.0f ? ceilf(log2f(most)) : 0.0f;
+    fade[i] = fast_exp2(-shift);
+    state.most[i] += shift, state.sum[i] = fmaf(state.sum[i], fade[i], sum[i] * fade[i]);
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) s[i / 2][n][e] *= fade[i];
+    }
+  }
 }
 
 // All of that: scores into weights.

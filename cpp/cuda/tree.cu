@@ -27,8 +27,8 @@ void visit_tiles(const QuantumAttentionParams& p, const Device& device, const Vi
   const int64_t size = std::max(p.head_size, p.v_head_size);
   if (size <= 32) return visit(ScoreTile<T, 32, 2, 4, 2, false>{}, FlashTile<T, 32, 2, 4, 64, 2>{});
   if (device.capability == 90) {
-    if (size <= 64) return visit(ScoreTile<T, 64, 1, 8, 2, true>{}, PipelineTile<T, 64, 2, 128, 3>{});
-    return visit(ScoreTile<T, 128, 1, 8, 1, true>{}, PipelineTile<T, 128, 2, 64, 4>{});
+    if (size <= 64) return visit(ScoreTile<T, 64, 1, 8, 2, true>{}, FlashTile<T, 64, 1, 8, 64, 2, true>{});
+    return visit(ScoreTile<T, 128, 1, 8, 1, true>{}, FlashTile<T, 128, 1, 8, 64, 1, true>{});
   }
   if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 64, 2>{});
   visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 64, 1>{});

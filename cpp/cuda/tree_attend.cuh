@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
                                       audit ? tree.audit_parts : 1);
   State state;
   state.clear();
-  if constexpr (Tile::kPipeline) state.give_up([&](int row) { return row >= rows.rows; });
-  if (!attend(state, dynamic_shared<char>(), blocks.count, blocks)) return;
+  attend(state, dynamic_shared<char>(), blocks.count, blocks);
   state.join_sums();
   if (audit) return put_part(state, rows);
   const TreeOutput<T> output(rows, step);

@@ -11,7 +11,7 @@ namespace cuda {
 template <class T, int kKeys>
 struct ChosenBlocks {
   static constexpr int kEach = kKeys / kCluster;
-  static_assert(kKeys % kCluster == 0 && kRun == kCluster);
+  static_assert(kKeys % kCluster == 0);
   const TreeRows<T>& rows;
   const int32_t* list;  // null: all clusters
   int chosen;
@@ -49,17 +49,6 @@ struct ChosenBlocks {
   __device__ __forceinline__ const T* query(int row) const { return rows.query(row); }
   __device__ __forceinline__ const T* key(int i, int row) const { return row_at(i, row, keys, head_size); }
   __device__ __forceinline__ const T* value(int i, int row) const { return row_at(i, row, values, v_head_size); }
-  // As rows that lie at even distances, kRun of them.
-  __device__ __forceinline__ KeyRun<T> query_run(int part) const {
-    if (rows.audited || (part + 1) * kRun > rows.rows) return {nullptr, 0};
-    return {rows.query(part * kRun), rows.tree.job.tensors.q.row_stride};
-  }
-  __device__ __forceinline__ KeyRun<T> key_run(int i, int part) const {
-    return {row_at(i, part * kRun, keys, head_size), head_size};
-  }
-  __device__ __forceinline__ KeyRun<T> value_run(int i, int part) const {
-    return {row_at(i, part * kRun, values, v_head_size), v_head_size};
-  }
   // How many of the keys of stored block c a row sees.
   __device__ __forceinline__ int seen(int c, int row) const {
     if (c < 0) return 0;
