@@ -22,11 +22,12 @@ struct TreeNode {
   int32_t first, count, left;  // places [first, first + count) of the list above, of which `left` go to the first half
 };
 
-// Node `index` of level `level` below a list; left is 0 where there is nothing to divide.
+// Node `index` of level `level` below a list; where there is nothing to divide, left and count are 0, and `first` is a place
+// that nobody writes to any more.
 __device__ __forceinline__ TreeNode find_node(int32_t count, int32_t cluster, int32_t index, int level) {
   TreeNode node{0, count, 0};
   for (int bit = level;; --bit) {
-    if (node.count <= cluster) return {0, 0, 0};
+    if (node.count <= cluster) return {node.first, 0, 0};
     node.left = (ceil_div(node.count, cluster) + 1) / 2 * cluster;
     if (bit == 0) return node;
     if (index >> (bit - 1) & 1) {
