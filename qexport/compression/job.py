@@ -1,5 +1,6 @@
 """One compression: find the forms, make them better, write the file, and see what it really is."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +15,11 @@ from qexport.compression.draft import Draft
 from qexport.compression.forms import KEEP, TRELLIS, Form, Method
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
+from qexport.compression.products import Rounded, names_of
 from qexport.compression.refit import refit
 from qexport.compression.search import Candidate, Search
+from qexport.compression.settings import MAX_DROP
+from qexport.compression.speed import rounded_products
 from qexport.compression.trains import Train
 from qexport.compression.trials import Measured, Trials, opened
 from qexport.errors import QexportError, UsageError
@@ -23,7 +27,7 @@ from qexport.external_data import file_bytes
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
 from qexport.progress import portion
-from qexport.recipe_compression import Compression
+from qexport.recipe_compression import INT8_PRODUCTS, Compression
 from qexport.validation.comparison import Remembered
 
 # A file whose loss turns out too large is made again, so often.
@@ -91,6 +95,7 @@ class Job:
             self.settings = settings.without(TRELLIS)
         self._check_finite()
         self.before, self.present = file_bytes(bundle.classical_path), file_bytes(bundle.model_path)
+        self.rounded: tuple[Rounded, ...] = ()
         self.draft = Draft(bundle)
 
     def key(self) -> dict:
@@ -118,7 +123,8 @@ class Job:
             QexportError: the model does not run, or its loss is above the limit before any weight is touched; then nothing
                 is stored.
         """
-        with opened(self.bundle, self.layers, self.library) as session:
+        with ExitStack() as sessions:
+            session = sessions.enter_context(opened(self.bundle, self.layers, self.library))
             say("running the model as it is", 0.01)
             probing, judging = (
                 Trials(self.bundle, session, classical, self.metric, inputs.feeds)
@@ -126,13 +132,25 @@ class Job:
             )
             self._check_start(probing, judging)
             calibrate(self.bundle, self.layers, self.fitting, self.library, store, portion(say, 0.02, 0.1))
-            search = Search(self.layers, self._methods, probing, judging, store, portion(say, 0.1, 0.7))
+            trials = [probing, probing, judging]
+            if self.settings.products == INT8_PRODUCTS:
+                self._round_products(probing, judging, store, portion(say, 0.1, 0.2))
+                session = sessions.enter_context(opened(self.bundle, self.layers, self.library, rounded=self.rounded))
+                trials[1:] = probing.of(session), judging.of(session)
+            search = Search(self.layers, self._methods, *trials, store, portion(say, 0.2, 0.7), self.rounded)
             search.prepare()
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
             written, reasons = make(search, store, portion(say, 0.7, 0.95))
         result = self._result(search, written, reasons)
         self.draft.take_place(self.judging.feeds[0], self.classical)
         return result
+
+    def _round_products(self, probing: Trials, judging: Trials, store: Checkpoint, say) -> None:
+        """Tell which products are of whole numbers from here on."""
+        most = self.settings.max_drop or MAX_DROP
+        self.rounded = rounded_products(self.bundle, self.layers, probing, judging, most, self.library, store, say)
+        self.draft = Draft(self.bundle, self.rounded)
+        self.present = self.draft.size({})
 
     def _check_start(self, probing: Trials, judging: Trials) -> None:
         """What is wrong with the data, or lost already, shows before the long part."""
@@ -160,11 +178,18 @@ class Job:
                 break
             budget = target - (size - candidate.nbytes)
         written = self._write(candidate, forms, notes, say)
+        reasons = []
+        loss, most = written.measured.loss, self.settings.max_drop
+        if most is not None and not loss <= most:
+            reasons.append(
+                f"{self.metric.name} loses {loss:.3g} in the file, above max_drop {most:g}; ask for a smaller ratio"
+            )
         if written.nbytes <= target:
-            return written, []
+            return written, reasons
         return written, [
+            *reasons,
             f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB at "
-            f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written.nbytes:.2f}"
+            f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written.nbytes:.2f}",
         ]
 
     def _by_drop(self, search: Search, store: Checkpoint, say) -> tuple[Written, list[str]]:
@@ -207,6 +232,7 @@ class Job:
             chosen,
             self.fitting.feeds,
             self.library,
+            self.rounded,
             store,
             portion(say, 0.0, 0.5),
         )
@@ -234,6 +260,8 @@ class Job:
             notes.append(
                 f"{len(search.unseen)} of {len(self.layers)} weights saw too few inputs for low-rank factors: give more data"
             )
+        if self.settings.products == INT8_PRODUCTS:
+            notes.append(self._about_products())
         forms = written.forms
         return Result(
             size={"before": self.before, "after": written.nbytes, "ratio": self.before / written.nbytes},
@@ -248,22 +276,40 @@ class Job:
                 for tried in search.candidates
             ],
             oldest_runtime=max(
-                (nodes.oldest_runtime(layer, forms[layer.name]) for layer in self.layers if layer.name in forms), default=()
+                (
+                    nodes.oldest_runtime(layer, forms[layer.name], as_matrix=layer.name in names_of(self.rounded))
+                    for layer in self.layers
+                    if layer.name in forms
+                ),
+                default=(),
             ),
             reasons=reasons,
             notes=notes,
         )
 
+    def _about_products(self) -> str:
+        """Which of the products are of whole numbers."""
+        found, all_of_them = len(names_of(self.rounded)), sum(bool(layer.products) for layer in self.layers)
+        left = "" if found == all_of_them else "; the others would gain too little, lose too much or are not of float32"
+        return f"products of {found} of {all_of_them} weights are of whole numbers{left}"
+
     def _layer_entry(self, search: Search, layer: Layer, method: Method, form: Form | None) -> dict:
+        seen, error = search.seen(layer), 0.0
+        groups = [group for group in self.rounded if layer.name in group.layers]
+        if groups:
+            error = seen.error_of(groups[0].matrix(form.dense() if form else seen.matrix)) ** 0.5
+        elif form:
+            error = seen.error(form) ** 0.5
         return {
             "name": layer.name,
             "module": layer.label,
             "kinds": list(layer.kinds),
             "shape": list(layer.shape),
             "method": str(method),
+            "int8_products": bool(groups),
             "before": layer.nbytes,
             "after": form.nbytes if form else layer.nbytes,
-            "relative_error": search.seen(layer).error(form) ** 0.5 if form else 0.0,
+            "relative_error": error,
         }
 
     def _layers(self, model: ir.Model) -> list[Layer]:
