@@ -98,8 +98,10 @@ def test_every_opset_and_what_the_runtime_makes_of_it(tmp_path, opset, method):
     assert np.abs(codes).max() == TOP
     # the sum of two products with inputs of 8 bits, which some processors hold in 16 bits with a sign
     assert 2 * 255 * np.abs(codes.astype(int)).max() < 2**15
-    scales = next(array for array in arrays if array.shape == (COLUMNS,) and np.allclose(array * TOP, np.abs(W / group.ease[:, None]).max(0), rtol=1e-3))  # fmt: skip
-    np.testing.assert_allclose(codes * scales * group.ease[:, None].astype(np.float32), W, rtol=1e-5, atol=1e-7)
+    ease = group.ease.astype(np.float32)[:, None]
+    largest = np.abs(W / ease).max(0)
+    (scales,) = (a for a in arrays if a.shape == (COLUMNS,) and np.allclose(a * TOP, largest, rtol=1e-3))
+    np.testing.assert_allclose(codes * scales * ease, W, rtol=1e-5, atol=1e-7)
 
 
 def test_one_input_is_rounded_once_for_all_that_read_it(tmp_path):

@@ -232,7 +232,6 @@ class Job:
             chosen,
             self.fitting.feeds,
             self.library,
-            self.rounded,
             store,
             portion(say, 0.0, 0.5),
         )

@@ -9,8 +9,6 @@ takes the place of W, and is stored by the same method for the Gram matrix X'^T 
 outputs, as GPTQ and its kin reconstruct a layer; here with the error of the inputs in it.)
 """
 
-from contextlib import ExitStack
-
 import numpy as np
 
 from qexport import runtime
@@ -19,7 +17,6 @@ from qexport.compression.calibration import input_names
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.forms import KEEP, Form, Method, Seen
 from qexport.compression.layers import Layer
-from qexport.compression.products import Rounded, label_of
 from qexport.compression.quantize import DAMPING
 from qexport.compression.trials import opened
 from qexport.validation.comparison import seeded_feed
@@ -37,7 +34,6 @@ def refit(
     chosen: dict[str, Form],
     feeds: list[dict],
     library,
-    rounded: tuple[Rounded, ...],
     store: Checkpoint,
     say,
 ) -> dict[str, Form]:
@@ -47,7 +43,6 @@ def refit(
         methods: of the layers; `chosen` holds a form for every layer that is not kept.
         feeds: what is fitted to.
         library: as in `qexport.runtime.session`.
-        rounded: products that are of whole numbers, which is a part of what the layers behind them can make up for.
         say: called with the step in words and the share that is done.
     """
     forms, groups, given = dict(chosen), {}, feeds[0].keys()
@@ -55,14 +50,14 @@ def refit(
         is_product = layer.products and not layer.picks
         if method.kind != KEEP and is_product and not given & set(input_names(layer)):  # what is given has no error
             groups.setdefault(input_names(layer), []).append((layer, method))
-    label = " ".join(map(str, methods)) + label_of(rounded)
+    label = " ".join(map(str, methods))
     before = {layer.name: layer.as_stored(forms[layer.name].dense()) for layer in layers if layer.name in forms}
     fitted = {layer.name for group in groups.values() for layer, _ in group}
     weights = {name: array for name, array in before.items() if name not in fitted}
     for number, (names, group) in enumerate(groups.items()):
         say(f"fitting {group[0][0].label} again", number / len(groups))
         key = f"refit {' '.join(names)} {label}"
-        found = store.compute(key, lambda n=names: _products(bundle, layers, n, weights, feeds, library, rounded))
+        found = store.compute(key, lambda n=names: _products(bundle, layers, n, weights, feeds, library))
         gram, cross, seen = *np.split(found[:-1], 2), found[-1, 0]
         share = max(DAMPING, len(gram) / seen)
         ridge = share * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny)
@@ -75,23 +70,17 @@ def refit(
     return forms
 
 
-def _products(
-    bundle: Bundle, layers, names: tuple[str, ...], weights: dict, feeds: list[dict], library, rounded: tuple[Rounded, ...]
-) -> np.ndarray:
+def _products(bundle: Bundle, layers, names: tuple[str, ...], weights: dict, feeds: list[dict], library) -> np.ndarray:
     """(2 in + 1, in): X'^T X', below it X'^T X, with X of the original model and X' of the one with these weights, and a row
     of the number of positions."""
     gram = cross = 0.0
     seen = 0
-    with ExitStack() as stack:
-        original = session = stack.enter_context(opened(bundle, layers, library, list(names)))
-        if rounded:
-            session = stack.enter_context(opened(bundle, layers, library, list(names), rounded))
+    with opened(bundle, layers, library, list(names)) as session:
         shapes = {output.name: output.shape for output in session.get_outputs()}
         for number in np.random.default_rng(0).permutation(len(feeds)):  # data may be sorted
             feed = feeds[number]
             masks, seeded = keep_masks(bundle.manifest, feed), seeded_feed(feed, bundle.seed_input, 0)
-            runs = (original, seeded), (session, {**seeded, **weights})
-            pairs = (runtime.run(model, list(names), fed) for model, fed in runs)
+            pairs = (runtime.run(session, list(names), {**seeded, **fed}) for fed in ({}, weights))
             for name, *both in zip(names, *pairs, strict=True):
                 padded = padded_axis(both[0].shape, shapes[name], masks)
                 X, changed = (rows(x, padded).reshape(-1, x.shape[-1]).astype(np.float32) for x in both)
