@@ -29,7 +29,7 @@ FORMS = [None, Method(HALF), Method(INTEGER, 8, 32), Method(INTEGER, 4, 32), Met
 
 def eased(rows: int) -> Rounded:
     """The weight `w` with an ease of powers of two, which round nothing by themselves."""
-    return Rounded(("w",), (2.0 ** (np.arange(rows) % 5 - 2)).astype(np.float16), 1.0)
+    return Rounded(("w",), 1.0, (2.0 ** (np.arange(rows) % 5 - 2)).astype(np.float16))
 
 
 def rounded_input(X: np.ndarray) -> np.ndarray:
@@ -108,7 +108,7 @@ def test_one_input_is_rounded_once_for_all_that_read_it(tmp_path):
     source = text("p = MatMul(x, w) q = MatMul(x, v) y = Add(p, q)")
     graph = ir.from_proto(model_of(source, WEIGHT | {"v": random(ROWS, COLUMNS, seed=7)}))
     layers = find_layers(graph)
-    multiply(graph, layers, (Rounded(("w", "v"), np.ones(ROWS, np.float16), 1.0),))
+    multiply(graph, layers, (Rounded(("w", "v"), 1.0),))
     written = ir.to_proto(graph)
     assert [node.op_type for node in written.graph.node].count("DynamicQuantizeLinear") == 1
     kinds = [node.op_type for node in optimised(written, tmp_path).graph.node]
@@ -177,8 +177,8 @@ def test_an_input_that_is_larger_than_all_others_does_not_cost_them_their_digits
     W[11] /= 100
     seen, size = np.sqrt(np.square(X).mean(0)), np.linalg.norm(W, axis=1)
     errors = []
-    for ease in (np.ones(96, np.float16), np.sqrt(size / seen).astype(np.float16)):
-        group, e = Rounded(("w",), ease, 1.0), ease.astype(np.float32)
+    for ease in (None, np.sqrt(size / seen).astype(np.float16)):
+        group, e = Rounded(("w",), 1.0, ease), 1 if ease is None else ease.astype(np.float32)
         errors.append(np.linalg.norm(rounded_input(X * e) / e @ group.matrix(W) - X @ W) / np.linalg.norm(X @ W))
     assert errors[0] > 0.3
     assert errors[1] < 0.05
@@ -222,7 +222,7 @@ def test_products_lose_half_of_what_may_be_lost_at_most(lm, tmp_path):
 def test_trials_of_fed_weights_are_those_of_the_file(lm):
     """Weights that are fed are rounded as it runs, those of a file when it is loaded: to the same codes."""
     layers = find_layers(ir.load(lm.model_path))
-    group = Rounded(("up",), np.linspace(0.5, 2, 64).astype(np.float16), 1.0)
+    group = Rounded(("up",), 1.0, np.linspace(0.5, 2, 64).astype(np.float16))
     changed, feed = random(64, 160, seed=9), token_ids(4)
     graph = ir.from_proto(with_weight(onnx.load(lm.model_path), "up", changed))
     multiply(graph, find_layers(graph), (group,))

@@ -101,23 +101,20 @@ def blocks_function(bits: int, opset: int) -> ir.Function:
 
 
 def columns_function(opset: int) -> ir.Function:
-    """Columns(matrix (rows, columns), ease (rows,)) -> (codes int8 (rows, columns), scales (columns,)): the matrix with its
-    rows over `ease`, in whole numbers up to TOP and a scale for each column."""
+    """Columns(matrix (rows, columns)) -> (codes int8 (rows, columns), scales (columns,)): the matrix in whole numbers up to
+    TOP, with a scale for each column."""
     axes = ("<keepdims = 0> (size, first)", "<keepdims = 0, axes = [0]> (size)")[opset < 18]
     return _function(
         f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
-        Columns (matrix, ease) => (codes, scales) {{
-            second = Constant <value = int64[1] {{1}}> ()
-            column = Unsqueeze (ease, second)
-            eased = Div (matrix, column)
-            size = Abs (eased)
+        Columns (matrix) => (codes, scales) {{
+            size = Abs (matrix)
             first = Constant <value = int64[1] {{0}}> ()
             largest = ReduceMax {axes}
             top = Constant <value = float {{{TOP}}}> ()
             steps = Div (largest, top)
             least = Constant <value = float {{{LEAST_STEP}}}> ()
             scales = Max (steps, least)
-            scaled = Div (eased, scales)
+            scaled = Div (matrix, scales)
             whole = Round (scaled)
             codes = Cast <to = {onnx.TensorProto.INT8}> (whole)
         }}"""

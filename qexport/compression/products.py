@@ -13,7 +13,7 @@ The nodes are standard ones. onnxruntime makes one node of those of a product (D
 reads X, else MatMulIntegerToFloat), with the codes of W as a constant.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -39,17 +39,21 @@ class Rounded:
 
     Attributes:
         layers: names of the weights.
-        ease: float16 (in,), the e above.
         saved: multiply-adds that are no longer in float32, on the data of the calibration.
+        ease: float16 (in,), the e above; None for ones, which cost no multiplication.
     """
 
     layers: tuple[str, ...]
-    ease: np.ndarray = field(compare=False, repr=False)
     saved: float
+    ease: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def plain(self) -> "Rounded":
+        """The same without ease."""
+        return replace(self, ease=None)
 
     def matrix(self, W: np.ndarray) -> np.ndarray:
         """What a product multiplies with in place of W (in, out)."""
-        ease = self.ease.astype(np.float32)[:, None]
+        ease = 1 if self.ease is None else self.ease.astype(np.float32)[:, None]
         eased = W / ease
         scales = np.maximum(np.abs(eased).max(0) / decoding.TOP, decoding.LEAST_STEP)
         return np.rint(eased / scales) * scales * ease
@@ -62,7 +66,8 @@ def names_of(rounded: tuple[Rounded, ...]) -> set[str]:
 
 def label_of(rounded: tuple[Rounded, ...]) -> str:
     """What tells findings about such products from others; nothing where there are none."""
-    return "".join(f", {' '.join(group.layers)} rounded" for group in rounded)
+    how = ("eased and rounded", "rounded")
+    return "".join(f", {' '.join(group.layers)} {how[group.ease is None]}" for group in rounded)
 
 
 def candidates(layers: list[Layer], store: Checkpoint) -> list[Rounded]:
@@ -83,8 +88,8 @@ def _rounded(group: list[Layer], store: Checkpoint) -> Rounded:
     outputs = sum(W.shape[1] for W in matrices)
     return Rounded(
         tuple(layer.name for layer in group),
-        (ease / np.median(ease)).astype(np.float16),
         float(positions(group[0], store)) * len(ease) * (outputs - ROUNDING),
+        (ease / np.median(ease)).astype(np.float16),
     )
 
 
@@ -109,8 +114,7 @@ def multiply(model: ir.Model, layers: list[Layer], chosen: tuple[Rounded, ...]) 
         products = [node for name in group.layers for node in known[name].products]
         rounded: dict[ir.Value, tuple[ir.Value, ...]] = {}
         products.sort(key=place.__getitem__)  # the first one rounds for all
-        half = initializer(model.graph, f"{group.layers[0]}/ease", group.ease)
-        ease = Builder(products[0], half.name).node("Cast", half, to=FLOAT, dtype=FLOAT, shape=group.ease.shape)
+        ease = None if group.ease is None else _ease(model, products[0], group)
         for node in products:
             builder = Builder(node)
             if node.inputs[0] not in rounded:
@@ -119,18 +123,27 @@ def multiply(model: ir.Model, layers: list[Layer], chosen: tuple[Rounded, ...]) 
     _keep_sums(model)
 
 
-def _round(builder: Builder, X: ir.Value, ease: ir.Value) -> tuple[ir.Value, ...]:
+def _ease(model: ir.Model, before: ir.Node, group: Rounded) -> ir.Value:
+    half = initializer(model.graph, f"{group.layers[0]}/ease", group.ease)
+    return Builder(before, half.name).node("Cast", half, to=FLOAT, dtype=FLOAT, shape=group.ease.shape)
+
+
+def _round(builder: Builder, X: ir.Value, ease: ir.Value | None) -> tuple[ir.Value, ...]:
     """The codes of X, their step and their zero."""
-    eased = builder.node("Mul", X, ease, dtype=FLOAT, shape=X.shape)
+    eased = X if ease is None else builder.node("Mul", X, ease, dtype=FLOAT, shape=X.shape)
     kinds = ir.DataType.UINT8, FLOAT, ir.DataType.UINT8
     return builder.several("DynamicQuantizeLinear", eased, dtypes=kinds, shapes=(X.shape, (), ()))
 
 
-def _product(builder: Builder, node: ir.Node, ease: ir.Value, X: ir.Value, step: ir.Value, zero: ir.Value) -> ir.Value:
+def _product(
+    builder: Builder, node: ir.Node, ease: ir.Value | None, X: ir.Value, step: ir.Value, zero: ir.Value
+) -> ir.Value:
     W, full = node.inputs[1], {"dtype": FLOAT, "shape": node.outputs[0].shape}
     if attribute(node, "transB", 0):
         W = builder.node("Transpose", W, dtype=FLOAT, perm=[1, 0])
-    codes, steps = builder.several("Columns", W, ease, domain=decoding.DOMAIN, dtypes=(ir.DataType.INT8, FLOAT))
+    if ease is not None:
+        W = builder.node("Div", W, builder.node("Unsqueeze", ease, [1], dtype=FLOAT), dtype=FLOAT)
+    codes, steps = builder.several("Columns", W, domain=decoding.DOMAIN, dtypes=(ir.DataType.INT8, FLOAT))
     sums = builder.node("MatMulInteger", X, codes, zero, dtype=ir.DataType.INT32, shape=node.outputs[0].shape)
     value = builder.node(
         "Mul", builder.node("Cast", sums, to=FLOAT, **full), builder.node("Mul", step, steps, dtype=FLOAT), **full

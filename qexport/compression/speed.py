@@ -10,6 +10,8 @@ from qexport.knapsack import Option, State, front, last_within
 
 # Of what may be lost, the products may lose so much; the rest is left to the weights.
 SHARE = 0.5
+# An input is not eased where that spares less than this share of the squared error that all products make together.
+PLAIN = 0.01
 
 
 def rounded_products(
@@ -17,9 +19,9 @@ def rounded_products(
 ) -> tuple[Rounded, ...]:
     """As many products as lose SHARE of what may be lost at most, with the weights as they were.
 
-    The error of the model's outputs is measured with the products of each input in whole numbers alone. Squared errors and
-    saved multiply-adds add up, so that the front of a knapsack orders them; how far along it the metric loses little enough
-    is tried in the model.
+    The error of the model's outputs is measured with the products of each input in whole numbers alone, eased and not.
+    Squared errors and saved multiply-adds add up, so that the front of a knapsack orders them; how far along it the metric
+    loses little enough is tried in the model.
 
     Args:
         probing, judging: trials of the model as it is, for the errors and for what is tried.
@@ -41,11 +43,15 @@ def rounded_products(
     def together(*rounded: Rounded) -> float:
         return measured(judging, rounded, None).loss
 
-    groups, places = candidates(layers, store), []
-    floor = alone()
+    groups, floor, errors = candidates(layers, store), alone(), []
     for number, group in enumerate(groups):
         say(f"rounding the inputs of {group.layers[0]}", number / (len(groups) + 4))
-        places.append([Option((), group.saved, 0.0), Option((group,), 0.0, max(alone(group) - floor, 0.0))])
+        errors.append([max(alone(way) - floor, 0.0) for way in (group, group.plain())])
+    little = PLAIN * sum(eased for eased, _ in errors)
+    places = []
+    for group, (eased, plain) in zip(groups, errors, strict=True):
+        way = (group.plain(), plain) if plain <= eased + little else (group, eased)
+        places.append([Option((), group.saved, 0.0), Option((way[0],), 0.0, way[1])])
     say("trying products of whole numbers", len(groups) / (len(groups) + 4))
     before = together()
     limit = before + SHARE * (most - before)
