@@ -116,7 +116,7 @@ def test_one_input_is_rounded_once_for_all_that_read_it(tmp_path):
 
 
 def test_additions_before_a_norm_stay_apart(tmp_path):
-    """onnxruntime's node for both takes several times as long as the two."""
+    """onnxruntime's node for both takes three times as long as the two."""
     source = text(
         "a = MatMul(x, w) s = Add(a, z) y = LayerNormalization(s, g) ", f"float[n,k,{ROWS}] x, float[n,k,{COLUMNS}] z"
     )

@@ -154,7 +154,7 @@ def _product(
 
 def _keep_sums(model: ir.Model) -> None:
     """Additions before a LayerNormalization as Sum. onnxruntime makes one node of Add and LayerNormalization, which takes
-    several times as long as the two (SkipLayerNormalization; measured with 1.23 to 1.32), and leaves Sum alone."""
+    some three times as long as the two (SkipLayerNormalization; measured with 1.31 and 1.32), and leaves Sum alone."""
     for node in model.graph:
         if is_op(node, "LayerNormalization") and is_op(node.inputs[0].producer(), "Add"):
             node.inputs[0].producer().op_type = "Sum"
