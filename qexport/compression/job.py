@@ -1,22 +1,22 @@
 """One compression: find the forms, make them better, write the file, and see what it really is."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from qexport import runtime
 from qexport.bundle import Bundle, sha256
-from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint, array_digest
 from qexport.compression.draft import Draft
-from qexport.compression.forms import KEEP, TRELLIS, Form, Method
+from qexport.compression.forms import KEEP, TRELLIS, Form
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
-from qexport.compression.products import Rounded, names_of
+from qexport.compression.products import Rounded
 from qexport.compression.refit import refit
+from qexport.compression.result import Result, result_of
 from qexport.compression.search import Candidate, Search
 from qexport.compression.settings import MAX_DROP
 from qexport.compression.speed import rounded_products
@@ -55,20 +55,6 @@ class Written:
     measured: Measured
     outputs: dict[str, float]
     notes: list[str]
-
-
-@dataclass
-class Result:
-    """What a job made: figures of the file that was written, on the judging data, and how it came about."""
-
-    size: dict
-    measured: Measured
-    outputs: dict
-    layers: list[dict]
-    trials: list[dict]
-    oldest_runtime: tuple[int, ...]
-    reasons: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class Job:
@@ -141,7 +127,7 @@ class Job:
             search.prepare()
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
             written, reasons = make(search, store, portion(say, 0.7, 0.95))
-        result = self._result(search, written, reasons)
+        result = result_of(self, search, written, reasons)
         self.draft.take_place(self.judging.feeds[0], self.classical)
         return result
 
@@ -250,66 +236,6 @@ class Job:
             say=portion(say, 0.5, 0.8),
         )
         return healed.forms, healed.notes
-
-    def _result(self, search: Search, written: Written, reasons: list[str]) -> Result:
-        measured, notes, reasons = written.measured, list(written.notes), list(reasons)
-        if not np.isfinite(measured.loss):
-            reasons.append(f"{self.metric.name} of the file is {measured.figure} on this data; ask for less")
-        if search.unseen:
-            notes.append(
-                f"{len(search.unseen)} of {len(self.layers)} weights saw too few inputs for low-rank factors: give more data"
-            )
-        if self.settings.products == INT8_PRODUCTS:
-            notes.append(self._about_products())
-        forms = written.forms
-        return Result(
-            size={"before": self.before, "after": written.nbytes, "ratio": self.before / written.nbytes},
-            measured=measured,
-            outputs={name: {"relative_error": error} for name, error in written.outputs.items()},
-            layers=[
-                self._layer_entry(search, layer, method, forms.get(layer.name))
-                for layer, method in zip(self.layers, written.candidate.methods, strict=True)
-            ],
-            trials=[
-                {"bytes": tried.nbytes, "loss": tried.measured.loss, "error": tried.measured.error}
-                for tried in search.candidates
-            ],
-            oldest_runtime=max(
-                (
-                    nodes.oldest_runtime(layer, forms[layer.name], as_matrix=layer.name in names_of(self.rounded))
-                    for layer in self.layers
-                    if layer.name in forms
-                ),
-                default=(),
-            ),
-            reasons=reasons,
-            notes=notes,
-        )
-
-    def _about_products(self) -> str:
-        """Which of the products are of whole numbers."""
-        found, all_of_them = len(names_of(self.rounded)), sum(bool(layer.products) for layer in self.layers)
-        left = "" if found == all_of_them else "; the others would gain too little, lose too much or are not of float32"
-        return f"products of {found} of {all_of_them} weights are of whole numbers{left}"
-
-    def _layer_entry(self, search: Search, layer: Layer, method: Method, form: Form | None) -> dict:
-        seen, error = search.seen(layer), 0.0
-        groups = [group for group in self.rounded if layer.name in group.layers]
-        if groups:
-            error = seen.error_of(groups[0].matrix(form.dense() if form else seen.matrix)) ** 0.5
-        elif form:
-            error = seen.error(form) ** 0.5
-        return {
-            "name": layer.name,
-            "module": layer.label,
-            "kinds": list(layer.kinds),
-            "shape": list(layer.shape),
-            "method": str(method),
-            "int8_products": bool(groups),
-            "before": layer.nbytes,
-            "after": form.nbytes if form else layer.nbytes,
-            "relative_error": error,
-        }
 
     def _layers(self, model: ir.Model) -> list[Layer]:
         found = find_layers(model)

@@ -66,7 +66,7 @@ def names_of(rounded: tuple[Rounded, ...]) -> set[str]:
 
 def label_of(rounded: tuple[Rounded, ...]) -> str:
     """What tells findings about such products from others; nothing where there are none."""
-    how = ("eased and rounded", "rounded")
+    how = ("eased and rounded", "rounded as it is")
     return "".join(f", {' '.join(group.layers)} {how[group.ease is None]}" for group in rounded)
 
 

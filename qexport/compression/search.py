@@ -140,14 +140,14 @@ class Search:
 
     def _options(self, layer: Layer) -> list[Option]:
         """The methods of a layer as options: bytes under a limit of the squared error at the model's output."""
-        allowed = self.allowed(layer)
+        allowed, is_rounded = self.allowed(layer), layer.name in names_of(self.rounded)
         if LOW_RANK in allowed and positions(layer, self.store) < ENOUGH * forms.matrix_shape(layer)[0]:
             allowed = tuple(method for method in allowed if method != LOW_RANK)
-            self.unseen.append(layer)
+            if not is_rounded:
+                self.unseen.append(layer)
         found = forms.methods(layer, allowed)
         kept = self.store.compute(f"errors {layer.name} {' '.join(map(str, found))}", lambda: self._errors(layer, found))
         options = []
-        is_rounded = layer.name in names_of(self.rounded)
         for method, error, gain in zip(found, *kept, strict=True):
             if error <= WORST and not (is_rounded and method.kind in (LOW_RANK, MPO)):
                 options.append(Option(method, forms.nbytes(layer, method), float(gain * error)))
