@@ -14,6 +14,7 @@ from test_compression_search import calibrated, made, quiet
 
 from qexport import runtime
 from qexport.compression import nodes, speed
+from qexport.compression.calibration import weights_of
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.decoding import TOP
 from qexport.compression.forms import HALF, INTEGER, TRELLIS, Method
@@ -151,7 +152,7 @@ def test_the_ease_makes_the_product_of_the_norms_least(lm, tmp_path):
     store = Checkpoint(tmp_path / "store", {})
     layers, _ = calibrated(lm, token_ids(40), store)
     group = next(group for group in candidates(list(layers.values()), store) if "up" in group.layers)
-    gram, W, ease = store_gram(layers["up"], store), layers["up"].matrix(), group.ease.astype(np.float64)
+    gram, W, ease = weights_of(layers["up"], store), layers["up"].matrix(), group.ease.astype(np.float64)
 
     def norms(e):
         return np.sqrt((np.diag(gram) * e**2).sum() * np.square(W / e[:, None]).sum())
@@ -161,12 +162,6 @@ def test_the_ease_makes_the_product_of_the_norms_least(lm, tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(20):  # float16 rounds the ease, which costs the square of 2^-11
         assert least <= norms(ease * rng.uniform(0.8, 1.25, len(ease))) * (1 + 1e-6)
-
-
-def store_gram(layer, store):
-    from qexport.compression.calibration import weights_of
-
-    return weights_of(layer, store)
 
 
 def test_an_input_that_is_larger_than_all_others_does_not_cost_them_their_digits():
@@ -238,3 +233,24 @@ def test_a_weight_of_float16_is_none_of_them(tmp_path):
     layers, _ = calibrated(bundle, token_ids(8), store)
     assert {layer.value.const_value.dtype for layer in layers.values()} == {TensorProto.FLOAT16}
     assert candidates(list(layers.values()), store) == []
+
+
+def test_inputs_are_eased_where_that_helps(tmp_path, monkeypatch):
+    """The first product has an input a hundred times as large as the others, the second has inputs of one size. With few
+    items chance alone makes a difference of some percent."""
+    monkeypatch.setattr(speed, "PLAIN", 0.1)
+    W, v, rng = random(ROWS, 128), random(128, COLUMNS, seed=3), np.random.default_rng(0)
+    W, v = W / np.linalg.norm(W, axis=0), v / np.linalg.norm(v, axis=1)[:, None]
+    W[11] /= 100
+    source = text("a = MatMul(x, w) b = Relu(a) y = MatMul(b, v)")
+    onnx.save(model_of(source, {"w": W, "v": v}), tmp_path / "m.onnx")
+    X = rng.standard_normal((240, ROWS)).astype(np.float32)
+    X[:, 11] *= 100
+    bundle, store = made(tmp_path / "m.onnx", tmp_path / "bundle"), Checkpoint(tmp_path / "store", {})
+    layers, inputs = calibrated(bundle, {"x": X}, store)
+    layers, classical = list(layers.values()), runtime.session(bundle.classical_path, library=False)
+    metric = choose_metric(bundle, inputs, classical, "cosine")
+    with opened(bundle, [], True) as session:
+        trials = Trials(bundle, session, classical, metric, inputs.feeds)
+        found = speed.rounded_products(bundle, layers, trials, trials, 0.5, True, store, quiet)
+    assert {group.layers[0]: group.ease is not None for group in found} == {"w": True, "v": False}
