@@ -138,11 +138,12 @@ def compression() -> str:
             size = f"{row['bytes'] / 1e6:.2f} MB", f"{row['ratio']:.2f} ×"
             rows.append((title, row["contender"], *size, loss(row), times(speed[model, row["contender"]]["x_classical"])))
     return paragraph(f"""
-    **Smaller weights.** `qexport compress` beside onnxruntime's dynamic int8: bytes of the file, how many times smaller than
-    the float32 file, what is lost on data that nothing was fitted to (cosine with the embeddings of the original and loss of
-    the correlation on the STS-B test split; nats per character of WikiText-2; cosine of the output map on other photos), and
-    how many times as long the float32 model takes at batch 1, the longest inputs {source("compress", results)}. All run in a
-    stock onnxruntime. The picture: [bench/results/compress.png](bench/results/compress.png).
+    **Smaller weights.** `qexport compress`, with `--products int8` where it says so, beside onnxruntime's dynamic int8:
+    bytes of the file, how many times smaller than the float32 file, what is lost on data that nothing was fitted to (cosine
+    with the embeddings of the original and loss of the correlation on the STS-B test split; nats per character of
+    WikiText-2; cosine of the output map on other photos), and how many times as long the float32 model takes at batch 1, the
+    longest inputs {source("compress", results)}. All run in a stock onnxruntime. The picture:
+    [bench/results/compress.png](bench/results/compress.png).
     """) + table(("model", "stored by", "file", "smaller", "lost", "float32 takes"), rows)
 
 

@@ -4,9 +4,10 @@
 
 minilm, char_gpt, vit   size and loss of each contender. Bytes are those of whole files; `ratio` is of the classical file
                         over them. Nothing was fitted to the data that judges. `no_more_loss`: loses no more than any of
-                        onnxruntime's int8; `x_int8_bytes`: how many times as many bytes the smallest of these takes.
+                        onnxruntime's int8; `x_int8_bytes`: how many times as many bytes the smallest of these takes. Those
+                        `in int8` are compressed with --products int8.
 latency                 their times in a stock onnxruntime, runs interleaved: `x_classical` and `x_int8` are how many times
-                        as long the classical model and `onnxruntime int8` take
+                        as long the classical model and `onnxruntime int8` take; with `no_more_loss` from above
 low_rank                a product with a 1024 x 1024 weight against factors of rank 64 (an eighth of its numbers), on one
                         thread too, as products of that size hardly gain by more
 trains                  weights of MiniLM as tensor trains, as factors and as int4, at the same bytes
@@ -35,18 +36,22 @@ from qexport.profiling.calls import make_call
 from qexport.profiling.timing import interleaved
 
 CLASSICAL, INT8 = "classical", "onnxruntime int8"
+IN_INT8 = ", in int8"
 INT8_OPTIONS = {INT8: {}, f"{INT8}, per channel": {"per_channel": True}}
 
 
 def made(case, folder: Path) -> dict[str, Path]:
     """The file of each contender, classical first; made where it is not there."""
     found = {}
-    for ratio, heal in [(ratio, None) for ratio in case.ratios] + [(ratio, case.heal) for ratio in case.healed]:
-        contender = f"compress {ratio}x{', healed' if heal else ''}"
+    asked = [(ratio, "", {}) for ratio in case.ratios]
+    asked += [(ratio, ", healed", {"heal": case.heal}) for ratio in case.healed]
+    asked += [(ratio, IN_INT8, {"products": "int8"}) for ratio in case.in_int8]
+    for ratio, kind, arguments in asked:
+        contender = f"compress {ratio}x{kind}"
         bundle = folder / f"{case.name} {contender}"
         if not bundle.is_dir():
-            options = {"findings": folder / "findings", "profile": False, **case.options}
-            qexport.compress(case.source, bundle, case.fitted(), ratio=ratio, heal=heal, **options)
+            options = {"findings": folder / "findings", "profile": False, **case.options, **arguments}
+            qexport.compress(case.source, bundle, case.fitted(), ratio=ratio, **options)
         found.setdefault(CLASSICAL, bundle / "classical.onnx")
         found[contender] = bundle / "model.onnx"
     for name, options in INT8_OPTIONS.items():
@@ -82,8 +87,9 @@ def front(case, files: dict[str, Path], threads: int) -> list[dict]:
     return rows
 
 
-def latency(case, files: dict[str, Path], threads: int, runs: int) -> list[dict]:
-    """Times of the contenders by the size of their inputs."""
+def latency(case, files: dict[str, Path], losses: list[dict], threads: int, runs: int) -> list[dict]:
+    """Times of the contenders by the size of their inputs; `losses` is what `front` gave."""
+    no_more_loss = {row["contender"]: row["no_more_loss"] for row in losses}
     sessions, rows = {name: opened(file, threads) for name, file in files.items()}, []
     for (batch, n), feed in case.feeds().items():
         calls = {}
@@ -93,6 +99,7 @@ def latency(case, files: dict[str, Path], threads: int, runs: int) -> list[dict]
         times = interleaved(calls, runs, seconds=2.0, warmup=3)
         for name, taken in times.items():
             row = {"model": case.name, "contender": name, "batch": batch, "n": n, "ms": float(np.median(taken))}
+            row["no_more_loss"] = no_more_loss[name]
             row |= common.ratio("x_classical", times[CLASSICAL], taken) | common.ratio("x_int8", times[INT8], taken)
             rows.append(row)
     return rows
@@ -117,7 +124,9 @@ def main():
         files = {case.name: made(case, scratch) for case in cases}
         tables = {case.name: front(case, files[case.name], arguments.threads) for case in cases}
         tables["latency"] = [
-            row for case in cases for row in latency(case, files[case.name], arguments.threads, arguments.runs)
+            row
+            for case in cases
+            for row in latency(case, files[case.name], tables[case.name], arguments.threads, arguments.runs)
         ]
         tables["low_rank"] = [
             row | {"threads": threads}

@@ -1,7 +1,7 @@
 """The models of `bench.compress`: what each is fitted to, what it answers on data it was not, and what is lost by that.
 
 A case has `name`, `source` and `options` for `qexport.compress`, the `ratios` that are asked for, those that are `healed` as
-well by `heal` steps, and
+well by `heal` steps, those that also have their products `in_int8`, and
     fitted()            the data of the fit
     answer(session)     what a model makes of the data that judges, kept apart from the data of the fit
     figures(answer, classical)   one dict of numbers; `loss` is the one that is plotted, named by `measure`
@@ -30,7 +30,7 @@ class MiniLM:
     on other reviews. Its pooler, which no embedding needs and which could be anything for that, stays at 8 bits."""
 
     name, measure = "minilm", "1 - embedding cosine, STS-B test"
-    ratios, healed, heal = (8, 10), (), None
+    ratios, healed, heal, in_int8 = (8, 10), (), None, (8,)
     batch, sentences, reviews = 32, 1536, 32
     options: ClassVar = {
         "batch": batch,
@@ -91,7 +91,7 @@ class CharGPT:
     """The character-level GPT of `bench.char_gpt`, fitted to its training text, judged on the test text."""
 
     name, source, measure = "char_gpt", "bench.char_gpt:char_gpt", "nats per character, test text"
-    ratios, healed, heal = (4, 9, 17), (17,), 100
+    ratios, healed, heal, in_int8 = (4, 9, 17), (17,), 100, (4, 9)
     options: ClassVar = {"batch": 8}
     rows, judged, parts = 1024, 480, 24
 
@@ -127,7 +127,7 @@ class ViT:
     """A ViT-S/14 that marks what matters in a photo, fitted to crops of two photos, judged on crops of two others."""
 
     name, measure = "vit", "1 - cosine of the output map, other photos"
-    ratios, healed, heal = (3.5, 5), (), None
+    ratios, healed, heal, in_int8 = (3.5, 5), (), None, (3.5,)
     options: ClassVar = {"batch": 2}
     each = 24
 

@@ -1,6 +1,8 @@
 """The picture of the tables of `bench.compress`: bytes saved against what is lost, and times."""
 
-BLUE, GREEN, GREYS = "#1f4e9c", "#2e8b57", ("#444444", "#999999")
+import re
+
+BLUE, GREEN, ORANGE, GREYS = "#1f4e9c", "#2e8b57", "#d9822b", ("#444444", "#999999")
 TITLES = {"minilm": "all-MiniLM-L6-v2", "char_gpt": "character-level GPT", "vit": "ViT-S/14"}
 
 
@@ -26,13 +28,11 @@ def draw(tables: dict[str, list[dict]], measures: dict[str, str], file: str) -> 
 
 
 def _front(axis, rows: list[dict]) -> None:
-    kinds = (("compress", "healed", BLUE, "o-"), ("healed", "-", GREEN, "s-"))
-    for kind, but, colour, style in kinds:
-        found = [row for row in rows if kind in row["contender"] and but not in row["contender"]]
+    for kind, colour, style in (("", BLUE, "o-"), (", healed", GREEN, "s-"), (", in int8", ORANGE, "v-")):
+        found = [row for row in rows if re.fullmatch(rf"compress [\d.]+x{kind}", row["contender"])]
         found.sort(key=lambda row: row["ratio"])
-        label = "qexport compress" + (", healed" if kind == "healed" else "")
         if found:
-            axis.plot(*_points(found), style, color=colour, ms=5, label=label)
+            axis.plot(*_points(found), style, color=colour, ms=5, label=f"qexport compress{kind}")
     others = [row for row in rows if row["contender"].startswith("onnxruntime")]
     for row, colour, mark in zip(others, GREYS, "D^", strict=False):
         axis.plot(*_points([row]), mark, color=colour, ms=6, label=row["contender"])
@@ -52,7 +52,8 @@ def _times(axis, rows: list[dict]) -> None:
     names = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != "classical"))
     sizes = list(dict.fromkeys((row["batch"], row["n"]) for row in rows))
     blues, greys = iter(("#0b2a5b", "#1f4e9c", "#5b86c9", "#a9c3ea", "#cfe0f7")), iter(GREYS)
-    shades = {name: next(blues if name.startswith("compress") else greys) for name in names}
+    colours = {name: greys if name.startswith("onnxruntime") else blues for name in names}
+    shades = {name: ORANGE if name.endswith("in int8") else next(colours[name]) for name in names}
     for i, name in enumerate(names):
         found = {(row["batch"], row["n"]): row["x_classical"] for row in rows if row["contender"] == name}
         places = [k + (i - (len(names) - 1) / 2) * 0.8 / len(names) for k in range(len(sizes))]

@@ -66,6 +66,21 @@ def front(places: list[list[Option]]) -> list[State]:
     return states
 
 
+def last_within(states: list[State], holds) -> State | None:
+    """The last state for which `holds(state)` where it holds up to there, found by halving; None where not even the first
+    does."""
+    best, low, high = None, 0, len(states) - 1
+    while low <= high:
+        middle = (low + high + 1) // 2 if best else low
+        if holds(states[middle]):
+            best, low = states[middle], middle + 1
+        elif best is None:
+            return None
+        else:
+            high = middle - 1
+    return best
+
+
 def _state(options) -> State:
     return State(tuple(options), sum(o.cost for o in options), sum(o.load for o in options))
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 # From the most exact to the coarsest.
 METHODS = ("fp16", "int8", "trellis", "int4", "low-rank", "mpo")
+FLOAT_PRODUCTS, INT8_PRODUCTS = PRODUCTS = ("float", "int8")
 
 
 def _ratio(value: Any) -> float:
@@ -29,6 +30,12 @@ def _methods(value: Any) -> tuple[str, ...]:
     return tuple(name for name in METHODS if name in names)
 
 
+def _products(value: Any) -> str:
+    if value not in PRODUCTS:
+        raise ValueError(f"must be {' or '.join(PRODUCTS)}, got {value!r}")
+    return value
+
+
 def _heal(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be a number of steps >= 0, got {value!r}")
@@ -36,6 +43,7 @@ def _heal(value: Any) -> int:
 
 
 Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
+Products = Annotated[str, BeforeValidator(_products)]
 
 
 class LayerCompression(BaseModel):
@@ -58,6 +66,7 @@ class Compression(BaseModel):
         ratio: bytes of the classical model's file over those of the compressed one.
         max_drop: largest loss of the metric.
         methods: those that may be used.
+        products: what products with weights are computed in: float, or int8 where the model bears it.
         heal: steps of distillation behind it.
         layers: overrides of the methods; the last one that fits a weight wins.
     """
@@ -67,12 +76,13 @@ class Compression(BaseModel):
     ratio: Annotated[float, BeforeValidator(_ratio)] | None = None
     max_drop: Annotated[float, BeforeValidator(_max_drop)] | None = None
     methods: Methods = METHODS
+    products: Products = FLOAT_PRODUCTS
     heal: Annotated[int, BeforeValidator(_heal)] = 0
     layers: tuple[LayerCompression, ...] = ()
 
     @model_validator(mode="after")
     def _one_goal(self):
-        if self.ratio is not None and self.max_drop is not None:
+        if self.ratio is not None and self.max_drop is not None and self.products == FLOAT_PRODUCTS:
             raise ValueError(
                 f"ratio and max_drop exclude each other, got {self.ratio:g} and {self.max_drop:g}: give the one that must "
                 "hold, the other is what it comes to"

@@ -51,7 +51,7 @@ def searching(bundle, data, folder, methods=METHODS, metric=None):
     with opened(bundle, layers, True) as session:
         chosen = choose_metric(bundle, inputs, classical, metric)
         trials = Trials(bundle, session, classical, chosen, inputs.feeds)
-        search = Search(layers, lambda layer: methods, trials, trials, store, quiet)
+        search = Search(layers, lambda layer: methods, trials, trials, trials, store, quiet)
         search.prepare()
         yield search, trials
 

@@ -51,6 +51,15 @@ def test_the_last_layer_that_fits_wins():
     assert settings().methods_of("dec", "up") == METHODS
 
 
+def test_products_of_whole_numbers_leave_room_for_both_goals():
+    assert settings().products == "float"
+    found = settings({"compress": {"products": "int8", "max_drop": 0.1, "ratio": 3}})
+    assert (found.products, found.ratio, found.max_drop) == ("int8", 3.0, 0.1)
+    assert settings(ratio=3, max_drop=0.1, products="int8") == found
+    with pytest.raises(UsageError, match=r"ratio and max_drop exclude each other"):
+        settings({"compress": {"products": "int8"}}, ratio=3, max_drop=0.1, products="float")
+
+
 def test_round_trip():
     recipe = make_recipe({"compress": {"ratio": 4, "methods": "int4", "layers": [{"match": "a", "methods": ["fp16"]}]}})
     assert make_recipe(recipe.to_dict()) == recipe
@@ -75,6 +84,8 @@ def test_round_trip():
         ("methods: int3", ["compress.methods", "fp16, int8, trellis, int4, low-rank", "'int3'"]),
         ("methods: [int8, [int4]]", ["compress.methods", "int4"]),
         ("methods: 8", ["compress.methods", "got 8"]),
+        ("products: int4", ["compress.products", "must be float or int8, got 'int4'"]),
+        ("products: [int8]", ["compress.products", "got ['int8']"]),
         ("heal: -1", ["compress.heal", ">= 0", "got -1"]),
         ("heal: 1.5", ["compress.heal", "got 1.5"]),
         ("heal: true", ["compress.heal", "got True"]),

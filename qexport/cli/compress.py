@@ -15,6 +15,11 @@ from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, prin
 )
 @click.option("--methods", metavar="M,...", help="Of fp16, int8, trellis, int4, low-rank, mpo [all].")
 @click.option(
+    "--products",
+    type=click.Choice(["float", "int8"]),
+    help="What products are computed in: int8 is faster on CPUs, for half of the loss that is allowed at most [float].",
+)
+@click.option(
     "--heal", type=click.IntRange(0), metavar="STEPS", help="Distil so many steps behind it; torch models only [0]."
 )
 @click.option("--config", type=FILE, help="Recipe in YAML with the key compress; options given here win over it.")

@@ -257,7 +257,11 @@ def _weights_text(compression: dict | None) -> str:
     )
     kinds = ", ".join(f"{count} {kind}" for kind, count in stored.most_common())
     size, metric = compression["size"], compression["metric"]
-    return f"{size['ratio']:.2f} x smaller file at a loss of {percent(metric['loss'])} of {metric['name']}: {kinds}"
+    rounded = sum(w.get("int8_products", False) for w in compression["layers"])
+    products = f"; products of {rounded} in int8" if rounded else ""
+    return (
+        f"{size['ratio']:.2f} x smaller file at a loss of {percent(metric['loss'])} of {metric['name']}: {kinds}{products}"
+    )
 
 
 def _value_text(value: dict) -> str:

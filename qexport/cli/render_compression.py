@@ -42,6 +42,7 @@ def _show_weights(layers: list[dict], verbose: bool) -> None:
             (
                 layer["module"],
                 layer["method"],
+                "int8" if layer["int8_products"] else "",
                 " x ".join(map(str, layer["shape"])),
                 f"{layer['before'] / 1e3:.0f}",
                 f"{layer['after'] / 1e3:.0f}",
@@ -49,8 +50,8 @@ def _show_weights(layers: list[dict], verbose: bool) -> None:
             )
             for layer in layers
         ]
-        header = ("weight", "stored as", "shape", "kB before", "kB", "error of its outputs")
-        table("Weights", header, rows, text_columns=2)
+        header = ("weight", "stored as", "products", "shape", "kB before", "kB", "error of its outputs")
+        table("Weights", header, rows, text_columns=3)
         return
     kinds = Counter(layer["method"] for layer in layers)
     for method, count in kinds.most_common():

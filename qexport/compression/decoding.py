@@ -1,8 +1,8 @@
-"""Functions of standard ONNX ops that make the matrix of a `Trellis`; a runtime computes them once, when it loads the file.
+"""Functions of standard ONNX ops that make matrices of what is stored; a runtime computes them once, when it loads the file.
 
-Eight symbols of `bits` bits fill `bits` bytes. A convolution over the bytes, with the byte as its step and a number of
-channels, reads from three bytes the window that ends with each pair of symbols: sums of bytes times powers of two, exact in
-float32. The window then picks the values of both from a table of pairs.
+Of a `Trellis`, eight symbols of `bits` bits fill `bits` bytes. A convolution over the bytes, with the byte as its step and
+a number of channels, reads from three bytes the window that ends with each pair of symbols: sums of bytes times powers of
+two, exact in float32. The window then picks the values of both from a table of pairs.
 """
 
 import onnx
@@ -14,6 +14,11 @@ from qexport.compression.trellis import GROUP, WINDOW
 DOMAIN = "com.qexport.storage"
 VERSION = 1
 PAIRS = GROUP // 2
+# Largest code of a weight in a product of whole numbers. Processors without VNNI add two products with inputs of 8 bits in
+# 16 bits with a sign, which 2 x 255 x 64 fit and 2 x 255 x 127 do not.
+TOP = 64
+# Of a column that is zero; a normal number of float32.
+LEAST_STEP = 1e-37
 
 
 def pairs_function(bits: int, opset: int) -> ir.Function:
@@ -61,6 +66,57 @@ def rows_function(bits: int, opset: int) -> ir.Function:
             values = Gather (pairs, windows)
             shape = Constant <value = int64[2] {{0, -1}}> ()
             matrix = Reshape (values, shape)
+        }}"""
+    )
+
+
+def blocks_function(bits: int, opset: int) -> ir.Function:
+    """Blocks{bits}(codes uint8 (columns, blocks, bytes), scales (columns, blocks)) -> float (columns, rows): the transpose
+    of a `Quantized` matrix, with the rows that fill up its last block."""
+    halves = """
+            above = Constant <value = float {16}> ()
+            quotient = Div (bytes, above)
+            high = Floor (quotient)
+            high_bits = Mul (high, above)
+            low = Sub (bytes, high_bits)
+            last = Constant <value = int64[1] {-1}> ()
+            low_column = Unsqueeze (low, last)
+            high_column = Unsqueeze (high, last)
+            both = Concat <axis = -1> (low_column, high_column)
+            by_block = Constant <value = int64[3] {0, 0, -1}> ()
+            whole = Reshape (both, by_block)"""
+    return _function(
+        f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
+        Blocks{bits} (codes, scales) => (matrix) {{
+            bytes = Cast <to = {onnx.TensorProto.FLOAT}> (codes){halves if bits == 4 else ""}
+            zero = Constant <value = float {{{2 ** (bits - 1)}}}> ()
+            steps = Sub ({"whole" if bits == 4 else "bytes"}, zero)
+            axis = Constant <value = int64[1] {{2}}> ()
+            each = Unsqueeze (scales, axis)
+            values = Mul (steps, each)
+            shape = Constant <value = int64[2] {{0, -1}}> ()
+            matrix = Reshape (values, shape)
+        }}"""
+    )
+
+
+def columns_function(opset: int) -> ir.Function:
+    """Columns(matrix (rows, columns)) -> (codes int8 (rows, columns), scales (columns,)): the matrix in whole numbers up to
+    TOP, with a scale for each column."""
+    axes = ("<keepdims = 0> (size, first)", "<keepdims = 0, axes = [0]> (size)")[opset < 18]
+    return _function(
+        f"""<domain: "{DOMAIN}", opset_import: ["": {opset}]>
+        Columns (matrix) => (codes, scales) {{
+            size = Abs (matrix)
+            first = Constant <value = int64[1] {{0}}> ()
+            largest = ReduceMax {axes}
+            top = Constant <value = float {{{TOP}}}> ()
+            steps = Div (largest, top)
+            least = Constant <value = float {{{LEAST_STEP}}}> ()
+            scales = Max (steps, least)
+            scaled = Div (matrix, scales)
+            whole = Round (scaled)
+            codes = Cast <to = {onnx.TensorProto.INT8}> (whole)
         }}"""
     )
 

@@ -10,6 +10,7 @@ from qexport.bundle import Bundle
 from qexport.compression import nodes
 from qexport.compression.forms import Form
 from qexport.compression.layers import find_layers
+from qexport.compression.products import Rounded, multiply, names_of
 from qexport.compression.trials import Measured, Trials
 from qexport.external_data import file_bytes
 from qexport.feeds import Inputs
@@ -23,10 +24,14 @@ SAMPLES = 4
 
 
 class Draft:
-    """The file that the forms of a bundle's weights make, by the name of the layer."""
+    """The file that the forms of a bundle's weights make, by the name of the layer.
 
-    def __init__(self, bundle: Bundle):
-        self.bundle, self.path = bundle, bundle.path / NAME
+    Args:
+        rounded: the products that are of whole numbers.
+    """
+
+    def __init__(self, bundle: Bundle, rounded: tuple[Rounded, ...] = ()):
+        self.bundle, self.path, self.rounded = bundle, bundle.path / NAME, rounded
 
     def size(self, chosen: dict[str, Form]) -> int:
         """Bytes of the file that `write` makes."""
@@ -73,9 +78,11 @@ class Draft:
 
     def _model(self, chosen: dict[str, Form]) -> ir.Model:
         model = ir.load(self.bundle.model_path)
-        for layer in find_layers(model):
+        layers, whole = find_layers(model), names_of(self.rounded)
+        for layer in layers:
             if layer.name in chosen:
-                nodes.store(model, layer, chosen[layer.name])
+                nodes.store(model, layer, chosen[layer.name], as_matrix=layer.name in whole)
+        multiply(model, layers, self.rounded)
         attach_fallback(model)
         return model
 

@@ -176,7 +176,10 @@ class Seen:
 
     def error(self, form: Form) -> float:
         """|X (W - W')|^2 / |X W|^2; of a table, entries count by their weights."""
-        changed = form.dense() if self.layer.products else form.dense().T
+        return self.error_of(form.dense() if self.layer.products else form.dense().T)
+
+    def error_of(self, changed: np.ndarray) -> float:
+        """The same of a matrix in the place of `matrix`."""
         return self._square(self.matrix - changed) / max(self.square, np.finfo(np.float64).tiny)
 
     def _square(self, W: np.ndarray) -> float:

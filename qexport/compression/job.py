@@ -1,21 +1,25 @@
 """One compression: find the forms, make them better, write the file, and see what it really is."""
 
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from qexport import runtime
 from qexport.bundle import Bundle, sha256
-from qexport.compression import nodes
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint, array_digest
 from qexport.compression.draft import Draft
-from qexport.compression.forms import KEEP, TRELLIS, Form, Method
+from qexport.compression.forms import KEEP, TRELLIS, Form
 from qexport.compression.heal import heal
 from qexport.compression.layers import SMALLEST, Layer, find_layers
+from qexport.compression.products import Rounded
 from qexport.compression.refit import refit
+from qexport.compression.result import Result, result_of
 from qexport.compression.search import Candidate, Search
+from qexport.compression.settings import MAX_DROP
+from qexport.compression.speed import rounded_products
 from qexport.compression.trains import Train
 from qexport.compression.trials import Measured, Trials, opened
 from qexport.errors import QexportError, UsageError
@@ -23,7 +27,7 @@ from qexport.external_data import file_bytes
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
 from qexport.progress import portion
-from qexport.recipe_compression import Compression
+from qexport.recipe_compression import INT8_PRODUCTS, Compression
 from qexport.validation.comparison import Remembered
 
 # A file whose loss turns out too large is made again, so often.
@@ -53,20 +57,6 @@ class Written:
     notes: list[str]
 
 
-@dataclass
-class Result:
-    """What a job made: figures of the file that was written, on the judging data, and how it came about."""
-
-    size: dict
-    measured: Measured
-    outputs: dict
-    layers: list[dict]
-    trials: list[dict]
-    oldest_runtime: tuple[int, ...]
-    reasons: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 class Job:
     """A bundle and what is to become of it.
 
@@ -91,6 +81,7 @@ class Job:
             self.settings = settings.without(TRELLIS)
         self._check_finite()
         self.before, self.present = file_bytes(bundle.classical_path), file_bytes(bundle.model_path)
+        self.rounded: tuple[Rounded, ...] = ()
         self.draft = Draft(bundle)
 
     def key(self) -> dict:
@@ -118,7 +109,8 @@ class Job:
             QexportError: the model does not run, or its loss is above the limit before any weight is touched; then nothing
                 is stored.
         """
-        with opened(self.bundle, self.layers, self.library) as session:
+        with ExitStack() as sessions:
+            session = sessions.enter_context(opened(self.bundle, self.layers, self.library))
             say("running the model as it is", 0.01)
             probing, judging = (
                 Trials(self.bundle, session, classical, self.metric, inputs.feeds)
@@ -126,13 +118,25 @@ class Job:
             )
             self._check_start(probing, judging)
             calibrate(self.bundle, self.layers, self.fitting, self.library, store, portion(say, 0.02, 0.1))
-            search = Search(self.layers, self._methods, probing, judging, store, portion(say, 0.1, 0.7))
+            trials = [probing, probing, judging]
+            if self.settings.products == INT8_PRODUCTS:
+                self._round_products(probing, judging, store, portion(say, 0.1, 0.2))
+                session = sessions.enter_context(opened(self.bundle, self.layers, self.library, rounded=self.rounded))
+                trials[1:] = probing.of(session), judging.of(session)
+            search = Search(self.layers, self._methods, *trials, store, portion(say, 0.2, 0.7), self.rounded)
             search.prepare()
             make = self._by_ratio if self.settings.ratio is not None else self._by_drop
             written, reasons = make(search, store, portion(say, 0.7, 0.95))
-        result = self._result(search, written, reasons)
+        result = result_of(self, search, written, reasons)
         self.draft.take_place(self.judging.feeds[0], self.classical)
         return result
+
+    def _round_products(self, probing: Trials, judging: Trials, store: Checkpoint, say) -> None:
+        """Tell which products are of whole numbers from here on."""
+        most = self.settings.max_drop or MAX_DROP
+        self.rounded = rounded_products(self.bundle, self.layers, probing, judging, most, self.library, store, say)
+        self.draft = Draft(self.bundle, self.rounded)
+        self.present = self.draft.size({})
 
     def _check_start(self, probing: Trials, judging: Trials) -> None:
         """What is wrong with the data, or lost already, shows before the long part."""
@@ -160,11 +164,18 @@ class Job:
                 break
             budget = target - (size - candidate.nbytes)
         written = self._write(candidate, forms, notes, say)
+        reasons = []
+        loss, most = written.measured.loss, self.settings.max_drop
+        if most is not None and not loss <= most:
+            reasons.append(
+                f"{self.metric.name} loses {loss:.3g} in the file, above max_drop {most:g}; ask for a smaller ratio"
+            )
         if written.nbytes <= target:
-            return written, []
+            return written, reasons
         return written, [
+            *reasons,
             f"a ratio of {self.settings.ratio:g} cannot be reached: the weights take {search.smallest() / 1e6:.2f} MB at "
-            f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written.nbytes:.2f}"
+            f"least, and {rest / 1e6:.2f} MB are something else; this is {self.before / written.nbytes:.2f}",
         ]
 
     def _by_drop(self, search: Search, store: Checkpoint, say) -> tuple[Written, list[str]]:
@@ -225,46 +236,6 @@ class Job:
             say=portion(say, 0.5, 0.8),
         )
         return healed.forms, healed.notes
-
-    def _result(self, search: Search, written: Written, reasons: list[str]) -> Result:
-        measured, notes, reasons = written.measured, list(written.notes), list(reasons)
-        if not np.isfinite(measured.loss):
-            reasons.append(f"{self.metric.name} of the file is {measured.figure} on this data; ask for less")
-        if search.unseen:
-            notes.append(
-                f"{len(search.unseen)} of {len(self.layers)} weights saw too few inputs for low-rank factors: give more data"
-            )
-        forms = written.forms
-        return Result(
-            size={"before": self.before, "after": written.nbytes, "ratio": self.before / written.nbytes},
-            measured=measured,
-            outputs={name: {"relative_error": error} for name, error in written.outputs.items()},
-            layers=[
-                self._layer_entry(search, layer, method, forms.get(layer.name))
-                for layer, method in zip(self.layers, written.candidate.methods, strict=True)
-            ],
-            trials=[
-                {"bytes": tried.nbytes, "loss": tried.measured.loss, "error": tried.measured.error}
-                for tried in search.candidates
-            ],
-            oldest_runtime=max(
-                (nodes.oldest_runtime(layer, forms[layer.name]) for layer in self.layers if layer.name in forms), default=()
-            ),
-            reasons=reasons,
-            notes=notes,
-        )
-
-    def _layer_entry(self, search: Search, layer: Layer, method: Method, form: Form | None) -> dict:
-        return {
-            "name": layer.name,
-            "module": layer.label,
-            "kinds": list(layer.kinds),
-            "shape": list(layer.shape),
-            "method": str(method),
-            "before": layer.nbytes,
-            "after": form.nbytes if form else layer.nbytes,
-            "relative_error": search.seen(layer).error(form) ** 0.5 if form else 0.0,
-        }
 
     def _layers(self, model: ir.Model) -> list[Layer]:
         found = find_layers(model)

@@ -23,13 +23,20 @@ ACCURACY_LEVEL = 4
 TABLES_SINCE, INT8_SINCE = (1, 23), (1, 22)
 
 
-def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCURACY_LEVEL) -> None:
-    """Put a form in the place of a layer's weight."""
+def store(
+    model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCURACY_LEVEL, *, as_matrix: bool = False
+) -> None:
+    """Put a form in the place of a layer's weight.
+
+    Args:
+        as_matrix: whether products get codes as a matrix that the runtime makes when it loads the file, and stay what they
+            are; a Half and a Trellis always are one.
+    """
     writer = _Writer(model, layer, accuracy_level)
     if isinstance(form, Half):
         writer.half(form)
     elif isinstance(form, Quantized):
-        writer.quantized(form)
+        writer.quantized(form, as_matrix)
     elif isinstance(form, Train):
         writer.train(form)
     elif isinstance(form, Trellis):
@@ -39,22 +46,32 @@ def store(model: ir.Model, layer: Layer, form: Form, accuracy_level: int = ACCUR
     _remove_ways(layer.value)
     if not layer.value.uses():
         del model.graph.initializers[layer.name]
-    if isinstance(form, Train):
-        model.graph.opset_imports[DOMAIN] = VERSION
-    elif isinstance(form, Trellis):
-        model.graph.opset_imports[decoding.DOMAIN] = decoding.VERSION
-    elif not isinstance(form, Half):
-        model.graph.opset_imports[RUNTIME] = 1
 
 
-def oldest_runtime(layer: Layer, form: Form) -> tuple[int, ...]:
-    """The first onnxruntime that runs a layer in this form, () where any does."""
+def oldest_runtime(layer: Layer, form: Form, *, as_matrix: bool = False) -> tuple[int, ...]:
+    """The first onnxruntime that runs a layer in this form, () where any does; `as_matrix` as for `store`."""
     if isinstance(form, Half | Train | Trellis):
         return ()
     if layer.picks:
         return TABLES_SINCE
+    if as_matrix:
+        return ()
     parts = (form.left, form.right) if isinstance(form, LowRank) else (form,)
     return INT8_SINCE if any(part.bits == 8 for part in parts) else ()
+
+
+def add_function(model: ir.Model, function: ir.Function) -> None:
+    """Add a function of `decoding` to a model, once."""
+    model.functions.setdefault(function.identifier(), function)
+    model.graph.opset_imports[decoding.DOMAIN] = decoding.VERSION
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _remove_ways(value: ir.Value) -> None:
@@ -102,9 +119,11 @@ class _Writer:
         matrix.shape = self.layer.value.shape
         self._take_place(matrix)
 
-    def quantized(self, form: Quantized) -> None:
+    def quantized(self, form: Quantized, as_matrix: bool) -> None:
         """Codes by column: what a product reads for an output, and a table for an entry."""
-        for node in self.layer.products:
+        if as_matrix:
+            self._matrix_of(form)
+        for node in () if as_matrix else self.layer.products:
             self._finish(node, lambda builder, X: self._product(builder, X, form, "codes"))
         for node in self.layer.picks:
             self._replace(node, lambda builder, node=node: self._pick(builder, node, form, "codes"))
@@ -129,6 +148,7 @@ class _Writer:
 
         def make(builder: Builder, X: ir.Value) -> ir.Value:
             cores = self._keep("cores", form.cores)
+            self.graph.opset_imports[DOMAIN] = VERSION
             if self._dtype != ir.DataType.FLOAT16:
                 cores = builder.node("Cast", cores, like=self.layer.value, to=self._dtype)
             shape = None if X.shape is None else [*X.shape[:-1], form.layout.cols]
@@ -137,6 +157,20 @@ class _Writer:
 
         for node in self.layer.products:
             self._finish(node, make)
+
+    def _matrix_of(self, form: Quantized) -> None:
+        """The matrix of codes in the place of the weight, but for the picks from a table."""
+        builder, full = self._first(), {"dtype": ir.DataType.FLOAT}
+        scales = builder.node("Cast", self._keep("codes_scales", form.scales.T), to=ir.DataType.FLOAT, **full)
+        self._function(decoding.blocks_function, form.bits)
+        codes = self._keep("codes", form.packed())
+        matrix = builder.node(f"Blocks{form.bits}", codes, scales, domain=decoding.DOMAIN, **full)
+        if form.scales.shape[0] * form.block > len(form.codes):
+            matrix = builder.node("Slice", matrix, [0], [len(form.codes)], [1], **full)
+        if not self.layer.transposed:
+            matrix = builder.node("Transpose", matrix, perm=[1, 0], **full)
+        matrix.shape = self.layer.value.shape
+        self._take_place(matrix, but=self.layer.picks)
 
     def _pairs(self, bits: int) -> ir.Value:
         """The table of pairs, made once per model."""
@@ -154,18 +188,17 @@ class _Writer:
 
     def _function(self, make, bits: int) -> None:
         """Add a function to the model, once."""
-        function = make(bits, self.model.opset_imports[""])
-        self.model.functions.setdefault(function.identifier(), function)
+        add_function(self.model, make(bits, self.model.opset_imports[""]))
 
     def _first(self) -> Builder:
         """Nodes right before the first use of the weight."""
         users = {use.node for use in self.layer.value.uses()}
         return Builder(next(node for node in self.graph if node in users), self.layer.name)
 
-    def _take_place(self, value: ir.Value) -> None:
-        """A value of the same matrix in all uses of the weight."""
+    def _take_place(self, value: ir.Value, but: tuple[ir.Node, ...] = ()) -> None:
+        """A value of the same matrix in all uses of the weight, but for those by some nodes."""
         for use in tuple(self.layer.value.uses()):
-            if use.node is not value.producer():
+            if use.node is not value.producer() and use.node not in but:
                 use.node.replace_input_with(use.idx, value)
 
     @property
@@ -175,6 +208,7 @@ class _Writer:
     def _product(self, builder: Builder, X: ir.Value, form: Quantized, what: str) -> ir.Value:
         shape = None if X.shape is None else [*X.shape[:-1], form.codes.shape[1]]
         packed = self._keep(what, form.packed())
+        self.graph.opset_imports[RUNTIME] = 1
         return builder.node(
             "MatMulNBits",
             X,
@@ -193,6 +227,7 @@ class _Writer:
     def _pick(self, builder: Builder, node: ir.Node, form: Quantized, what: str) -> ir.Value:
         indices = node.inputs[1]
         packed = form.packed()
+        self.graph.opset_imports[RUNTIME] = 1
         entries = len(packed)
         if self.layer.products:  # a product wants three axes of the same numbers
             table = builder.node("Reshape", self._keep(what, packed), [entries, -1], dtype=ir.DataType.UINT8)
@@ -228,10 +263,7 @@ class _Writer:
         """An initializer, made once per layer."""
         name = name or f"{self.layer.name}/{what}"
         if name not in self.stored:
-            tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
-            self.graph.register_initializer(value)
-            self.stored[name] = value
+            self.stored[name] = initializer(self.graph, name, array)
         return self.stored[name]
 
     def _finish(self, node: ir.Node, make) -> None:

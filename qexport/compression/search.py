@@ -15,8 +15,9 @@ from qexport.compression.calibration import positions, weights_of
 from qexport.compression.checkpoint import Checkpoint
 from qexport.compression.forms import HALF, INTEGER, KEEP, LOW_RANK, MPO, TRELLIS, Form, Method, Seen
 from qexport.compression.layers import Layer
+from qexport.compression.products import Rounded, label_of, names_of
 from qexport.compression.trials import Measured, Trials
-from qexport.knapsack import Option, State, choose, front
+from qexport.knapsack import Option, State, choose, front, last_within
 
 # A layer that loses more than this share of its outputs' square is broken, whatever the others make of it.
 WORST = 0.5
@@ -49,14 +50,27 @@ class Search:
     Args:
         layers: of the model.
         allowed: called with a layer; its methods, of fp16, int8, trellis, int4, low-rank, mpo.
-        probing, judging: trials on data that nothing is fitted to: for the gains, and for what is tried.
+        gains, probing, judging: trials on data that nothing is fitted to: for the gains, on the same data for `error`, and
+            for what is tried. Products are of floats where gains are measured, as errors at the outputs add up.
         store: where findings are kept.
         say: called with the step in words and the share that is done.
+        rounded: the products that are of whole numbers in `probing` and `judging`; their weights get forms that become a
+            matrix.
     """
 
-    def __init__(self, layers: list[Layer], allowed, probing: Trials, judging: Trials, store: Checkpoint, say):
+    def __init__(
+        self,
+        layers: list[Layer],
+        allowed,
+        gains: Trials,
+        probing: Trials,
+        judging: Trials,
+        store: Checkpoint,
+        say,
+        rounded: tuple[Rounded, ...] = (),
+    ):
         self.layers, self.allowed, self.store, self.say = layers, allowed, store, say
-        self.probing, self.judging = probing, judging
+        self.gains, self.probing, self.judging, self.rounded = gains, probing, judging, rounded
         self.candidates: list[Candidate] = []
         self.unseen: list[Layer] = []  # too few inputs for low-rank factors
         self._forms: dict[tuple[str, Method], Form | None] = {}
@@ -96,17 +110,8 @@ class Search:
     def within_loss(self, loss: float) -> Candidate | None:
         """The smallest candidate of the front whose metric loses at most `loss` on the judging data; None where not even the
         most accurate one does."""
-        best, low, high = None, 0, len(self.states) - 1
-        while low <= high:
-            middle = (low + high + 1) // 2 if best else low
-            tried = self._try(self.states[middle])
-            if tried.measured.loss <= loss:
-                best, low = tried, middle + 1
-            elif best is None:
-                return None
-            else:
-                high = middle - 1
-        return best
+        last = last_within(self.states, lambda state: self._try(state).measured.loss <= loss)
+        return None if last is None else self._try(last)
 
     def dense(self, methods) -> dict[str, np.ndarray]:
         """What a runtime makes of the weights in these forms, by the name of the initializer."""
@@ -128,22 +133,23 @@ class Search:
         nbytes = sum(forms.nbytes(layer, method) for layer, method in zip(self.layers, methods, strict=True))
         tried = len(self.candidates)
         self.say(f"trying weights of {nbytes / 1e6:.2f} MB", PREPARING + (1 - PREPARING) * tried / (tried + 4))
-        key = f"trial {' '.join(map(str, methods))}"
+        key = f"trial {' '.join(map(str, methods))}{label_of(self.rounded)}"
         found = self.store.compute(key, lambda: list(self.judging.measure(self.dense(methods)).__dict__.values()))
         self.candidates.append(Candidate(methods, nbytes, Measured(*map(float, found))))
         return self.candidates[-1]
 
     def _options(self, layer: Layer) -> list[Option]:
         """The methods of a layer as options: bytes under a limit of the squared error at the model's output."""
-        allowed = self.allowed(layer)
+        allowed, is_rounded = self.allowed(layer), layer.name in names_of(self.rounded)
         if LOW_RANK in allowed and positions(layer, self.store) < ENOUGH * forms.matrix_shape(layer)[0]:
             allowed = tuple(method for method in allowed if method != LOW_RANK)
-            self.unseen.append(layer)
+            if not is_rounded:
+                self.unseen.append(layer)
         found = forms.methods(layer, allowed)
         kept = self.store.compute(f"errors {layer.name} {' '.join(map(str, found))}", lambda: self._errors(layer, found))
         options = []
         for method, error, gain in zip(found, *kept, strict=True):
-            if error <= WORST:
+            if error <= WORST and not (is_rounded and method.kind in (LOW_RANK, MPO)):
                 options.append(Option(method, forms.nbytes(layer, method), float(gain * error)))
         return options
 
@@ -181,5 +187,5 @@ class Search:
     def _gain(self, seen: Seen, form: Form) -> float:
         """Squared error of the model's outputs per squared error of this layer's."""
         weights = {seen.layer.name: seen.layer.as_stored(form.dense())}
-        reached = self.probing.measure(weights, PROBE_FEEDS).error ** 2
+        reached = self.gains.measure(weights, PROBE_FEEDS).error ** 2
         return reached / max(seen.error(form), np.finfo(float).tiny)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from qexport import runtime
 from qexport.bundle import Bundle
-from qexport.compression.layers import Layer
+from qexport.compression.layers import Layer, find_layers
+from qexport.compression.products import Rounded, multiply
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.metrics import Metric
@@ -31,6 +33,10 @@ class Trials:
         self.bundle, self.session, self.classical = bundle, session, classical
         self.metric, self.feeds = metric, feeds
         self.outputs = [output for output in classical.get_outputs() if "float" in output.type]
+
+    def of(self, session) -> "Trials":
+        """The same of another session."""
+        return Trials(self.bundle, session, self.classical, self.metric, self.feeds)
 
     def measure(self, weights: dict[str, np.ndarray], most: int | None = None) -> "Measured":
         """The figures with other weights.
@@ -79,13 +85,20 @@ class Measured:
 
 
 @contextmanager
-def opened(bundle: Bundle, layers: list[Layer], library, outputs: list[str] | None = None):
+def opened(
+    bundle: Bundle, layers: list[Layer], library, outputs: list[str] | None = None, rounded: tuple[Rounded, ...] = ()
+):
     """A session of the converted model whose weights `layers` can be fed; those that are not fed are its own.
 
     Args:
         outputs: the values that it computes, and nothing that these do not need; the model's outputs when None.
+        rounded: the products that are of whole numbers.
     """
     model = load_structure(bundle.model_path)
+    if rounded:
+        graph = ir.from_proto(model)
+        multiply(graph, find_layers(graph), rounded)
+        model = ir.to_proto(graph)
     for layer in layers:
         kind = layer.value.const_value.dtype
         model.graph.input.append(onnx.helper.make_tensor_value_info(layer.name, int(kind), layer.shape))

@@ -190,5 +190,9 @@ def _compression(compression: dict) -> str:
         f"Its weights are compressed: {megabytes(size['before'])} became {megabytes(size['after'])}, {size['ratio']:.2f} "
         f"times smaller, at a loss of {percent(metric['loss'])} of {metric['name']}."
     )
-    rows = [(weight["module"] or weight["name"], weight["method"]) for weight in compression["layers"]]
-    return paragraph(about) + folded("How each weight is stored", table(("weight", "stored as"), rows, text_columns=2))
+    rows = [
+        (weight["module"] or weight["name"], weight["method"], "int8" if weight.get("int8_products") else "")
+        for weight in compression["layers"]
+    ]
+    columns = ("weight", "stored as", "products")
+    return paragraph(about) + folded("How each weight is stored", table(columns, rows, text_columns=3))

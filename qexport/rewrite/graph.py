@@ -194,6 +194,16 @@ class Builder:
         )
         return self._add(node)
 
+    def several(self, op_type: str, *inputs: ir.Value, dtypes, shapes=None, domain: str = "") -> tuple[ir.Value, ...]:
+        """The outputs of a new node that has several, of these types and, where given, shapes."""
+        shapes = shapes or [None] * len(dtypes)
+        results = [
+            ir.Value(name=self._name(op_type), type=ir.TensorType(dtype), shape=None if shape is None else ir.Shape(shape))
+            for dtype, shape in zip(dtypes, shapes, strict=True)
+        ]
+        self._add(ir.Node(domain, op_type, inputs, outputs=results, name=f"{results[0].name}_node"))
+        return tuple(results)
+
     def ours(self, op_name: str, *inputs: ir.Value | None, like: ir.Value, **attributes) -> ir.Value:
         """The first output, with type and shape of `like`, of a node of the domain com.qexport as the op table writes it."""
         from qexport.ops.proto import make_node
