@@ -68,7 +68,11 @@ class ExactTile {
     for (int i = 0; i < exact.pack; ++i) any = any || exact.only[batch * p.q_heads + first_head + i];
     if (!any) return false;
     const int64_t nonpad = job.tensors.nonpad_kv_seqlen ? job.tensors.nonpad_kv_seqlen[batch] : 0;
-    offset = job.tensors.nonpad_kv_seqlen ? nonpad - p.q_len : p.past_len;
+    // Keys, queries and rows of a tile are counted in 32 bits; further away than kFar there is no key.
+    constexpr int64_t kFar = 1 << 30;
+    offset = static_cast<int>(max(-kFar, min(job.tensors.nonpad_kv_seqlen ? nonpad - p.q_len : p.past_len, kFar)));
+    left = static_cast<int>(min(p.left_window, kFar));
+    right = static_cast<int>(p.is_causal ? 0 : min(p.right_window, kFar));
     int64_t keys = job.tensors.nonpad_kv_seqlen ? min(max(nonpad, int64_t{0}), job.total_len) : job.total_len;
     if (job.tensors.mask.data) keys = min(keys, job.tensors.mask.len);
     key_end = static_cast<int>(keys);
@@ -76,11 +80,11 @@ class ExactTile {
       for (int i = static_cast<int>(threadIdx.x); i < kKeys; i += static_cast<int>(blockDim.x)) seen[i] = 0;
       __syncthreads();
     }
-    // The first query of the tile begins and ends to see keys before the others, the last one after them.
-    const int64_t last_row = min(first_row + kQueries, exact.pack * p.q_len) - 1;
-    QueryPlace lowest = place(0), highest = place(static_cast<int>(last_row - first_row));
-    if (lowest.head != highest.head) lowest.query = 0, highest.query = p.q_len - 1;
-    const Range low = range_of(lowest.query), high = range_of(highest.query);
+    rows = static_cast<int>(min(exact.pack * p.q_len - first_row, int64_t{kQueries}));
+    // The first query of the tile begins and ends to see keys before the others, the last one after them. Those of several
+    // heads are taken to be all.
+    const int64_t lowest = exact.pack == 1 ? first_row : 0, highest = exact.pack == 1 ? first_row + rows - 1 : p.q_len - 1;
+    const Range low = range_of(lowest), high = range_of(highest);
     all_from = high.lo, all_to = low.hi;
     const int blocks = high.hi > low.lo ? ceil_div(high.hi - low.lo, kKeys) : 0;
     const int begin = static_cast<int>(int64_t{blocks} * part / exact.parts);
@@ -90,10 +94,10 @@ class ExactTile {
     const int64_t kv_head = static_cast<uint32_t>(first_head) / static_cast<uint32_t>(job.group);
     // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the
     // buffer.
-    const auto base = [&](const HeadRows& rows, int64_t back) {
-      return reinterpret_cast<uintptr_t>(rows.data) +
+    const auto base = [&](const HeadRows& all, int64_t back) {
+      return reinterpret_cast<uintptr_t>(all.data) +
              sizeof(T) *
-                 static_cast<uintptr_t>(batch * rows.batch_stride + kv_head * rows.head_stride - back * rows.row_stride);
+                 static_cast<uintptr_t>(batch * all.batch_stride + kv_head * all.head_stride - back * all.row_stride);
     };
     key_past = base(job.tensors.past_key, 0), key_new = base(job.tensors.k, past);
     value_past = base(job.tensors.past_value, 0), value_new = base(job.tensors.v, past);
@@ -107,7 +111,7 @@ class ExactTile {
     return {first_head + at / q_len, at % q_len};
   }
   __device__ __forceinline__ bool ours(int row) const {
-    if (row >= kQueries || first_row + row >= launch->pack * launch->job.params.q_len) return false;
+    if (row >= rows) return false;
     return !launch->only || launch->only[batch * launch->job.params.q_heads + place(row).head];
   }
 
@@ -211,13 +215,10 @@ class ExactTile {
     int lo, hi;
   };
   __device__ __forceinline__ Range range_of(int64_t query) const {
-    const QuantumAttentionParams& p = launch->job.params;
-    const int64_t position = query + offset;
-    int64_t lo = 0, hi = key_end;
-    if (p.is_causal) hi = min(hi, position + 1);
-    if (p.right_window >= 0) hi = min(hi, position + p.right_window + 1);
-    if (p.left_window >= 0) lo = max(lo, min(position - p.left_window, hi));
-    return {static_cast<int>(lo), static_cast<int>(hi)};
+    const int position = static_cast<int>(query) + offset;
+    const int hi = right >= 0 ? min(key_end, position + 1 + min(right, key_end)) : key_end;
+    const int lo = left >= 0 ? max(0, min(position - left, hi)) : 0;
+    return {lo, hi};
   }
 
   template <class Mask, class Bias>
@@ -265,8 +266,9 @@ class ExactTile {
   int64_t batch, first_head, first_row;
   int first, end;        // of the keys
   int all_from, all_to;  // the keys that every row sees
-  int key_end;           // of all keys
-  int64_t offset;        // position of query 0
+  int rows;              // of the tile
+  int key_end, offset;   // of all keys; position of query 0
+  int left, right;       // windows; < 0: none
   int* seen;             // (kKeys,) 1 + the last block whose key some query sees, as far as the mask goes
   float* bias;           // (kQueries, kBiasRow)
   int bias_step = 0;
