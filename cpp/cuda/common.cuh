@@ -118,6 +118,27 @@ __host__ __device__ __forceinline__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// Divides by what the host knows, without a division: numbers from 0 to 2^31 - 1 by one from 1 to 2^31 - 1 (Granlund and
+// Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
+struct Divisor {
+  int divisor = 1, shift = 0;
+  uint32_t factor = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t by) : divisor(static_cast<int>(by)) {
+    while ((int64_t{1} << shift) < by) ++shift;
+    if (by > 1) factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + by - 1) / by), --shift;
+  }
+  __device__ __forceinline__ int divide(int x) const {
+    return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), factor) >> shift);
+  }
+  __device__ __forceinline__ int divide(int x, int* rest) const {
+    const int quotient = divide(x);
+    *rest = x - quotient * divisor;
+    return quotient;
+  }
+};
+
 // Sums and maxima over a warp, the same on every lane and in the same order on every device.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {

@@ -10,21 +10,25 @@ constexpr int kJoinThreads = 256, kJoinColumns = 128;
 constexpr int kWideThreads = 128;
 constexpr int kWideColumns = 4;  // of V per lane
 
-template <class T>
-__device__ __forceinline__ void put_pair(T* to, float a, float b, int left, bool aligned) {
-  if constexpr (sizeof(T) == 2) {
-    if (aligned && left > 1) {
-      *reinterpret_cast<uint32_t*>(to) = pack_pair(a, b, T{});
-      return;
-    }
-  } else {
-    if (aligned && left > 1) {
-      *reinterpret_cast<float2*>(to) = make_float2(a, b);
-      return;
+// Writes a row of the state, times `unit`.
+template <class T, class State>
+__device__ __forceinline__ void put_row(State& state, int i, float unit, T* to, int columns) {
+  // Without branches where there are none to take: a short call waits for its instructions.
+  const bool aligned = State::kWholePairs || (columns % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0);
+#pragma unroll
+  for (int n = 0; n < State::kPairs; ++n) {
+    const int column = State::column(n);
+    if (column >= columns) continue;
+    const float a = state.pair(i, n)[0] * unit, b = state.pair(i, n)[1] * unit;
+    if (!aligned) {
+      to[column] = from_float<T>(a);
+      if (column + 1 < columns) to[column + 1] = from_float<T>(b);
+    } else if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(to + column) = pack_pair(a, b, T{});
+    } else {
+      *reinterpret_cast<float2*>(to + column) = make_float2(a, b);
     }
   }
-  if (left > 0) to[0] = from_float<T>(a);
-  if (left > 1) to[1] = from_float<T>(b);
 }
 
 // Queries of one ExactTile per block of threads: to y, or with several parts to part_outputs and part_stats.
@@ -51,22 +55,10 @@ __global__ __launch_bounds__(Tile::kThreads,
       const int64_t at = tile.part_row(row);
       if (state.column(0) == 0) launch.part_stats[2 * at] = state.most[i], launch.part_stats[2 * at + 1] = state.sum[i];
       if (state.sum[i] == 0.0f) continue;  // join_parts_kernel does not read it
-      float* const to = launch.part_outputs + at * tile.v_head_size;
-#pragma unroll
-      for (int n = 0; n < State<Tile>::kPairs; ++n) {
-        const int column = state.column(n);
-        put_pair(to + column, state.pair(i, n)[0], state.pair(i, n)[1], tile.v_head_size - column,
-                 tile.v_head_size % 2 == 0);
-      }
+      put_row(state, i, 1.0f, launch.part_outputs + at * tile.v_head_size, tile.v_head_size);
     } else {
-      const float unit = state.sum[i] == 0.0f ? 0.0f : 1.0f / state.sum[i];  // a row without keys is 0
-      T* const to = tile.output(row);
-      const bool aligned = reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
-#pragma unroll
-      for (int n = 0; n < State<Tile>::kPairs; ++n) {
-        const int column = state.column(n);
-        put_pair(to + column, state.pair(i, n)[0] * unit, state.pair(i, n)[1] * unit, tile.v_head_size - column, aligned);
-      }
+      const float unit = state.sum[i] == 0.0f ? 0.0f : fast_reciprocal(state.sum[i]);  // a row without keys is 0
+      put_row(state, i, unit, tile.output(row), tile.v_head_size);
     }
   }
 }
@@ -177,9 +169,18 @@ template <class Tile, template <class> class State>
 void start(Status& status, ExactLaunch exact, const Device& device, void* scratch, void* stream, Choice<Tile, State>) {
   const AttentionJob& job = exact.job;
   using T = typename Tile::T;
-  exact.pack = pack_of<Tile>(job), exact.tiles = tiles_of<Tile>(job), exact.parts = parts_of<Tile>(job, device);
+  exact.pack = pack_of<Tile>(job), exact.parts = parts_of<Tile>(job, device);
   const int64_t blocks = blocks_of<Tile>(job) * exact.parts, rows = exact.rows();
-  if (blocks > INT32_MAX || (exact.parts > 1 && rows > INT32_MAX)) return status.fail(kTooMany);
+  if (std::max(rows, blocks) > INT32_MAX) return status.fail(kTooMany);
+  exact.by_parts = Divisor(exact.parts), exact.by_tiles = Divisor(tiles_of<Tile>(job));
+  exact.by_packs = Divisor(job.params.q_heads / exact.pack), exact.by_group = Divisor(job.group);
+  exact.by_queries = Divisor(job.params.q_len);
+  const int64_t keys = job.tensors.mask.data ? std::min(job.total_len, job.tensors.mask.len) : job.total_len;
+  const auto near = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, kFar)); };
+  exact.past = near(job.params.past_len), exact.keys = near(keys);
+  exact.left = near(job.params.left_window), exact.right = job.params.is_causal ? 0 : near(job.params.right_window);
+  exact.two_over_cap = 2.0f / job.params.softcap;
+  exact.query_stride = exact.pack > 1 ? job.tensors.q.head_stride : job.tensors.q.row_stride;
   exact.part_stats = static_cast<float*>(scratch);
   exact.part_outputs = exact.part_stats + 2 * exact.parts * rows;
   launch(status, exact_kernel<Tile, State>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
@@ -213,7 +214,8 @@ size_t exact_attention_scratch_bytes(const AttentionJob& job) {
 void exact_attention(Status& status, const AttentionJob& job, const int32_t* only, void* scratch, void* stream) {
   const Device device = current_device(status);
   if (!status.ok()) return;
-  const ExactLaunch exact{job, only, 1, 1, 0, nullptr, nullptr};
+  ExactLaunch exact{};
+  exact.job = job, exact.only = only, exact.pack = exact.parts = 1;
   choose(job, device, [&](auto choice) { start(status, exact, device, scratch, stream, choice); });
 }
 

@@ -16,14 +16,21 @@ struct ExactLaunch {
   AttentionJob job;
   const int32_t* only;
   int pack, parts;
-  int64_t tiles;
+  Divisor by_parts, by_tiles, by_packs, by_group, by_queries;  // `packs` of all heads; q_len
+  int past, keys;         // keys as far as their number and the mask's go
+  int left, right;        // windows; < 0: none
+  float two_over_cap;
+  int64_t query_stride;   // between rows of a tile of one head, or of several with one query each
   float* part_outputs;  // (parts, rows of all heads, v_head_size), not divided by the sum
   float* part_stats;    // (parts, rows of all heads, 2): maximum of the scores, and sum
   __host__ __device__ int64_t rows() const { return job.params.batch * job.params.q_heads * job.params.q_len; }
 };
 
+// Keys and queries are counted in 32 bits; further away than this there is no key.
+constexpr int kFar = 1 << 30;
+
 struct QueryPlace {
-  int64_t head, query;
+  int head, query;
 };
 
 // What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of
@@ -54,61 +61,63 @@ class ExactTile {
     const QuantumAttentionParams& p = job.params;
     seen = reinterpret_cast<int*>(shared);
     bias = reinterpret_cast<float*>(seen + kKeys);
-    // In 32 bits, which a grid has: divisions of 64 bits take as long as the products of a block of keys.
-    uint32_t index = blockIdx.x;
-    const uint32_t parts = static_cast<uint32_t>(exact.parts), tiles = static_cast<uint32_t>(exact.tiles);
-    const uint32_t packs = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(exact.pack);
-    part = static_cast<int>(index % parts), index /= parts;
+    int index = exact.by_parts.divide(static_cast<int>(blockIdx.x), &part), tile, pack;
+    index = exact.by_tiles.divide(index, &tile), batch = exact.by_packs.divide(index, &pack);
     // Later queries see more keys under a causal mask: the longest work first.
-    first_row = int64_t{tiles - 1 - index % tiles} * kQueries, index /= tiles;
-    first_head = int64_t{index % packs} * exact.pack, batch = index / packs;
+    first_row = (exact.by_tiles.divisor - 1 - tile) * kQueries, first_head = pack * exact.pack;
     head_size = static_cast<int>(p.head_size), v_head_size = static_cast<int>(p.v_head_size);
     scale = p.scale * kLog2E;
-    bool any = !exact.only;
-    for (int i = 0; i < exact.pack; ++i) any = any || exact.only[batch * p.q_heads + first_head + i];
-    if (!any) return false;
-    const int64_t nonpad = job.tensors.nonpad_kv_seqlen ? job.tensors.nonpad_kv_seqlen[batch] : 0;
-    // Keys, queries and rows of a tile are counted in 32 bits; further away than kFar there is no key.
-    constexpr int64_t kFar = 1 << 30;
-    offset = static_cast<int>(max(-kFar, min(job.tensors.nonpad_kv_seqlen ? nonpad - p.q_len : p.past_len, kFar)));
-    left = static_cast<int>(min(p.left_window, kFar));
-    right = static_cast<int>(p.is_causal ? 0 : min(p.right_window, kFar));
-    int64_t keys = job.tensors.nonpad_kv_seqlen ? min(max(nonpad, int64_t{0}), job.total_len) : job.total_len;
-    if (job.tensors.mask.data) keys = min(keys, job.tensors.mask.len);
-    key_end = static_cast<int>(keys);
+    if (exact.only && !any_wanted()) return false;
+    key_end = exact.keys, offset = exact.past;
+    if (job.tensors.nonpad_kv_seqlen) {
+      const int64_t there = job.tensors.nonpad_kv_seqlen[batch];
+      offset = static_cast<int>(max(int64_t{-kFar}, min(there - p.q_len, int64_t{kFar})));
+      key_end = static_cast<int>(min(max(there, int64_t{0}), int64_t{exact.keys}));
+    }
     if (hides()) {
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < kKeys; i += static_cast<int>(blockDim.x)) seen[i] = 0;
       __syncthreads();
     }
-    rows = static_cast<int>(min(exact.pack * p.q_len - first_row, int64_t{kQueries}));
+    const int queries = exact.by_queries.divisor;
+    rows = min(exact.pack * queries - first_row, kQueries);
     // The first query of the tile begins and ends to see keys before the others, the last one after them. Those of several
     // heads are taken to be all.
-    const int64_t lowest = exact.pack == 1 ? first_row : 0, highest = exact.pack == 1 ? first_row + rows - 1 : p.q_len - 1;
+    const int lowest = exact.pack == 1 ? first_row : 0, highest = exact.pack == 1 ? first_row + rows - 1 : queries - 1;
     const Range low = range_of(lowest), high = range_of(highest);
     all_from = high.lo, all_to = low.hi;
-    const int blocks = high.hi > low.lo ? ceil_div(high.hi - low.lo, kKeys) : 0;
-    const int begin = static_cast<int>(int64_t{blocks} * part / exact.parts);
-    end = high.hi, first = low.lo + begin * kKeys;
-    count = static_cast<int>(int64_t{blocks} * (part + 1) / exact.parts) - begin;
-    const int64_t past = job.params.past_len;
-    const int64_t kv_head = static_cast<uint32_t>(first_head) / static_cast<uint32_t>(job.group);
+    int longer;  // so many parts have a block more than the others
+    count = exact.by_parts.divide(high.hi > low.lo ? ceil_div(high.hi - low.lo, kKeys) : 0, &longer);
+    end = high.hi, first = low.lo + (part * count + min(part, longer)) * kKeys;
+    if (part < longer) ++count;
+    const int kv_head = exact.by_group.divide(first_head);
     // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the
     // buffer.
-    const auto base = [&](const HeadRows& all, int64_t back) {
+    const auto base = [&](const HeadRows& all) {
       return reinterpret_cast<uintptr_t>(all.data) +
-             sizeof(T) *
-                 static_cast<uintptr_t>(batch * all.batch_stride + kv_head * all.head_stride - back * all.row_stride);
+             sizeof(T) * static_cast<uintptr_t>(batch * all.batch_stride + kv_head * all.head_stride);
     };
-    key_past = base(job.tensors.past_key, 0), key_new = base(job.tensors.k, past);
-    value_past = base(job.tensors.past_value, 0), value_new = base(job.tensors.v, past);
+    key_new = key_past = base(job.tensors.k), value_new = value_past = base(job.tensors.v);
+    if (exact.past) {
+      key_past = base(job.tensors.past_key), value_past = base(job.tensors.past_value);
+      key_new -= sizeof(T) * static_cast<uintptr_t>(exact.past * job.tensors.k.row_stride);
+      value_new -= sizeof(T) * static_cast<uintptr_t>(exact.past * job.tensors.v.row_stride);
+    }
     return true;
   }
 
+  __device__ __forceinline__ bool any_wanted() const {
+    const int32_t* const only = launch->only + batch * launch->job.params.q_heads + first_head;
+#pragma unroll 1
+    for (int i = 0; i < launch->pack; ++i) {
+      if (only[i]) return true;
+    }
+    return false;
+  }
   __device__ __forceinline__ QueryPlace place(int row) const {
-    const int64_t r = first_row + row;
-    if (launch->pack == 1) return {first_head, r};
-    const uint32_t q_len = static_cast<uint32_t>(launch->job.params.q_len), at = static_cast<uint32_t>(r);
-    return {first_head + at / q_len, at % q_len};
+    QueryPlace at;
+    at.head = first_head + launch->by_queries.divide(first_row + row, &at.query);
+    return at;
   }
   __device__ __forceinline__ bool ours(int row) const {
     if (row >= rows) return false;
@@ -129,16 +138,17 @@ class ExactTile {
     return key_or_value(block, row, value_past, value_new, t.past_value.row_stride, t.v.row_stride);
   }
 
-  __device__ __forceinline__ KeyRun<T> query_run(int part) const {
-    const int64_t r = first_row + part * kRun;
-    if (launch->pack > 1 || launch->only || r + kRun > launch->job.params.q_len) return {nullptr, 0};
-    return {row_of<T>(launch->job.tensors.q, batch, first_head, r), launch->job.tensors.q.row_stride};
+  __device__ __forceinline__ Run<T> query_run(int part) const {
+    const int at = part * kRun;
+    if (launch->pack > 1 && (launch->only || launch->by_queries.divisor > 1)) return {nullptr, 0, kUneven};
+    return {row_of<T>(launch->job.tensors.q, batch, first_head, 0) + (first_row + at) * launch->query_stride,
+            launch->query_stride, rows - at};
   }
-  __device__ __forceinline__ KeyRun<T> key_run(int block, int part) const {
+  __device__ __forceinline__ Run<T> key_run(int block, int part) const {
     const QuantumAttentionTensors& t = launch->job.tensors;
     return run_of(block, part, key_past, key_new, t.past_key.row_stride, t.k.row_stride);
   }
-  __device__ __forceinline__ KeyRun<T> value_run(int block, int part) const {
+  __device__ __forceinline__ Run<T> value_run(int block, int part) const {
     const QuantumAttentionTensors& t = launch->job.tensors;
     return run_of(block, part, value_past, value_new, t.past_value.row_stride, t.v.row_stride);
   }
@@ -154,7 +164,6 @@ class ExactTile {
 
   // Lays the mask of the tile into shared memory, as logarithms of base 2. Where all rows have the same, row 0 serves them.
   __device__ __forceinline__ void prepare(int block) {
-    two_over_cap = 2.0f / launch->job.params.softcap;
     if (!hides()) return;
     switch (launch->job.tensors.mask.type) {
       case DType::boolean:
@@ -177,7 +186,7 @@ class ExactTile {
     const AttentionJob& job = launch->job;
     if (job.params.softcap > 0.0f) {
 #pragma unroll
-      for (int m = 0; m < kCount; ++m) at(m) = capped_score(at(m), job.params.softcap, two_over_cap);
+      for (int m = 0; m < kCount; ++m) at(m) = capped_score(at(m), job.params.softcap, launch->two_over_cap);
     }
     // Everything is selected, so that a NaN behind the mask does not leak.
     if (hides()) {
@@ -214,8 +223,9 @@ class ExactTile {
   struct Range {
     int lo, hi;
   };
-  __device__ __forceinline__ Range range_of(int64_t query) const {
-    const int position = static_cast<int>(query) + offset;
+  __device__ __forceinline__ Range range_of(int query) const {
+    const int position = query + offset;
+    const int left = launch->left, right = launch->right;
     const int hi = right >= 0 ? min(key_end, position + 1 + min(right, key_end)) : key_end;
     const int lo = left >= 0 ? max(0, min(position - left, hi)) : 0;
     return {lo, hi};
@@ -244,7 +254,7 @@ class ExactTile {
 
   __device__ __forceinline__ const T* key_or_value(int block, int row, uintptr_t past, uintptr_t fresh, int64_t past_stride,
                                                    int64_t stride) const {
-    const int from = first + block * kKeys, j = from + row, past_len = static_cast<int>(launch->job.params.past_len);
+    const int from = first + block * kKeys, j = from + row, past_len = launch->past;
     if (j >= end) return nullptr;
     // Nearly all blocks lie on one side, which all threads know.
     const bool old = from < past_len && (from + kKeys <= past_len || j < past_len);
@@ -252,27 +262,25 @@ class ExactTile {
                                       sizeof(T) * static_cast<uintptr_t>(j * (old ? past_stride : stride)));
   }
 
-  __device__ __forceinline__ KeyRun<T> run_of(int block, int part, uintptr_t past, uintptr_t fresh, int64_t past_stride,
-                                              int64_t stride) const {
-    const int from = first + block * kKeys + part * kRun, past_len = static_cast<int>(launch->job.params.past_len);
+  __device__ __forceinline__ Run<T> run_of(int block, int part, uintptr_t past, uintptr_t fresh, int64_t past_stride,
+                                           int64_t stride) const {
+    const int from = first + block * kKeys + part * kRun, past_len = launch->past;
     const bool old = from < past_len;
-    if (from + kRun > end || (old && from + kRun > past_len)) return {nullptr, 0};
+    if (old && past_len < min(from + kRun, end)) return {nullptr, 0, kUneven};
     if (old) stride = past_stride;
-    return {reinterpret_cast<const T*>((old ? past : fresh) + sizeof(T) * static_cast<uintptr_t>(from * stride)), stride};
+    return {reinterpret_cast<const T*>((old ? past : fresh) + sizeof(T) * static_cast<uintptr_t>(from * stride)), stride,
+            end - from};
   }
 
   const ExactLaunch* launch;
-  int part;
-  int64_t batch, first_head, first_row;
+  int batch, first_head, first_row, part;
   int first, end;        // of the keys
   int all_from, all_to;  // the keys that every row sees
   int rows;              // of the tile
   int key_end, offset;   // of all keys; position of query 0
-  int left, right;       // windows; < 0: none
   int* seen;             // (kKeys,) 1 + the last block whose key some query sees, as far as the mask goes
   float* bias;           // (kQueries, kBiasRow)
   int bias_step = 0;
-  float two_over_cap = 0.0f;
   uintptr_t key_past, key_new, value_past, value_new;
 };
 

@@ -2,9 +2,10 @@
 // 1805.02867; Dao, arXiv 2307.08691) on the tensor cores: fp16 and bf16, float32 sums. Scores are logarithms of base 2.
 //
 // `attend` walks over the blocks 0..count-1 of a `Blocks`, which says where rows lie and what a score becomes:
-//   const T* query(int row)              row of the tile, aligned to 16 bytes; null: zeros
-//   const T* key(int block, int row)     row of K of a block, likewise
-//   const T* value(int block, int row)   row of V; null for every row that no query may see, since 0 * NaN is NaN
+//   Run<T> query_run(int part)           rows kRun * part.. of the tile, each aligned to 16 bytes
+//   Run<T> key_run(int block, int part)  rows of K of a block, likewise
+//   Run<T> value_run(int block, int part)    rows of V; none that no query may see, since 0 * NaN is NaN
+//   const T* query(int row), key(int block, int row), value(int block, int row)    a row, where a run is kUneven; null: zeros
 //   int head_size, v_head_size           elements of a row, multiples of 8 up to Tile::kHead; the rest counts as 0
 //   float scale                          of the products q . k, times log2(e)
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
@@ -28,14 +29,13 @@ __device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shar
   char* const queries = shared;
   char* const keys = shared + Tile::kQueryBytes;
   char* const values = keys + 2 * Tile::kKeyBytes;
-  const auto key = [&](int block, int row) { return blocks.key(block, row); };
-  const auto value = [&](int block, int row) { return blocks.value(block, row); };
-  flash_copy_rows<Tile, Tile::kQueries>(queries, blocks.head_size, [&](int row) { return blocks.query(row); });
-  flash_copy_block<Tile>(keys, 0, blocks.head_size, key);
+  flash_copy_queries<Tile>(queries, blocks);
+  flash_copy_keys<Tile>(keys, 0, blocks);
+  if constexpr (!Tile::kWarpgroups) flash_copy_values<Tile>(values, 0, blocks);
+  cp_async_commit();
   if (blocks.scale < 0.0f) {
     // The maximum is taken of products before scaling, so that the scale must not be negative. A thread sees its own copies
     // without a barrier.
-    cp_async_commit();
     cp_async_wait<0>();
     flash_negate<Tile>(queries);
   }
@@ -43,15 +43,14 @@ __device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shar
   if constexpr (Tile::kWarpgroups) {
     flash_attend_warpgroups(state, queries, keys, values, count, factor, blocks);
   } else {
-    flash_copy_block<Tile>(values, 0, blocks.v_head_size, value);
-    cp_async_commit();
     const auto load = [&](uint32_t (&a)[Tile::kRowTiles][4], int k) { flash_load_queries<Tile>(a, queries, k); };
     for (int block = 0; block < count; ++block) {
       cp_async_wait<0>();
       __syncthreads();  // the block is there, and nobody reads the one before any more
       if (block + 1 < count) {
-        flash_copy_block<Tile>(keys, block + 1, blocks.head_size, key);
-        flash_copy_block<Tile>(values, block + 1, blocks.v_head_size, value);
+        const int other = (block + 1) % 2 * Tile::kKeyBytes;
+        flash_copy_keys<Tile>(keys + other, block + 1, blocks);
+        flash_copy_values<Tile>(values + other, block + 1, blocks);
         cp_async_commit();
       }
       const int at = block % 2 * Tile::kKeyBytes;

@@ -72,57 +72,23 @@ struct FlashRing {
   }
 };
 
-// Copies rows kRun at a time: at once where they lie at even distances, else row by row.
-template <class Tile, int kRows, class Run, class Row>
-__device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run& run_of, const Row& row_of) {
-  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
-  static_assert(kRows % kRun == 0 && kRun % kStep == 0 && kStep % 8 == 0);
-  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks,
-            chunk = static_cast<int>(threadIdx.x) % kChunks;
-  const bool valid = 8 * chunk < columns;
-  to += flash_offset<Tile::kHead, kRows>(first, chunk);
-#pragma unroll
-  for (int part = 0; part < kRows / kRun; ++part) {
-    const KeyRun<typename Tile::T> run = run_of(part);
-    const typename Tile::T* from = run.first + first * run.stride + 8 * chunk;
-#pragma unroll
-    for (int i = part * kRun; i < (part + 1) * kRun; i += kStep) {
-      if (!run.first) {
-        from = row_of(i + first);
-        cp_async_16(to + i * 128, valid && from ? from + 8 * chunk : nullptr, valid && from);
-      } else {
-        cp_async_16(to + i * 128, from, valid);
-        from += kStep * run.stride;
-      }
-    }
-  }
-}
-
 // The warpgroup that copies.
 template <class Tile, class Blocks>
 __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile>& ring, int count, const Blocks& blocks) {
-  if (blocks.scale >= 0.0f) {
-    flash_copy_runs<Tile, Tile::kQueries>(
-        shared, blocks.head_size, [&](int part) { return blocks.query_run(part); },
-        [&](int row) { return blocks.query(row); });
-  }
+  if (blocks.scale >= 0.0f) flash_copy_queries<Tile>(shared, blocks);
   FlashCursor<Tile> key_at, value_at;
   for (int block = 0; block <= count; ++block) {
     if (block < count) {
       ring.wait_free(0, key_at);
       const int slot = ring.slot(0, key_at);
-      flash_copy_runs<Tile, Tile::kKeys>(
-          ring.block(slot), blocks.head_size, [&](int part) { return blocks.key_run(block, part); },
-          [&](int row) { return blocks.key(block, row); });
+      flash_copy_keys<Tile>(ring.block(slot), block, blocks);
       phase_arrive_after_copies(ring.full + slot);
       key_at.advance();
     }
     if (block > 0) {
       ring.wait_free(1, value_at);
       const int slot = ring.slot(1, value_at);
-      flash_copy_runs<Tile, Tile::kKeys>(
-          ring.block(slot), blocks.v_head_size, [&](int part) { return blocks.value_run(block - 1, part); },
-          [&](int row) { return blocks.value(block - 1, row); });
+      flash_copy_values<Tile>(ring.block(slot), block - 1, blocks);
       phase_arrive_after_copies(ring.full + slot);
       value_at.advance();
     }
@@ -206,7 +172,7 @@ __device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, c
   ring.open();
   // The maximum is taken of products before scaling, so that the scale must not be negative.
   if (blocks.scale < 0.0f && static_cast<int>(threadIdx.x) < Tile::kCopiers) {
-    flash_copy_rows<Tile, Tile::kQueries>(shared, blocks.head_size, [&](int row) { return blocks.query(row); });
+    flash_copy_queries<Tile>(shared, blocks);
     cp_async_commit();
     cp_async_wait<0>();
     flash_negate<Tile>(shared);

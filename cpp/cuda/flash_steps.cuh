@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
 // Columns 16 k.. of the warp's rows of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
   const FlashLane<Tile::kHead, Tile::kQueryPanel> place(lane % 16 + warp * Tile::kRowTiles * 16, lane / 16);
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) ldmatrix_x4(a[i], queries + place.at(i, k));
@@ -34,7 +34,7 @@ __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles
 template <class Tile, class Load>
 __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
                                                const char* keys) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
   const FlashLane<Tile::kHead, Tile::kKeyPanel> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ void flash_pack(uint32_t (&p)[Tile::kKeys / 16][Tile:
 template <class Tile>
 __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
                                              const uint32_t (&p)[Tile::kKeys / 16][Tile::kRowTiles][4], const char* values) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
   const FlashLane<Tile::kHead, Tile::kKeyPanel> place(lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k) {

@@ -10,12 +10,14 @@ namespace cuda {
 constexpr float kLog2E = 1.44269504088896340736f;
 
 constexpr int kFlashMostJoined = 16;  // queries for each multiprocessor up to which their keys are split
-constexpr int kRun = 64;              // rows of K or V that are copied at once where they lie at even distances, in elements
+constexpr int kRun = 64;              // rows that are copied at once where they lie at even distances, in elements
 template <class T>
-struct KeyRun {
-  const T* first;  // null: they do not
+struct Run {
+  const T* first;
   int64_t stride;
+  int rows;  // that are there, the others are zeros; kUneven: they do not
 };
+constexpr int kUneven = -(1 << 30);
 
 // The shape of a tile. A warp computes 16 * kRowTiles queries and shares what it reads of K and V among them.
 template <class T_, int kHead_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocksPerProcessor_, bool kWarpgroups_ = false>
@@ -39,13 +41,14 @@ struct FlashTile {
 template <class Tile>
 struct FlashState {
   static constexpr int kRows = 2 * Tile::kRowTiles, kPairs = Tile::kHead / 8;
+  static constexpr bool kWholePairs = true;  // rows have an even number of elements, and pairs of them lie together
   __host__ __device__ static constexpr bool runs_on(int arch) { return Tile::kWarpgroups ? arch == 900 : arch >= 800; }
   float o[Tile::kRowTiles][kPairs][4];
   float most[kRows];  // of the scores so far; the same on the four lanes of a row
   float sum[kRows];   // of 2^(score - most); a part of it on each of the four lanes, until join_sums
 
   __device__ __forceinline__ static int row(int i) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
     return (warp * kRows + i) * 8 + lane / 4;
   }
   __device__ __forceinline__ static int column(int n) { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4); }
@@ -108,8 +111,8 @@ template <class Tile, int kRows, class Row, int kPanelRows = Tile::kWarpgroups ?
 __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
   static_assert(Tile::kCopiers % kChunks == 0);
-  const int first = static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks,
-            chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
+            chunk = static_cast<int>(threadIdx.x % kChunks);
 #pragma unroll
   for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
     const int row = i * kStep + first;
@@ -119,6 +122,45 @@ __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const
     cp_async_16(shared + flash_offset<Tile::kHead, kPanelRows>(row, chunk), valid ? from + 8 * chunk : nullptr, valid);
   }
 }
+
+// Likewise kRun rows at a time: those that lie at even distances take few instructions, of which a short call has as many as
+// it can wait for. `keep(row)` is false for rows that count as zeros.
+template <class Tile, int kRows, class RunOf, class RowOf, class Keep, int kPanelRows = Tile::kWarpgroups ? kRows : 0>
+__device__ __forceinline__ void flash_copy_runs(char* to, int columns, const RunOf& run_of, const RowOf& row_of,
+                                                const Keep& keep) {
+  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
+  constexpr int kRowBytes = FlashLane<Tile::kHead, kPanelRows>::kRowBytes;
+  static_assert(kRows % kRun == 0 && kStep % 8 == 0);
+  const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
+            chunk = static_cast<int>(threadIdx.x % kChunks);
+  const bool valid = 8 * chunk < columns;
+  to += flash_offset<Tile::kHead, kPanelRows>(first, chunk);
+#pragma unroll
+  for (int part = 0; part < kRows / kRun; ++part) {
+    const Run<typename Tile::T> run = run_of(part);
+    char* const place = to + part * (kRun * kRowBytes);
+    if (run.rows == kUneven) {
+#pragma unroll 1
+      for (int row = first; row < kRun; row += kStep) {
+        const typename Tile::T* from = row_of(part * kRun + row);
+        const bool there = valid && from && keep(part * kRun + row);
+        cp_async_16(place + (row - first) * kRowBytes, there ? from + 8 * chunk : nullptr, there);
+      }
+      continue;
+    }
+    const typename Tile::T* from = run.first + first * run.stride + 8 * chunk;
+#pragma unroll
+    for (int i = 0; i < kRun; i += kStep) {
+      const int row = i + first;
+      if (kRun % kStep && row >= kRun) break;
+      cp_async_16(place + i * kRowBytes, from, valid && row < run.rows && keep(part * kRun + row));
+      from += kStep * run.stride;
+    }
+  }
+}
+struct KeepAll {
+  __device__ __forceinline__ bool operator()(int) const { return true; }
+};
 
 // Zeros where rows of V lie that no query sees: 0 * NaN is NaN.
 template <class Tile, class Hidden>
@@ -135,22 +177,37 @@ __device__ __forceinline__ void flash_clear_values(char* values, const Hidden& h
 template <class Tile>
 __device__ __forceinline__ void flash_negate(char* queries) {
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
+  const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
+            chunk = static_cast<int>(threadIdx.x % kChunks);
+#pragma unroll 1
+  for (int part = 0; part < Tile::kQueries; part += kRun) {
+#pragma unroll 1
+    for (int row = first; row < kRun; row += kStep) {
+      char* const at = queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(part + row, chunk);
+      uint32_t* words = reinterpret_cast<uint32_t*>(at);
 #pragma unroll
-  for (int i = 0; i < ceil_div(Tile::kQueries, kStep); ++i) {
-    const int row = i * kStep + static_cast<int>(threadIdx.x) % Tile::kCopiers / kChunks,
-              chunk = static_cast<int>(threadIdx.x) % kChunks;
-    if (Tile::kQueries % kStep && row >= Tile::kQueries) break;
-    uint32_t* words = reinterpret_cast<uint32_t*>(queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(row, chunk));
-#pragma unroll
-    for (int w = 0; w < 4; ++w) words[w] ^= 0x80008000u;
+      for (int w = 0; w < 4; ++w) words[w] ^= 0x80008000u;
+    }
   }
 }
 
-// The two halves of shared memory for blocks of K, or of V, that are taken in turn.
-template <class Tile, class Row>
-__device__ __forceinline__ void flash_copy_block(char* pair, int block, int columns, const Row& row_of) {
-  flash_copy_rows<Tile, Tile::kKeys>(pair + block % 2 * Tile::kKeyBytes, columns,
-                                     [&](int row) { return row_of(block, row); });
+template <class Tile, class Blocks>
+__device__ __forceinline__ void flash_copy_queries(char* to, const Blocks& blocks) {
+  flash_copy_runs<Tile, Tile::kQueries>(
+      to, blocks.head_size, [&](int part) { return blocks.query_run(part); }, [&](int row) { return blocks.query(row); },
+      KeepAll{});
+}
+template <class Tile, class Blocks>
+__device__ __forceinline__ void flash_copy_keys(char* to, int block, const Blocks& blocks) {
+  flash_copy_runs<Tile, Tile::kKeys>(
+      to, blocks.head_size, [&](int part) { return blocks.key_run(block, part); },
+      [&](int row) { return blocks.key(block, row); }, KeepAll{});
+}
+template <class Tile, class Blocks, class Keep = KeepAll>
+__device__ __forceinline__ void flash_copy_values(char* to, int block, const Blocks& blocks, const Keep& keep = {}) {
+  flash_copy_runs<Tile, Tile::kKeys>(
+      to, blocks.v_head_size, [&](int part) { return blocks.value_run(block, part); },
+      [&](int row) { return blocks.value(block, row); }, keep);
 }
 
 }  // namespace cuda

@@ -69,17 +69,15 @@ __device__ __forceinline__ void flash_attend_warpgroups(FlashState<Tile>& state,
                                                         char* values, int count, float factor, Blocks& blocks) {
   static_assert(Tile::kRowTiles == 1 && Tile::kThreads % 128 == 0 && Tile::kHead % 64 == 0);
   const auto copy_key = [&](int block) {
-    if (block >= count) return;
-    flash_copy_block<Tile>(keys, block, blocks.head_size, [&](int b, int row) { return blocks.key(b, row); });
+    if (block < count) flash_copy_keys<Tile>(keys + block % 2 * Tile::kKeyBytes, block, blocks);
   };
   const bool hides = blocks.hides();
   const auto copy_value = [&](int block) {
-    flash_copy_block<Tile>(values, block, blocks.v_head_size,
-                           [&](int b, int row) { return hides && blocks.hidden(b, row) ? nullptr : blocks.value(b, row); });
+    flash_copy_values<Tile>(values + block % 2 * Tile::kKeyBytes, block, blocks,
+                            [&](int row) { return !hides || !blocks.hidden(block, row); });
   };
   float s[1][Tile::kKeys / 8][4], fade[2];
   uint32_t p[Tile::kKeys / 16][1][4];
-  cp_async_commit();
   flash_exchange();
   copy_key(1);
   if (!blocks.plain(0)) blocks.prepare(0);

@@ -42,13 +42,18 @@ struct ChosenBlocks {
     if (i >= chosen) return natural + rows.open / kCluster + i - chosen;
     return list ? __ldg(list + i) : i;
   }
-  __device__ __forceinline__ const T* row_at(int i, int row, const T* from, int size) const {
-    const int c = at(i, kEach == 1 ? 0 : row / kCluster);
-    return c < 0 ? nullptr : from + int64_t{c} * (kCluster * size) + row % kCluster * size;
+  static_assert(kRun == kCluster);
+  __device__ __forceinline__ Run<T> run_at(int i, int part, const T* from, int size) const {
+    const int c = at(i, part);
+    return {from + int64_t{c} * (kCluster * size), size, c < 0 ? 0 : kCluster};
   }
+  __device__ __forceinline__ Run<T> key_run(int i, int part) const { return run_at(i, part, keys, head_size); }
+  __device__ __forceinline__ Run<T> value_run(int i, int part) const { return run_at(i, part, values, v_head_size); }
+  __device__ __forceinline__ Run<T> query_run(int part) const { return rows.query_run(part); }
+  // Of the rows that do not lie at even distances; keys always do.
   __device__ __forceinline__ const T* query(int row) const { return rows.query(row); }
-  __device__ __forceinline__ const T* key(int i, int row) const { return row_at(i, row, keys, head_size); }
-  __device__ __forceinline__ const T* value(int i, int row) const { return row_at(i, row, values, v_head_size); }
+  __device__ __forceinline__ const T* key(int, int) const { return nullptr; }
+  __device__ __forceinline__ const T* value(int, int) const { return nullptr; }
   // How many of the keys of stored block c a row sees.
   __device__ __forceinline__ int seen(int c, int row) const {
     if (c < 0) return 0;

@@ -71,6 +71,11 @@ struct TreeRows {
   __device__ __forceinline__ const T* query(int row) const {
     return row < rows ? row_of<T>(tree.job.tensors.q, b, q_head, row_index(row)) : nullptr;
   }
+  __device__ __forceinline__ Run<T> query_run(int part) const {
+    const HeadRows& q = tree.job.tensors.q;
+    if (audited) return {nullptr, 0, kUneven};
+    return {row_of<T>(q, b, q_head, first_row + part * kRun), q.row_stride, rows - part * kRun};
+  }
 };
 
 // Calls each(i, n, row, column) for every pair of elements of the tile that this thread holds as state.pair(i, n).
