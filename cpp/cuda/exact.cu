@@ -180,7 +180,7 @@ void start(Status& status, ExactLaunch exact, const Device& device, void* scratc
   exact.past = near(job.params.past_len), exact.keys = near(keys);
   exact.left = near(job.params.left_window), exact.right = job.params.is_causal ? 0 : near(job.params.right_window);
   exact.two_over_cap = 2.0f / job.params.softcap;
-  exact.query_stride = exact.pack > 1 ? job.tensors.q.head_stride : job.tensors.q.row_stride;
+  exact.query_stride = static_cast<unsigned>(exact.pack > 1 ? job.tensors.q.head_stride : job.tensors.q.row_stride);
   exact.part_stats = static_cast<float*>(scratch);
   exact.part_outputs = exact.part_stats + 2 * exact.parts * rows;
   launch(status, exact_kernel<Tile, State>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),

@@ -13,17 +13,18 @@ namespace cuda {
 constexpr int kMostParts = 512;
 constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
 
-// 16-byte rows everywhere, so that they can be copied asynchronously, and whole pairs of the output.
+// 16-byte rows everywhere, so that they can be copied asynchronously, at distances of 32 bits, and whole pairs of the
+// output.
 inline bool aligned_rows(const AttentionJob& job) {
   const auto aligned = [](const HeadRows& rows) {
     return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 && rows.head_stride % 8 == 0 &&
-           rows.row_stride % 8 == 0;
+           rows.row_stride % 8 == 0 && std::max(rows.row_stride, rows.head_stride) <= INT32_MAX;
   };
   const QuantumAttentionTensors& t = job.tensors;
   const bool pairs = reinterpret_cast<uintptr_t>(t.y) % 4 == 0 && t.y_batch_stride % 2 == 0 && t.y_head_stride % 2 == 0 &&
                      t.y_row_stride % 2 == 0;
-  return pairs && job.params.head_size % 8 == 0 && job.params.v_head_size % 8 == 0 && aligned(t.q) && aligned(t.k) && aligned(t.v) &&
-         (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
+  return pairs && job.params.head_size % 8 == 0 && job.params.v_head_size % 8 == 0 && aligned(t.q) && aligned(t.k) &&
+         aligned(t.v) && (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
 }
 
 template <class Tile>

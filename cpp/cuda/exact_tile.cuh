@@ -17,12 +17,12 @@ struct ExactLaunch {
   const int32_t* only;
   int pack, parts;
   Divisor by_parts, by_tiles, by_packs, by_group, by_queries;  // `packs` of all heads; q_len
-  int past, keys;         // keys as far as their number and the mask's go
-  int left, right;        // windows; < 0: none
+  int past, keys;                                              // keys as far as their number and the mask's go
+  int left, right;                                             // windows; < 0: none
   float two_over_cap;
-  int64_t query_stride;   // between rows of a tile of one head, or of several with one query each
-  float* part_outputs;  // (parts, rows of all heads, v_head_size), not divided by the sum
-  float* part_stats;    // (parts, rows of all heads, 2): maximum of the scores, and sum
+  unsigned query_stride;  // between rows of a tile of one head, or of several with one query each
+  float* part_outputs;    // (parts, rows of all heads, v_head_size), not divided by the sum
+  float* part_stats;      // (parts, rows of all heads, 2): maximum of the scores, and sum
   __host__ __device__ int64_t rows() const { return job.params.batch * job.params.q_heads * job.params.q_len; }
 };
 
@@ -141,7 +141,8 @@ class ExactTile {
   __device__ __forceinline__ Run<T> query_run(int part) const {
     const int at = part * kRun;
     if (launch->pack > 1 && (launch->only || launch->by_queries.divisor > 1)) return {nullptr, 0, kUneven};
-    return {row_of<T>(launch->job.tensors.q, batch, first_head, 0) + (first_row + at) * launch->query_stride,
+    return {row_of<T>(launch->job.tensors.q, batch, first_head, 0) +
+                static_cast<uint64_t>(first_row + at) * launch->query_stride,
             launch->query_stride, rows - at};
   }
   __device__ __forceinline__ Run<T> key_run(int block, int part) const {
@@ -267,9 +268,8 @@ class ExactTile {
     const int from = first + block * kKeys + part * kRun, past_len = launch->past;
     const bool old = from < past_len;
     if (old && past_len < min(from + kRun, end)) return {nullptr, 0, kUneven};
-    if (old) stride = past_stride;
-    return {reinterpret_cast<const T*>((old ? past : fresh) + sizeof(T) * static_cast<uintptr_t>(from * stride)), stride,
-            end - from};
+    const unsigned step = static_cast<unsigned>(old ? past_stride : stride);  // aligned_rows sees to it
+    return {reinterpret_cast<const T*>((old ? past : fresh)) + static_cast<uint64_t>(from) * step, step, end - from};
   }
 
   const ExactLaunch* launch;

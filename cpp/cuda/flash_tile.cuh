@@ -14,8 +14,8 @@ constexpr int kRun = 64;              // rows that are copied at once where they
 template <class T>
 struct Run {
   const T* first;
-  int64_t stride;
-  int rows;  // that are there, the others are zeros; kUneven: they do not
+  unsigned stride;  // of 32 bits, since registers are scarce
+  int rows;         // that are there, the others are zeros; kUneven: they do not
 };
 constexpr int kUneven = -(1 << 30);
 
@@ -131,30 +131,29 @@ __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const Run
   constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
   constexpr int kRowBytes = FlashLane<Tile::kHead, kPanelRows>::kRowBytes;
   static_assert(kRows % kRun == 0 && kStep % 8 == 0);
-  const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
-            chunk = static_cast<int>(threadIdx.x % kChunks);
-  const bool valid = 8 * chunk < columns;
-  to += flash_offset<Tile::kHead, kPanelRows>(first, chunk);
+  const unsigned first = threadIdx.x % Tile::kCopiers / kChunks, chunk = threadIdx.x % kChunks;
+  const bool valid = static_cast<int>(8 * chunk) < columns;
+  to += flash_offset<Tile::kHead, kPanelRows>(static_cast<int>(first), static_cast<int>(chunk));
 #pragma unroll
   for (int part = 0; part < kRows / kRun; ++part) {
     const Run<typename Tile::T> run = run_of(part);
     char* const place = to + part * (kRun * kRowBytes);
     if (run.rows == kUneven) {
 #pragma unroll 1
-      for (int row = first; row < kRun; row += kStep) {
+      for (int row = static_cast<int>(first); row < kRun; row += kStep) {
         const typename Tile::T* from = row_of(part * kRun + row);
         const bool there = valid && from && keep(part * kRun + row);
-        cp_async_16(place + (row - first) * kRowBytes, there ? from + 8 * chunk : nullptr, there);
+        cp_async_16(place + (row - static_cast<int>(first)) * kRowBytes, there ? from + 8 * chunk : nullptr, there);
       }
       continue;
     }
-    const typename Tile::T* from = run.first + first * run.stride + 8 * chunk;
+    const typename Tile::T* from = run.first + 8 * chunk + uint64_t{first} * run.stride;
 #pragma unroll
     for (int i = 0; i < kRun; i += kStep) {
-      const int row = i + first;
+      const int row = i + static_cast<int>(first);
       if (kRun % kStep && row >= kRun) break;
       cp_async_16(place + i * kRowBytes, from, valid && row < run.rows && keep(part * kRun + row));
-      from += kStep * run.stride;
+      from += uint64_t{kStep} * run.stride;
     }
   }
 }

@@ -45,7 +45,7 @@ struct ChosenBlocks {
   static_assert(kRun == kCluster);
   __device__ __forceinline__ Run<T> run_at(int i, int part, const T* from, int size) const {
     const int c = at(i, part);
-    return {from + int64_t{c} * (kCluster * size), size, c < 0 ? 0 : kCluster};
+    return {from + int64_t{c} * (kCluster * size), static_cast<unsigned>(size), c < 0 ? 0 : kCluster};
   }
   __device__ __forceinline__ Run<T> key_run(int i, int part) const { return run_at(i, part, keys, head_size); }
   __device__ __forceinline__ Run<T> value_run(int i, int part) const { return run_at(i, part, values, v_head_size); }

@@ -74,7 +74,7 @@ struct TreeRows {
   __device__ __forceinline__ Run<T> query_run(int part) const {
     const HeadRows& q = tree.job.tensors.q;
     if (audited) return {nullptr, 0, kUneven};
-    return {row_of<T>(q, b, q_head, first_row + part * kRun), q.row_stride, rows - part * kRun};
+    return {row_of<T>(q, b, q_head, first_row + part * kRun), static_cast<unsigned>(q.row_stride), rows - part * kRun};
   }
 };
 
