@@ -22,9 +22,9 @@ LIMITS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 MOST_OTHER_ROWS, MOST_OTHER_ERROR = 8e-6, 0.05
 ROUNDING = 1e-3  # of 16-bit outputs
 ON_CPU = 4096  # tokens up to which tree is held against the CPU's, which takes seconds beyond
-FLASH, TORCH = "onnxruntime MultiHeadAttention", "torch flash"
+FLASH, OWN_FLASH, TORCH = "onnxruntime MultiHeadAttention", "onnxruntime MultiHeadAttention, own flash", "torch flash"
 GROUPED = "onnxruntime GroupQueryAttention"
-PREFILL_RIVALS = {"x_flash": FLASH, "x_gqa": GROUPED, "x_torch_flash": TORCH}
+PREFILL_RIVALS = {"x_flash": FLASH, "x_own_flash": OWN_FLASH, "x_gqa": GROUPED, "x_torch_flash": TORCH}
 STEP_RIVALS = {"x_gqa": GROUPED, "x_torch_flash": TORCH}
 
 TREE_LENGTHS = (16384, 65536, 4096)
@@ -92,17 +92,19 @@ def prefill_rivals(sets, heads: int, kv_heads: int, device: str, causal: bool) -
     def repeated(tensor):
         return nodes.heads_of(tensor, kv_heads).repeat_interleave(heads // kv_heads, 1).transpose(1, 2).flatten(2)
 
-    def mha():
+    def mha(own_flash=False):
         given = sets if heads == kv_heads else [(q, repeated(k).contiguous(), repeated(v).contiguous()) for q, k, v in sets]
-        return nodes.multi_head_attention(given, heads, device, causal)
+        return nodes.multi_head_attention(given, heads, device, causal, own_flash)
 
     found = {FLASH: mha}
+    if dtype != torch.float32:
+        found[OWN_FLASH] = lambda: mha(own_flash=True)
     found["onnxruntime Attention"] = lambda: nodes.onnx_attention(sets, heads, kv_heads, device, causal)
     if causal:
         found[GROUPED] = lambda: nodes.group_query_attention(sets, heads, kv_heads, device)
     backends = {"torch": None} if dtype == torch.float32 or q.device.type == "cpu" else {}
     if dtype != torch.float32:
-        backends |= {TORCH: "FLASH_ATTENTION", "torch cuDNN": "CUDNN_ATTENTION"}
+        backends |= {TORCH: "FLASH_ATTENTION"}
     return found | {
         name: functools.partial(nodes.torch_attention, sets, heads, kv_heads, causal, backend)
         for name, backend in backends.items()

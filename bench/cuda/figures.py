@@ -20,6 +20,12 @@ def _us(value: float | None) -> str:
     return f"{value:.3g} µs" if value < 1000 else f"{value / 1000:.3g} ms"
 
 
+def _filled(header: tuple, rows: list[tuple]) -> str:
+    """The table without columns that results of an earlier release do not have."""
+    there = [i for i, name in enumerate(header) if not name or any(row[i] for row in rows)]
+    return table(tuple(header[i] for i in there), [tuple(row[i] for i in there) for row in rows])
+
+
 def _share(value: float | None) -> str:
     return f"{value:.0f} %" if value is not None else ""
 
@@ -43,6 +49,7 @@ def _exact(results: dict) -> str:
             _us(rows[OURS]["call_us"]),
             times(rows[OURS]["x_flash"]),
             times(rows[OURS]["x_flash_call"]),
+            times(rows[OURS].get("x_own_flash")),
             times(rows["exact, torch"]["x_torch_flash"]),
             _share(rows[OURS]["percent_of_matmul"]),
         )
@@ -51,7 +58,8 @@ def _exact(results: dict) -> str:
     ]
     if not rows:
         return ""
-    header = ("n", "d", "", "type", "device", "call", "MultiHeadAttention", "its call", "torch flash", "of a product")
+    rivals = ("MultiHeadAttention", "its call", "own flash", "torch flash")
+    header = ("n", "d", "", "type", "device", "call", *rivals, "of a product")
     return paragraph(f"""
     **On a GPU.** {card["card"]}, driver {card["driver"]}, CUDA {card["cuda"]}, onnxruntime {card["onnxruntime"]}, torch
     {card["torch"]} (`python -m bench.cuda`), which in the same run copies {card["copy_gb_per_s"]:.0f} GB/s (read and
@@ -59,7 +67,7 @@ def _exact(results: dict) -> str:
     through onnxruntime: time on the device, until a caller has the result, how many times as long onnxruntime's
     MultiHeadAttention takes for either; how many times as long torch's flash attention takes as ours through torch; and
     what the operations at the speed of the large product would be of the time.
-    """) + table(header, rows)
+    """) + _filled(header, rows)
 
 
 def _tree(results: dict) -> str:
@@ -73,6 +81,7 @@ def _tree(results: dict) -> str:
             _error(row["error_worst"]),
             _us(row["us"]),
             times(row["x_flash"]),
+            times(row.get("x_own_flash")),
         )
         for row in results.get("tree", [])
         if row["us"] is not None and row["contender"].startswith(("tree", OURS))
@@ -82,7 +91,7 @@ def _tree(results: dict) -> str:
     return paragraph("""
     Long inputs of trained models (float16; weights rounded to 8 bits; positions stretched, so optimistic; bench/README.md):
     error of a head, mean and worst, and how many times as long onnxruntime's MultiHeadAttention takes.
-    """) + table(("activations", "n", "attention", "mean", "worst head", "time", "MultiHeadAttention"), rows)
+    """) + _filled(("activations", "n", "attention", "mean", "worst head", "time", "MultiHeadAttention", "own flash"), rows)
 
 
 def _decode(results: dict) -> str:

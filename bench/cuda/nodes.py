@@ -45,14 +45,14 @@ def node_model(node, feeds: dict, outputs: dict, constants: dict) -> bytes:
 
 
 @functools.lru_cache(maxsize=64)
-def _session(model: bytes, op: str, ours: bool, device: str, stream: int):
+def _session(model: bytes, op: str, ours: bool, device: str, stream: int, provider: tuple):
     options = common.session_options(os.cpu_count() if device == "cpu" else 1)
     if ours:
         register_library(options, get_library_path())
     if device == "cpu":
         return create_session(op, model, options, ["CPUExecutionProvider"], True)
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # what has no CUDA kernel fails
-    cuda = ("CUDAExecutionProvider", {"user_compute_stream": str(stream), "use_tf32": "0"})
+    cuda = ("CUDAExecutionProvider", {"user_compute_stream": str(stream), "use_tf32": "0"} | dict(provider))
     return create_session(op, model, options, [cuda], True)
 
 
@@ -63,7 +63,16 @@ def _run_options():
 
 
 def node_contender(
-    node, sets: list[dict], outputs: list[dict], device: str, *, constants=None, shared=None, host=(), view=None
+    node,
+    sets: list[dict],
+    outputs: list[dict],
+    device: str,
+    *,
+    constants=None,
+    shared=None,
+    host=(),
+    view=None,
+    provider=(),
 ) -> Contender:
     """A node in a session of onnxruntime whose inputs and outputs stay where they are.
 
@@ -74,12 +83,14 @@ def node_contender(
         shared: output -> the input whose memory it shares.
         host: names of inputs that the op reads on the host.
         view: what is made of the first output before it is compared.
+        provider: more options of the CUDA provider, as pairs.
     """
     for inputs, results in zip(sets, outputs, strict=True):
         results |= {output: inputs[source] for output, source in (shared or {}).items()}
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
     model = node_model(node, sets[0], outputs[0], constants or {})
-    session, options = _session(model, node.op_type, node.domain == DOMAIN, device, stream), _run_options()
+    session = _session(model, node.op_type, node.domain == DOMAIN, device, stream, provider)
+    options = _run_options()
 
     def bound(inputs, results):
         binding = session.io_binding()
@@ -120,10 +131,10 @@ def heads_of(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _attention_node(node, sets, heads, device) -> Contender:
+def _attention_node(node, sets, heads, device, provider=()) -> Contender:
     named = [dict(zip("qkv", tensors, strict=True)) for tensors in sets]
     outputs = [{"y": torch.empty_like(inputs["q"])} for inputs in named]
-    return node_contender(node, named, outputs, device, view=lambda y: heads_of(y, heads))
+    return node_contender(node, named, outputs, device, view=lambda y: heads_of(y, heads), provider=provider)
 
 
 def quantum(sets, heads: int, kv_heads: int, device: str, **attributes) -> Contender:
@@ -143,11 +154,13 @@ def quantum_in_torch(sets, heads: int, kv_heads: int, **attributes) -> Contender
     return torch_contender(lambda q, k, v: heads_of(quantum_attention(q, k, v, **more, **attributes), heads), sets)
 
 
-def multi_head_attention(sets, heads: int, device: str, causal: bool) -> Contender:
-    """com.microsoft MultiHeadAttention: onnxruntime's flash path in 16 bits."""
+def multi_head_attention(sets, heads: int, device: str, causal: bool, own_flash: bool = False) -> Contender:
+    """com.microsoft MultiHeadAttention. In 16 bits that is flash attention: cuDNN's on newer cards, onnxruntime's own
+    (FlashAttention-2) elsewhere, or with `own_flash`."""
     flags = {"unidirectional": 1} if causal else {}
     node = helper.make_node("MultiHeadAttention", list("qkv"), ["y"], domain=MICROSOFT, num_heads=heads, **flags)
-    return _attention_node(node, sets, heads, device)
+    # Flag FLASH_ATTENTION of onnxruntime's AttentionBackend, and no other.
+    return _attention_node(node, sets, heads, device, (("sdpa_kernel", "1"),) if own_flash else ())
 
 
 def onnx_attention(sets, heads: int, kv_heads: int, device: str, causal: bool) -> Contender:

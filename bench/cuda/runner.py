@@ -60,7 +60,8 @@ def run(make_cases: Callable[[], list[Case]], device: str, seconds: float, say=p
 
 def _line(row: dict) -> str:
     """The figures of a row that a reader looks for first."""
-    shown = ("us", "call_us", "tflops", "gb_per_s", "x_flash", "x_gqa", "x_torch_flash", "x_other", "error", "error_mean")
+    rivals = ("x_flash", "x_own_flash", "x_gqa", "x_torch_flash", "x_other")
+    shown = ("us", "call_us", "tflops", "gb_per_s", *rivals, "error", "error_mean")
     figures = [f"{key} {row[key]:.4g}" for key in (*shown, "error_worst") if row.get(key) is not None]
     return f"{row.get('contender', '')}: {', '.join(figures)} {row.get('note', '')}".rstrip()
 
