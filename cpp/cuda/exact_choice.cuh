@@ -43,6 +43,8 @@ template <class T, int kHead, int kWarps, int kBlocksPerProcessor>
 using Warpgroups = Choice<FlashTile<T, kHead, 1, kWarps, 64, kBlocksPerProcessor, true>, FlashState>;
 template <class T, int kHead, int kConsumers, int kKeys, int kStages, bool kTurns = true>
 using Pipeline = Choice<PipelineTile<T, kHead, kConsumers, kKeys, kStages, kTurns>, FlashState>;
+template <class T, int kHead>
+using SplitPipeline = Choice<PipelineTile<T, kHead, 2, 128, 3, false, 2>, FlashState>;
 template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
 using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
 template <class T_>
@@ -94,15 +96,16 @@ inline bool pipeline_applies(const AttentionJob& job, const Device& device) {
          p.batch * p.q_heads * p.q_len > int64_t{kFlashMostJoined} * device.multiprocessors;
 }
 
-// Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.7 : 0.8 : 1 of the time
-// (measured on an H200 at 4096 to 16384 keys). Under a causal mask tiles end one by one, so that a wave need not be full.
+// Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.45 : 0.8 : 1 of the time
+// (0.8 and 1 as measured on an H200 at 4096 to 16384 keys; the small one has half as many queries of the middle one's
+// warpgroups). Under a causal mask tiles end one by one, so that a wave need not be full.
 template <class Small, class Middle, class Large, class Visit>
 void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& visit) {
   const auto waves = [&](int64_t blocks) {
     const double whole = static_cast<double>(blocks) / device.multiprocessors;
     return job.params.is_causal ? std::max(whole, 1.0) : std::ceil(whole);
   };
-  const double small = 0.7 * waves(blocks_of<typename Small::Tile>(job));
+  const double small = 0.45 * waves(blocks_of<typename Small::Tile>(job));
   const double middle = 0.8 * waves(blocks_of<typename Middle::Tile>(job));
   const double large = waves(blocks_of<typename Large::Tile>(job));
   if (large < std::min(small, middle)) return visit(Large{});
@@ -116,10 +119,10 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
   if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
     if (pipeline_applies(job, device)) {
       if (size <= 64) {
-        return visit_cheapest<Pipeline<T, 64, 1, 128, 3>, Pipeline<T, 64, 2, 128, 3>, Pipeline<T, 64, 3, 128, 3>>(
-            job, device, visit);
+        return visit_cheapest<SplitPipeline<T, 64>, Pipeline<T, 64, 2, 128, 3>, Pipeline<T, 64, 3, 128, 3>>(job, device,
+                                                                                                            visit);
       }
-      return visit_cheapest<Pipeline<T, 128, 1, 128, 3>, Pipeline<T, 128, 2, 64, 4>, Pipeline<T, 128, 3, 64, 3, false>>(
+      return visit_cheapest<SplitPipeline<T, 128>, Pipeline<T, 128, 2, 64, 4>, Pipeline<T, 128, 3, 64, 3, false>>(
           job, device, visit);
     }
     if (device.capability == 90) {  // the waves are those from which warpgroups were faster on an H200

@@ -24,8 +24,8 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
 // Columns 16 k.. of the warp's rows of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {
-  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
-  const FlashLane<Tile::kHead, Tile::kQueryPanel> place(lane % 16 + warp * Tile::kRowTiles * 16, lane / 16);
+  const int lane = static_cast<int>(threadIdx.x % kWarp), first = flash_warp<Tile>() * Tile::kRowTiles * 16;
+  const FlashLane<Tile::kHead, Tile::kQueryPanel> place(first + lane % 16, lane / 16);
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) ldmatrix_x4(a[i], queries + place.at(i, k));
 }

@@ -26,6 +26,7 @@ struct FlashTile {
   using T = T_;
   static constexpr int kHead = kHead_, kRowTiles = kRowTiles_, kKeys = kKeys_, kThreads = kWarps_ * kWarp;
   static constexpr bool kPipeline = false;
+  static constexpr int kSplits = 1;          // warps that share their queries
   static constexpr int kCopiers = kThreads;  // threads that copy rows
   static constexpr int kBlocksPerProcessor = kBlocksPerProcessor_;
   // Blocks that the keys of few queries are split into, and up to how many queries, both for each multiprocessor.
@@ -36,6 +37,13 @@ struct FlashTile {
   static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
   static constexpr int kSharedBytes = kQueryBytes + 4 * kKeyBytes;  // Q, and two blocks of K and of V
 };
+
+// The number of a warp among those that have the queries of a tile.
+template <class Tile>
+__device__ __forceinline__ int flash_warp() {
+  const unsigned warp = threadIdx.x / kWarp;
+  return static_cast<int>(Tile::kSplits > 1 ? warp % (Tile::kQueries / (16 * Tile::kRowTiles)) : warp);
+}
 
 // What a thread holds of a tile: pairs of columns of some rows, not yet divided by the sum of their row.
 template <class Tile>
@@ -48,8 +56,7 @@ struct FlashState {
   float sum[kRows];   // of 2^(score - most); a part of it on each of the four lanes, until join_sums
 
   __device__ __forceinline__ static int row(int i) {
-    const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
-    return (warp * kRows + i) * 8 + lane / 4;
+    return (flash_warp<Tile>() * kRows + i) * 8 + static_cast<int>(threadIdx.x % kWarp) / 4;
   }
   __device__ __forceinline__ static int column(int n) { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4); }
   __device__ __forceinline__ float* pair(int i, int n) { return o[i / 2][n] + i % 2 * 2; }

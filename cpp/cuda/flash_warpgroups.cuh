@@ -15,7 +15,7 @@ __device__ __forceinline__ void flash_start_products(float (&s)[1][Tile::kKeys /
                                                      const char* keys) {
 #if QEXPORT_WGMMA
   // Of the first lane, so that the compiler knows it to be the same for all.
-  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
+  const int group = Tile::kQueries == 64 ? 0 : __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
   const uint64_t a = wgmma_matrix(queries + group * (64 * 128), 16), b = wgmma_matrix(keys, 16);
   wgmma_hold(s[0]);
   wgmma_fence();

@@ -23,6 +23,13 @@ def emulated(emulation):
     return devices.Emulated(emulation())
 
 
+@pytest.fixture
+def emulated_large(emulated, monkeypatch):
+    """With more multiprocessors than there are tiles, so that some warpgroups share their queries."""
+    monkeypatch.setenv("QEXPORT_EMULATED_MULTIPROCESSORS", "32")
+    return emulated
+
+
 @pytest.fixture(scope="session")
 def gpu():
     torch = pytest.importorskip("torch")

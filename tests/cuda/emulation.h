@@ -259,7 +259,8 @@ void fill_zero(AnyStatus& status, void* data, size_t bytes, void*) {
 // The Hopper of the tests, small enough that persistent grids loop.
 template <class AnyStatus>
 Device current_device(AnyStatus&) {
-  return {90, 4, 227 * 1024};
+  const char* const multiprocessors = std::getenv("QEXPORT_EMULATED_MULTIPROCESSORS");
+  return {90, multiprocessors ? std::atoi(multiprocessors) : 4, 227 * 1024};
 }
 
 inline uint32_t join_halves(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }

@@ -39,7 +39,7 @@ def test_exact(device, case, dtype):
     assert not got["error_estimate"].any()
 
 
-# More queries than one tile has, for every multiprocessor of the emulated card, in heads that matrix units take: blocks of
+# More queries than one tile has, for every multiprocessor of the smaller emulated card, in heads that matrix units take: blocks of
 # keys that are whole, cut, hidden and split between the past and the new ones, and tiles with one block and with none.
 FULL_TILES = (
     Case("whole_blocks", 1, 4, 4, q_len=256, kv_len=384, head_size=64, v_head_size=64),
@@ -74,6 +74,12 @@ FULL_TILES = (
 )
 
 
+on_each_size_of_card = pytest.mark.parametrize(
+    "device", ["emulated", "emulated_large", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@on_each_size_of_card
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("case", FULL_TILES, ids=ids)
 def test_exact_in_full_tiles(device, case, dtype):
@@ -82,6 +88,7 @@ def test_exact_in_full_tiles(device, case, dtype):
     assert_close(attention(device, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
 
 
+@on_each_size_of_card
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("most", [15, 500])
