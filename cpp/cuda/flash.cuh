@@ -29,10 +29,14 @@ __device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shar
   char* const queries = shared;
   char* const keys = shared + Tile::kQueryBytes;
   char* const values = keys + 2 * Tile::kKeyBytes;
+  const auto copy_block = [&](int block) {
+    flash_copy_keys<Tile>(keys + block % 2 * Tile::kKeyBytes, block, blocks);
+    if (!Tile::kWarpgroups) flash_copy_values<Tile>(values + block % 2 * Tile::kKeyBytes, block, blocks);
+    cp_async_commit();
+  };
   flash_copy_queries<Tile>(queries, blocks);
-  flash_copy_keys<Tile>(keys, 0, blocks);
-  if constexpr (!Tile::kWarpgroups) flash_copy_values<Tile>(values, 0, blocks);
-  cp_async_commit();
+#pragma unroll 1
+  for (int block = 0; block < min(count, Tile::kWarpgroups ? 1 : 2); ++block) copy_block(block);
   if (blocks.scale < 0.0f) {
     // The maximum is taken of products before scaling, so that the scale must not be negative. A thread sees its own copies
     // without a barrier.
@@ -45,14 +49,13 @@ __device__ __forceinline__ void flash_attend(FlashState<Tile>& state, char* shar
   } else {
     const auto load = [&](uint32_t (&a)[Tile::kRowTiles][4], int k) { flash_load_queries<Tile>(a, queries, k); };
     for (int block = 0; block < count; ++block) {
-      cp_async_wait<0>();
-      __syncthreads();  // the block is there, and nobody reads the one before any more
-      if (block + 1 < count) {
-        const int other = (block + 1) % 2 * Tile::kKeyBytes;
-        flash_copy_keys<Tile>(keys + other, block + 1, blocks);
-        flash_copy_values<Tile>(values + other, block + 1, blocks);
-        cp_async_commit();
+      if (block == 0 && count > 1) {
+        cp_async_wait<1>();
+      } else {
+        cp_async_wait<0>();
       }
+      __syncthreads();  // the block is there, and nobody reads the one before any more
+      if (block > 0 && block + 1 < count) copy_block(block + 1);
       const int at = block % 2 * Tile::kKeyBytes;
       float s[Tile::kRowTiles][Tile::kKeys / 8][4];
       flash_products<Tile>(s, load, keys + at);
