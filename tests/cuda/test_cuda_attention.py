@@ -40,7 +40,7 @@ def test_exact(device, case, dtype):
 
 
 # More queries than one tile has, for every multiprocessor of the smaller emulated card, in heads that matrix units take:
-# blocks of keys that are whole, cut, hidden and split between the past and the new ones, and tiles with one block and with none.
+# blocks of keys that are whole, cut, hidden and split between the past and the new ones, and tiles with one block and none.
 FULL_TILES = (
     Case("whole_blocks", 1, 4, 4, q_len=256, kv_len=384, head_size=64, v_head_size=64),
     Case("cut_blocks", 2, 4, 2, q_len=130, kv_len=333, head_size=48, v_head_size=56),
