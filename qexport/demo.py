@@ -40,21 +40,25 @@ def minilm_folder() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def demo(output="qexport_demo", *, progress=None) -> DemoReport:
+def demo(output="qexport_demo", *, providers=None, allow_fallback=False, progress=None) -> DemoReport:
     """Convert MiniLM into the bundle `output`, validate it on English sentences and profile it.
 
     Args:
         output: folder of the bundle; a bundle that is there is replaced.
+        providers, allow_fallback: where it is validated and profiled, as in `qexport.session`; the CPU when None.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        QexportError: the [demo] extra is missing, or one of the steps fails.
+        UsageError: `providers` as in `qexport.session`.
+        QexportError: the [demo] extra is missing, a provider cannot be had, or one of the steps fails.
     """
     from qexport.conversion import convert
     from qexport.profiling import profile
+    from qexport.runtime import check_start
     from qexport.validation import validate
 
-    say = progress or unwatched
+    say, where = progress or unwatched, {"providers": providers, "allow_fallback": allow_fallback}
+    check_start(**where)  # before anything is written
     conversion = convert(minilm_folder(), output, progress=portion(say, 0.0, 0.5))
-    validation = validate(output, SENTENCES, progress=portion(say, 0.5, 0.8))
-    return DemoReport(conversion, validation, profile(output, seq=(SEQ,), progress=portion(say, 0.8, 1.0)))
+    validation = validate(output, SENTENCES, **where, progress=portion(say, 0.5, 0.8))
+    return DemoReport(conversion, validation, profile(output, seq=(SEQ,), **where, progress=portion(say, 0.8, 1.0)))

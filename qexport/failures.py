@@ -47,6 +47,8 @@ def _load_failure(path, message: str, runtime: str, library: bool) -> str:
         )
     if "External data path" in message or "external data" in message.lower() or "External initializer" in message:
         return f"its external data is missing, cut short or outside its folder: {one_line(_bare(message))}"
+    if "fallback to CPU EP has been explicitly disabled" in message:
+        return "a node has no kernel there, and may run on the CPU only with allow_fallback=True (--allow-fallback)"
     if "cannot get file size" in message or "cannot open file" in message.lower():
         return f"a file it needs cannot be read: {one_line(_bare(message))}"
     return f"{runtime} cannot load it: {one_line(_bare(message))}"

@@ -4,7 +4,8 @@
     tokens = generator.generate([[1, 9038, 2501, 263]], max_new_tokens=100)[0]
 
 The caches are bound to the session once, one buffer as past and present: the graph writes the keys and values of new tokens
-into it, and a step copies nothing of the past, however long that is.
+into it, and a step copies nothing of the past, however long that is. On a GPU they stay there: a step takes its tokens
+there and brings its logits back.
 """
 
 import time
@@ -17,6 +18,7 @@ from qexport import runtime
 from qexport.bundle import Bundle
 from qexport.data import open_tokenizer
 from qexport.errors import QexportError, UsageError
+from qexport.providers import recorded
 from qexport.validation.comparison import seeded_feed
 
 # A long prompt runs in pieces of so many tokens: the logits of a piece are (batch, piece, vocabulary).
@@ -25,22 +27,24 @@ LARGEST_SEED = 2**62
 
 
 class Generator:
-    """An open bundle and its caches, on the CPU provider.
+    """An open bundle and its caches, which lie in the memory of the device that runs it.
 
     Attributes:
         length: the tokens that fit into a cache.
         past: int64 array (batch,), the tokens that each row has.
     """
 
-    def __init__(self, bundle, *, library=True, options=None):
+    def __init__(self, bundle, *, library=True, options=None, providers=None, allow_fallback=False):
         """Open the converted model of a bundle.
 
         Args:
             bundle: a folder, or a `Bundle`.
-            library, options: as in `qexport.session`.
+            library, options, providers, allow_fallback: as in `qexport.session`.
 
         Raises:
-            QexportError: no bundle, one without a KV cache, or this onnxruntime is too old or cannot load it.
+            UsageError: `providers` as in `qexport.session`.
+            QexportError: no bundle, one without a KV cache, this onnxruntime is too old or cannot load it, or a provider
+                cannot be had.
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         cache = self.bundle.manifest.get("kv_cache")
@@ -55,7 +59,9 @@ class Generator:
             )
         self.length, self._names = cache["length"], cache
         self._specs = {spec["name"]: spec for spec in self.bundle.manifest["inputs"]}
-        self._session = runtime.session(self.bundle.model_path, library=library, options=options)
+        where = {"providers": providers, "allow_fallback": allow_fallback}
+        self._session = runtime.session(self.bundle.model_path, library=library, options=options, **where)
+        self._device = runtime.device_of(self._session)
         self._binding = self._session.io_binding()
         self._binding.bind_output(self._names["logits"])  # the first, so that get_outputs() has it there
         self.reset(1)
@@ -74,7 +80,7 @@ class Generator:
         for past, present in (*self._names["caches"], *self._names["summaries"]):
             shape = (batch, *self._specs[past]["shape"][1:])
             # zeros, not whatever the memory holds: a masked NaN is still a NaN
-            value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._specs[past]["dtype"]))
+            value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._specs[past]["dtype"]), *self._device)
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
             self.caches[past] = value
@@ -231,7 +237,8 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: np.r
 
 @dataclass
 class GeneratedText:
-    """`text` that follows `prompt`, its `tokens`, and the time it took in seconds, the prompt apart from the steps."""
+    """`text` that follows `prompt`, its `tokens`, and the time it took in seconds, the prompt apart from the steps;
+    `settings` hold the providers."""
 
     prompt: str
     text: str
@@ -239,6 +246,7 @@ class GeneratedText:
     tokens: list[int]
     prompt_s: float
     steps_s: float
+    settings: dict
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -251,20 +259,28 @@ class GeneratedText:
 
 
 def generate_text(
-    bundle, prompt: str, *, library=True, on_text: Callable[[str], None] | None = None, **options
+    bundle,
+    prompt: str,
+    *,
+    library=True,
+    providers=None,
+    allow_fallback=False,
+    on_text: Callable[[str], None] | None = None,
+    **options,
 ) -> GeneratedText:
     """Continue a text with a bundle that has a KV cache and a tokenizer.
 
     Args:
         bundle: a folder, or a `Bundle`.
-        library: as in `qexport.session`.
+        library, providers, allow_fallback: as in `qexport.session`.
         on_text: called with each piece of text as soon as it is known.
         options: those of `Generator.generate`; max_new_tokens is cut to what the cache holds.
 
     Raises:
         UsageError, QexportError: as `Generator`; no tokenizer in the bundle, or an empty prompt.
     """
-    generator = Generator(bundle, library=library)
+    where = {"providers": providers, "allow_fallback": allow_fallback}
+    generator = Generator(bundle, library=library, **where)
     tokenizer, _ = open_tokenizer(generator.bundle)
     ids = tokenizer.encode(prompt).ids
     if not ids:
@@ -291,4 +307,5 @@ def generate_text(
     if on_text is not None and whole != shown and whole.startswith(shown):
         on_text(whole[len(shown) :])
     first, last = (times[0], times[-1]) if times else (time.perf_counter(),) * 2
-    return GeneratedText(prompt, whole.removeprefix(start), len(ids), tokens, first - began, last - first)
+    text, settings = whole.removeprefix(start), recorded(**where)
+    return GeneratedText(prompt, text, len(ids), tokens, first - began, last - first, settings)

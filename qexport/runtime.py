@@ -15,9 +15,9 @@ from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
 from qexport.failures import explain_load_error, explain_run_error, one_line
+from qexport.providers import CPU, CUDA, SHORT, device, full_names, provider_name
 
 LIBRARY_STEM = "qexport_ops"
-CUDA = "CUDAExecutionProvider"
 OLDEST = (1, 20)
 # The distributions that all unpack into the import folder `onnxruntime`.
 RUNTIME_PACKAGES = (
@@ -145,29 +145,46 @@ def onnxruntime():
     return module
 
 
-def provider_name(provider) -> str:
-    """The name of a provider that is given as onnxruntime takes it: the name, or a pair of it and options."""
-    return provider if isinstance(provider, str) else provider[0]
-
-
 def check_providers(providers) -> list:
-    """`providers` as a list, or the CPU provider when None.
-
-    Args:
-        providers: names, or (name, options) pairs, as onnxruntime takes them.
+    """`providers` as `qexport.providers.full_names` writes them, all of them in this onnxruntime.
 
     Raises:
-        UsageError: one of them is not in this onnxruntime, which would fall back to the CPU with only a warning.
+        UsageError: as `full_names`, or one of them is not there: onnxruntime would fall back to the CPU with only a warning.
     """
-    if providers is None:
-        return ["CPUExecutionProvider"]
-    available = onnxruntime().get_available_providers()
-    for name in map(provider_name, providers):
+    found, available = full_names(providers), onnxruntime().get_available_providers()
+    for name in map(provider_name, found):
         if name not in available:
-            raise UsageError(f"provider {name!r} is not in this onnxruntime; available: {', '.join(available)}")
-    if CUDA in map(provider_name, providers):
+            listed = f"; available: {', '.join(available)}; for short: {', '.join(SHORT)}"
+            why = f": {_why_not_started(name)}" if name == CUDA else listed
+            raise UsageError(f"provider {name!r} is not in this onnxruntime{why}")
+    if CUDA in map(provider_name, found):
         preload_cuda()
-    return list(providers)
+    return found
+
+
+def check_start(providers, allow_fallback=False) -> None:
+    """Check that `session` will not fail for its providers, by one without work: for whoever would write something before
+    its first session, or goes on where a session fails.
+
+    Raises:
+        UsageError, QexportError: as `session` about `providers`.
+    """
+    providers = check_providers(providers)
+    if providers == [CPU]:
+        return
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "start", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    create_session(", ".join(map(provider_name, providers)), model.SerializeToString(), quiet_options(), providers, False)
+    check_kernels(get_library_path(), providers, allow_fallback)
+
+
+def device_of(opened) -> tuple[str, int]:
+    """Where the tensors of a session lie that no other device needs: ("cuda", number) or ("cpu", 0)."""
+    options = opened.get_provider_options()
+    return device([(name, options[name]) for name in opened.get_providers()])
 
 
 def session(path, *, library=True, providers=None, options=None, allow_fallback=False):
@@ -177,12 +194,13 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
         path: the .onnx file, or the folder of a bundle.
         library: True registers the op library of this installation, False none (QuantumAttention then runs its classical
             fallback), a path registers that file.
-        providers: execution providers in the order of preference; the CPU alone when None.
+        providers: execution providers in the order of preference, by onnxruntime's names or cpu and cuda, or pairs of a
+            name and options; the CPU alone when None.
         options: an onnxruntime.SessionOptions to add the library to; a fresh one that logs nothing when None.
         allow_fallback: whether nodes of com.qexport may run on the CPU where CUDA is asked for and has no kernels of them.
 
     Raises:
-        UsageError: a provider that is not available.
+        UsageError: a provider that is not available, is named twice, or stands behind the CPU.
         QexportError: the file is missing, damaged, too new for this onnxruntime, or needs an op that is not there; a
             provider does not start, or the CUDA kernels of the op library are missing.
     """
@@ -220,7 +238,8 @@ def create_session(path, source, options, providers, library: bool):
     ort = onnxruntime()
     ort.set_default_logger_severity(4)  # a provider that fails to start would print pages before we say so in one line
     try:
-        opened = ort.InferenceSession(source, options, providers=providers)
+        # else a provider that fails, also in a run, is replaced by another one, with a message on stdout
+        opened = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen types, all straight from Exception
         raise explain_load_error(path, error, f"onnxruntime {ort.__version__}", library) from error
     finally:

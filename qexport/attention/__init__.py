@@ -12,6 +12,7 @@ from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, si
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.progress import portion, unwatched
+from qexport.providers import recorded
 
 __all__ = ["MEASURES", "AttentionMaps", "SiteMap", "entropy", "map_attention", "site_labels"]
 
@@ -32,6 +33,7 @@ def map_attention(
     seq: int | None = None,
     library=True,
     providers=None,
+    allow_fallback=False,
     progress=None,
 ) -> AttentionMaps:
     """Map the attention of a bundle's classical and sampled model on some inputs.
@@ -46,13 +48,14 @@ def map_attention(
         seed: of the sampled model, which runs once. `validate` has errors over several seeds.
         seq: sequence length that texts are cut to; without data, the length of generated inputs.
         library: True or a path of an op library: the probabilities come from it.
-        providers: execution providers; the CPU when None.
+        providers, allow_fallback: where both models run, as in `qexport.session`; the CPU when None.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a layer, head or `seq` that is not there, or a file in the place of `output`.
-        QexportError: the bundle, the data or the runtime is at fault, the maps are larger than `sizes.MEMORY_LIMIT`,
-            matplotlib is missing, or `output` cannot be written.
+        UsageError: a layer, head or `seq` that is not there, a file in the place of `output`, or `providers` as in
+            `qexport.session`.
+        QexportError: the bundle, the data, the runtime or its providers are at fault, the maps are larger than
+            `sizes.MEMORY_LIMIT`, matplotlib is missing, or `output` cannot be written.
     """
     from qexport import __version__
     from qexport.attention.capture import capture
@@ -72,14 +75,17 @@ def map_attention(
     if output is not None and inputs.samples > MOST_DRAWN:
         raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
     layers, heads = (None if numbers is None else sorted({int(n) for n in numbers}) for numbers in (layers, heads))
-    options = {"layers": layers, "heads": heads, "seed": seed, "library": library, "providers": providers}
-    items, unseen = capture(opened, inputs, progress=portion(say, 0.0, 0.5 if output is not None else 1.0), **options)
+    options = {"layers": layers, "heads": heads, "seed": seed, "library": library}
+    where = {"providers": providers, "allow_fallback": allow_fallback}
+    tell = portion(say, 0.0, 0.5 if output is not None else 1.0)
+    items, unseen = capture(opened, inputs, where=where, progress=tell, **options)
     maps = AttentionMaps(
         bundle=str(opened.path),
         data={"source": inputs.source, "samples": inputs.samples, "notes": inputs.notes},
         seed=seed,
         items=items,
         notes=_notes(items, unseen),
+        settings=recorded(**where),
         versions={"qexport": __version__, "onnxruntime": onnxruntime().__version__},
     )
     if output is not None:

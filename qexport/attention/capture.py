@@ -20,12 +20,13 @@ from qexport.validation.unpadded import by_head, keep_masks, padded_axis
 
 
 def capture(
-    bundle: Bundle, inputs: Inputs, *, layers=None, heads=None, seed: int, library, providers, progress
+    bundle: Bundle, inputs: Inputs, *, layers=None, heads=None, seed: int, library, where: dict, progress
 ) -> tuple[list[list[SiteMap]], int]:
     """The maps of each input item, and how many of the chosen sites could not be observed.
 
     Args:
         layers, heads: numbers of the sites and of their query heads; all when None.
+        where: the arguments `providers` and `allow_fallback` of the sessions.
 
     Raises:
         UsageError: a layer or head that is not there.
@@ -39,7 +40,7 @@ def capture(
     if not sites:
         raise QexportError(f"{bundle.path}: has no attention that can be observed, outside of subgraphs; map another bundle")
     progress("measuring how large the maps are", 0.0)
-    sizes = measure_sizes(bundle, inputs, hybrid, local, providers)
+    sizes = measure_sizes(bundle, inputs, hybrid, local, where["providers"])
     check_heads(sites, sizes, heads)
     check_memory(sizes, heads)
 
@@ -48,8 +49,8 @@ def capture(
     of_classical, of_model = add_probabilities(hybrid, local, heads), add_probabilities(model, outputs, heads)
     tokens, items = Tokens(bundle), []
     with (
-        open_probe(hybrid, bundle.classical_path, library=library, providers=providers) as base,
-        open_probe(model, bundle.model_path, library=library, providers=providers) as sampled,
+        open_probe(hybrid, bundle.classical_path, library=library, **where) as base,
+        open_probe(model, bundle.model_path, library=library, **where) as sampled,
     ):
         for number, (feed, by_site) in enumerate(zip(inputs.feeds, sizes, strict=True), 1):
             progress(f"running both models, {number} of {len(inputs.feeds)}", number / (len(inputs.feeds) + 1))

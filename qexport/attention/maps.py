@@ -106,7 +106,8 @@ SHARES = ("moved", "own_error", "propagated_error")
 @dataclass
 class AttentionMaps:
     """The attention of a bundle's sites on some input items: `items[i]` has one `SiteMap` per site, in the order in which
-    the model computes them. `files` were written. `to_dict()` is the documented JSON, without the maps themselves.
+    the model computes them. `settings` hold the providers; `files` were written. `to_dict()` is the documented JSON, without
+    the maps themselves.
     """
 
     bundle: str
@@ -115,6 +116,7 @@ class AttentionMaps:
     items: list[list[SiteMap]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    settings: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
@@ -130,6 +132,7 @@ class AttentionMaps:
                 sites.append({key: getattr(site, key) for key in keys} | figures)
             items.append({"sites": sites})
         head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "bundle": self.bundle, "data": self.data}
+        head["settings"] = self.settings
         rest = {"notes": self.notes, "files": [str(file) for file in self.files], "versions": self.versions}
         return finite({**head, "seed": self.seed, "items": items, **rest})
 

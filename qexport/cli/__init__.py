@@ -171,6 +171,34 @@ def common_options(function):
     return function
 
 
+class Provider(click.ParamType):
+    """An execution provider by its short or its full name; the library knows which are there."""
+
+    name = "NAME"
+
+    def shell_complete(self, ctx, param, incomplete):
+        from qexport.providers import SHORT
+
+        return [CompletionItem(name) for name in (*SHORT, *SHORT.values()) if name.startswith(incomplete)]
+
+
+def provider_options(function):
+    """--provider and --allow-fallback, of the commands that run a bundle: the arguments `providers` and `allow_fallback`."""
+    for option in (
+        click.option("--allow-fallback", is_flag=True, help="Run nodes on the CPU that lack a CUDA kernel."),
+        click.option(
+            "--provider",
+            "providers",
+            type=Provider(),
+            multiple=True,
+            callback=lambda ctx, param, names: list(names) or None,
+            help="Where to run: cpu, cuda or a name of onnxruntime; repeatable, the preferred one first [cpu].",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def target_options(function):
     """--target and what goes with it, of the commands that can measure on another machine."""
     for option in (

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import DIR, FILE, Numbers, common_options, print_json
+from qexport.cli import DIR, FILE, Numbers, common_options, print_json, provider_options
 
 
 @click.command("attention")
@@ -17,6 +17,7 @@ from qexport.cli import DIR, FILE, Numbers, common_options, print_json
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampled model.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
 @click.option("--no-pictures", is_flag=True, help="The page alone; needs no matplotlib.")
+@provider_options
 @common_options
 def command(bundle, texts, data, no_pictures, as_json, quiet, verbose, **options):
     """Draw what the attention of the bundle in DIR looks at, in the classical model and in the sampled one.

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import DIR, FILE, common_options, print_json
+from qexport.cli import DIR, FILE, Provider, common_options, print_json
 
 
 @click.command("bundle")
@@ -11,9 +11,7 @@ from qexport.cli import DIR, FILE, common_options, print_json
     "-o", "--output", required=True, type=DIR, metavar="OUT", help="Folder of the deployment; an old one is replaced."
 )
 @click.option("--target", metavar="NAME", help="linux-x86_64 or linux-aarch64 [this machine].")
-@click.option(
-    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the model there."
-)
+@click.option("--provider", type=Provider(), default="cpu", show_default=True, help="What runs it there: cpu or cuda.")
 @click.option(
     "--library", type=FILE, help="A wheel of qexport, or a libqexport_ops.so, for another target [the installed one]."
 )

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import DIR, common_options, print_json
+from qexport.cli import DIR, common_options, print_json, provider_options
 
 
 @click.command("generate")
@@ -13,18 +13,18 @@ from qexport.cli import DIR, common_options, print_json
 @click.option("--top-k", type=click.IntRange(1), help="Draw among so many likeliest tokens only.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws and the sampled attention.")
 @click.option("--no-library", is_flag=True, help="Without the op library: classical attention.")
+@provider_options
 @common_options
 def command(bundle, as_json, quiet, verbose, no_library, **options):
     """Continue a text with BUNDLE, which was converted with --kv-cache, token by token."""
     from qexport.generation import generate_text
 
-    show = None if as_json else lambda text: click.echo(text, nl=False)
-    if show:
-        show(options["prompt"])
+    start = iter([options["prompt"]])  # shown with the first piece, when what is asked for has been had
+    show = None if as_json else lambda text: click.echo(next(start, "") + text, nl=False)
     report = generate_text(bundle, library=not no_library, on_text=show, **options)
     if as_json:
         print_json(report.to_dict())
         return
-    click.echo()
+    click.echo(next(start, ""))
     if not quiet and report.tokens_per_s is not None:
         click.echo(f"{len(report.tokens)} tokens, {report.tokens_per_s:.0f} a second after the prompt", err=True)

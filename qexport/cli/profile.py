@@ -2,19 +2,18 @@
 
 import click
 
-from qexport.cli import DIR, Numbers, common_options, make_target, print_json, target_options
+from qexport.cli import DIR, Numbers, common_options, make_target, print_json, provider_options, target_options
 
 
 @click.command("profile")
 @click.argument("bundle", type=DIR, metavar="DIR")
-@click.option("--provider", "providers", multiple=True, metavar="NAME", help="Execution provider, repeatable [CPU].")
-@click.option("--allow-fallback", is_flag=True, help="Run nodes on the CPU that lack a CUDA kernel.")
 @click.option("--batch", type=Numbers(), default=(1,), help="Batch sizes to sweep [1].")
 @click.option("--seq", type=Numbers(), default=(128,), help="Sequence lengths to sweep [128].")
 @click.option("--runs", type=click.IntRange(1), default=50, show_default=True, help="Timed runs per model and size.")
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the clock starts.")
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads [onnxruntime's choice].")
 @click.option("--memory", is_flag=True, help="Where memory goes: peaks by source, leaks, efficiency, per node.")
+@provider_options
 @target_options
 @common_options
 def command(
@@ -46,7 +45,7 @@ def command(
     with progress_bar(quiet or as_json) as progress:
         report = profile(
             bundle,
-            providers=list(providers) or None,
+            providers=providers,
             allow_fallback=allow_fallback,
             batch=batch,
             seq=seq,

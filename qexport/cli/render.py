@@ -6,8 +6,8 @@ from collections import Counter
 import click
 
 from qexport.cli.render_memory import show_memory
-from qexport.cli.text import table
-from qexport.runtime import CUDA
+from qexport.cli.text import ran_on, table
+from qexport.providers import CUDA
 from qexport.words import error_text, megabytes, percent, plural, recipe_text, site_label
 
 
@@ -56,6 +56,7 @@ def show_validation(report, verbose: bool) -> None:
     data, found = report.to_dict()["data"], report.to_dict()
     click.echo(
         f"{_measured(found)} on {data['source']}: {plural(data['samples'], 'item')}, {plural(len(found['seeds']), 'seed')}"
+        f"{ran_on(found['settings'])}"
     )
     for note in data["notes"]:
         click.echo(f"note: {note}")
@@ -177,14 +178,16 @@ def show_profile(report, verbose: bool) -> None:
                     f"{model['memory']['load_seconds'] * 1e3:.0f}",
                 )
             )
-    header = ("model", "batch", "seq", "p50 ms", "p90 ms", "p99 ms", "time ratio", "items/s", "peak memory", "load ms")
+    on_gpu = settings["providers"][0] == CUDA
+    peak = "peak host memory" if on_gpu else "peak memory"
+    header = ("model", "batch", "seq", "p50 ms", "p90 ms", "p99 ms", "time ratio", "items/s", peak, "load ms")
     table("Latency", header, rows)
     last = found["sizes"][-1]
     for which, model in last["models"].items():
         rows = [(op["op"], op["nodes"], f"{op['time_us'] / 1e3:.2f}", f"{100 * op['share']:.0f} %") for op in model["ops"]]
         size = f"batch {last['batch']}, seq {last['sequence'] or 'fixed'}"
         # Kernels on a GPU run behind the back of the runtime's trace.
-        what = "Time to queue kernels" if settings["providers"][0] == CUDA else "Where the time goes"
+        what = "Time to queue kernels" if on_gpu else "Where the time goes"
         table(f"{what}, {which}, {size}", ("op", "nodes", "ms", "share"), rows if verbose else rows[:6])
         if verbose:
             _show_nodes(which, model["nodes"])

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli.text import table
+from qexport.cli.text import ran_on, table
 from qexport.words import percent, plural, site_label
 
 
@@ -11,6 +11,7 @@ def show_attention(maps, verbose: bool) -> None:
     found = maps.to_dict()
     click.echo(
         f"{found['bundle']} on {found['data']['source']}: {plural(len(found['items']), 'input')}, seed {found['seed']}"
+        f"{ran_on(found['settings'])}"
     )
     for note in found["data"]["notes"] + found["notes"]:
         click.echo(f"note: {note}")

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli.text import table
+from qexport.cli.text import ran_on, table
 from qexport.words import percent, plural, site_label
 
 
@@ -13,7 +13,7 @@ def show_resilience(report, verbose: bool) -> None:
     click.echo(
         f"{found['bundle']} on {found['data']['source']}: {plural(found['data']['samples'], 'item')}, "
         f"{settings['noise']} noise in {plural(found['sites'], 'attention')}, {plural(settings['seeds'], 'seed')}, "
-        f"{found['seconds']:.0f} s"
+        f"{found['seconds']:.0f} s{ran_on(settings)}"
     )
     for note in found["data"]["notes"] + found["notes"]:
         click.echo(f"note: {note}")

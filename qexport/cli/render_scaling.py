@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli.text import table
+from qexport.cli.text import ran_on, table
 from qexport.words import percent, plural
 
 
@@ -14,7 +14,8 @@ def show_scaling(report, verbose: bool) -> None:
     shape = f"{plural(settings['heads'], 'head')} of {settings['head_size']}{', causal' if settings['causal'] else ''}"
     threads = plural(settings["threads"], "thread")
     click.echo(
-        f"{shape}, inputs: {settings['inputs']}, {threads}, {found['machine']['processor']}, {found['seconds']:.0f} s"
+        f"{shape}, inputs: {settings['inputs']}, {threads}, {found['machine']['processor']}"
+        f"{ran_on(settings)}, {found['seconds']:.0f} s"
     )
     rows = [
         (c["name"], _exponent(c["fit"]), _last(c["fit"]), *(_at(c, n, lambda row: f"{row['ms']:.3g}") for n in lengths))
@@ -65,7 +66,7 @@ def _last(fit: dict | None) -> str:
 
 
 def _megabytes(row: dict) -> str:
-    return f"{row['memory_bytes'] / 1e6:.3g}" if row["memory_bytes"] is not None else ""
+    return f"{row['memory_bytes'] / 1e6:.3g}" if row["memory_bytes"] is not None else "n/a"
 
 
 def _bound(row: dict) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import click
 
-from qexport.cli.text import table
+from qexport.cli.text import ran_on, table
 from qexport.words import percent, plural, recipe_text, site_label
 
 
@@ -22,6 +22,7 @@ def show_tuning(report, verbose: bool) -> None:
     click.echo(
         f"{found['bundle']} on {found['data']['source']}: {plural(found['data']['samples'], 'item')}, "
         f"{plural(found['trials'], 'recipe')} tried in {found['seconds']:.0f} s"
+        f"{ran_on(found['settings'])}"
     )
     for note in found["data"]["notes"] + found["notes"]:
         click.echo(f"note: {note}")

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Numbers, Share, common_options, print_json
+from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Numbers, Share, common_options, print_json, provider_options
 
 
 @click.command("report")
@@ -28,13 +28,14 @@ from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Numbers, Share, common_opti
 @click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
 @click.option("--max-error", type=Share(), help="Relative error allowed at the model's outputs [what the recipe allows].")
 @click.option("--threads", type=click.IntRange(1), help="Threads of what is timed [onnxruntime's choice].")
+@provider_options
 @common_options
 def command(bundle, as_json, quiet, verbose, **options):
     """Write one page on the bundle in DIR, which needs no network: verdict, accuracy, error against samples, latency, time
     by op, memory, size, environment, recipe, and the commands that reproduce it.
 
     What is not given with --reuse is measured now, which takes a minute for a small model. For settings that are not here,
-    such as another provider, run `qexport profile --json` with them and reuse its file. Exit code 3 when the error is out of
+    such as batch sizes, run `qexport profile --json` with them and reuse its file. Exit code 3 when the error is out of
     tolerance; the page is written all the same.
     """
     from qexport.cli.render_report import show_report

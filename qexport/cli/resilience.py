@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import DIR, FILE, Levels, Share, Shots, common_options, print_json
+from qexport.cli import DIR, FILE, Levels, Share, Shots, common_options, print_json, provider_options
 
 
 @click.command("resilience")
@@ -22,6 +22,7 @@ from qexport.cli import DIR, FILE, Levels, Share, Shots, common_options, print_j
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
 @click.option("--plot", type=FILE, help="Draw it to a .png, .svg or .pdf; needs matplotlib.")
+@provider_options
 @common_options
 def command(bundle, mitigation, as_json, quiet, verbose, levels, shots, **options):
     """Measure how noisy a quantum device may be before the model in DIR breaks.

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import FILE, Numbers, common_options, print_json
+from qexport.cli import FILE, Numbers, common_options, print_json, provider_options
 
 
 @click.command("scaling")
@@ -28,6 +28,7 @@ from qexport.cli import FILE, Numbers, common_options, print_json
     help="What one contender may take at one length; who needs more is stopped there.",
 )
 @click.option("--plot", type=FILE, help="Draw it to a .png, .svg or .pdf; needs matplotlib.")
+@provider_options
 @common_options
 def command(strategies, as_json, quiet, verbose, **options):
     """Measure time, memory and error of attention against the length, and fit time ~ n^a with its interval.

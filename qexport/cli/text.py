@@ -36,6 +36,14 @@ def progress_bar(silent: bool):
         yield lambda step, done: bar.update(task, description=step, completed=done, refresh=True)
 
 
+def ran_on(settings: dict) -> str:
+    """The providers in the settings of a report, for its head line; nothing for the CPU alone."""
+    from qexport.providers import CPU, asked_for
+
+    names = asked_for(settings)
+    return "" if names == [CPU] else f", {', '.join(names)}"
+
+
 def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: int = 1) -> None:
     """A table on stdout, without a head where `header` is blank.
 

@@ -2,7 +2,7 @@
 
 import click
 
-from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, print_json
+from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, print_json, provider_options
 
 
 @click.command("tune")
@@ -24,6 +24,7 @@ from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, prin
     metavar="PATH",
     help="Folder of a new bundle with the recipe, or .yaml file for the recipe.",
 )
+@provider_options
 @common_options
 def command(bundle, as_json, quiet, verbose, **options):
     """Find the fastest recipe for the bundle in DIR whose outputs differ from the classical model's by E at most.

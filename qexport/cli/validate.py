@@ -2,7 +2,17 @@
 
 import click
 
-from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, make_target, print_json, target_options
+from qexport.cli import (
+    DIR,
+    FILE,
+    OUT_OF_TOLERANCE,
+    Share,
+    common_options,
+    make_target,
+    print_json,
+    provider_options,
+    target_options,
+)
 
 
 @click.command("validate")
@@ -14,9 +24,10 @@ from qexport.cli import DIR, FILE, OUT_OF_TOLERANCE, Share, common_options, make
 @click.option("--seeds", type=click.IntRange(1, 10000), default=5, show_default=True, help="Runs of the sampled model.")
 @click.option("--batch", type=click.IntRange(1), help="Items per run; generates inputs when there is no --data.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
+@provider_options
 @target_options
 @common_options
-def command(bundle, data, max_error, seeds, batch, seq, target, library, python, ssh_config, as_json, quiet, verbose):
+def command(bundle, data, target, library, python, ssh_config, as_json, quiet, verbose, **options):
     """Compare the bundle in DIR with its classical model, with and without the op library.
 
     With --target on another machine, over ssh. Exit code 3 when the error is out of tolerance.
@@ -29,13 +40,10 @@ def command(bundle, data, max_error, seeds, batch, seq, target, library, python,
         report = validate(
             bundle,
             data,
-            max_error=max_error,
-            seeds=seeds,
-            batch=batch,
-            seq=seq,
             library=library or True,
             target=make_target(target, python, ssh_config),
             progress=progress,
+            **options,
         )
     if as_json:
         print_json(report.to_dict())

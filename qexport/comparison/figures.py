@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qexport.providers import asked_for
 from qexport.words import site_label
 
 ERRORS, TIMES, SIZES, VERDICTS = "errors", "times", "sizes", "verdicts"
@@ -66,17 +67,20 @@ class Part:
 
 
 def _data(document: dict) -> dict:
-    """Terms of what depends on the inputs: which they were, wherever their file lay."""
+    """Terms of what depends on the inputs: which they were, wherever their file lay, and the providers that ran on them."""
     data = document["data"]
     count = f", {data['samples']} items" if "samples" in data else f", {data['judged']} items"
-    return dict.fromkeys((ERRORS, VERDICTS), Path(data["source"]).name + count)
+    return dict.fromkeys((ERRORS, VERDICTS), Path(data["source"]).name + count + _providers(document))
+
+
+def _providers(document: dict) -> str:
+    return "".join(f", {name}" for name in asked_for(document.get("settings", {})))
 
 
 def _machine(document: dict) -> str:
     settings, machine = document["settings"], document["machine"]
     threads = settings["threads"] or "all"
-    providers = "".join(f", {name}" for name in settings.get("providers", []))
-    return f"{machine['processor']} with {machine['cpu_count']} CPUs, {threads} threads{providers}"
+    return f"{machine['processor']} with {machine['cpu_count']} CPUs, {threads} threads{_providers(document)}"
 
 
 def _sites(document: dict) -> list[str]:
@@ -127,6 +131,7 @@ def _scaling(document: dict) -> Part:
     settings = document["settings"]
     part = Part({key: settings[key] for key in ("heads", "head_size", "causal")}, terms={TIMES: _machine(document)})
     part.identity["inputs"] = Path(settings["inputs"]).name
+    part.terms[ERRORS] = _providers(document).removeprefix(", ")
     for contender in document["contenders"]:
         ours = contender["provider"] == "qexport"
         for row in contender["lengths"]:
@@ -140,6 +145,7 @@ def _scaling(document: dict) -> Part:
 
 def _tune(document: dict) -> Part:
     part, best = Part({"attentions": _sites(document)}, terms=_data(document)), document["best"]
+    part.terms[TIMES] = _providers(document).removeprefix(", ")
     part.verdict(document["passed"])
     part.add("error of the best recipe", best["error"], ERRORS, "share", best["error_ci95"], floor=ROUNDING)
     if best["ratio"]:

@@ -15,13 +15,14 @@ import numpy as np
 from qexport import runtime
 from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_files, read_manifest, seal_text, write_bundle
 from qexport.data import stored_samples
-from qexport.deployment.library import LIBRARY, PROVIDERS, check_target, copy_library, this_target
+from qexport.deployment.library import LIBRARY, check_target, copy_library, this_target
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import external_files, load_structure
 from qexport.failures import one_line
 from qexport.manifest import package_version
 from qexport.progress import unwatched
-from qexport.validation.limits import DEFAULT_MAX_ERROR, ROUNDING, limits_of
+from qexport.providers import SHORT, uses_tf32
+from qexport.validation.limits import DEFAULT_MAX_ERROR, limits_of
 from qexport.validation.sensitivity import quantizes, sensitivity
 
 SAMPLES = "samples"
@@ -76,7 +77,7 @@ def pack_deployment(
         bundle: a folder, or a `Bundle`.
         output: the folder of the deployment.
         target: "linux-x86_64" or "linux-aarch64"; this machine when None.
-        provider: "cpu", or "cuda" to pack the CUDA kernels too and run there.
+        provider: "cpu" (or its full name), or "cuda" to pack the CUDA kernels too and run there.
         library: a wheel of qexport or an op library for `target`; the installed one when None.
         progress: called with the step in words and the share that is done, 0 to 1.
 
@@ -88,8 +89,9 @@ def pack_deployment(
             something else.
         QexportError: the bundle changed, the library does not fit the target, or the model does not run.
     """
-    if provider not in PROVIDERS:
-        raise UsageError(f"provider must be {' or '.join(PROVIDERS)}, got {provider!r}")
+    provider = next((short for short, name in SHORT.items() if provider in (short, name)), provider)
+    if provider not in SHORT:
+        raise UsageError(f"provider must be {' or '.join(SHORT)}, got {provider!r}")
     target, say = check_target(target), progress or unwatched
     say("checking the bundle", 0.0)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=True)
@@ -149,11 +151,9 @@ def _tolerance(bundle: Bundle, inputs, outputs, provider: str) -> float:
     moved = None
     if quantizes(load_structure(bundle.classical_path)):
         moved = sensitivity(bundle, inputs, bundle.manifest["sites"])
-    limit = limits_of(bundle, [str(value.dtype) for value in outputs], moved, None, True)["library"]
-    if not np.isfinite(limit):
-        limit = DEFAULT_MAX_ERROR
-    # CUDA multiplies float32 in TF32, which keeps as many bits as float16
-    return max(limit, ROUNDING["float16"]) if provider == "cuda" else limit
+    dtypes = [str(value.dtype) for value in outputs]
+    limit = limits_of(bundle, dtypes, moved, None, True, tf32=uses_tf32(provider))["library"]
+    return limit if np.isfinite(limit) else DEFAULT_MAX_ERROR
 
 
 def verify_deployment(path, *, runs: int = 20, progress=None) -> VerificationReport:

@@ -11,7 +11,6 @@ from qexport.runtime import LIBRARY_STEM, find_library, plugin_path
 
 # Targets, and the e_machine of their ELF files (elf.h).
 MACHINES = {"linux-x86_64": 62, "linux-aarch64": 183}
-PROVIDERS = ("cpu", "cuda")
 LIBRARY = f"lib{LIBRARY_STEM}.so"
 PLUGIN = plugin_path(LIBRARY).name
 _ELF_NAMES = {3: "x86", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv"}

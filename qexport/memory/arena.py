@@ -67,7 +67,8 @@ def read(sessions: list[Watched]) -> tuple[list[Arena], str | None]:
     if not sessions:
         return [], "no session with enable_profiling was given to `watch`"
     from qexport.profiling.trace import read_trace
-    from qexport.runtime import CUDA, onnxruntime
+    from qexport.providers import CUDA
+    from qexport.runtime import onnxruntime
 
     arenas = []
     for number, watched in enumerate(sessions):

@@ -23,6 +23,7 @@ from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.model_memory import model_memory, needed
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 from qexport.progress import unwatched
+from qexport.providers import full_names, provider_name, recorded
 
 SCHEMA = "qexport.profile"
 SCHEMA_VERSION = 1
@@ -74,20 +75,20 @@ def profile(
 
     Args:
         bundle: a folder, or a `Bundle`.
-        providers: execution providers in the order of preference; the CPU when None.
+        providers, allow_fallback: where it runs, as in `qexport.session`; the CPU when None.
         batch, seq: batch sizes and sequence lengths; every pair is measured. A number is a list of one. Lengths collapse to
             one size where the model's inputs have no such dimension.
         runs, warmup: timed runs of each model and size, and runs before them.
         threads: intra-op threads; the runtime's choice when None.
-        library, allow_fallback: as in `qexport.runtime.session`, for the converted model.
+        library: as in `qexport.session`, for the converted model.
         memory: run a `qexport.memory.AdvancedMemoryProfiler` over loading and running each model, some ten seconds longer.
         target: measure on another machine: ssh://user@host[:port], or a `qexport.remote.Target`. `library` may then also be
             a wheel of qexport for that machine.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a number below 1, a length above the model's limit, or a provider that is not available.
-        QexportError: the bundle, the runtime or the target is at fault.
+        UsageError: a number below 1, a length above the model's limit, or `providers` as in `qexport.session`.
+        QexportError: the bundle, the runtime, its providers or the target is at fault.
     """
     batches, lengths = numbers("batch", batch), numbers("seq", seq)
     for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
@@ -98,7 +99,7 @@ def profile(
     if target is not None:
         from qexport.remote.measuring import measure_there
 
-        arguments = {"providers": providers, "batch": batches, "seq": lengths, "runs": runs, "warmup": warmup}
+        arguments = {"providers": full_names(providers), "batch": batches, "seq": lengths, "runs": runs, "warmup": warmup}
         arguments |= {"threads": threads, "allow_fallback": allow_fallback, "memory": memory}
         return measure_there(ProfileReport, "profile", opened, target, arguments, library=library, progress=progress)
     providers = runtime.check_providers(providers)
@@ -135,8 +136,8 @@ def profile(
                 **_traced(path, lib, providers, threads, feed, shared, min(runs, TRACED_RUNS)),
             }
         entries.append(entry)
-    names = [runtime.provider_name(p) for p in providers]
-    settings = {"providers": names, "runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
+    settings = recorded(providers, allow_fallback)
+    settings |= {"runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
     return ProfileReport(str(opened.path), settings, machine(), entries, versions())
 
 
@@ -274,7 +275,7 @@ def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
     if len(events) != runs + 1:
         raise QexportError(f"{path}: the trace holds {len(events)} runs instead of {runs + 1}; lower the number of runs")
     nodes = node_table(events[1:], events[0])
-    names = [runtime.provider_name(p) for p in providers]
+    names = [provider_name(p) for p in providers]
     return {
         "ops": op_table(nodes),
         "placement": placement(nodes, names),

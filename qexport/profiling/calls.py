@@ -16,12 +16,11 @@ def shared_buffers(manifest: dict) -> list[list[str]]:
 def make_call(session, feed: dict[str, np.ndarray], shared: list[list[str]]) -> Callable[[], None]:
     """A function that runs the model once on `feed`. With `shared` pairs nothing of a past is copied, as in
     `qexport.Generator`; what a run writes goes into copies of the feed's arrays, again at the same places in every run.
-    On CUDA all inputs and outputs stay in the memory of the device.
+    On CUDA all inputs and outputs stay in the memory of the device, and a run ends when the device has done its work.
     """
-    on_cuda = session.get_providers()[0] == runtime.CUDA
-    if not shared and not on_cuda:
+    device = runtime.device_of(session)
+    if not shared and device[0] == "cpu":
         return lambda: runtime.run(session, None, feed)
-    device = ("cuda", int(session.get_provider_options()[runtime.CUDA]["device_id"])) if on_cuda else ("cpu", 0)
     make = runtime.onnxruntime().OrtValue.ortvalue_from_numpy
     pasts = {past for past, _ in shared}
     values = {name: make(array.copy() if name in pasts else array, *device) for name, array in feed.items()}

@@ -66,14 +66,11 @@ def _prepare(request: dict):
     with np.load(request["feed"], allow_pickle=False) as file:
         feed = {name: file[name] for name in file.files}
     onnxruntime()  # the runtime itself belongs to "before"
-    # JSON turns the pairs (name, options) into lists, and onnxruntime takes tuples alone
-    providers = [tuple(p) if isinstance(p, list) else p for p in request["providers"]]
 
     def load():
         # what may fall back to the CPU was settled by the process that asks
-        return session(
-            request["model"], library=request["library"], providers=providers, options=options, allow_fallback=True
-        )
+        where = {"providers": request["providers"], "allow_fallback": True}
+        return session(request["model"], library=request["library"], options=options, **where)
 
     return load, feed
 

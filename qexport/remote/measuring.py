@@ -14,8 +14,8 @@ from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, copy_library
 from qexport.errors import UsageError
 from qexport.external_data import check_external_data
 from qexport.progress import portion, unwatched
+from qexport.providers import CUDA, provider_name
 from qexport.remote.connection import Connection, Target, connect
-from qexport.runtime import CUDA, provider_name
 
 OLDEST_PYTHON = [3, 11]
 # Of a bundle; the target has a library of its own, and texts become arrays here.
@@ -30,7 +30,7 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         function: "profile" or "validate".
         bundle: a folder, or a `Bundle`.
         target: a `Target`, or its URL.
-        arguments: of the function, plain data.
+        arguments: of the function, plain data; `providers` by their full names.
         library: True for the installed op library where the target is of this machine's kind, False for none, or a wheel of
             qexport or a library for the target.
         data: of `validate`; read here.
@@ -54,7 +54,7 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         platform = _check_hello(connection, hello, ["numpy", "onnxruntime", *(["onnx"] if needs_onnx else [])])
         say(f"copying to {target.host}", 0.05)
         with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-            names = _send_library(connection, Path(folder), platform, arguments.get("providers"), library)
+            names = _send_library(connection, Path(folder), platform, arguments["providers"], library)
         _send_package(connection)
         _send_bundle(connection, opened)
         job = {"function": function, "arguments": arguments, "library": names, "feeds": _send_feeds(connection, feeds)}
@@ -88,7 +88,7 @@ def _send_library(connection: Connection, folder: Path, platform: str, providers
     """Where the op library will lie there; False for none."""
     if library is False:
         return False
-    provider = "cuda" if CUDA in map(provider_name, providers or ()) else "cpu"
+    provider = "cuda" if CUDA in map(provider_name, providers) else "cpu"
     copy_library(folder, platform, provider, None if library is True else library)
     for name in (LIBRARY, PLUGIN):
         if (folder / name).is_file():

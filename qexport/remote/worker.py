@@ -38,8 +38,6 @@ def main() -> None:
 def perform(job: dict, progress) -> dict:
     """The report of a job, as plain data."""
     arguments, name = job["arguments"], job["function"]
-    if arguments.get("providers"):  # JSON turns the pairs (name, options) into lists
-        arguments["providers"] = [tuple(p) if isinstance(p, list) else p for p in arguments["providers"]]
     if job["feeds"] is not None:
         arguments["data"] = read_feeds(job["feeds"])
     run = getattr(import_module(FUNCTIONS[name]), name)

@@ -16,6 +16,7 @@ from qexport.bundle import Bundle
 from qexport.documents import well_formed
 from qexport.errors import QexportError, UsageError
 from qexport.progress import unwatched
+from qexport.providers import full_names, recorded
 from qexport.reporting.judgement import verdict
 from qexport.reporting.parts import MEASURED, Wanted, gather
 
@@ -33,6 +34,7 @@ class Report:
         parts: schema of a document without "qexport." to that document: validate, profile, samples, scaling, inspect, and
             the findings of doctor.
         missing: part to the reason why it is not there.
+        settings: the providers of what was measured for it; parts have their own.
         output: the page.
     """
 
@@ -41,6 +43,7 @@ class Report:
     parts: dict
     missing: dict
     notes: list[str]
+    settings: dict
     output: str
     versions: dict
     passed: bool | None = None
@@ -64,6 +67,8 @@ def report(
     seeds: int = 5,
     max_error: float | None = None,
     threads: int | None = None,
+    providers=None,
+    allow_fallback=False,
     progress=None,
 ) -> Report:
     """Write a page on a bundle: verdict, accuracy, error against samples, latency, memory, size, environment, recipe.
@@ -77,11 +82,13 @@ def report(
         seq: lengths that are timed; 32 to 512, doubling, up to the model's limit, when None.
         runs, threads: as for `qexport.profile`.
         seeds, max_error: as for `qexport.validate`.
+        providers, allow_fallback: where all that is measured now runs, as in `qexport.session`; the CPU when None.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a wrong argument, or a file to reuse that is no report, or of another model.
-        QexportError: the bundle, the data or the runtime is at fault, or the page cannot be written.
+        UsageError: a wrong argument, `providers` as in `qexport.session`, or a file to reuse that is no report, or of
+            another model.
+        QexportError: the bundle, the data, the runtime or its providers are at fault, or the page cannot be written.
     """
     from qexport.reporting.page import page
 
@@ -90,7 +97,8 @@ def report(
     if unknown:
         raise UsageError(f"skip: no part {unknown[0]!r}; parts: {', '.join(MEASURED)}, all")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    wanted = Wanted(data, seq, runs, seeds, max_error, threads, MEASURED if "all" in skip else tuple(skip))
+    skipped = MEASURED if "all" in skip else tuple(skip)
+    wanted = Wanted(data, seq, runs, seeds, max_error, threads, full_names(providers), allow_fallback, skipped)
     parts, missing, notes = gather(opened, wanted, reuse, progress or unwatched)
     found = Report(
         bundle=str(opened.path),
@@ -98,6 +106,7 @@ def report(
         parts=parts,
         missing=missing,
         notes=notes,
+        settings=recorded(**wanted.where),
         output=str(target),
         versions={"qexport": __version__},
     )

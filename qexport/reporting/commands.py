@@ -4,20 +4,23 @@ import io
 import re
 import shlex
 
+from qexport.providers import option_words
 from qexport.reporting.parts import MEASURED, lengths
 
 
-def making(part: str, bundle: str, manifest: dict) -> str:
-    """The commands that make a missing part."""
+def making(part: str, report: dict, manifest: dict) -> str:
+    """The commands that make a part that a report lacks, where the others were measured."""
+    bundle, where = report["bundle"], option_words(report["settings"])
     if part == "samples":  # no command makes it alone
-        return _command("report", bundle, "-o", "report.html")
+        return _command("report", bundle, "-o", "report.html", *where)
     words = {
         "validate": ("validate", bundle),
         "profile": ("profile", bundle, "--seq", ",".join(map(str, lengths(manifest)))),
         "scaling": ("scaling",),
     }[part]
     file = f"{part}.json"
-    return f"{_command(*words, '--json')} > {file}\n{_command('report', bundle, '-o', 'report.html', '--reuse', file)}"
+    reuse = _command("report", bundle, "-o", "report.html", "--reuse", file)
+    return f"{_command(*words, *where, '--json')} > {file}\n{reuse}"
 
 
 def recipe_yaml(manifest: dict) -> str:
@@ -55,7 +58,8 @@ def reproduce(report: dict, manifest: dict) -> str:
     skipped = [word for name in MEASURED if name not in parts for word in ("--skip", name)]
     reused = [word for file in files for word in ("--reuse", file)]
     data = _data(parts["samples"]["data"]) if "samples" in parts else []
-    lines.append(_command("report", bundle, "-o", report["output"] or "report.html", *data, *reused, *skipped))
+    words = [*data, *option_words(report["settings"]), *reused, *skipped]
+    lines.append(_command("report", bundle, "-o", report["output"] or "report.html", *words))
     return "\n".join(lines)
 
 
@@ -86,6 +90,7 @@ def _validate(checked: dict, bundle: str) -> list[str]:
         words += ["--seeds", len(checked["seeds"])]
         if checked["max_error"]["library"] is not None:
             words += ["--max-error", f"{checked['max_error']['library']:g}"]
+    words += option_words(checked.get("settings", {}))
     line = _command(*words, "--json") + " > validate.json"
     known = checked["data"]["source"] == "stored samples" or _data(checked["data"])
     return [line] if known else [f"# inputs: {checked['data']['source']}", line]
@@ -98,7 +103,7 @@ def _profile(timed: dict, bundle: str) -> str:
     words += ["--seq", ",".join(map(str, lengths))] if lengths else []
     words += ["--runs", settings["runs"], "--warmup", settings["warmup"]]
     words += ["--threads", settings["threads"]] if settings["threads"] else []
-    words += [word for name in settings["providers"] for word in ("--provider", name)]
+    words += option_words(settings)
     return _command(*words, "--json") + " > profile.json"
 
 
@@ -110,5 +115,5 @@ def _scaling(swept: dict) -> str:
     else:
         words += ["--activations", settings["inputs"]]
     words += ["--causal"] if settings["causal"] else []
-    words += ["--threads", settings["threads"], "--strategies", ",".join(settings["strategies"])]
+    words += ["--threads", settings["threads"], "--strategies", ",".join(settings["strategies"]), *option_words(settings)]
     return _command(*words, "--seconds", f"{settings['seconds']:g}", "--json") + " > scaling.json"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qexport import __version__
 from qexport.profiling import CLASSICAL, CONVERTED
+from qexport.providers import CUDA
 from qexport.reporting import sections
 from qexport.reporting.commands import making, recipe_yaml, reproduce
 from qexport.reporting.judgement import limit, worst_output
@@ -105,7 +106,8 @@ def _tiles(report: dict, manifest: dict) -> list[tuple[str, str, str]]:
         found.append(("Time against classical", f"{last['ratio']['of_medians']:.2f} ×", against))
         peaks = {which: (model["memory"] or {}).get("peak_bytes") for which, model in models.items()}
         if all(peaks.values()):
-            found.append(("Peak memory", megabytes(peaks[CONVERTED]), f"classical {megabytes(peaks[CLASSICAL])}"))
+            where = "host memory" if parts["profile"]["settings"]["providers"][0] == CUDA else "memory"
+            found.append((f"Peak {where}", megabytes(peaks[CONVERTED]), f"classical {megabytes(peaks[CLASSICAL])}"))
     classical = manifest["files"].get("classical.onnx", {}).get("bytes")
     against = f"classical {megabytes(classical)}" if classical else ""
     return [*found, ("Model file", megabytes(parts["inspect"]["file_bytes"]), against)]
@@ -114,7 +116,7 @@ def _tiles(report: dict, manifest: dict) -> list[tuple[str, str, str]]:
 def _missing(part: str, report: dict, manifest: dict) -> str:
     """What to do about a section without data."""
     why = report["missing"][part]
-    return paragraph(f"No data: {why}. This makes it:", "missing") + code(making(part, report["bundle"], manifest))
+    return paragraph(f"No data: {why}. This makes it:", "missing") + code(making(part, report, manifest))
 
 
 def _environment(parts: dict) -> str:

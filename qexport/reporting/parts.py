@@ -9,6 +9,7 @@ from qexport.documents import load_document, parts_of, well_formed
 from qexport.errors import QexportError, UsageError
 from qexport.inspection import inspect
 from qexport.progress import portion
+from qexport.runtime import check_start
 from qexport.words import site_label
 
 # Parts that take longer than a moment, in the order in which they are made.
@@ -28,7 +29,14 @@ class Wanted:
     seeds: int
     max_error: float | None
     threads: int | None
+    providers: list
+    allow_fallback: bool
     skip: tuple[str, ...]
+
+    @property
+    def where(self) -> dict:
+        """The arguments of what runs sessions."""
+        return {"providers": self.providers, "allow_fallback": self.allow_fallback}
 
 
 def gather(bundle: Bundle, wanted: Wanted, reuse, say) -> tuple[dict, dict, list[str]]:
@@ -36,10 +44,13 @@ def gather(bundle: Bundle, wanted: Wanted, reuse, say) -> tuple[dict, dict, list
 
     Raises:
         UsageError: a file to reuse that is no report, or of another model.
-        QexportError: validate or profile failed. The other parts are missing with the reason instead.
+        QexportError: validate or profile failed, or a provider cannot be had that something is to be measured on. The other
+            parts are missing with the reason instead.
     """
     parts, notes = _reused(bundle, reuse)
     missing = {}
+    if not all(name in parts or name in wanted.skip for name in MEASURED):
+        check_start(**wanted.where)
     for number, name in enumerate(MEASURED):
         if name in parts:
             continue
@@ -96,23 +107,24 @@ def _make(name: str, bundle: Bundle, wanted: Wanted, say) -> dict:
     if name == "validate":
         from qexport.validation import validate
 
-        options = {"seeds": wanted.seeds, "max_error": wanted.max_error}
+        options = {"seeds": wanted.seeds, "max_error": wanted.max_error, **wanted.where}
         return validate(bundle, wanted.data, **options, progress=say).to_dict()
     if name == "profile":
         from qexport.profiling import profile
 
         seq = wanted.seq if wanted.seq is not None else lengths(bundle.manifest)
-        return profile(bundle, seq=seq, runs=wanted.runs, threads=wanted.threads, progress=say).to_dict()
+        options = {"runs": wanted.runs, "threads": wanted.threads, **wanted.where}
+        return profile(bundle, seq=seq, **options, progress=say).to_dict()
     if name == "samples":
         from qexport.tuning.samples import error_by_samples
 
-        return error_by_samples(bundle, wanted.data, threads=wanted.threads, progress=say).to_dict()
+        return error_by_samples(bundle, wanted.data, threads=wanted.threads, **wanted.where, progress=say).to_dict()
     from qexport.scaling import sweep
 
     sites = bundle.manifest["sites"]
     shape = {"heads": sites[0]["q_heads"], "head_size": sites[0]["head_size"]} if sites else {}
     shape = {key: value for key, value in shape.items() if value}
-    return sweep(**SWEEP, **shape, threads=wanted.threads or 1, progress=say).to_dict()
+    return sweep(**SWEEP, **shape, threads=wanted.threads or 1, **wanted.where, progress=say).to_dict()
 
 
 def lengths(manifest: dict) -> list[int]:

@@ -1,10 +1,10 @@
 """The sections of a report that hold measurements: each turns a part of it into HTML."""
 
 from qexport.profiling import CONVERTED
+from qexport.providers import CUDA
 from qexport.reporting import charts
 from qexport.reporting.judgement import speed
 from qexport.reporting.markup import chart, facts, folded, items, paragraph, table
-from qexport.runtime import CUDA
 from qexport.words import error_text, megabytes, percent, plural, recipe_text, site_label
 
 
@@ -124,6 +124,7 @@ def memory(timed: dict) -> str:
     about = paragraph(
         f"A process of its own for each model, batch {size['batch']}{length}: the runtime is imported, the session opened, "
         "and three runs follow. Resident memory includes what the runtime itself needs."
+        + (" The memory of the GPU is not in it." if timed["settings"]["providers"][0] == CUDA else "")
     )
     spec = charts.memory(timed)
     if spec is None:

@@ -22,6 +22,7 @@ from qexport.manifest import package_version
 from qexport.metrics import choose_metric
 from qexport.noise.model import NoiseModel, parse_channels
 from qexport.progress import unwatched
+from qexport.providers import recorded
 from qexport.recipe_values import INFINITE
 from qexport.resilience import plot as picture
 from qexport.resilience.cells import NO_MITIGATION, Cell, make_cell
@@ -79,6 +80,7 @@ def measure_resilience(
     seq: int | None = None,
     library=True,
     providers=None,
+    allow_fallback=False,
     plot=None,
     progress=None,
 ) -> ResilienceReport:
@@ -99,13 +101,15 @@ def measure_resilience(
         tolerance: the loss that is acceptable, 0.01 for 1 %.
         metric: perplexity, top1 or cosine; what fits the model when None.
         library: True or a path of an op library: without it there is no noise.
-        providers: execution providers; the CPU when None.
+        providers, allow_fallback: where all models run, as in `qexport.session`; the CPU when None.
         plot: a .png, .svg or .pdf to draw the report to; needs matplotlib.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a wrong argument; a level outside the limits of its channel, or of what a mitigation makes of it.
-        QexportError: the bundle, the data, the op library or the runtime is at fault, or no attention can be noisy.
+        UsageError: a wrong argument; a level outside the limits of its channel, or of what a mitigation makes of it;
+            `providers` as in `qexport.session`.
+        QexportError: the bundle, the data, the op library, the runtime or its providers are at fault, or no attention can
+            be noisy.
     """
     started, say = time.monotonic(), progress or unwatched
     if not library:
@@ -118,10 +122,9 @@ def measure_resilience(
     masked = any(spec["kind"] == "mask" for spec in opened.manifest["inputs"])
     inputs = load_inputs(opened, data, batch=batch if masked or batch or data is None else 1, seq=seq)
     say("running the classical model", 0.0)
-    chosen = choose_metric(
-        opened, inputs, runtime.session(opened.classical_path, library=False, providers=providers), metric
-    )
-    found = measure_cells(opened, inputs, cells, chosen, seeds, library=library, providers=providers, say=say)
+    where = {"providers": providers, "allow_fallback": allow_fallback}
+    chosen = choose_metric(opened, inputs, runtime.session(opened.classical_path, library=False, **where), metric)
+    found = measure_cells(opened, inputs, cells, chosen, seeds, library=library, where=where, say=say)
     levels = sorted({cell.level for cell in cells})
     report = ResilienceReport(
         bundle=str(opened.path),
@@ -132,6 +135,7 @@ def measure_resilience(
             "mitigation": list(dict.fromkeys(cell.mitigation for cell in cells)),
             "seeds": seeds,
             "tolerance": tolerance,
+            **recorded(**where),
         },
         data={"source": inputs.source, "samples": inputs.samples, "notes": inputs.notes},
         metric={"name": chosen.name, "output": chosen.output, "classical": found.classical},

@@ -82,9 +82,9 @@ class _Sums:
 
 
 def measure_cells(
-    bundle: Bundle, inputs: Inputs, cells: list[Cell], metric: Metric, seeds: int, *, library, providers, say
+    bundle: Bundle, inputs: Inputs, cells: list[Cell], metric: Metric, seeds: int, *, library, where: dict, say
 ) -> Found:
-    """Run every cell on every input, `seeds` times where shots are drawn.
+    """Run every cell on every input, `seeds` times where shots are drawn, in sessions with the arguments `where`.
 
     Raises:
         QexportError: a model does not load or run, or no attention can be noisy.
@@ -96,7 +96,7 @@ def measure_cells(
     values = {}
     for members in groups.values():
         with ExitStack() as stack:
-            models = _open(stack, bundle, cells[members[0]], metric, library, providers)
+            models = _open(stack, bundle, cells[members[0]], metric, library, where)
             sums = {i: _new_sums(cells[i], seeds, len(models.outputs)) for i in members}
             total = 0.0
             for feed in inputs.feeds:
@@ -134,7 +134,7 @@ def noisy_model(bundle: Bundle, noise: str, shots, invert: bool):
     return ir.to_proto(model), sites, left_alone, [value.name for value in model.graph.inputs[-2:]]
 
 
-def _open(stack: ExitStack, bundle: Bundle, cell: Cell, metric: Metric, library, providers) -> _Models:
+def _open(stack: ExitStack, bundle: Bundle, cell: Cell, metric: Metric, library, where) -> _Models:
     """The sessions that a cell, and those that differ from it in their level alone, run in."""
     path, noisy = bundle.classical_path, {}
     for shots in dict.fromkeys(run.shots for run in cell.runs):
@@ -143,8 +143,8 @@ def _open(stack: ExitStack, bundle: Bundle, cell: Cell, metric: Metric, library,
         if not watched:
             raise QexportError(f"{bundle.path}: its attentions lie in subgraphs, where they cannot be watched")
         add_outputs(model, [site["output"] for site in watched])
-        noisy[shots] = stack.enter_context(open_probe(model, path, library=library, providers=providers))
-    classical = stack.enter_context(open_probe(watch(path, watched), path, library=False, providers=providers))
+        noisy[shots] = stack.enter_context(open_probe(model, path, library=library, **where))
+    classical = stack.enter_context(open_probe(watch(path, watched), path, library=False, **where))
     outputs = [metric.output, *(site["output"] for site in watched)]
     return _Models(classical, noisy, outputs, watched, len(sites), left_alone, *names)
 

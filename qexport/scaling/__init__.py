@@ -19,6 +19,8 @@ from qexport.failures import one_line
 from qexport.memory.rss import extra_rss
 from qexport.profiling.timing import interleaved
 from qexport.progress import portion, unwatched
+from qexport.providers import CPU, full_names, provider_name, recorded
+from qexport.runtime import check_start
 from qexport.scaling import plot as picture
 from qexport.scaling import reference
 from qexport.scaling.contenders import FAMILIES, Entry, entries
@@ -82,6 +84,8 @@ def sweep(
     strategies=None,
     activations=None,
     seconds: float = 5.0,
+    providers=None,
+    allow_fallback=False,
     plot=None,
     progress=None,
 ) -> ScalingReport:
@@ -96,12 +100,18 @@ def sweep(
         activations: an .npz file with arrays q, k, v, (..., n, head_size) each; independent N(0, 1) when None.
         seconds: what the timed runs of one contender may take at one length. Who is expected to need more, or does, is
             stopped there, and the reason is in the report.
+        providers: where it runs, as in `qexport.session`; the CPU when None. With CUDA first torch runs there too, inputs
+            and outputs stay in the memory of the device, and a call ends when the device has done its work. Behind another
+            provider than the CPU `memory_bytes` is None, since the memory of this process says nothing.
+        allow_fallback: time nodes on the CPU, with the copies that it takes, that have no kernel on the provider asked for;
+            else they are left out.
         plot: a .png, .svg or .pdf to draw the report to; needs matplotlib.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a number below its limit, an unknown strategy, a file that does not hold such arrays.
-        QexportError: the runtime is at fault, or no contender is left.
+        UsageError: a number below its limit, an unknown strategy, a file that does not hold such arrays, or `providers` as
+            in `qexport.session`.
+        QexportError: the runtime or a provider is at fault, or no contender is left.
     """
     start, say = time.perf_counter(), progress or unwatched
     # torch's idle threads must not spin while another contender is timed; read once, when torch is loaded
@@ -114,16 +124,19 @@ def sweep(
         raise UsageError(f"seconds must be a positive number, got {seconds}")
     if plot is not None:
         picture.check(plot)
+    where = {"providers": providers, "allow_fallback": allow_fallback}
     _check_room(lengths[-1], heads, head_size)
+    check_start(**where)
     inputs = Gaussian(heads, head_size) if activations is None else Activations(activations, heads, lengths[-1])
     say("calling every attention once", 0.0)
-    runs, left_out = _admitted(causal, strategies, inputs(1), threads)
+    runs, left_out = _admitted(causal, where, strategies, inputs(1), threads)
+    on_device = provider_name(full_names(providers)[0]) != CPU
     for number, n in enumerate(lengths):
         if all(run.stopped for run in runs):
             break
         tell = portion(say, number / len(lengths), (number + 1) / len(lengths))
-        _measure(runs, n, inputs(n), threads, causal, seconds, activations is None and not causal, tell)
-    settings = {
+        _measure(runs, n, inputs(n), threads, causal, seconds, activations is None and not causal, on_device, tell)
+    settings = recorded(**where) | {
         "lengths": lengths,
         "heads": heads,
         "head_size": inputs.head_size,
@@ -148,7 +161,7 @@ def sweep(
 
 def _check_room(n: int, heads: int, head_size: int) -> None:
     """Whether the inputs of length n, everybody's copies of them and the scores of the reference fit into memory."""
-    copies, free = 4 * sum(len(family(False)) for family in FAMILIES.values()), psutil.virtual_memory().available
+    copies, free = 4 * sum(len(family(False, {})) for family in FAMILIES.values()), psutil.virtual_memory().available
     needed = 4 * n * heads * head_size * copies + 3 * 8 * n * min(n, ROWS)
     if needed > MEMORY_SHARE * free:
         raise UsageError(
@@ -161,13 +174,13 @@ def _reason(error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def _admitted(causal: bool, strategies, inputs, threads: int) -> tuple[list[_Run], list[dict]]:
+def _admitted(causal: bool, where: dict, strategies, inputs, threads: int) -> tuple[list[_Run], list[dict]]:
     """Who runs, with the time of a call on one key, which is all overhead; and who does not, with the reason."""
     for name in strategies or ():
         if name not in FAMILIES:
             raise UsageError(f"no strategy {name!r}; known: {', '.join(FAMILIES)}")
     runs, left_out = [], []
-    for entry in entries(causal):
+    for entry in entries(causal, where):
         if strategies is not None and entry.family not in strategies:
             continue
         reason = entry.absent
@@ -187,7 +200,9 @@ def _admitted(causal: bool, strategies, inputs, threads: int) -> tuple[list[_Run
     return runs, left_out
 
 
-def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, seconds: float, bounded: bool, say) -> None:
+def _measure(
+    runs: list[_Run], n: int, inputs, threads: int, causal: bool, seconds: float, bounded: bool, on_device: bool, say
+) -> None:
     """Add a row of length n to every run that is not stopped; stop those that are too slow or too large."""
     rows = reference.rows_of(n, ROWS)
     expected = reference.attention(*inputs, rows, causal)
@@ -214,7 +229,7 @@ def _measure(runs: list[_Run], n: int, inputs, threads: int, causal: bool, secon
         ms = times[run.entry.name]
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))
         row = {"n": n, "ms": median, "ms_p25": low, "ms_p75": high, "runs": len(ms)} | found[run.entry.name]
-        run.rows.append(row | {"memory_bytes": _memory(run.entry, inputs, threads, causal)})
+        run.rows.append(row | {"memory_bytes": None if on_device else _memory(run.entry, inputs, threads, causal)})
 
 
 def _finite(value) -> float | None:

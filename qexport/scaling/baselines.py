@@ -55,11 +55,16 @@ def linformer(length: int, n: int, heads: int, head_size: int, seed: int = 0) ->
     module.to_q = module.to_out = torch.nn.Identity()
     module.to_k, module.to_v = Part(0), Part(1)
 
-    def attend(q, k, v):
-        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
-        return module(q, context=torch.cat([k, v], -1)).unflatten(2, (heads, head_size)).transpose(1, 2)
+    class Attend(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
 
-    return attend
+        def forward(self, q, k, v):
+            q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+            return self.module(q, context=torch.cat([k, v], -1)).unflatten(2, (heads, head_size)).transpose(1, 2)
+
+    return Attend()
 
 
 def top_k(count: int, tail: bool, causal: bool = False) -> Callable:
@@ -69,7 +74,7 @@ def top_k(count: int, tail: bool, causal: bool = False) -> Callable:
     def block(q, k, v, means, first):
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if causal:
-            scores += torch.full(scores.shape[-2:], -torch.inf).triu(first + 1)
+            scores += torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(first + 1)
         best, places = scores.topk(min(count, k.shape[2]), sorted=False)
         p = (best - torch.logsumexp(scores if tail else best, -1, keepdim=True)).exp()
         y = torch.zeros_like(scores).scatter_(-1, places, p) @ v
@@ -78,7 +83,7 @@ def top_k(count: int, tail: bool, causal: bool = False) -> Callable:
     def attend(q, k, v):
         means = v.mean(2, keepdim=True).expand(v.shape)
         if causal:
-            means = v.cumsum(2) / torch.arange(1, v.shape[2] + 1)[:, None]
+            means = v.cumsum(2) / torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         starts = range(0, q.shape[2], BLOCK)
         return torch.cat([block(q[:, :, i : i + BLOCK], k, v, means[:, :, i : i + BLOCK], i) for i in starts], 2)
 

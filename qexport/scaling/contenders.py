@@ -1,10 +1,12 @@
 """Who takes part in a sweep: every strategy of QuantumAttention, the exact attentions of onnxruntime and torch, and other
 approximations."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from qexport import _core
+from qexport.providers import device, full_names
 from qexport.recipe import defaults
 from qexport.scaling import baselines, nodes
 
@@ -32,89 +34,109 @@ class Entry:
     absent: str = ""
 
 
-def entries(causal: bool) -> list[Entry]:
-    """Everybody, in the order of the reports, those that cannot take part with the reason."""
-    return [entry for family in FAMILIES.values() for entry in family(causal)]
+# family(causal, where): the contenders of one name of --strategies.
+Family = Callable[[bool, dict], list[Entry]]
 
 
-def _ours(name: str, family: str, keys=None, absent: str = "", **attributes) -> Entry:
+def entries(causal: bool, where: dict) -> list[Entry]:
+    """Everybody, in the order of the reports, those that cannot take part with the reason; `where`: the arguments
+    `providers` and `allow_fallback` of their sessions."""
+    return [entry for family in FAMILIES.values() for entry in family(causal, where)]
+
+
+def _ours(name: str, family: str, where: dict, keys=None, absent: str = "", **attributes) -> Entry:
     """A strategy of the op; a number of samples may depend on n."""
 
     def make(q, k, v, threads, causal):
         named = {key: value(q.shape[2]) if callable(value) else value for key, value in attributes.items()}
-        return nodes.quantum(q, k, v, threads, causal=causal, **named)
+        return nodes.quantum(q, k, v, threads, causal=causal, where=where, **named)
 
     return Entry(name, family, "qexport", make, keys, absent)
 
 
-def _exact(causal: bool) -> list[Entry]:
-    isa = _core.isa()
-    away = "" if isa == LOW_PRECISION else f"needs products in {{}}, which {LOW_PRECISION} has and {isa} has not"
+def _exact(causal: bool, where: dict) -> list[Entry]:
+    isa, away = _core.isa(), ""
+    if device(full_names(where.get("providers")))[0] == "cuda":
+        away = "on CUDA float32 is not computed in {}"
+    elif isa != LOW_PRECISION:
+        away = f"needs products in {{}}, which {LOW_PRECISION} has and {isa} has not"
+    absent = {name: "" if name == "fp32" else away.format(name) for name in ("fp32", "bf16", "int8")}
     return [
-        _ours(f"exact {name}", "exact", strategy="exact", precision=name, absent="" if name == "fp32" else away.format(name))
-        for name in ("fp32", "bf16", "int8")
+        _ours(f"exact {name}", "exact", where, strategy="exact", precision=name, absent=reason)
+        for name, reason in absent.items()
     ]
 
 
-def _default(causal: bool) -> list[Entry]:
-    return [_ours("default", "default", **defaults({}))]
+def _default(causal: bool, where: dict) -> list[Entry]:
+    return [_ours("default", "default", where, **defaults({}))]
 
 
-def _tree(causal: bool) -> list[Entry]:
+def _tree(causal: bool, where: dict) -> list[Entry]:
     fixed = {"strategy": "tree", "precision": "auto"}
-    found = [_ours(f"tree {TREE_KEYS} keys", "tree", num_samples=[TREE_KEYS], **fixed)]
+    found = [_ours(f"tree {TREE_KEYS} keys", "tree", where, num_samples=[TREE_KEYS], **fixed)]
     for density in DENSITIES:
-        found.append(_ours(f"tree 1/{density}", "tree", num_samples=lambda n, d=density: [max(1, n // d)], **fixed))
-    tolerant = _ours(f"tree, tolerance {TOLERANCE}", "tree", num_samples=[SAMPLES], error_tolerance=TOLERANCE, **fixed)
-    return [*found, tolerant]
+        samples = {"num_samples": lambda n, d=density: [max(1, n // d)]}
+        found.append(_ours(f"tree 1/{density}", "tree", where, **samples, **fixed))
+    tolerant = {"num_samples": [SAMPLES], "error_tolerance": TOLERANCE}
+    return [*found, _ours(f"tree, tolerance {TOLERANCE}", "tree", where, **tolerant, **fixed)]
 
 
-def _drawing(strategy: str) -> Callable[[bool], list[Entry]]:
+def _drawing(strategy: str) -> Family:
     # hybrid knows the means of clusters, except where it is causal
-    def family(causal: bool) -> list[Entry]:
+    def family(causal: bool, where: dict) -> list[Entry]:
         knows_more = strategy == "hybrid" and not causal
         keys = None if knows_more else lambda n: SAMPLES
-        return [_ours(f"{strategy} {SAMPLES}", strategy, keys, strategy=strategy, num_samples=[SAMPLES])]
+        return [_ours(f"{strategy} {SAMPLES}", strategy, where, keys, strategy=strategy, num_samples=[SAMPLES])]
 
     return family
 
 
-def _other(name: str, provider: str, build, keys=None, order: bool | None = None) -> Callable[[bool], list[Entry]]:
-    """Somebody else's attention, `build(q, k, v, threads, causal)`; `order`: the only value of causal that it has."""
+def _other(name: str, provider: str, build, keys=None, order: bool | None = None) -> Family:
+    """Somebody else's attention, `build(q, k, v, threads, causal, where)`; `order`: the only value of causal that it has."""
     absent = {None: "", True: "is always causal", False: "has no causal form"}[order]
 
-    def family(causal: bool) -> list[Entry]:
-        return [Entry(name, name.split()[0], provider, build, keys, "" if order in (None, causal) else absent)]
+    def family(causal: bool, where: dict) -> list[Entry]:
+        make = functools.partial(build, where=where)
+        return [Entry(name, name.split()[0], provider, make, keys, "" if order in (None, causal) else absent)]
 
     return family
 
 
-def _in_torch(name: str, package: str, function, keys=None, order: bool | None = None) -> Callable[[bool], list[Entry]]:
+def _in_torch(name: str, package: str, function, keys=None, order: bool | None = None) -> Family:
     """The same from `function(n, heads, head_size, causal)`, which makes a function of torch tensors."""
 
-    def build(q, k, v, threads, causal):
+    def build(q, k, v, threads, causal, where):
         _, heads, n, size = q.shape
-        return nodes.torch_call(function(n, heads, size, causal), q, k, v, threads)
+        return nodes.torch_call(function(n, heads, size, causal), q, k, v, threads, where)
 
     return _other(name, package, build, keys, order)
 
 
 # What --strategies takes -> its contenders.
-FAMILIES: dict[str, Callable[[bool], list[Entry]]] = {
+FAMILIES: dict[str, Family] = {
     "exact": _exact,
     "default": _default,
     "tree": _tree,
     **{strategy: _drawing(strategy) for strategy in ("stratified", "adaptive", "hybrid", "naive")},
     "MultiHeadAttention": _other(
-        "MultiHeadAttention", "onnxruntime", lambda q, k, v, t, causal: nodes.multi_head_attention(q, k, v, t, causal=causal)
+        "MultiHeadAttention",
+        "onnxruntime",
+        lambda q, k, v, t, causal, where: nodes.multi_head_attention(q, k, v, t, causal=causal, where=where),
     ),
     "Attention": _other(
-        "Attention", "onnxruntime", lambda q, k, v, t, causal: nodes.onnx_attention(q, k, v, t, causal=causal)
+        "Attention",
+        "onnxruntime",
+        lambda q, k, v, t, causal, where: nodes.onnx_attention(q, k, v, t, causal=causal, where=where),
     ),
     "GroupQueryAttention": _other(
-        "GroupQueryAttention", "onnxruntime", lambda q, k, v, t, _: nodes.group_query_attention(q, k, v, t), order=True
+        "GroupQueryAttention",
+        "onnxruntime",
+        lambda q, k, v, t, _, where: nodes.group_query_attention(q, k, v, t, where=where),
+        order=True,
     ),
-    "SDPA": _other("SDPA", "torch", lambda q, k, v, t, causal: nodes.torch_sdpa(q, k, v, t, causal=causal)),
+    "SDPA": _other(
+        "SDPA", "torch", lambda q, k, v, t, causal, where: nodes.torch_sdpa(q, k, v, t, causal=causal, where=where)
+    ),
     "Performer": _in_torch(
         "Performer", "performer-pytorch", lambda n, heads, size, causal: baselines.performer(None, size, causal)
     ),

@@ -9,7 +9,16 @@ from onnx import TensorProto, helper
 from qexport.ops import DOMAIN
 from qexport.ops.proto import make_node
 from qexport.profiling import session_options
-from qexport.runtime import create_session, get_library_path, register_library, run_bound
+from qexport.providers import CPU, device, full_names, provider_name
+from qexport.runtime import (
+    check_providers,
+    create_session,
+    device_of,
+    get_library_path,
+    onnxruntime,
+    register_library,
+    run_bound,
+)
 
 MICROSOFT = "com.microsoft"
 _ELEMENTS = {
@@ -45,13 +54,25 @@ def split(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def quantum(
-    q, k, v, threads: int, *, causal=False, flat=True, extra=None, present=True, estimate=False, **attributes
+    q,
+    k,
+    v,
+    threads: int,
+    *,
+    causal=False,
+    flat=True,
+    extra=None,
+    present=True,
+    estimate=False,
+    where: dict | None = None,
+    **attributes,
 ) -> Contender:
     """QuantumAttention on q, k, v (batch, heads, n, d), given to it as (batch, n, heads * d) where `flat`.
 
     `extra` holds further inputs by their names: with past_key and past_value k and v are the new keys and, if
     `present`, both joined are returned; with nonpad_kv_seqlen k and v are the whole cache, and
-    key_summary is updated in place. `estimate` asks for error_estimate.
+    key_summary is updated in place. `estimate` asks for error_estimate. `where`, here and below: the arguments `providers`
+    and `allow_fallback` of the session; the CPU when None.
     """
     extra = extra or {}
     heads = {"q_num_heads": q.shape[1], "kv_num_heads": k.shape[1]} if flat else {}
@@ -66,10 +87,10 @@ def quantum(
         shared = {"key_summary": "present_key_summary"}
     node = make_node("QuantumAttention", inputs, outputs, is_causal=int(causal), **heads, **attributes)
     feeds = {name: merged(x) if flat else x for name, x in (("q", q), ("k", k), ("v", v))} | extra
-    return _contender(node, feeds, threads, q.shape[1], flat, shared=shared)
+    return _contender(node, feeds, threads, q.shape[1], flat, shared=shared, where=where)
 
 
-def multi_head_attention(q, k, v, threads: int, *, causal=False, past=None) -> Contender:
+def multi_head_attention(q, k, v, threads: int, *, causal=False, past=None, where=None) -> Contender:
     """com.microsoft MultiHeadAttention; onnxruntime's flash path where it is not causal and has no past."""
     names, more = ["q", "k", "v"], {}
     if past is not None:
@@ -78,10 +99,10 @@ def multi_head_attention(q, k, v, threads: int, *, causal=False, past=None) -> C
     outputs = ["y", "present_key", "present_value"] if past else ["y"]
     node = helper.make_node("MultiHeadAttention", names, outputs, domain=MICROSOFT, num_heads=q.shape[1], **flags)
     feeds = {"q": merged(q), "k": merged(k), "v": merged(v)} | more
-    return _contender(node, feeds, threads, q.shape[1], True)
+    return _contender(node, feeds, threads, q.shape[1], True, where=where)
 
 
-def onnx_attention(q, k, v, threads: int, *, causal=False, past=None, nonpad_kv_seqlen=None) -> Contender:
+def onnx_attention(q, k, v, threads: int, *, causal=False, past=None, nonpad_kv_seqlen=None, where=None) -> Contender:
     """ai.onnx Attention on 4-D inputs, with past and present, or over a padded cache (opset 24)."""
     names, more, outputs, opset = ["q", "k", "v"], {}, ["y"], 23
     if past is not None:
@@ -89,10 +110,10 @@ def onnx_attention(q, k, v, threads: int, *, causal=False, past=None, nonpad_kv_
     if nonpad_kv_seqlen is not None:
         names, more, opset = [*names, "", "", "", "nonpad_kv_seqlen"], {"nonpad_kv_seqlen": nonpad_kv_seqlen}, 24
     node = helper.make_node("Attention", names, outputs, is_causal=int(causal))
-    return _contender(node, {"q": q, "k": k, "v": v} | more, threads, q.shape[1], False, opset)
+    return _contender(node, {"q": q, "k": k, "v": v} | more, threads, q.shape[1], False, opset, where=where)
 
 
-def group_query_attention(q, k, v, threads: int, *, past_len=0) -> Contender:
+def group_query_attention(q, k, v, threads: int, *, past_len=0, where=None) -> Contender:
     """com.microsoft GroupQueryAttention, which is always causal.
 
     Without `past_len` k and v are the prompt's. With it they are the cache (batch, kv_heads, capacity, d), whose entry
@@ -111,33 +132,44 @@ def group_query_attention(q, k, v, threads: int, *, past_len=0) -> Contender:
         names, shared = ["q", "k", "v", "", "", "seqlens_k", "total"], {}
         feeds = {"q": merged(q), "k": merged(k), "v": merged(v)}
     node = helper.make_node("GroupQueryAttention", names, outputs, domain=MICROSOFT, **heads)
-    return _contender(node, feeds | lengths, threads, q.shape[1], True, shared=shared)
+    return _contender(node, feeds | lengths, threads, q.shape[1], True, shared=shared, where=where)
 
 
-def torch_call(function, q, k, v, threads: int) -> Contender:
-    """`function` of torch tensors q, k, v (batch, heads, n, d) -> y, on that many threads."""
+def torch_call(function, q, k, v, threads: int, where=None) -> Contender:
+    """`function` or module of torch tensors q, k, v (batch, heads, n, d) -> y, on that many threads. It goes to the GPU that
+    `where` names, where a call waits for its work."""
     import torch
 
-    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    kind, number = device(full_names((where or {}).get("providers")))
+    place = torch.device(kind, number)
+    tensors = [torch.from_numpy(x).to(place) for x in (q, k, v)]
+    if isinstance(function, torch.nn.Module):
+        function.to(place)
     result = []
 
     def call():
         torch.set_num_threads(threads)
         with torch.inference_mode():
             result[:] = [function(*tensors)]
+        if kind == "cuda":
+            torch.cuda.synchronize(place)
 
-    return Contender(call, lambda: result[0].numpy(), allocates=q.nbytes // q.shape[-1] * v.shape[-1])
+    return Contender(call, lambda: result[0].cpu().numpy(), allocates=q.nbytes // q.shape[-1] * v.shape[-1])
 
 
-def torch_sdpa(q, k, v, threads: int, *, causal=False) -> Contender:
+def torch_sdpa(q, k, v, threads: int, *, causal=False, where=None) -> Contender:
     """torch.nn.functional.scaled_dot_product_attention."""
     from torch.nn.functional import scaled_dot_product_attention
 
     grouped = q.shape[1] != k.shape[1]
-    return torch_call(lambda *x: scaled_dot_product_attention(*x, is_causal=causal, enable_gqa=grouped), q, k, v, threads)
+
+    def function(*x):
+        return scaled_dot_product_attention(*x, is_causal=causal, enable_gqa=grouped)
+
+    return torch_call(function, q, k, v, threads, where)
 
 
-def _contender(node, feeds, threads, heads, flat, opset=23, shared=None) -> Contender:
+def _contender(node, feeds, threads, heads, flat, opset=23, shared=None, where=None) -> Contender:
     feeds = {name: np.asarray(x, order="C") for name, x in feeds.items()}
     shared = shared or {}  # input -> the output that lies in its memory
     values = [helper.make_tensor_value_info(name, _ELEMENTS[str(x.dtype)], x.shape) for name, x in feeds.items()]
@@ -152,29 +184,44 @@ def _contender(node, feeds, threads, heads, flat, opset=23, shared=None) -> Cont
     # The idle threads of one contender must not spin while another is timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     register_library(options, get_library_path())
-    session = create_session(node.op_type, model.SerializeToString(), options, ["CPUExecutionProvider"], True)
+    session = create_session(node.op_type, model.SerializeToString(), options, _providers(options, **(where or {})), True)
 
     # onnxruntime reads and writes these arrays where they lie; `present` alone it allocates itself, as in generation.
     # zeros_like writes to every page, so that no call is the first to touch one.
     arrays = feeds | {"y": np.zeros_like(feeds["q"]), "error_estimate": np.empty((feeds["q"].shape[0], heads), np.float32)}
     arrays |= {output: feeds[source] for source, output in shared.items()}
-    binding = session.io_binding()
+    binding, kept, at = session.io_binding(), arrays, device_of(session)
+    if at[0] != "cpu":  # copies on the device, which calls read and write there
+        kept = {name: onnxruntime().OrtValue.ortvalue_from_numpy(array, *at) for name, array in arrays.items()}
 
     def place(name):
-        array = arrays[name]
-        return name, "cpu", 0, _ELEMENTS[str(array.dtype)], array.shape, array.ctypes.data
+        array, value = arrays[name], kept[name]
+        address = array.ctypes.data if value is array else value.data_ptr()
+        return name, *at, _ELEMENTS[str(array.dtype)], array.shape, address
 
     for name in feeds:
         binding.bind_input(*place(name))
     for name in names:
-        binding.bind_output(*(place(name) if name in arrays else (name, "cpu")))
+        binding.bind_output(*(place(name) if name in arrays else (name, *at)))
 
-    def call(_kept=arrays):  # the binding knows addresses alone: whoever may call keeps the arrays alive
+    def call(_kept=kept):  # the binding knows addresses alone: whoever may call keeps the arrays alive
         run_bound(session, binding)
 
+    def found(name):
+        return kept[name].copy() if at[0] == "cpu" else kept[name].numpy()
+
     def output():
-        y = arrays["y"].astype(np.float32)
+        y = found("y").astype(np.float32, copy=False)
         return split(y, heads) if flat else y
 
-    estimate = (lambda: arrays["error_estimate"].copy()) if "error_estimate" in names else None
-    return Contender(call, output, estimate)
+    return Contender(call, output, (lambda: found("error_estimate")) if "error_estimate" in names else None)
+
+
+def _providers(options, providers=None, allow_fallback=False) -> list:
+    """The providers of a session. Unless it may, a node does not run on the CPU where another one is asked for: it would be
+    timed with the copies there and back, under the name of a GPU."""
+    found = check_providers(providers)
+    if allow_fallback or provider_name(found[0]) == CPU:
+        return found
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return [provider for provider in found if provider_name(provider) != CPU]  # it excludes the other

@@ -19,6 +19,7 @@ from qexport.external_data import load_structure
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.progress import unwatched
+from qexport.providers import option_words, recorded
 from qexport.tuning.measurement import SiteTable, key_counts, measure
 from qexport.tuning.output import SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search
@@ -44,6 +45,7 @@ class TuningReport:
         best: what was measured of `recipe`.
         candidates: all recipes that were tried, with their errors and latencies in milliseconds.
         seconds: how long it took.
+        settings: the providers, seeds and threads.
     """
 
     bundle: str
@@ -59,6 +61,7 @@ class TuningReport:
     trials: int
     seconds: float
     output: str | None = None
+    settings: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
@@ -78,6 +81,8 @@ def tune(
     time: float | None = None,
     seeds: int = 3,
     threads: int | None = None,
+    providers=None,
+    allow_fallback=False,
     progress=None,
 ) -> TuningReport:
     """Find the recipe with the least latency whose outputs differ from the classical model's by `max_error` at most.
@@ -92,29 +97,32 @@ def tune(
         time: seconds after which no further trial begins; None for no limit.
         seeds: runs of each recipe that another seed changes.
         threads: intra-op threads; the runtime's choice when None.
+        providers, allow_fallback: where everything runs and is timed, as in `qexport.session`; the CPU when None.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a wrong argument.
-        QexportError: the bundle, the data, the op library or the runtime is at fault.
+        UsageError: a wrong argument, or `providers` as in `qexport.session`.
+        QexportError: the bundle, the data, the op library, the runtime or its providers are at fault.
     """
     _check(max_error, trials, time, seeds, threads, output)
     started = clock.monotonic()
     say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    where = {"providers": providers, "allow_fallback": allow_fallback}
     runtime.get_library_path()
+    runtime.check_start(**where)
     check_measurable(opened)
     inputs, notes = _inputs(opened, data, batch, seq)
     timed = max(inputs.feeds, key=lambda feed: sum(array.size for array in feed.values()))
     sites = watched_sites(opened)
 
     say("counting keys", 0.0)
-    keys = key_counts(opened, sites, timed)
+    keys = key_counts(opened, sites, timed, providers)
     settings = [grid(count, max_error) for count in keys]
     words = f"measuring {sum(map(len, settings))} settings of {len(sites)} attentions"
     say(words, 0.02)
-    tables = measure(opened, inputs, timed, sites, settings, threads, lambda done: say(words, 0.02 + 0.39 * done))
-    search = Search(Bench(opened, sites, inputs, timed, seeds, threads), tables, max_error, trials, say)
+    tables = measure(opened, inputs, timed, sites, settings, threads, lambda done: say(words, 0.02 + 0.39 * done), where)
+    search = Search(Bench(opened, sites, inputs, timed, seeds, threads, where), tables, max_error, trials, say)
     search.deadline = started + time if time is not None else math.inf
     candidates = search.run()
 
@@ -125,7 +133,8 @@ def tune(
     seconds = clock.monotonic() - started
     if output is not None and within:
         say("writing", 0.99)
-        remark = f"qexport tune {opened.path} --max-error {max_error:g}: error {best.error:.2g}, {best.latency_ms:.3g} ms"
+        words = " ".join(["qexport tune", str(opened.path), f"--max-error {max_error:g}", *option_words(recorded(**where))])
+        remark = f"{words}: error {best.error:.2g}, {best.latency_ms:.3g} ms"
         write(output, opened, sites, best.settings, recipe, remark)
     return TuningReport(
         bundle=str(opened.path),
@@ -143,6 +152,7 @@ def tune(
         trials=len(candidates),
         seconds=seconds,
         output=str(output) if output is not None and within else None,
+        settings=recorded(**where) | {"seeds": seeds, "threads": threads},
         versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
     )
 

@@ -2,7 +2,8 @@
 
 The probe is the classical model with, beside each of its attentions, one QuantumAttention per setting on the same queries,
 keys and values. One session of it gives the squared error of every head, summed inside the graph, and, from onnxruntime's
-trace, the time of every node: they take turns within each run, so a slow spell meets all alike.
+trace, the time of every node: they take turns within each run, so a slow spell meets all alike. On a device, whose kernels
+the trace does not see, nodes are timed by themselves (`device_times`).
 """
 
 import tempfile
@@ -21,6 +22,8 @@ from qexport.feeds import Inputs
 from qexport.ops.proto import set_attributes
 from qexport.profiling import session_options
 from qexport.profiling.trace import KERNEL, read_trace
+from qexport.providers import CPU, full_names, provider_name
+from qexport.tuning.device_times import expose, node_seconds
 from qexport.tuning.settings import Setting
 from qexport.validation.comparison import seeded_feed
 from qexport.validation.probes import LOCAL, beside, open_probe
@@ -49,7 +52,7 @@ class SiteTable:
         return np.sqrt(self.errors(feeds).sum(axis=1))
 
 
-def key_counts(bundle: Bundle, sites: list[dict], feed: dict) -> list[int]:
+def key_counts(bundle: Bundle, sites: list[dict], feed: dict, providers=None) -> list[int]:
     """How many keys each site has with these inputs, those of a past included."""
     model, local, _ = beside(bundle.classical_path, load_structure(bundle.model_path), sites)
     nodes = {node.output[0]: node for node in model.graph.node if node.name.endswith(LOCAL)}
@@ -64,7 +67,7 @@ def key_counts(bundle: Bundle, sites: list[dict], feed: dict) -> list[int]:
     model.graph.node.extend(helper.make_node("Shape", [name], [shape]) for name, shape in shapes.items())
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=shape) for shape in shapes.values())
-    with open_probe(model, bundle.classical_path, library=False) as session:
+    with open_probe(model, bundle.classical_path, library=False, providers=providers) as session:
         found = dict(zip(shapes, runtime.run(session, list(shapes.values()), feed), strict=True))
     # (batch, heads, keys, size) or (batch, keys, heads * size)
     return [sum(int(found[name][-2]) for name in names[site["name"]]) for site in sites]
@@ -78,53 +81,75 @@ def measure(
     settings: list[list[Setting]],
     threads: int | None = None,
     progress=lambda done: None,
+    where: dict | None = None,
 ) -> list[SiteTable]:
     """Errors on all of `inputs` and times on the feed `timed`, of every setting at every site.
 
     Args:
         settings: of each site.
         progress: called with the share that is done.
+        where: the arguments `providers` and `allow_fallback` of all sessions; the CPU when None.
     """
+    where = where or {}
     model, trials = build_probe(bundle, sites, settings)
+    named = [output.name for output in model.graph.output]
+    on_cpu = provider_name(full_names(where.get("providers"))[0]) == CPU
+    every = [name for group in trials for name in group]
+    exposed = {} if on_cpu else expose(model, every)
     count = len(inputs.feeds)
     squares = [np.zeros((count, len(group), site["q_heads"])) for site, group in zip(sites, settings, strict=True)]
     norms = np.zeros((len(sites), count))
-    steps = count + TIMED_RUNS + 1
+    runs = TIMED_RUNS + 1
+    steps = count + runs
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
         options = session_options(threads)
-        options.enable_profiling = True
+        options.enable_profiling = on_cpu
         options.profile_file_prefix = str(Path(folder) / "trace")
-        with open_probe(model, bundle.classical_path, library=True, options=options) as session:
-            names = [output.name for output in session.get_outputs()]
+        with open_probe(model, bundle.classical_path, library=True, options=options, **where) as session:
             symbols = {output.name: output.shape for output in session.get_outputs()}
             for step, feed in enumerate(inputs.feeds):
                 masks = keep_masks(bundle.manifest, feed)
-                values = runtime.run(session, names, seeded_feed(feed, bundle.seed_input, step))
-                found = dict(zip(names, values, strict=True))
+                values = runtime.run(session, named, seeded_feed(feed, bundle.seed_input, step))
+                found = dict(zip(named, values, strict=True))
                 for s, site in enumerate(sites):
                     padded = padded_axis(found[site["output"]].shape, symbols[site["output"]], masks)
                     norms[s, step] = _by_head(found[_squares(site["output"])], padded).sum()
                     for c, trial in enumerate(trials[s]):
                         squares[s][step, c] = _by_head(found[_squares(trial)], padded)
                 progress((step + 1) / steps)
-            for run in range(TIMED_RUNS + 1):
-                runtime.run(session, names[:1], seeded_feed(timed, bundle.seed_input, run))
-                progress((count + run + 1) / steps)
-            events = read_trace(session.end_profiling())[-TIMED_RUNS:]
-    spent = defaultdict(list)
-    for run in events:
-        for event in run:
-            spent[event["name"].removesuffix(KERNEL)].append(event["dur"] * 1e-6)
+            if on_cpu:
+                for run in range(runs):
+                    runtime.run(session, named[:1], seeded_feed(timed, bundle.seed_input, run))
+                    progress((count + run + 1) / steps)
+                seconds = _traced(read_trace(session.end_profiling())[-TIMED_RUNS:])
+            else:
+                values = runtime.run(session, list(exposed.values()), seeded_feed(timed, bundle.seed_input, 0))
+    if not on_cpu:
+        read = dict(zip(exposed, values, strict=True))
+
+        def tell(done):
+            progress((count + runs * done) / steps)
+
+        seconds = node_seconds(model, bundle.classical_path, every, read, threads, where, tell)
     return [
         SiteTable(
             site,
             group,
-            np.array([min(spent[trial]) for trial in trials[s]]),  # what else runs only adds to it
+            np.array([seconds[trial] for trial in trials[s]]),
             squares[s],
             norms[s],
         )
         for s, (site, group) in enumerate(zip(sites, settings, strict=True))
     ]
+
+
+def _traced(runs: list[list[dict]]) -> dict[str, float]:
+    """The least seconds of each node: what else runs only adds to it."""
+    spent = defaultdict(list)
+    for run in runs:
+        for event in run:
+            spent[event["name"].removesuffix(KERNEL)].append(event["dur"] * 1e-6)
+    return {name: min(times) for name, times in spent.items()}
 
 
 def build_probe(bundle: Bundle, sites: list[dict], settings: list[list[Setting]]) -> tuple[onnx.ModelProto, list[list[str]]]:

@@ -56,12 +56,23 @@ def with_settings(bundle: Bundle, sites: list[dict], settings) -> onnx.ModelProt
 
 
 class Bench:
-    """The classical model, kept open, and what candidates are tried on."""
+    """The classical model, kept open, and what candidates are tried on; `where` are the arguments `providers` and
+    `allow_fallback` of all sessions."""
 
-    def __init__(self, bundle: Bundle, sites: list[dict], inputs: Inputs, timed: dict, seeds: int, threads: int | None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        sites: list[dict],
+        inputs: Inputs,
+        timed: dict,
+        seeds: int,
+        threads: int | None,
+        where: dict | None = None,
+    ):
         self.bundle, self.sites, self.inputs, self.timed = bundle, sites, inputs, timed
-        self.seeds, self.threads = seeds, threads
-        self.classical = runtime.session(bundle.classical_path, library=False, options=session_options(threads))
+        self.seeds, self.threads, self.where = seeds, threads, where or {}
+        options = session_options(threads)
+        self.classical = runtime.session(bundle.classical_path, library=False, options=options, **self.where)
         self.remembered = Remembered(self.classical)
 
     @contextmanager
@@ -69,7 +80,7 @@ class Bench:
         """A session of the converted model with these settings."""
         model = with_settings(self.bundle, self.sites, settings)
         options = session_options(self.threads)
-        with open_probe(model, self.bundle.model_path, library=True, options=options) as session:
+        with open_probe(model, self.bundle.model_path, library=True, options=options, **self.where) as session:
             yield session
 
     def try_error(self, candidate: Candidate) -> None:

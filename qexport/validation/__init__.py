@@ -12,6 +12,7 @@ from qexport.data import load_inputs
 from qexport.errors import UsageError
 from qexport.manifest import package_version
 from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.providers import full_names, recorded, uses_tf32
 from qexport.runtime import onnxruntime
 from qexport.validation.certificate import IMPLAUSIBLE
 from qexport.validation.comparison import compare
@@ -33,6 +34,7 @@ class ValidationReport:
         outputs: name of a model output to its errors.
         sites: one dict per attention, with its errors, bias and spread.
         worst_site: the entry of `sites` with the largest error; None where no site could be measured.
+        settings: the providers that it ran on.
         target: the URL of the machine it was computed on, None for this one.
     """
 
@@ -50,6 +52,7 @@ class ValidationReport:
     first_divergent: dict | None
     first_over_tolerance: dict | None
     worst_site: dict | None
+    settings: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     target: str | None = None
 
@@ -69,6 +72,7 @@ def validate(
     seq: int | None = None,
     library=True,
     providers=None,
+    allow_fallback=False,
     target=None,
     progress=None,
 ) -> ValidationReport:
@@ -84,46 +88,47 @@ def validate(
         seeds: number of seeds, 0 .. seeds - 1, that the library runs with.
         batch, seq: items per run and sequence length; see `qexport.data.load_inputs`.
         library: True, a path of an op library, or False to compare the fallback alone.
-        providers: execution providers; the CPU when None.
+        providers, allow_fallback: where both models run, as in `qexport.session`; the CPU when None.
         target: compute on another machine, as in `qexport.profile`.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: `seeds` < 1, `max_error` not positive, or a wrong `batch` or `seq`.
-        QexportError: the bundle, the data or the runtime is at fault; one line says which and what to do.
+        UsageError: `seeds` < 1, `max_error` not positive, a wrong `batch` or `seq`, or `providers` as in `qexport.session`.
+        QexportError: the bundle, the data, the runtime or its providers are at fault; one line says which and what to do.
     """
     if seeds < 1:
         raise UsageError(f"seeds must be >= 1, got {seeds}")
     if max_error is not None and not 0 < max_error < math.inf:
         raise UsageError(f"max_error must be a positive number, got {max_error}")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    where = {"providers": full_names(providers), "allow_fallback": allow_fallback}
     if target is not None:
         from qexport.remote.measuring import measure_there
 
-        arguments = {"max_error": max_error, "seeds": seeds, "batch": batch, "seq": seq, "providers": providers}
+        arguments = {"max_error": max_error, "seeds": seeds, "batch": batch, "seq": seq, **where}
         return measure_there(
             ValidationReport, "validate", opened, target, arguments, library=library, data=data, progress=progress
         )
     inputs = load_inputs(opened, data, batch=batch, seq=seq)
-    chosen = list(range(seeds))
-    found = compare(opened, inputs, chosen, library=library, providers=providers, progress=progress)
+    chosen, tf32 = list(range(seeds)), uses_tf32(where["providers"])
+    found = compare(opened, inputs, chosen, library=library, progress=progress, **where)
 
     level = BIAS_LEVEL / max(len(found.site_order), 1)
     low = max((low_precision(site) for site in opened.manifest["sites"]), default=0)
     outputs = {
         mode: {
-            name: errors.metrics(max(rounding_of(found.dtypes[name]), low if mode == "library" else 0))
+            name: errors.metrics(max(rounding_of(found.dtypes[name], tf32), low if mode == "library" else 0))
             for name, errors in by_name.items()
         }
         for mode, by_name in found.outputs.items()
     }
-    sites = [_site_entry(site, found, level) for site in found.site_order]
-    limits = limits_of(opened, found.dtypes.values(), found.sensitivity, max_error, bool(library))
+    sites = [_site_entry(site, found, level, tf32) for site in found.site_order]
+    limits = limits_of(opened, found.dtypes.values(), found.sensitivity, max_error, bool(library), tf32)
     divergent = first_divergent(sites, limits)
     reasons = _failures(outputs, limits, found.baseline)
     if found.sensitivity is not None and divergent:
-        where = divergent["module"] or divergent["name"]
-        reasons.append(f"site {where} is wrong by itself, whatever quantisation does to the outputs")
+        name = divergent["module"] or divergent["name"]
+        reasons.append(f"site {name} is wrong by itself, whatever quantisation does to the outputs")
     report = ValidationReport(
         bundle=str(opened.path),
         passed=not reasons,
@@ -139,15 +144,19 @@ def validate(
         first_divergent=divergent,
         first_over_tolerance=_first_over(sites, limits),
         worst_site=_worst(sites),
+        settings=recorded(**where),
         versions={"qexport": package_version("qexport"), "onnxruntime": onnxruntime().__version__},
     )
     report.notes = _notes(report, opened)
+    if tf32 and "float32" in found.dtypes.values():
+        rounding = rounding_of("float32", tf32)
+        report.notes.append(f"CUDA makes products of float32 in TF32: errors up to {rounding:g} are rounding")
     return report
 
 
-def _site_entry(site: dict, found, level: float) -> dict:
+def _site_entry(site: dict, found, level: float, tf32: bool) -> dict:
     """One site of the report: where it is, and its errors in each mode (None where a mode was not run)."""
-    by_type = rounding_of(found.dtypes.get(site["output"], "float32"))
+    by_type = rounding_of(found.dtypes.get(site["output"], "float32"), tf32)
     rounding = max(by_type, low_precision(site))
     modes = {
         "fallback": (found.sites.get("fallback", {}).get(site["name"]), by_type),

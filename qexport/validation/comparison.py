@@ -66,24 +66,27 @@ class Comparison:
     sensitivity: dict[str, float] | None = None
 
 
-def compare(bundle: Bundle, inputs: Inputs, seeds: list[int], *, library=True, providers=None, progress=None) -> Comparison:
+def compare(
+    bundle: Bundle, inputs: Inputs, seeds: list[int], *, library=True, providers=None, allow_fallback=False, progress=None
+) -> Comparison:
     """Compare the converted model with the classical one on every feed.
 
     Args:
         seeds: the seeds that the library runs with.
         library: as in `qexport.runtime.session`; False compares the fallback only.
+        providers, allow_fallback: of all sessions, as there.
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
         QexportError: a model does not load or run.
     """
     say = progress or unwatched
-    result = Comparison()
+    result, where = Comparison(), {"providers": providers, "allow_fallback": allow_fallback}
     modes = [("fallback", False, seeds[:1], 0.0, 0.1)] + ([("library", library, seeds, 0.1, 0.3)] if library else [])
     for mode, lib, chosen, start, end in modes:
         tell = _step(say, f"running the models, {_mode_words(mode, chosen)}", start, end)
-        result.outputs[mode] = _compare_outputs(bundle, inputs, chosen, lib, providers, result, tell)
-    _compare_sites(bundle, inputs, seeds, library, providers, say, result)
+        result.outputs[mode] = _compare_outputs(bundle, inputs, chosen, lib, where, result, tell)
+    _compare_sites(bundle, inputs, seeds, library, where, say, result)
     return result
 
 
@@ -101,10 +104,13 @@ def seeded_feed(feed: dict, seed_input: str | None, seed: int) -> dict:
     return feed if seed_input is None else {**feed, seed_input: np.array(seed, np.int64)}
 
 
-def _compare_outputs(bundle, inputs, seeds, library, providers, result: Comparison, tell) -> dict[str, ErrorAccumulator]:
-    """The graph outputs of both model files as they are. Also the stored outputs against the classical model's."""
-    classical = runtime.session(bundle.classical_path, library=False, providers=providers)
-    model = runtime.session(bundle.model_path, library=library, providers=providers)
+def _compare_outputs(bundle, inputs, seeds, library, where, result: Comparison, tell) -> dict[str, ErrorAccumulator]:
+    """The graph outputs of both model files as they are. Also the stored outputs against the classical model's.
+
+    `where`: the arguments `providers` and `allow_fallback` of the sessions, here and below.
+    """
+    classical = runtime.session(bundle.classical_path, library=False, **where)
+    model = runtime.session(bundle.model_path, library=library, **where)
     stored = ErrorAccumulator(1)
     accumulators = output_errors(bundle, inputs, seeds, classical, model, result.dtypes, stored, tell)
     if inputs.expected:
@@ -155,7 +161,7 @@ def _same_shape(name: str, base: np.ndarray, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _compare_sites(bundle, inputs, seeds, library, providers, say, result: Comparison) -> None:
+def _compare_sites(bundle, inputs, seeds, library, where, say, result: Comparison) -> None:
     structure, classical = load_structure(bundle.model_path), load_structure(bundle.classical_path)
     sites = ordered_sites(structure, ordered_sites(classical, bundle.manifest["sites"]))
     result.site_order = sites
@@ -163,29 +169,29 @@ def _compare_sites(bundle, inputs, seeds, library, providers, say, result: Compa
         return
     if quantizes(classical):
         say("measuring how far rounding moves the outputs", 0.3)
-        result.sensitivity = sensitivity(bundle, inputs, sites, providers)
+        result.sensitivity = sensitivity(bundle, inputs, sites, where["providers"])
     tell = _step(say, "comparing the sites, without the library", 0.4, 0.5)
-    result.sites["fallback"] = _watched_sites(bundle, inputs, sites, seeds[:1], False, providers, result.dtypes, tell)
+    result.sites["fallback"] = _watched_sites(bundle, inputs, sites, seeds[:1], False, where, result.dtypes, tell)
     if library:
         tell = _step(say, f"comparing the sites, {len(seeds)} seeds", 0.5, 0.75)
-        result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, providers, result.dtypes, tell)
+        result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, where, result.dtypes, tell)
         tell = _step(say, f"comparing each site alone, {len(seeds)} seeds", 0.75, 1.0)
-        _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result, tell)
+        _compare_alone(bundle, inputs, sites, structure, seeds, library, where, result, tell)
 
 
-def _watched_sites(bundle, inputs, sites, seeds, library, providers, dtypes, tell) -> dict[str, ErrorAccumulator]:
+def _watched_sites(bundle, inputs, sites, seeds, library, where, dtypes, tell) -> dict[str, ErrorAccumulator]:
     """The sites' errors as they run through the converted model."""
     accumulators = {site["name"]: ErrorAccumulator(len(seeds), site["q_heads"]) for site in sites}
     with (
-        open_probe(watch(bundle.classical_path, sites), bundle.classical_path, library=False, providers=providers) as base,
-        open_probe(watch(bundle.model_path, sites), bundle.model_path, library=library, providers=providers) as model,
+        open_probe(watch(bundle.classical_path, sites), bundle.classical_path, library=False, **where) as base,
+        open_probe(watch(bundle.model_path, sites), bundle.model_path, library=library, **where) as model,
     ):
         same = {site["name"]: site["output"] for site in sites}
         _run_sites(bundle, inputs, base, model, sites, same, seeds, accumulators, dtypes, tell)
     return accumulators
 
 
-def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, result: Comparison, tell) -> None:
+def _compare_alone(bundle, inputs, sites, structure, seeds, library, where, result: Comparison, tell) -> None:
     """The sites' errors when each is fed with the classical model's values; sites that cannot be are left out."""
     hybrid, local, estimates = beside(bundle.classical_path, structure, sites)
     sites = [site for site in sites if site["name"] in local]
@@ -195,7 +201,7 @@ def _compare_alone(bundle, inputs, sites, structure, seeds, library, providers, 
     result.certificates = {
         site["name"]: CertificateAccumulator(site["q_heads"]) for site in sites if site["name"] in estimates
     }
-    with open_probe(hybrid, bundle.classical_path, library=library, providers=providers) as model:
+    with open_probe(hybrid, bundle.classical_path, library=library, **where) as model:
         certify = (estimates, result.certificates)
         _run_sites(bundle, inputs, model, model, sites, local, seeds, result.local, result.dtypes, tell, certify)
 

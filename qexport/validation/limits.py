@@ -24,9 +24,11 @@ SENSITIVITY_FACTOR = 3
 COMPRESSED = 1.5
 
 
-def rounding_of(dtype: str) -> float:
-    """Relative error that rounding to an element type may cause."""
-    return ROUNDING.get(dtype, ROUNDING["float32"])
+def rounding_of(dtype: str, tf32: bool = False) -> float:
+    """Relative error that rounding to an element type may cause; `tf32`: where products of float32 are made in TF32, which
+    keeps as many bits as float16."""
+    rounding = ROUNDING.get(dtype, ROUNDING["float32"])
+    return max(rounding, ROUNDING["float16"]) if tf32 and dtype != "float64" else rounding
 
 
 def low_precision(site: dict) -> float:
@@ -44,7 +46,12 @@ def allowed(site: dict, rounding: float) -> float:
 
 
 def limits_of(
-    bundle: Bundle, dtypes: Iterable[str], sensitivity: dict | None, max_error: float | None, library: bool
+    bundle: Bundle,
+    dtypes: Iterable[str],
+    sensitivity: dict | None,
+    max_error: float | None,
+    library: bool,
+    tf32: bool = False,
 ) -> dict:
     """The report's `max_error`: the limit for outputs with the library, for those without it, for a site's own bias, and
     for a site without the library, which behind compressed weights has none.
@@ -53,8 +60,9 @@ def limits_of(
         dtypes: element types of the values compared.
         sensitivity: how far rounding alone moves the outputs of a model that quantises as it runs, else None.
         max_error: the caller's limit, or None for what the recipe allows.
+        tf32: whether products of float32 are made in TF32.
     """
-    rounding = max(map(rounding_of, dtypes), default=ROUNDING["float32"])
+    rounding = max((rounding_of(dtype, tf32) for dtype in dtypes), default=rounding_of("float32", tf32))
     recipe = max((allowed(site, rounding) for site in bundle.manifest["sites"]), default=rounding)
     own = max_error if max_error is not None else recipe
     sites, compression = rounding, bundle.manifest.get("compression")

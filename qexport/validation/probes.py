@@ -257,14 +257,15 @@ def add_outputs(model: onnx.ModelProto, names: list[str]) -> None:
 
 
 @contextmanager
-def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=None, options=None):
+def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=None, allow_fallback=False, options=None):
     """A session of a model in memory; `path` is the file that it came from, beside which its external data lies.
 
     Args:
+        library, providers, allow_fallback: as in `qexport.session`.
         options: session options to add to; quiet ones when None.
 
     Raises:
-        QexportError: onnxruntime cannot load it.
+        UsageError, QexportError: onnxruntime cannot load it there.
     """
     ort = onnxruntime()
     options = options or quiet_options()
@@ -289,7 +290,7 @@ def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=N
             source = str(scratch / "model.onnx")
         opened = create_session(path, source, options, providers, bool(library))
         if library:
-            check_kernels(library, providers)
+            check_kernels(library, providers, allow_fallback)
         yield opened
     finally:
         if scratch:
