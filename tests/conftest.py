@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ssh_server import server  # noqa: F401  (a fixture)
+from fake_gpu import fake_gpu  # noqa: F401  (a fixture)
+from ssh_server import server  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

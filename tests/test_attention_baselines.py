@@ -111,3 +111,12 @@ def test_gaussian_bound_is_what_the_best_keys_leave():
     left = np.sort(p, -1)[:, :-32]
     error = ((left**2).sum() / (p**2).sum()) ** 0.5
     assert error == pytest.approx(gaussian_bound(32, 512), rel=0.05)
+
+
+@pytest.mark.parametrize("package", ["performer_pytorch", "linformer"])
+def test_modules_go_to_another_device_as_a_whole(package):
+    pytest.importorskip(package)
+    made = baselines.performer(8, 4, False) if package == "performer_pytorch" else baselines.linformer(4, 16, 2, 4)
+    moved = made.to("meta").state_dict()
+    assert moved
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}

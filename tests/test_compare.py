@@ -265,4 +265,22 @@ def test_errors_of_other_data_are_not_judged(write, documents):
     found = compare(write("a.json", documents["validate"]), write("b.json", documents["validate"], other))
     assert verdicts(found) == {"error of output hidden": UNJUDGED, "passed": UNJUDGED}
     assert found.passed
-    assert found.notes[0] == "errors of validate are not judged: stored samples, 2 items against other.txt, 2 items"
+    stored, given = (f"{source}, 2 items, CPUExecutionProvider" for source in ("stored samples", "other.txt"))
+    assert found.notes[0] == f"errors of validate are not judged: {stored} against {given}"
+
+
+def test_errors_on_other_providers_are_not_judged(write, documents):
+    """Documents of versions that recorded none are the CPU's."""
+
+    def worse(d):
+        scaled(d["outputs"]["library"]["hidden"], 3)
+
+    def on_cuda(d):
+        worse(d)
+        d["settings"]["providers"] = ["CUDAExecutionProvider"]
+
+    old = write("a.json", documents["validate"], lambda d: d.pop("settings"))
+    assert verdicts(compare(old, write("b.json", documents["validate"], worse))) == {"error of output hidden": WORSE}
+    found = compare(old, write("b.json", documents["validate"], on_cuda))
+    assert verdicts(found) == {"error of output hidden": UNJUDGED}
+    assert found.notes[0].endswith("items, CPUExecutionProvider against stored samples, 2 items, CUDAExecutionProvider")

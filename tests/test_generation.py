@@ -5,15 +5,18 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from fake_gpu import CUDA
 from scipy import stats
 from test_convert_huggingface import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qexport
+from qexport import runtime
 from qexport.cli import cli
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
@@ -255,6 +258,30 @@ def test_the_command(bundle):
     words = ["generate", str(bundle), "--prompt", "Hello", "--max-new-tokens", "20", "--no-library", "--json"]
     run = CliRunner().invoke(cli, words)
     assert json.loads(run.stdout)["tokens"] == report.tokens
+
+
+def test_a_gpu_generates(bundle, fake_gpu):
+    words = ["generate", str(bundle), "--prompt", "Hello", "--max-new-tokens", "5", "--provider", "cuda"]
+    run = CliRunner().invoke(cli, [*words, "--json", "--allow-fallback"])
+    assert json.loads(run.stdout)["settings"] == {"providers": [CUDA], "allow_fallback": True}
+    assert fake_gpu == [([CUDA], False)]
+    run = CliRunner().invoke(cli, words)
+    assert run.stdout == ""
+    one_line(QexportError, "the kernels are missing", generate_text, bundle, "Hello", providers="cuda")
+
+
+def test_caches_lie_on_the_device(bundle, monkeypatch):
+    """The session of the CPU, with the place of another device's tensors."""
+    made, real = [], onnxruntime.OrtValue.ortvalue_from_numpy
+
+    def make(array, *place):
+        made.append((array.shape, place))
+        return real(array)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", make)
+    monkeypatch.setattr(runtime, "device_of", lambda session: ("cuda", 1))
+    generator = Generator(bundle)
+    assert made == [(tuple(value.shape()), ("cuda", 1)) for value in generator.caches.values()]
 
 
 def test_a_bundle_without_a_tokenizer(bundle, tmp_path):

@@ -154,9 +154,10 @@ def test_errors_of_the_job_come_back_as_they_are(folder, target, options, qexpor
     text = fails(profile, folder, seq=65, target=target())
     assert "sequence 65 is longer than the model takes (64); lower it" in text
     assert qexport("profile", folder, "--seq", 65, *options())[0] == 2
-    code, out, err = qexport("profile", folder, "--provider", "NoProvider", *options())
-    assert (code, out) == (2, "")
-    assert "provider 'NoProvider' is not in this onnxruntime" in err
+    for command in ("profile", "validate"):
+        code, out, err = qexport(command, folder, "--provider", "NoProvider", *options("onnx"))
+        assert (code, out) == (2, "")
+        assert "provider 'NoProvider' is not in this onnxruntime" in err
     assert server.left() == []
 
 

@@ -1,5 +1,6 @@
 """qexport report: what it gathers, what the page says of it, and what is wrong with a call."""
 
+import copy
 import html
 import json
 import re
@@ -10,10 +11,13 @@ import pytest
 from bundle_factory import make_bundle
 
 from qexport import QexportError, UsageError, inspect
+from qexport.bundle import Bundle
 from qexport.cli import COMMANDS
+from qexport.providers import recorded
 from qexport.recipe import load_recipe
 from qexport.reporting import parts as parts_module
 from qexport.reporting import report
+from qexport.reporting.commands import making, reproduce
 from qexport.reporting.page import page as page_of
 from qexport.words import error_text, percent
 
@@ -174,6 +178,22 @@ def test_the_commands_of_the_page_are_valid(made, bundle):
     assert (parsed["validate"]["seeds"], parsed["validate"]["max_error"]) == (4, 2.0)
     assert (parsed["scaling"]["heads"], parsed["scaling"]["head_size"]) == (2, 8)
     assert parsed["report"]["bundle"] == str(bundle)
+
+
+def test_the_commands_ask_for_the_same_providers(made, bundle):
+    found, manifest = copy.deepcopy(made[0].to_dict()), Bundle.open(bundle).manifest
+    for document in (found, *(found["parts"][name] for name in ("validate", "profile", "scaling"))):
+        assert document["settings"]["providers"] == ["CPUExecutionProvider"]
+        document["settings"] |= recorded(["cuda"], allow_fallback=True)
+    missing = [making(part, found, manifest) for part in parts_module.MEASURED]
+    lines = [line for line in "\n".join(missing).split("\n") if "--reuse" not in line]
+    lines += reproduce(found, manifest).split("\n")
+    commands = [shlex.split(line.split(" > ")[0])[1:] for line in lines if line.startswith("qexport ")]
+    asked = [words for words in commands if words[0] != "convert"]
+    assert len(asked) == 8
+    for name, *words in asked:
+        params = import_module(f"qexport.cli.{name}").command.make_context(name, words).params
+        assert (params["providers"], params["allow_fallback"]) == (["CUDAExecutionProvider"], True), name
 
 
 def test_a_failure_is_told_and_the_page_is_written(bundle, tmp_path, qexport):

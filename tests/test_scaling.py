@@ -111,7 +111,7 @@ def rivals(monkeypatch):
     """Puts contenders in the place of all others."""
 
     def put(*fakes):
-        monkeypatch.setattr(scaling, "entries", lambda causal: [one.entry for one in fakes])
+        monkeypatch.setattr(scaling, "entries", lambda causal, where: [one.entry for one in fakes])
 
     return put
 
@@ -261,7 +261,7 @@ def test_a_file_of_something_else(tmp_path, arrays, words):
 
 def test_no_matplotlib_is_said_before_anything_is_measured(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(scaling, "entries", lambda causal: pytest.fail("measured"))
+    monkeypatch.setattr(scaling, "entries", lambda causal, where: pytest.fail("measured"))
     with pytest.raises(QexportError, match=r"needs matplotlib: pip install 'qexport\[plot\]'"):
         sweep([4], plot=tmp_path / "a.png")
 
@@ -286,6 +286,6 @@ def test_command_prints_and_draws(tmp_path):
 
 def test_every_strategy_has_a_colour_and_every_member_a_marker():
     for causal in (False, True):
-        everybody = [{"name": e.name, "strategy": e.family, "provider": e.provider} for e in contenders.entries(causal)]
+        everybody = [{"name": e.name, "strategy": e.family, "provider": e.provider} for e in contenders.entries(causal, {})]
         styles = plot._styles(everybody)
         assert len({(style["color"], style["marker"], style["ls"]) for style in styles.values()}) == len(everybody)
