@@ -21,10 +21,10 @@ from qexport.errors import QexportError
 from qexport.rewrite import DeclinedError, LeftAlone
 from qexport.rewrite.classical import tidy
 from qexport.rewrite.fuse_attention import module_of
-from qexport.rewrite.graph import Builder, attribute, is_op, rank, size
+from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.masks import depends
 from qexport.rewrite.scores import MASKED
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import known_size, rank, size
 
 PAST_LENGTH = "past_len"
 _OPSET = 24

@@ -7,8 +7,8 @@ import onnx
 import onnx_ir as ir
 
 from qexport.errors import QexportError
-from qexport.rewrite.graph import attribute, is_op, rank
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.values import known_size, rank
 from qexport.sources.quiet import reason_of
 
 _SOFTMAX_AXIS = 13  # the opset from which on Softmax runs over one axis

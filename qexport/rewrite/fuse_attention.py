@@ -8,13 +8,13 @@
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError, LeftAlone
-from qexport.rewrite.graph import Builder, attribute, constant, consumers, is_op, rank, scalar, size
+from qexport.rewrite.graph import Builder, attribute, consumers, is_op
 from qexport.rewrite.heads import split_heads
 from qexport.rewrite.masks import attention_mask
 from qexport.rewrite.products import Operand, Product, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_from_name, site_name
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import constant, known_size, rank, scalar, size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 

@@ -9,9 +9,9 @@ From opset 23 on the inputs stay (batch, length, heads * head_size) where they a
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, rank, size
+from qexport.rewrite.graph import Builder, attribute
 from qexport.rewrite.runtime_masks import runtime_mask
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import known_size, rank, size
 
 OP_TYPE = "MultiHeadAttention"
 INPUTS = ("query", "key", "value", "bias", "key_padding_mask", "attention_bias", "past_key", "past_value")

@@ -7,9 +7,9 @@ import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
 from qexport.rewrite.fuse_multi_head_attention import emit, split, split_last
-from qexport.rewrite.graph import Builder, attribute, rank, size
+from qexport.rewrite.graph import Builder, attribute
 from qexport.rewrite.runtime_masks import runtime_mask
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import known_size, rank, size
 
 OP_TYPE = "Attention"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, constant, is_op, rank, size
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.graph import Builder, attribute, is_op
+from qexport.rewrite.values import constant, known_size, rank, size
 
 
 @dataclass

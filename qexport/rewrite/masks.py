@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, is_op, rank, scalar, size
+from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.scores import MASKED
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import known_size, rank, scalar, size
 
 _LOWEST = {
     ir.DataType.FLOAT: float(np.finfo(np.float32).min),

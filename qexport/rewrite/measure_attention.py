@@ -20,7 +20,7 @@ from qexport.recipe_values import INFINITE
 from qexport.rewrite import DeclinedError
 from qexport.rewrite.graph import Builder, attribute
 from qexport.rewrite.masks import number_like
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import known_size
 
 # The first release whose Attention gives the values on although it got no past ones.
 MIN_ONNXRUNTIME = (1, 24)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import attribute, is_op, rank
+from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.values import rank
 
 
 @dataclass

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, rank
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.graph import Builder
+from qexport.rewrite.values import known_size, rank
 
 
 def runtime_mask(builder: Builder, padding, bias, filler: float, q: ir.Value, k: ir.Value, past) -> ir.Value | None:

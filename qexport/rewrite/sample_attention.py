@@ -18,7 +18,7 @@ from qexport.recipe import NOISE, SAMPLING, Recipe
 from qexport.rewrite import DeclinedError, LeftAlone, Site
 from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.measure_attention import PROBABILITIES_MODE, PROBABILITY_OUTPUTS, Levels, check_noise, measured_output
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.values import known_size
 
 COPIED = (
     "is_causal",

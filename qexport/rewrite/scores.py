@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import attribute, constant, consumers, is_op, is_single, rank, scalar
+from qexport.rewrite.graph import attribute, consumers, is_op
+from qexport.rewrite.values import constant, is_single, rank, scalar
 
 QUANTISED = (
     "MatMulInteger",

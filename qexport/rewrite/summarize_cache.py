@@ -12,8 +12,9 @@ import onnx_ir as ir
 from qexport.ops.key_summary import chunks, key_summary_shape, pays
 from qexport.recipe import Recipe
 from qexport.rewrite import DeclinedError, Site
-from qexport.rewrite.graph import is_op, size
+from qexport.rewrite.graph import is_op
 from qexport.rewrite.sample_attention import heads_of, module_of
+from qexport.rewrite.values import size
 
 
 def add_summaries(model: ir.Model, recipe: Recipe) -> tuple[list[tuple[str, str]], str]:

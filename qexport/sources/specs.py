@@ -3,8 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from qexport.rewrite.graph import constant, is_op
-from qexport.rewrite.sizes import known_size
+from qexport.rewrite.graph import is_op
+from qexport.rewrite.values import constant, known_size
 from qexport.sources import InputSpec
 from qexport.sources.kinds import kind_of
 
