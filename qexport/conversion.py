@@ -130,7 +130,7 @@ def convert(
         check_output(Path(output))
 
     from qexport.rewrite.sample_attention import sample_attention
-    from qexport.sources import open_source
+    from qexport.sources.opening import open_source
 
     source = open_source(
         model, opset=opset, dtype=dtype, task=task, positions=kv_cache is not None, say=portion(say, 0.0, 0.5)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from qexport.errors import QexportError
-from qexport.sources import Source
+from qexport.sources.source import Source
 
 
 def run_classical(source: Source, path: Path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qexport.errors import QexportError, UsageError
-from qexport.sources import InputSpec, Source
+from qexport.sources.source import InputSpec, Source
 
 OPSET = 24  # TensorScatter, and nonpad_kv_seqlen of Attention
 # 1.24 has no TensorScatter, and up to 1.27 a query of Attention that has nonpad_kv_seqlen sees as if there were no past.

@@ -11,7 +11,7 @@ def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
     """The content of manifest.json.
 
     Args:
-        source: the `qexport.sources.Source`, its model rewritten.
+        source: the `qexport.sources.source.Source`, its model rewritten.
         recipe: the recipe that was applied; None where attention stays classical.
         sites, left_alone: what was converted, and what was not and why.
         difference: of the classical model from the source's own outputs; None where it was not measured.

@@ -18,7 +18,7 @@ from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
 from qexport.errors import QexportError, UsageError
 from qexport.metrics import COSINE, PERPLEXITY, Metric
-from qexport.sources import open_source
+from qexport.sources.opening import open_source
 
 VOCAB, WIDTH, LENGTH = 96, 64, 12
 

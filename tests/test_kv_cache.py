@@ -21,7 +21,7 @@ from qexport.generated import generate
 from qexport.generation import Generator
 from qexport.kv_cache import MIN_ONNXRUNTIME
 from qexport.profiling import calls
-from qexport.sources import open_source
+from qexport.sources.opening import open_source
 
 LENGTH = 48
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22]]

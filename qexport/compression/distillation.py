@@ -19,8 +19,8 @@ from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
 from qexport.errors import QexportError
 from qexport.metrics import COSINE, Metric
-from qexport.sources import Source
 from qexport.sources.runnable import as_exported
+from qexport.sources.source import Source
 from qexport.validation.unpadded import keep_masks, padded_axis
 
 # Share of the steps in which the learning rate rises.

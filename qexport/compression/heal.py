@@ -17,8 +17,8 @@ from qexport.compression.lowrank import LowRank
 from qexport.compression.quantize import Quantized
 from qexport.errors import QexportError, UsageError
 from qexport.metrics import Metric
-from qexport.sources import Source
 from qexport.sources.quiet import reason_of
+from qexport.sources.source import Source
 
 # Of Adam, for codes as shares of the largest code and for scales as shares of themselves.
 LEARNING_RATE = 2e-3

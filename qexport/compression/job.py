@@ -63,7 +63,7 @@ class Job:
     Args:
         fitted, judging: the data that weights are fitted to, and that decides.
         classical: a session of the classical model.
-        source: the `qexport.sources.Source` that the bundle was just made from; None for one that was there.
+        source: the `qexport.sources.source.Source` that the bundle was just made from; None for one that was there.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from qexport.recipe import Recipe
 def open_model(
     model, folder: Path, sampling: Recipe | None, opset: int | None, task: str | None, say
 ) -> tuple[Bundle, object, list[str]]:
-    """Put a bundle into `folder`: (the bundle, its `qexport.sources.Source` where it was made here, remarks).
+    """Put a bundle into `folder`: (the bundle, its `qexport.sources.source.Source` where it was made here, remarks).
 
     Args:
         model: a folder with a bundle, or what `qexport.convert` takes.
@@ -39,7 +39,7 @@ def open_model(
             raise QexportError(f"{bundle.path}: is compressed already; compress the bundle or model it came from")
         say("copying the bundle", 0.0)
         return _copied(bundle, folder), None, []
-    from qexport.sources import open_source
+    from qexport.sources.opening import open_source
 
     opset = 23 if opset is None else opset
     if not OPSETS[0] <= opset <= OPSETS[1]:

@@ -9,7 +9,7 @@ from qexport.conversion_checks import Runner
 from qexport.errors import QexportError
 from qexport.generated import dimension_sizes, generate
 from qexport.rewrite.graph import is_op
-from qexport.sources import Source
+from qexport.sources.source import Source
 from qexport.sources.specs import tables
 
 # (batch, size of the other dynamic axes), tried in turn: text runs at the first, which is longer than the 32 keys that a

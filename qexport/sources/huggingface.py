@@ -5,9 +5,9 @@ from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
 from qexport.progress import portion, unwatched
-from qexport.sources import Source
 from qexport.sources.huggingface_inputs import example_inputs
 from qexport.sources.quiet import quiet, reason_of
+from qexport.sources.source import Source
 from qexport.sources.torch_export import export_module, import_torch
 
 # task -> the transformers classes that may serve it, in the order of preference

@@ -3,7 +3,7 @@
 import inspect
 
 from qexport.errors import QexportError
-from qexport.sources import InputSpec
+from qexport.sources.source import InputSpec
 
 # Of different length, so that the example batch holds padding; the first has more tokens than a query samples by default, so
 # that the stored samples of a bundle do sample.

@@ -4,7 +4,7 @@ _BY_NAME = {"mask": "mask", "token_type": "token_types", "segment": "token_types
 
 
 def kind_of(name: str, dtype: str) -> str:
-    """One of token_ids, mask, token_types, position_ids, continuous, boolean, integer; see `qexport.sources.InputSpec`."""
+    """One of token_ids, mask, token_types, position_ids, continuous, boolean, integer: see `InputSpec`."""
     if dtype == "bool":
         return "boolean"
     if not dtype.startswith(("int", "uint")):

@@ -10,10 +10,10 @@ from qexport.errors import QexportError
 from qexport.external_data import check_external_data, load_structure
 from qexport.ops import DOMAIN
 from qexport.rewrite.convert_opset import convert_opset
-from qexport.sources import Source
 from qexport.sources.examples import make_examples
 from qexport.sources.modules import name_modules
 from qexport.sources.quiet import reason_of
+from qexport.sources.source import Source
 from qexport.sources.specs import limits_of, spec_of
 
 # Ops that onnxruntime's optimizer writes into ai.onnx whatever the opset.

@@ -5,8 +5,8 @@ import onnx_ir as ir
 
 from qexport.rewrite.graph import is_op
 from qexport.rewrite.values import constant, known_size
-from qexport.sources import InputSpec
 from qexport.sources.kinds import kind_of
+from qexport.sources.source import InputSpec
 
 _PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose")
 # A table of position ids below this length is no position table.

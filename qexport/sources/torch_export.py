@@ -10,10 +10,10 @@ from qexport.errors import QexportError
 from qexport.ops import DOMAIN
 from qexport.progress import unwatched
 from qexport.rewrite.convert_opset import convert_opset
-from qexport.sources import InputSpec, Source
 from qexport.sources.modules import name_modules
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.runnable import Runnable, as_exported, tensors
+from qexport.sources.source import InputSpec, Source
 from qexport.sources.specs import limits_of, spec_of
 
 # The exporter's own lowest opset; below it the finished graph is converted down.

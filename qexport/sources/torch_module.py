@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
 from qexport.progress import portion
-from qexport.sources import Source
 from qexport.sources.quiet import quiet, reason_of
+from qexport.sources.source import Source
 from qexport.sources.torch_export import export_module, import_torch
 
 
