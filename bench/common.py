@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 
 import qexport
+from qexport.installed import onnxruntime
 from qexport.ops import DOMAIN
-from qexport.runtime import onnxruntime
 
 SCHEMA_VERSION = 1
 

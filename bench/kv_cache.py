@@ -26,7 +26,7 @@ import qexport
 from bench import common
 from bench.models import stories15m_folder
 from qexport.bundle import Bundle
-from qexport.runtime import onnxruntime
+from qexport.installed import onnxruntime
 
 PROMPT = [1, 9038, 2501, 263, 931]
 PASTS = (256, 2048, 8192, 16000)

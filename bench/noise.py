@@ -20,6 +20,7 @@ from bench import common, noise_packages
 from bench.attention import goals
 from bench.noise_density import kraus_table
 from qexport import _core
+from qexport.installed import get_library_path
 from qexport.noise.channels import num_qubits
 from qexport.noise.density import apply_kraus, density_matrix, kraus_operators
 from qexport.ops import DOMAIN
@@ -27,7 +28,7 @@ from qexport.ops.proto import make_node
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 from qexport.profiling.timing import interleaved
-from qexport.runtime import create_session, get_library_path, register_library, run_bound
+from qexport.runtime import create_session, register_library, run_bound
 
 LEVEL = 0.02
 SHOTS = 32

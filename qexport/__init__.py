@@ -16,7 +16,7 @@ _LAZY = {
     "compare": "qexport.comparison",
     "compress": "qexport.compression",
     "convert": "qexport.conversion",
-    "get_library_path": "qexport.runtime",
+    "get_library_path": "qexport.installed",
     "inspect": "qexport.inspection",
     "map_attention": "qexport.attention",
     "measure_resilience": "qexport.resilience",

@@ -273,7 +273,7 @@ def write_samples(folder: Path, feeds: dict, outputs: dict) -> None:
 
 
 def _copy_library(folder: Path) -> None:
-    from qexport.runtime import find_library, plugin_path
+    from qexport.installed import find_library, plugin_path
 
     library = find_library()
     if library is not None:

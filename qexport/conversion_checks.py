@@ -61,7 +61,7 @@ def check_library(source: Source, path: Path, outputs: dict) -> None:
     Raises:
         QexportError: it does not load or run, or an output is of another shape or NaN where the classical one is not.
     """
-    from qexport.runtime import find_library
+    from qexport.installed import find_library
 
     library = find_library()
     if library is None:
@@ -101,7 +101,8 @@ class Runner:
     """
 
     def __init__(self, path: Path, library: str | bool = False):
-        from qexport.runtime import onnxruntime, session
+        from qexport.installed import onnxruntime
+        from qexport.runtime import session
 
         options = onnxruntime().SessionOptions()
         options.log_severity_level = 4  # the error that is raised says it all

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.failures import one_line
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -57,12 +57,12 @@ def load_error(path) -> str:
 
 def provider_file() -> Path:
     """The library that holds onnxruntime's CUDA provider."""
-    return Path(runtime.onnxruntime().__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    return Path(installed.onnxruntime().__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
 
 def provider_obstacle() -> Obstacle | None:
     """Why onnxruntime's CUDA provider cannot start here; None where nothing stands in its way."""
-    ort = runtime.onnxruntime()
+    ort = installed.onnxruntime()
     name = f"onnxruntime {ort.__version__}"
     found = driver()
     if runtime.CUDA not in ort.get_available_providers():
@@ -74,13 +74,13 @@ def provider_obstacle() -> Obstacle | None:
         return Obstacle("the NVIDIA driver sees no GPU", "check CUDA_VISIBLE_DEVICES and, in a container, --gpus", gpu=False)
     if found.error:
         return Obstacle(f"the NVIDIA driver does not start (cuInit: {found.error})", "reload or reinstall the driver")
-    needed = runtime.version_tuple(getattr(ort, "cuda_version", "") or "0")
+    needed = installed.version_tuple(getattr(ort, "cuda_version", "") or "0")
     if needed[0] > found.cuda[0]:
         return Obstacle(
             f"{name} is built for CUDA {needed[0]}, the NVIDIA driver runs CUDA {found.cuda[0]}.{found.cuda[1]} at most",
             f"update the driver, or install an onnxruntime-gpu that is built for CUDA {found.cuda[0]}",
         )
-    runtime.preload_cuda()
+    installed.preload_cuda()
     missing = re.match(r"(\S+): cannot open shared object file", load_error(provider_file()))
     if missing:
         return Obstacle(f"{missing[1]}, which {name} needs, is not found", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
@@ -89,7 +89,7 @@ def provider_obstacle() -> Obstacle | None:
 
 def plugin_obstacle(library) -> Obstacle | None:
     """Why nodes of com.qexport have no CUDA kernels in sessions with the op library `library`; None where they have."""
-    plugin = runtime.plugin_path(library)
+    plugin = installed.plugin_path(library)
     if not plugin.is_file():
         mend = "install a wheel of qexport with CUDA kernels, or build it where nvcc is"
         return Obstacle(f"{plugin} is missing, which holds the CUDA kernels of com.qexport", mend)

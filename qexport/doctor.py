@@ -40,26 +40,26 @@ def _python() -> Finding:
 
 
 def _runtime() -> Finding:
-    from qexport import runtime
+    from qexport import installed
 
     try:
-        runtime.onnxruntime()
+        installed.onnxruntime()
     except QexportError as error:
         found, _, mend = str(error).partition("; ")
         return Finding("onnxruntime", BROKEN, found, mend)
-    installed = runtime.installed_runtimes()
+    installed = installed.installed_runtimes()
     return Finding("onnxruntime", OK, ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
 def _library() -> Finding:
-    from qexport import runtime
+    from qexport import installed
 
-    path = runtime.find_library()
+    path = installed.find_library()
     if path is None:
         return Finding(
             "op library",
             BROKEN,
-            f"{runtime.library_file_name()} is not installed; models run their classical fallback",
+            f"{installed.library_file_name()} is not installed; models run their classical fallback",
             "install qexport from a wheel, or 'pip install .' in its source tree",
         )
     return Finding("op library", OK, f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
@@ -80,7 +80,7 @@ def kernel_error(provider: str) -> float:
     import numpy as np
     from onnx import TensorProto, helper
 
-    from qexport import runtime
+    from qexport import installed, runtime
     from qexport.ops import DOMAIN, VERSION
     from qexport.ops.proto import make_node
 
@@ -91,7 +91,7 @@ def kernel_error(provider: str) -> float:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     x = np.random.default_rng(0).standard_normal((1, 1, 4, 8)).astype(np.float32)
     options = runtime.quiet_options()
-    runtime.register_library(options, runtime.get_library_path())
+    runtime.register_library(options, installed.get_library_path())
     providers = runtime.check_providers([provider])
     session = runtime.create_session("doctor", model.SerializeToString(), options, providers, True)
     got = session.run(None, {"Q": x, "K": x, "V": x})[0]
@@ -108,20 +108,20 @@ def _instruction_set() -> str:
 
 
 def _providers() -> Finding:
-    from qexport import runtime
+    from qexport import installed
 
-    return Finding("providers", OK, ", ".join(runtime.onnxruntime().get_available_providers()))
+    return Finding("providers", OK, ", ".join(installed.onnxruntime().get_available_providers()))
 
 
 def _cuda() -> Finding:
     """Whether models run on a GPU here. Broken only where there is one."""
-    from qexport import cuda_checks, runtime
+    from qexport import cuda_checks, installed
 
-    library = runtime.find_library()
+    library = installed.find_library()
     obstacle = cuda_checks.provider_obstacle() or (library and cuda_checks.plugin_obstacle(library))
     found = ""
     if library and not obstacle:
-        obstacle, found = _cuda_kernel(runtime.plugin_path(library))
+        obstacle, found = _cuda_kernel(installed.plugin_path(library))
     if not obstacle:
         return Finding("CUDA", OK, found or "onnxruntime can use it")
     return Finding("CUDA", BROKEN if obstacle.gpu else NOTE, f"{obstacle.found}; models run on the CPU", obstacle.mend)

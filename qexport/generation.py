@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.data import open_tokenizer
 from qexport.errors import QexportError, UsageError
@@ -50,9 +50,9 @@ class Generator:
         cache = self.bundle.manifest.get("kv_cache")
         if cache is None:
             raise QexportError(f"{self.bundle.path}: has no KV cache; convert the model with --kv-cache N")
-        self._ort = runtime.onnxruntime()
+        self._ort = installed.onnxruntime()
         needed = self.bundle.manifest["min_onnxruntime"]
-        if runtime.version_tuple(self._ort.__version__) < runtime.version_tuple(needed):
+        if installed.version_tuple(self._ort.__version__) < installed.version_tuple(needed):
             raise QexportError(
                 f"{self.bundle.path}: its KV cache needs onnxruntime {needed} or newer, "
                 f"{self._ort.__version__} is installed; upgrade it"

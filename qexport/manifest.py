@@ -58,9 +58,9 @@ def min_onnxruntime(opset: int, kv_cache: bool = False, noise: bool = False) -> 
     """The oldest onnxruntime that runs a bundle's model of this opset, as tests/test_convert_runtimes.py measures it: what
     reads the file, and no older than what the op library loads on, or than what a KV cache or noise's fallback runs on."""
     from qexport.inspection import oldest_runtime
+    from qexport.installed import OLDEST, version_tuple
     from qexport.kv_cache import MIN_ONNXRUNTIME as CACHE_RUNTIME
     from qexport.rewrite.measure_attention import MIN_ONNXRUNTIME as NOISE_RUNTIME
-    from qexport.runtime import OLDEST, version_tuple
 
     least = CACHE_RUNTIME if kv_cache else NOISE_RUNTIME if noise and opset >= 23 else OLDEST
     return ".".join(map(str, max(version_tuple(oldest_runtime(opset, IR_VERSION)), least)))

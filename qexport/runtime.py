@@ -1,148 +1,16 @@
-"""onnxruntime with the op library: find both, open sessions, and turn load failures into one line.
+"""Sessions of onnxruntime with the op library: on the providers that are asked for, with failures as one line.
 
-Needs numpy and onnxruntime alone. onnxruntime is imported when it is first used, after checking that exactly one
-of its packages is installed.
+Needs numpy and onnxruntime alone.
 """
 
-import io
 import re
-import sys
-from contextlib import redirect_stdout, suppress
-from functools import cache
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from qexport import cuda_checks, installed
 from qexport.errors import QexportError, UsageError
 from qexport.failures import explain_load_error, explain_run_error, one_line
 from qexport.providers import CPU, CUDA, SHORT, device, full_names, provider_name
-
-LIBRARY_STEM = "qexport_ops"
-OLDEST = (1, 20)
-# The distributions that all unpack into the import folder `onnxruntime`.
-RUNTIME_PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-training",
-)
-
-
-def library_file_name() -> str:
-    """The file name of the op library on this platform."""
-    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform, ("lib", ".so"))
-    return f"{prefix}{LIBRARY_STEM}{suffix}"
-
-
-def plugin_path(library) -> Path:
-    """Where the op library `library` looks for its CUDA kernels: beside itself."""
-    library = Path(library)
-    return library.with_name(f"{library.stem}_cuda{library.suffix}")
-
-
-def find_installed(name: str) -> Path | None:
-    """A file or folder that the build put into the installed package, or None.
-
-    It lies in the package: beside this file, or in site-packages where this file belongs to an editable install or to a
-    source tree that comes first on sys.path.
-    """
-    folders = [Path(__file__).parent]
-    with suppress(metadata.PackageNotFoundError):
-        folders.append(Path(metadata.distribution("qexport").locate_file("qexport")))
-    return next(((folder / name).resolve() for folder in folders if (folder / name).exists()), None)
-
-
-def find_library() -> Path | None:
-    """The op library of this installation, or None."""
-    return find_installed(f"lib/{library_file_name()}")
-
-
-def find_cuda_plugin() -> Path | None:
-    """The CUDA kernels of this installation, or None."""
-    library = find_library()
-    plugin = library and plugin_path(library)
-    return plugin if plugin and plugin.is_file() else None
-
-
-def get_library_path() -> str:
-    """Path of the op library, for `SessionOptions.register_custom_ops_library`.
-
-    Raises:
-        QexportError: this installation holds no library.
-    """
-    path = find_library()
-    if path is None:
-        raise QexportError(
-            f"the op library {library_file_name()} is not in this installation of qexport; install the package "
-            "('pip install .' in the source tree), or pass library=False to run the classical fallback"
-        )
-    return str(path)
-
-
-@cache
-def installed_runtimes() -> dict[str, str]:
-    """The installed onnxruntime packages, name to version."""
-    found = {}
-    for name in RUNTIME_PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    """(1, 20, 1) for "1.20.1"; what follows the digits is dropped."""
-    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
-
-
-def check_runtime(packages: dict[str, str]) -> None:
-    """Check that exactly one onnxruntime is installed and that it is new enough.
-
-    Args:
-        packages: installed onnxruntime packages, name to version, as from `installed_runtimes`.
-
-    Raises:
-        QexportError: two of them share the import folder, or the only one is too old.
-    """
-    if len(packages) > 1:
-        listed = " and ".join(f"{name} {version}" for name, version in packages.items())
-        raise QexportError(
-            f"{listed} are installed together; they share one import folder and break each other: "
-            f"run 'pip uninstall -y {' '.join(packages)}', then 'pip install' one of them"
-        )
-    for name, version in packages.items():
-        if version_tuple(version) < OLDEST:
-            oldest = ".".join(map(str, OLDEST))
-            raise QexportError(f"{name} {version} is too old, qexport needs {oldest} or newer: pip install -U {name}")
-
-
-@cache
-def onnxruntime():
-    """The module onnxruntime.
-
-    Raises:
-        QexportError: it is missing, broken, installed twice or too old; the message says what to install.
-    """
-    check_runtime(installed_runtimes())
-    try:
-        import onnxruntime as module
-
-        # Two packages that were removed one after the other leave a folder without its contents behind.
-        version = module.__version__
-        _ = module.InferenceSession
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise QexportError(f"onnxruntime cannot be imported: {one_line(error)}; reinstall it") from error
-        raise QexportError("onnxruntime is not installed: pip install onnxruntime (or onnxruntime-gpu)") from error
-    except (ImportError, AttributeError, OSError) as error:
-        raise QexportError(
-            f"onnxruntime is installed but broken ({one_line(error)}): pip uninstall it, then install it again"
-        ) from error
-    check_runtime({"onnxruntime": version})
-    return module
 
 
 def check_providers(providers) -> list:
@@ -151,14 +19,14 @@ def check_providers(providers) -> list:
     Raises:
         UsageError: as `full_names`, or one of them is not there: onnxruntime would fall back to the CPU with only a warning.
     """
-    found, available = full_names(providers), onnxruntime().get_available_providers()
+    found, available = full_names(providers), installed.onnxruntime().get_available_providers()
     for name in map(provider_name, found):
         if name not in available:
             listed = f"; available: {', '.join(available)}; for short: {', '.join(SHORT)}"
             why = f": {_why_not_started(name)}" if name == CUDA else listed
             raise UsageError(f"provider {name!r} is not in this onnxruntime{why}")
     if CUDA in map(provider_name, found):
-        preload_cuda()
+        installed.preload_cuda()
     return found
 
 
@@ -178,7 +46,7 @@ def check_start(providers, allow_fallback=False) -> None:
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "start", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     create_session(", ".join(map(provider_name, providers)), model.SerializeToString(), quiet_options(), providers, False)
-    check_kernels(get_library_path(), providers, allow_fallback)
+    check_kernels(installed.get_library_path(), providers, allow_fallback)
 
 
 def device_of(opened) -> tuple[str, int]:
@@ -204,7 +72,7 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
         QexportError: the file is missing, damaged, too new for this onnxruntime, or needs an op that is not there; a
             provider does not start, or the CUDA kernels of the op library are missing.
     """
-    ort = onnxruntime()
+    ort = installed.onnxruntime()
     path = Path(path)
     if path.is_dir():
         path = path / "model.onnx"
@@ -214,12 +82,12 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
     if options is None:
         options = quiet_options()
     if library is True:
-        library = get_library_path()
+        library = installed.get_library_path()
     if library:
         register_library(options, str(library))
     # Older runtimes read external data from anywhere on the disk; newer ones check the folder themselves. Only a target of
     # qexport.remote, which looked before it copied, may lack onnx.
-    if version_tuple(ort.__version__) < (1, 25) and find_spec("onnx"):
+    if installed.version_tuple(ort.__version__) < (1, 25) and find_spec("onnx"):
         from qexport.external_data import check_external_data
 
         check_external_data(path)
@@ -235,7 +103,7 @@ def create_session(path, source, options, providers, library: bool):
     Raises:
         QexportError: the model does not load, or a provider does not start.
     """
-    ort = onnxruntime()
+    ort = installed.onnxruntime()
     ort.set_default_logger_severity(4)  # a provider that fails to start would print pages before we say so in one line
     try:
         # else a provider that fails, also in a run, is replaced by another one, with a message on stdout
@@ -251,19 +119,8 @@ def create_session(path, source, options, providers, library: bool):
 
 
 def _why_not_started(provider: str) -> str:
-    from qexport.cuda_checks import provider_obstacle
-
-    obstacle = provider_obstacle() if provider == CUDA else None
+    obstacle = cuda_checks.provider_obstacle() if provider == CUDA else None
     return f"{obstacle.found}; {obstacle.mend}" if obstacle else "its driver or libraries are missing"
-
-
-@cache
-def preload_cuda() -> None:
-    """Load the CUDA libraries that pip installed beside onnxruntime, where its provider would not look for them."""
-    preload = getattr(onnxruntime(), "preload_dlls", None)  # from 1.21 on
-    if preload:
-        with redirect_stdout(io.StringIO()):  # it prints what is missing; the provider that does not start is raised
-            preload()
 
 
 def run(opened, outputs, feed: dict) -> list:
@@ -292,7 +149,7 @@ def run_bound(opened, binding, options=None) -> None:
 
 def quiet_options():
     """Session options that log nothing: what fails is raised, and onnxruntime would print it as well."""
-    options = onnxruntime().SessionOptions()
+    options = installed.onnxruntime().SessionOptions()
     options.log_severity_level = 4
     return options
 
@@ -305,9 +162,7 @@ def check_kernels(library, providers, allow_fallback=False) -> None:
     """
     if allow_fallback or CUDA not in map(provider_name, providers):
         return
-    from qexport.cuda_checks import plugin_obstacle
-
-    if obstacle := plugin_obstacle(library):
+    if obstacle := cuda_checks.plugin_obstacle(library):
         raise QexportError(
             f"{obstacle.found}; {obstacle.mend}, or run these nodes on the CPU: allow_fallback=True (--allow-fallback)"
         )

@@ -9,8 +9,8 @@ from decomposed import POSITIONS, feeds, save
 from test_library import runtime_folder
 
 from qexport.conversion import convert
+from qexport.installed import get_library_path
 from qexport.manifest import min_onnxruntime
-from qexport.runtime import get_library_path
 
 # opset: (oldest runtime, a release below it that must refuse the file)
 RUNTIMES = {

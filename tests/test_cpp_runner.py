@@ -12,7 +12,7 @@ import pytest
 from bundle_factory import make_bundle
 from onnx import helper
 
-from qexport import runtime
+from qexport import installed
 from qexport.deployment import pack_deployment
 from qexport.deployment.library import LIBRARY, this_target
 
@@ -89,7 +89,7 @@ def identity(tmp_path):
     folder = tmp_path / "identity"
     (folder / "samples").mkdir(parents=True)
     (folder / "lib").mkdir()
-    shutil.copyfile(runtime.get_library_path(), folder / "lib" / LIBRARY)
+    shutil.copyfile(installed.get_library_path(), folder / "lib" / LIBRARY)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, folder / "model.onnx")
     for k, name in enumerate(TYPES):

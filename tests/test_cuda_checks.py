@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bundle_factory import make_bundle
 
-from qexport import cuda_checks, doctor, runtime
+from qexport import cuda_checks, doctor, installed, runtime
 from qexport.cuda_checks import Driver, explain_kernel_error, plugin_obstacle, provider_obstacle
 from qexport.errors import QexportError
 
@@ -28,14 +28,14 @@ def machine(monkeypatch):
             cuda_version=cuda,
             get_available_providers=lambda: providers,
         )
-        monkeypatch.setattr(runtime, "onnxruntime", lambda: module)
+        monkeypatch.setattr(installed, "onnxruntime", lambda: module)
         monkeypatch.setattr(cuda_checks, "driver", lambda: driver)
         monkeypatch.setattr(cuda_checks, "load_error", lambda path: missing)
 
     change()
-    runtime.preload_cuda.cache_clear()
+    installed.preload_cuda.cache_clear()
     yield change
-    runtime.preload_cuda.cache_clear()
+    installed.preload_cuda.cache_clear()
 
 
 def test_nothing_stands_in_the_way(machine):
@@ -72,12 +72,12 @@ def test_what_stands_in_the_way_of_the_provider(machine, change, found, mend, gp
 
 
 def test_the_plugin_is_looked_for_beside_the_library(tmp_path):
-    library = tmp_path / runtime.library_file_name()
-    plugin = runtime.plugin_path(library)
+    library = tmp_path / installed.library_file_name()
+    plugin = installed.plugin_path(library)
     assert str(plugin) in plugin_obstacle(library).found
     plugin.write_text("no library")
     assert f"{plugin} does not load: " in plugin_obstacle(library).found
-    shutil.copyfile(runtime.get_library_path(), plugin)  # any library that loads
+    shutil.copyfile(installed.get_library_path(), plugin)  # any library that loads
     assert plugin_obstacle(library) is None
 
 
@@ -90,7 +90,7 @@ def test_errors_of_a_kernel():
 
 
 def test_asked_for_cuda_and_no_kernels(tmp_path):
-    library = tmp_path / runtime.library_file_name()
+    library = tmp_path / installed.library_file_name()
     with pytest.raises(QexportError, match=r"libqexport_ops_cuda\.so is missing.*allow_fallback=True"):
         runtime.check_kernels(library, [("CUDAExecutionProvider", {"device_id": 0})])
     runtime.check_kernels(library, ["CUDAExecutionProvider"], allow_fallback=True)
@@ -104,8 +104,8 @@ def test_session_and_probe_check_the_kernels(tmp_path, monkeypatch):
     from qexport.validation.probes import open_probe
 
     make_bundle(tmp_path / "b")
-    library = tmp_path / runtime.library_file_name()
-    shutil.copyfile(runtime.get_library_path(), library)
+    library = tmp_path / installed.library_file_name()
+    shutil.copyfile(installed.get_library_path(), library)
     opened = []
 
     def create(path, source, options, providers, library):
@@ -138,9 +138,9 @@ def test_the_flag_of_profile_reaches_its_sessions(qexport, tmp_path, monkeypatch
 
 def test_a_broken_plugin_leaves_the_cpu_alone(tmp_path):
     make_bundle(tmp_path / "b")
-    library = tmp_path / runtime.library_file_name()
-    shutil.copyfile(runtime.get_library_path(), library)
-    runtime.plugin_path(library).write_text("no library")
+    library = tmp_path / installed.library_file_name()
+    shutil.copyfile(installed.get_library_path(), library)
+    installed.plugin_path(library).write_text("no library")
     feed = {"input_ids": np.arange(10)[None], "attention_mask": np.ones((1, 10), np.int64)}
     found = runtime.run(runtime.session(tmp_path / "b", library=library), None, feed)[0]
     np.testing.assert_array_equal(found, runtime.run(runtime.session(tmp_path / "b"), None, feed)[0])

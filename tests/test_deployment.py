@@ -11,7 +11,7 @@ import pytest
 from bundle_factory import make_bundle
 from deployment_cases import AARCH64, X86_64, elf, flip, make_wheel, reseal
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.bundle import MANIFEST, SEAL, Bundle
 from qexport.deployment import pack_deployment, verify_deployment
 from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, this_target
@@ -56,7 +56,7 @@ def test_what_is_packed(bundle, packed):
     assert (manifest["target"], manifest["provider"]) == (this_target(), "cpu")
     assert manifest["min_onnxruntime"] == Bundle.open(bundle).manifest["min_onnxruntime"]
     assert (packed / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
-    assert (packed / "lib" / LIBRARY).read_bytes() == Path(runtime.get_library_path()).read_bytes()
+    assert (packed / "lib" / LIBRARY).read_bytes() == Path(installed.get_library_path()).read_bytes()
 
 
 def test_stored_outputs_are_those_of_the_sampled_model(bundle, packed):
@@ -264,7 +264,7 @@ def test_usage(bundle, tmp_path, qexport):
 
 def test_cuda_needs_its_kernels(bundle, tmp_path):
     library = tmp_path / LIBRARY
-    shutil.copyfile(runtime.get_library_path(), library)
+    shutil.copyfile(installed.get_library_path(), library)
     assert PLUGIN in fails(pack_deployment, bundle, tmp_path / "out", provider="cuda", library=library)
     (tmp_path / PLUGIN).write_bytes(elf(OTHER_MACHINE))
     assert "does not fit" in fails(pack_deployment, bundle, tmp_path / "out", provider="cuda", library=library)

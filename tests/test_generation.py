@@ -15,8 +15,7 @@ from scipy import stats
 from test_convert_huggingface import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import qexport
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.cli import cli
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
@@ -185,7 +184,7 @@ def test_bundles_without_a_cache(bundle, tmp_path):
 
 
 def test_an_older_runtime_is_named(bundle, monkeypatch):
-    monkeypatch.setattr(qexport.runtime.onnxruntime(), "__version__", "1.27.0")
+    monkeypatch.setattr(installed.onnxruntime(), "__version__", "1.27.0")
     one_line(QexportError, "needs onnxruntime 1.28 or newer, 1.27.0 is installed", Generator, bundle)
 
 

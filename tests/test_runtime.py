@@ -10,7 +10,7 @@ import pytest
 from bundle_factory import make_bundle
 from onnx import TensorProto, helper
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.errors import QexportError, UsageError
 
 
@@ -87,7 +87,7 @@ def test_what_does_not_load(tmp_path, content, message):
 
 
 def test_external_data_is_checked_for_runtimes_that_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "version_tuple", lambda text: (1, 20))
+    monkeypatch.setattr(installed, "version_tuple", lambda text: (1, 20))
     (tmp_path / "outside.data").write_bytes(bytes(8000))
     (tmp_path / "model").mkdir()
     path = tmp_path / "model" / "m.onnx"
@@ -107,21 +107,21 @@ def test_a_bundle_runs_with_and_without_the_library(tmp_path):
     feed = {"input_ids": np.arange(10)[None], "attention_mask": np.ones((1, 10), np.int64)}
     fast = runtime.run(runtime.session(tmp_path / "b"), None, feed)[0]
     slow = runtime.run(runtime.session(tmp_path / "b", library=False), None, feed)[0]
-    by_path = runtime.run(runtime.session(tmp_path / "b", library=runtime.get_library_path()), None, feed)[0]
+    by_path = runtime.run(runtime.session(tmp_path / "b", library=installed.get_library_path()), None, feed)[0]
     np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(fast, by_path)
 
 
 def test_the_library_is_where_it_says():
-    path = Path(runtime.get_library_path())
+    path = Path(installed.get_library_path())
     assert path.is_file()
-    assert path.name == runtime.library_file_name()
+    assert path.name == installed.library_file_name()
 
 
 def test_a_missing_library_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(runtime, "find_library", lambda: None)
+    monkeypatch.setattr(installed, "find_library", lambda: None)
     with pytest.raises(QexportError, match=r"pip install \.") as error:
-        runtime.get_library_path()
+        installed.get_library_path()
     assert "library=False" in str(error.value)
 
 
@@ -140,7 +140,7 @@ def test_a_provider_that_is_not_there(tmp_path):
 
 
 def test_a_provider_that_does_not_start(tmp_path):
-    if "CUDAExecutionProvider" not in runtime.onnxruntime().get_available_providers() or _has_gpu():
+    if "CUDAExecutionProvider" not in installed.onnxruntime().get_available_providers() or _has_gpu():
         pytest.skip("needs an onnxruntime built for CUDA on a machine without a GPU")
     make_bundle(tmp_path / "b")
     with pytest.raises(QexportError, match=r"CUDAExecutionProvider.* did not start"):
@@ -171,12 +171,12 @@ def test_a_failing_run(tmp_path, feed, message):
 
 
 def test_one_runtime_must_be_installed():
-    runtime.check_runtime({"onnxruntime": "1.20.0"})
-    runtime.check_runtime({"onnxruntime-gpu": "1.31.1"})
+    installed.check_runtime({"onnxruntime": "1.20.0"})
+    installed.check_runtime({"onnxruntime-gpu": "1.31.1"})
     with pytest.raises(QexportError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
-        runtime.check_runtime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"})
+        installed.check_runtime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"})
     with pytest.raises(QexportError, match=r"onnxruntime 1\.9\.0 is too old, qexport needs 1\.20"):
-        runtime.check_runtime({"onnxruntime": "1.9.0"})
+        installed.check_runtime({"onnxruntime": "1.9.0"})
 
 
 def test_both_packages_are_seen_in_the_metadata(tmp_path):
@@ -185,7 +185,7 @@ def test_both_packages_are_seen_in_the_metadata(tmp_path):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.30.0\n")
     done = _python(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qexport.runtime import onnxruntime; onnxruntime()"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qexport.installed import onnxruntime; onnxruntime()"
     )
     assert done.stderr.splitlines()[-1].startswith(
         "qexport.errors.QexportError: onnxruntime 1.30.0 and onnxruntime-gpu 1.30.0"
@@ -193,7 +193,7 @@ def test_both_packages_are_seen_in_the_metadata(tmp_path):
 
 
 def test_no_runtime_is_one_line():
-    done = _python("import sys; sys.modules['onnxruntime'] = None; from qexport.runtime import onnxruntime; onnxruntime()")
+    done = _python("import sys; sys.modules['onnxruntime'] = None; from qexport.installed import onnxruntime; onnxruntime()")
     last = done.stderr.splitlines()[-1]
     assert last == "qexport.errors.QexportError: onnxruntime is not installed: pip install onnxruntime (or onnxruntime-gpu)"
 
@@ -201,12 +201,12 @@ def test_no_runtime_is_one_line():
 def test_an_emptied_runtime_is_one_line(tmp_path):
     (tmp_path / "onnxruntime").mkdir()  # what is left when one of two packages is uninstalled
     done = _python(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qexport.runtime import onnxruntime; onnxruntime()"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qexport.installed import onnxruntime; onnxruntime()"
     )
     if done.returncode == 0:  # a later folder on the path holds a whole one, and namespace packages yield to it
         (tmp_path / "onnxruntime" / "__init__.py").write_text("")
         done = _python(
-            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qexport.runtime import onnxruntime; onnxruntime()"
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qexport.installed import onnxruntime; onnxruntime()"
         )
     assert "installed but broken" in done.stderr.splitlines()[-1]
 

@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from qexport.installed import get_library_path
 from qexport.ops.proto import make_node
-from qexport.runtime import get_library_path
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("CMakeLists.txt", "cmake", "cpp", "custom_ops")

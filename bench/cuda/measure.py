@@ -12,8 +12,8 @@ import torch
 
 from bench import common
 from qexport.failures import one_line
+from qexport.installed import onnxruntime
 from qexport.profiling.timing import interleaved
-from qexport.runtime import onnxruntime
 
 DELAY_CYCLES = 1_000_000  # half a millisecond; a call is queued within it
 MATRIX = 8192

@@ -9,9 +9,10 @@ from onnx import TensorProto, helper
 
 from bench import common
 from bench.cuda.measure import Contender
+from qexport.installed import get_library_path, onnxruntime
 from qexport.ops import DOMAIN
 from qexport.ops.proto import make_node
-from qexport.runtime import create_session, get_library_path, onnxruntime, register_library, run_bound
+from qexport.runtime import create_session, register_library, run_bound
 
 MICROSOFT = "com.microsoft"
 OPSET = 23

@@ -60,7 +60,7 @@ def map_attention(
     from qexport import __version__
     from qexport.attention.capture import capture
     from qexport.data import load_inputs
-    from qexport.runtime import onnxruntime
+    from qexport.installed import onnxruntime
 
     say = progress or unwatched
     if not library:

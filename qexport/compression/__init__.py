@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qexport import profiling, runtime
+from qexport import installed, profiling, runtime
 from qexport.bundle import Bundle, check_output, write_bundle
 from qexport.compression.checkpoint import Checkpoint, digest
 from qexport.compression.job import Job
@@ -151,7 +151,7 @@ def compress(
             notes.append("took up what another run had found")
         result = job.run(store, say)
         figures = {"name": chosen.name, "output": chosen.output, **result.measured.__dict__}
-        oldest = max(runtime.version_tuple(bundle.manifest["min_onnxruntime"]), result.oldest_runtime)
+        oldest = max(installed.version_tuple(bundle.manifest["min_onnxruntime"]), result.oldest_runtime)
         writer.manifest = bundle.manifest | {
             "min_onnxruntime": ".".join(map(str, oldest)),
             "compression": finite(
@@ -186,7 +186,7 @@ def compress(
         trials=result.trials,
         profile=measured,
         seconds=time.monotonic() - started,
-        versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
+        versions={"qexport": package_version("qexport"), "onnxruntime": installed.onnxruntime().__version__},
     )
 
 

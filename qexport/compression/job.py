@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qexport import runtime
+from qexport import installed
 from qexport.bundle import Bundle, sha256
 from qexport.compression.calibration import calibrate
 from qexport.compression.checkpoint import Checkpoint, array_digest
@@ -75,7 +75,7 @@ class Job:
         probed = fitted.feeds[PROBING - 1 :: PROBING] or fitted.feeds
         fitting = [feed for feed in fitted.feeds if not any(feed is other for other in probed)] or fitted.feeds
         self.fitting, self.probing = (Inputs(feeds, fitted.source, fitted.notes) for feeds in (fitting, probed))
-        self.library = runtime.find_library() is not None
+        self.library = installed.find_library() is not None
         self.layers = self._layers(ir.load(bundle.model_path))
         if sum(layer.nbytes for layer in self.layers) < STRINGS_FROM:
             self.settings = settings.without(TRELLIS)
@@ -95,7 +95,7 @@ class Job:
                 {name: array_digest(array) for name, array in feed.items()}
                 for feed in (*self.fitted.feeds, *self.judging.feeds)
             ],
-            "onnxruntime": runtime.onnxruntime().__version__,
+            "onnxruntime": installed.onnxruntime().__version__,
             "format": FORMAT,
         }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_files, read_manifest, seal_text, write_bundle
 from qexport.data import stored_samples
 from qexport.deployment.library import LIBRARY, check_target, copy_library, this_target
@@ -117,13 +117,13 @@ def pack_deployment(
             "min_onnxruntime": opened.manifest["min_onnxruntime"],
             "source": opened.manifest.get("source"),
             "recipe": opened.manifest.get("recipe"),
-            "packed_with": {"onnxruntime": runtime.onnxruntime().__version__},
+            "packed_with": {"onnxruntime": installed.onnxruntime().__version__},
         }
     return read_manifest(output, DEPLOYMENT)
 
 
 def _cpp_sources() -> Path:
-    sources = runtime.find_installed("deployment/cpp")
+    sources = installed.find_installed("deployment/cpp")
     if sources is None:
         raise QexportError("the C++ runner is not in this installation of qexport; install the package")
     return sources
@@ -206,7 +206,7 @@ def _differences(path: Path, manifest: dict) -> list[str]:
 
 def _run(path: Path, runs: int) -> dict:
     """What the deployment's run.py finds, by the same program of this package."""
-    runtime.onnxruntime()  # says in one line what is wrong with it
+    installed.onnxruntime()  # says in one line what is wrong with it
     from qexport.deployment import run
 
     try:

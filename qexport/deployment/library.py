@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
-from qexport.runtime import LIBRARY_STEM, find_library, plugin_path
+from qexport.installed import LIBRARY_STEM, find_library, plugin_path
 
 # Targets, and the e_machine of their ELF files (elf.h).
 MACHINES = {"linux-x86_64": 62, "linux-aarch64": 183}

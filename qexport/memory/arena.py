@@ -66,9 +66,9 @@ def read(sessions: list[Watched]) -> tuple[list[Arena], str | None]:
     """
     if not sessions:
         return [], "no session with enable_profiling was given to `watch`"
+    from qexport.installed import onnxruntime
     from qexport.profiling.trace import read_trace
     from qexport.providers import CUDA
-    from qexport.runtime import onnxruntime
 
     arenas = []
     for number, watched in enumerate(sessions):

@@ -93,7 +93,7 @@ def _has_cuda_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def _plugin():
-    from qexport.runtime import find_cuda_plugin  # with onnx, which the CPU alone does not need
+    from qexport.installed import find_cuda_plugin  # with onnx, which the CPU alone does not need
 
     core, path = kernels(), find_cuda_plugin()
     if core is None or path is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate
@@ -105,7 +105,7 @@ def profile(
     providers = runtime.check_providers(providers)
     sizes = _distinct_sizes(opened, batches, lengths)
     feeds = [generate(opened, batch=b, seq=s).feeds[0] for b, s, _ in sizes]
-    library_path = (runtime.get_library_path() if library is True else str(library)) if library else None
+    library_path = (installed.get_library_path() if library is True else str(library)) if library else None
     models = {CLASSICAL: (opened.classical_path, None), CONVERTED: (opened.model_path, library_path)}
 
     sessions = {
@@ -302,4 +302,4 @@ def versions() -> dict:
     """The versions of what a report measured."""
     from qexport import __version__
 
-    return {"qexport": __version__, "onnxruntime": runtime.onnxruntime().__version__, "python": platform.python_version()}
+    return {"qexport": __version__, "onnxruntime": installed.onnxruntime().__version__, "python": platform.python_version()}

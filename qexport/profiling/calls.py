@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qexport import runtime
+from qexport import installed, runtime
 
 
 def shared_buffers(manifest: dict) -> list[list[str]]:
@@ -21,7 +21,7 @@ def make_call(session, feed: dict[str, np.ndarray], shared: list[list[str]]) -> 
     device = runtime.device_of(session)
     if not shared and device[0] == "cpu":
         return lambda: runtime.run(session, None, feed)
-    make = runtime.onnxruntime().OrtValue.ortvalue_from_numpy
+    make = installed.onnxruntime().OrtValue.ortvalue_from_numpy
     pasts = {past for past, _ in shared}
     values = {name: make(array.copy() if name in pasts else array, *device) for name, array in feed.items()}
     places = {present: values[past] for past, present in shared}

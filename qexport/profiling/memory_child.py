@@ -13,10 +13,11 @@ import time
 import numpy as np
 
 from qexport.errors import QexportError
+from qexport.installed import onnxruntime
 from qexport.memory import AdvancedMemoryProfiler
 from qexport.memory.rss import current_rss, peak_rss
 from qexport.profiling.calls import make_call
-from qexport.runtime import onnxruntime, quiet_options, session
+from qexport.runtime import quiet_options, session
 
 # Runs under the profiler: as many as a leak test likes, or until they have taken so long, but enough for a verdict.
 MOST_RUNS, MOST_SECONDS, LEAST_RUNS = 1000, 10.0, 40

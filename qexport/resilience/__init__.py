@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
@@ -144,7 +144,7 @@ def measure_resilience(
         cells=[_cell_entry(cell, values) for cell, values in zip(cells, found.values, strict=True)],
         thresholds=_thresholds(cells, found.values, levels, tolerance),
         notes=[],
-        versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
+        versions={"qexport": package_version("qexport"), "onnxruntime": installed.onnxruntime().__version__},
         seconds=time.monotonic() - started,
     )
     if report.left_alone:

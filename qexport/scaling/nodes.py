@@ -6,19 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto, helper
 
+from qexport.installed import get_library_path, onnxruntime
 from qexport.ops import DOMAIN
 from qexport.ops.proto import make_node
 from qexport.profiling import session_options
 from qexport.providers import CPU, device, full_names, provider_name
-from qexport.runtime import (
-    check_providers,
-    create_session,
-    device_of,
-    get_library_path,
-    onnxruntime,
-    register_library,
-    run_bound,
-)
+from qexport.runtime import check_providers, create_session, device_of, register_library, run_bound
 
 MICROSOFT = "com.microsoft"
 _ELEMENTS = {

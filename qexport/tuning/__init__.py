@@ -11,7 +11,7 @@ import time as clock
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.bundle import Bundle, check_output
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
@@ -109,7 +109,7 @@ def tune(
     say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     where = {"providers": providers, "allow_fallback": allow_fallback}
-    runtime.get_library_path()
+    installed.get_library_path()
     runtime.check_start(**where)
     check_measurable(opened)
     inputs, notes = _inputs(opened, data, batch, seq)
@@ -153,7 +153,7 @@ def tune(
         seconds=seconds,
         output=str(output) if output is not None and within else None,
         settings=recorded(**where) | {"seeds": seeds, "threads": threads},
-        versions={"qexport": package_version("qexport"), "onnxruntime": runtime.onnxruntime().__version__},
+        versions={"qexport": package_version("qexport"), "onnxruntime": installed.onnxruntime().__version__},
     )
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.feeds import Inputs
+from qexport.installed import onnxruntime
 from qexport.manifest import package_version
 from qexport.progress import unwatched
 from qexport.providers import recorded
-from qexport.runtime import onnxruntime
 from qexport.tuning import MOST_FEEDS, check_measurable, site_entry, watched_sites
 from qexport.tuning.measurement import key_counts, measure
 from qexport.tuning.settings import Setting

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.errors import UsageError
+from qexport.installed import onnxruntime
 from qexport.manifest import package_version
 from qexport.ops.quantum_attention import BLOCKWISE
 from qexport.providers import full_names, recorded, uses_tf32
-from qexport.runtime import onnxruntime
 from qexport.validation.certificate import IMPLAUSIBLE
 from qexport.validation.comparison import compare
 from qexport.validation.limits import limits_of, low_precision, rounding_of

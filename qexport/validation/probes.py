@@ -14,17 +14,9 @@ import numpy as np
 import onnx
 
 from qexport.external_data import check_external_data, external_files, load_structure
+from qexport.installed import get_library_path, onnxruntime, version_tuple
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION
-from qexport.runtime import (
-    check_kernels,
-    check_providers,
-    create_session,
-    get_library_path,
-    onnxruntime,
-    quiet_options,
-    register_library,
-    version_tuple,
-)
+from qexport.runtime import check_kernels, check_providers, create_session, quiet_options, register_library
 
 LOCAL = "__qexport_local"
 ESTIMATE = "__qexport_error_estimate"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from qexport.installed import onnxruntime
 from qexport.nn import quantum_attention
 from qexport.ops.proto import make_node
 from qexport.ops.quantum_attention import STRATEGIES
-from qexport.runtime import onnxruntime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 

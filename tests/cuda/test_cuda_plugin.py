@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qexport import _core, runtime
+from qexport import _core, installed
 from qexport.errors import QexportError
 from qexport.nn import cuda, quantum_attention
 from qexport.ops import QUANTUM_ATTENTION
@@ -25,7 +25,7 @@ def attention(Q, K, V, device, **more):
 @pytest.fixture
 def plugin():
     """The one that QEXPORT_TEST_PLUGIN names, or that of the installation."""
-    path = os.environ.get("QEXPORT_TEST_PLUGIN") or runtime.find_cuda_plugin()
+    path = os.environ.get("QEXPORT_TEST_PLUGIN") or installed.find_cuda_plugin()
     if path is None:
         pytest.skip("no CUDA plugin was built: QEXPORT_TEST_PLUGIN is not set, and there is none in this installation")
     return Path(path)
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_plugin(tmp_path, monkeypatch):
     assert "\n" not in str(raised.value)
     with pytest.raises(RuntimeError, match="qexport_cuda_kernels"):
         _core.load_cuda(_core.__file__)
-    monkeypatch.setattr(runtime, "find_cuda_plugin", lambda: broken)
+    monkeypatch.setattr(installed, "find_cuda_plugin", lambda: broken)
     cuda._plugin.cache_clear()
     with pytest.raises(QexportError, match=r"the CUDA kernels cannot be loaded: .*; reinstall qexport") as raised:
         cuda.cuda_memory(torch.device("cuda", 0))
@@ -90,7 +90,7 @@ def test_a_plugin_of_another_release(tmp_path):
 
 
 def test_without_a_plugin_the_cpu_works_and_the_gpu_is_told_why(monkeypatch):
-    monkeypatch.setattr(runtime, "find_cuda_plugin", lambda: None)
+    monkeypatch.setattr(installed, "find_cuda_plugin", lambda: None)
     cuda._plugin.cache_clear()
     with pytest.raises(QexportError, match="has no CUDA kernels: install it where there is nvcc"):
         cuda.TorchMemory(torch.device("cuda", 0))

@@ -12,7 +12,7 @@ from bundle_factory import make_bundle
 from onnx import TensorProto, helper
 from test_ops import SAMPLES, allowed_flips, assert_close
 
-from qexport import runtime
+from qexport import installed, runtime
 from qexport.ops.proto import make_node
 from qexport.ops.quantum_attention import STRATEGIES
 from qexport.profiling.calls import make_call
@@ -26,7 +26,7 @@ def open_session(model, provider=CUDA, trace=None, **provider_options):
     options = runtime.quiet_options()
     if trace:
         options.enable_profiling, options.profile_file_prefix = True, str(trace)
-    runtime.register_library(options, runtime.get_library_path())
+    runtime.register_library(options, installed.get_library_path())
     providers = runtime.check_providers([(provider, provider_options)])
     return runtime.create_session("test", model.SerializeToString(), options, providers, True)
 

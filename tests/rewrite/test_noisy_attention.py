@@ -10,13 +10,13 @@ from harness import SIZES, Rewritten, assert_same, feeds, lowered, parse, run
 from spellings import FUSED
 
 from qexport.errors import UsageError
+from qexport.installed import get_library_path
 from qexport.noise.model import parse_noise
 from qexport.ops.proto import function_proto, register_schemas
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 from qexport.recipe import Recipe
 from qexport.rewrite.sample_attention import sample_attention
-from qexport.runtime import get_library_path
 
 NOISE = "depolarizing:0.05,amplitude_damping:0.1,readout:0.02"
 FOUR = "float[b,4,l,8] q, float[b,4,s,8] k, float[b,4,s,8] v"
