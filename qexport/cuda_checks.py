@@ -6,8 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport import installed, runtime
+from qexport import installed
 from qexport.failures import one_line
+from qexport.providers import CUDA
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
@@ -65,7 +66,7 @@ def provider_obstacle() -> Obstacle | None:
     ort = installed.onnxruntime()
     name = f"onnxruntime {ort.__version__}"
     found = driver()
-    if runtime.CUDA not in ort.get_available_providers():
+    if CUDA not in ort.get_available_providers():
         mend = "pip uninstall -y onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
         return Obstacle(f"{name} is built without CUDA", mend, gpu=found is not None and found.error == 0)
     if found is None:
