@@ -128,10 +128,11 @@ def _cuda() -> Finding:
 
 
 def _cuda_kernel(plugin):
-    from qexport import cuda_checks, runtime
+    from qexport import cuda_checks
+    from qexport.providers import CUDA
 
     try:
-        error = kernel_error(runtime.CUDA)
+        error = kernel_error(CUDA)
     except Exception as failure:  # as for the kernel of the CPU
         return cuda_checks.explain_kernel_error(str(failure), plugin), ""
     if not error < 1e-5:

@@ -2,7 +2,8 @@
 
 import pytest
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+from qexport.providers import CPU, CUDA, provider_name
+
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
@@ -19,7 +20,7 @@ def fake_gpu(monkeypatch):
 
     class Session(onnxruntime.InferenceSession):
         def __init__(self, source, options, *, providers, **more):
-            self.named = [runtime.provider_name(provider) for provider in providers]
+            self.named = [provider_name(provider) for provider in providers]
             strict = False
             try:
                 strict = options.get_session_config_entry(NO_FALLBACK) == "1"

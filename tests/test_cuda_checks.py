@@ -12,6 +12,7 @@ from bundle_factory import make_bundle
 from qexport import cuda_checks, doctor, installed, runtime
 from qexport.cuda_checks import Driver, explain_kernel_error, plugin_obstacle, provider_obstacle
 from qexport.errors import QexportError
+from qexport.providers import CUDA
 
 GPU_BUILD = ("CUDAExecutionProvider", "CPUExecutionProvider")
 NEW = Driver(0, (13, 0))
@@ -157,12 +158,12 @@ def test_doctor_is_content_where_the_kernel_runs(monkeypatch):
     monkeypatch.setattr(doctor, "kernel_error", lambda provider: real("CPUExecutionProvider"))
     assert cuda_finding().state == doctor.OK
     assert "agrees with numpy" in cuda_finding().found
-    monkeypatch.setattr(doctor, "kernel_error", lambda provider: np.nan if provider == runtime.CUDA else real(provider))
+    monkeypatch.setattr(doctor, "kernel_error", lambda provider: np.nan if provider == CUDA else real(provider))
     assert cuda_finding().state == doctor.BROKEN
     assert "off by nan" in cuda_finding().found
 
     def fails(provider):
-        if provider == runtime.CUDA:
+        if provider == CUDA:
             raise RuntimeError("[QuantumAttention] CUDA: no kernel image is available for execution on the device")
         return real(provider)
 
