@@ -7,6 +7,7 @@ namespace qexport {
 namespace cuda {
 
 constexpr float kInf = __builtin_huge_valf();
+constexpr float kLog2E = 1.44269504088896340736f;  // scores are often kept as logarithms to base 2
 
 // num_samples per query head travels with the launch, since it lies in host memory; more heads than this must share one
 // number.
@@ -24,11 +25,12 @@ struct AttentionJob {
   const int64_t* seed;  // null: 0
   int64_t total_len;    // past_len + kv_len
   int64_t group;        // query heads per kv head
+  bool decodes;         // from key_summary
 };
 
 inline AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors,
                              const CudaCall& call) {
-  return {params, tensors, call.seed, params.past_len + params.kv_len, params.q_heads / params.kv_heads};
+  return {params, tensors, call.seed, params.past_len + params.kv_len, params.q_heads / params.kv_heads, false};
 }
 
 __device__ __forceinline__ uint64_t seed_of(const AttentionJob& job) {

@@ -116,5 +116,48 @@ __device__ __forceinline__ void keep_rows(const Rows& rows, int count, int width
   }
 }
 
+constexpr int kArrayRowsOfWarp = node_array_rows(1);  // so that teams of any size have enough
+
+// Shared memory of a block that divides one list.
+struct ListArrays {
+  float* directions;              // (warps, kArrayRowsOfWarp, width)
+  uint32_t* histogram;            // (warps, kDigits)
+  int32_t *list, *side;           // (count): what is divided, and room for a side of it
+  uint32_t* key;                  // (count)
+  uint32_t *found, *warp_counts;  // (warps, 2), (warps)
+};
+
+// Divides list[0 .. count) until every run of `cluster` of its rows is a cluster, the nodes of a level side by side.
+// rows_of(list, step): the rows of a list, or one in `step` / kDirectionRows of them.
+template <int kEach, class RowsOf>
+__device__ __forceinline__ void divide_list(const ListArrays& s, int32_t count, int32_t cluster, int size, int width,
+                                            const RowsOf& rows_of) {
+  constexpr int kKeysEach = 2;
+  const Team block = whole_block();
+  for (int i = block.thread; i < block.warps * kDigits; i += block.threads()) s.histogram[i] = 0;
+  const int32_t clusters = ceil_div(count, cluster);
+  for (int depth = 0; clusters > 1 << depth; ++depth) {
+    __syncthreads();
+    const int nodes = 1 << depth, warps = max(block.warps >> depth, 1), teams = block.warps / warps;
+    const int own = block.warp() / warps, first_warp = own * warps;
+    const Team team{block.thread % (warps * kWarp), warps};
+    const NodeArrays arrays = node_arrays(s.directions + first_warp * kArrayRowsOfWarp * width, width);
+    const TeamPartition shared{s.histogram + own * kDigits, s.found + own * 2, s.warp_counts + first_warp};
+    const int32_t most = ceil_div(clusters, nodes) * cluster;
+    for (int index = own; index < nodes; index += teams) {
+      const TreeNode node = find_node(count, cluster, index, depth);
+      int32_t* own_list = s.list + node.first;
+      uint32_t* own_key = s.key + node.first;
+      const Axis axis =
+          node_direction<kEach>(team, rows_of(own_list, max(node.count, kDirectionRows)), min(node.count, kDirectionRows),
+                                size, arrays, reinterpret_cast<float*>(own_key));
+      project_rows<kEach>(team, rows_of(own_list, kDirectionRows), node.count, arrays, axis, own_key);
+      team.sync();
+      partition<kKeysEach>(team, own_list, own_key, s.side + node.first, node.count, node.left, most, shared);
+    }
+  }
+  __syncthreads();
+}
+
 }  // namespace cuda
 }  // namespace qexport

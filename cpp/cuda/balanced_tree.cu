@@ -11,13 +11,12 @@ namespace {
 constexpr int kNodeThreads = 512, kNodeWarps = kNodeThreads / kWarp;  // at most
 constexpr int kPartitionThreads = 1024;
 constexpr int kSubtreeRows = 1024;
-// What a thread has on the way at once: rows and keys in shared memory, and in global memory, which is far.
-constexpr int kKeysEach = 2, kFarKeysEach = 8;
+// What a thread has on the way at once: keys in global memory, which is far, and rows in shared and in global memory.
+constexpr int kFarKeysEach = 8;
 template <class T>
 constexpr int kRowsEach = 8 / sizeof(T);
 template <class T>
 constexpr int kFarRowsEach = 16 / sizeof(T);
-constexpr int kArrayRowsOfWarp = node_array_rows(1);  // so that teams of any size have enough
 constexpr int kFewestProjected = 512;  // rows of a large node, by one block, which also finds where the node is long
 
 int subtree_warps(int64_t rows) { return rows > kSubtreeRows / 2 ? kNodeWarps : kNodeWarps / 2; }
@@ -150,32 +149,12 @@ __global__ void __launch_bounds__(kNodeThreads)
 
   const RowAt<T> row_at(job, shape, place.root);
   for (int i = block.thread; i < top.count; i += block.threads()) number[i] = order[place.at + i], list[i] = i;
-  for (int i = block.thread; i < block.warps * kDigits; i += block.threads()) histogram[i] = 0;
   __syncthreads();
   keep_rows<kFarRowsEach<T>>(ListedRows<T>{row_at, number}, top.count, width, rows);
 
-  const int32_t cluster = static_cast<int32_t>(shape.tree.cluster), clusters = ceil_div(top.count, cluster);
-  for (int depth = 0; clusters > 1 << depth; ++depth) {
-    __syncthreads();
-    const int nodes = 1 << depth, warps = max(block.warps >> depth, 1), teams = block.warps / warps;
-    const int own = block.warp() / warps, first_warp = own * warps;
-    const Team team{block.thread % (warps * kWarp), warps};
-    const NodeArrays arrays = node_arrays(memory + first_warp * kArrayRowsOfWarp * width, width);
-    const TeamPartition shared{histogram + own * kDigits, found + own * 2, warp_counts + first_warp};
-    const int32_t most = ceil_div(clusters, nodes) * cluster;
-    for (int index = own; index < nodes; index += teams) {
-      const TreeNode node = find_node(top.count, cluster, index, depth);
-      const KeptRows<T> all{rows, list + node.first, width, kDirectionRows};
-      const KeptRows<T> sample{rows, list + node.first, width, max(node.count, kDirectionRows)};
-      uint32_t* own_key = key + node.first;
-      const Axis axis = node_direction<kRowsEach<T>>(team, sample, min(node.count, kDirectionRows), shape.size, arrays,
-                                                     reinterpret_cast<float*>(own_key));
-      project_rows<kRowsEach<T>>(team, all, node.count, arrays, axis, own_key);
-      team.sync();
-      partition<kKeysEach>(team, list + node.first, own_key, side + node.first, node.count, node.left, most, shared);
-    }
-  }
-  __syncthreads();
+  divide_list<kRowsEach<T>>({memory, histogram, list, side, key, found, warp_counts}, top.count,
+                            static_cast<int32_t>(shape.tree.cluster), shape.size, width,
+                            [&](const int32_t* some, int step) { return KeptRows<T>{rows, some, width, step}; });
   for (int i = block.thread; i < top.count; i += block.threads()) order[place.at + i] = number[list[i]];
 }
 

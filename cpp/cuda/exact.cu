@@ -1,12 +1,12 @@
 // Exact attention: tiles of queries on tensor cores (fp16, bf16) or without; a row per warp for what has no tile.
 #include "exact_choice.cuh"
+#include "join_parts.cuh"
 
 namespace qexport {
 namespace cuda {
 namespace {
 
 constexpr const char* kTooMany = "batch * q_heads * q_len is too large for one launch; split the batch";
-constexpr int kJoinThreads = 256, kJoinColumns = 128;
 constexpr int kWideThreads = 128;
 constexpr int kWideColumns = 4;  // of V per lane
 
@@ -69,47 +69,10 @@ __global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_c
   const QuantumAttentionParams& p = launch.job.params;
   const int64_t row = blockIdx.x, query = row % p.q_len, head = row / p.q_len % p.q_heads, b = row / p.q_len / p.q_heads;
   if (launch.only && !launch.only[b * p.q_heads + head]) return;
-  float* const fade = dynamic_shared<float>();  // (parts,)
-  float* const sums = fade + launch.parts;      // (warps, kJoinColumns), the scratch of reductions before
-  const float* const stats = launch.part_stats + 2 * row;
-  const int64_t step = launch.rows();
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  float most = -kInf, sum = 0.0f;
-  for (int i = thread; i < launch.parts; i += kJoinThreads) most = fmaxf(most, stats[2 * i * step]);
-  most = block_max(most, sums);
-  const float base = most == -kInf ? 0.0f : most;
-  for (int i = thread; i < launch.parts; i += kJoinThreads) {
-    const float part_sum = stats[2 * i * step + 1];
-    fade[i] = part_sum == 0.0f ? 0.0f : fast_exp2(stats[2 * i * step] - base);
-    sum += part_sum == 0.0f ? 0.0f : fade[i] * part_sum;
-  }
-  sum = block_sum(sum, sums);
-  const float unit = sum == 0.0f ? 0.0f : 1.0f / sum;
   T* const y = output_row<T>(launch.job, b, head, query);
-  for (int64_t first = 0; first < p.v_head_size; first += kJoinColumns) {
-    const float* const outputs = launch.part_outputs + row * p.v_head_size + first;
-    const int columns = static_cast<int>(min(p.v_head_size - first, int64_t{kJoinColumns}));
-    float x[kJoinColumns / kWarp] = {};
-#pragma unroll 4
-    for (int i = warp; i < launch.parts; i += kJoinThreads / kWarp) {
-      const float weight = fade[i];
-#pragma unroll
-      for (int e = 0; e < kJoinColumns / kWarp; ++e) {
-        // The output of a part without keys is not there; NaN as its weight stays NaN.
-        const bool there = weight != 0.0f && lane + e * kWarp < columns;
-        x[e] = fmaf(weight, there ? outputs[i * step * p.v_head_size + lane + e * kWarp] : 0.0f, x[e]);
-      }
-    }
-    __syncthreads();  // the sums of before have been read
-#pragma unroll
-    for (int e = 0; e < kJoinColumns / kWarp; ++e) sums[warp * kJoinColumns + lane + e * kWarp] = x[e];
-    __syncthreads();
-    for (int c = thread; c < columns; c += kJoinThreads) {
-      float all = 0.0f;
-      for (int w = 0; w < kJoinThreads / kWarp; ++w) all += sums[w * kJoinColumns + c];
-      y[first + c] = from_float<T>(all * unit);
-    }
-  }
+  const RowParts parts{launch.part_stats + 2 * row, launch.part_outputs + row * p.v_head_size, launch.parts, launch.rows()};
+  join_parts(parts, static_cast<int>(p.v_head_size), dynamic_shared<float>(),
+             [&](int column, float x) { y[column] = from_float<T>(x); });
 }
 
 // One row and kWarp * kWideColumns columns per warp, key by key: head sizes without a tile.
@@ -187,7 +150,7 @@ void start(Status& status, ExactLaunch exact, const Device& device, void* scratc
          Choice<Tile, State>::shared_bytes(job), stream, exact);
   if (exact.parts > 1) {
     launch(status, join_parts_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(kJoinThreads),
-           sizeof(float) * static_cast<size_t>(exact.parts + kJoinThreads / kWarp * kJoinColumns), stream, exact);
+           join_shared_bytes(exact.parts), stream, exact);
   }
 }
 template <class T>

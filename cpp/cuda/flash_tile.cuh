@@ -7,8 +7,6 @@
 namespace qexport {
 namespace cuda {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 constexpr int kFlashMostJoined = 16;  // queries for each multiprocessor up to which their keys are split
 constexpr int kRun = 64;              // rows that are copied at once where they lie at even distances, in elements
 template <class T>

@@ -147,6 +147,26 @@ __device__ inline Ranks rank_in_block(bool first, bool second, uint32_t* warp_co
   return {{ranks.before[0][0], ranks.before[1][0]}, {ranks.all[0], ranks.all[1]}};
 }
 
+// By all threads of a block: take(at, i) for the k smallest of key[0 .. count) (ties: the first), number `at` of them in
+// order being key i. 0 <= k <= count. What is taken may lie where the keys before it did.
+template <class Take>
+__device__ __forceinline__ void take_smallest(const uint32_t* key, int32_t count, int32_t k, PartitionShared& s,
+                                              const Take& take) {
+  const Cut cut = find_cut(key, count, k, s);
+  int32_t below = 0, equal = 0;  // so far
+  for (int32_t base = 0; base < count; base += static_cast<int32_t>(blockDim.x)) {
+    const int32_t i = base + static_cast<int32_t>(threadIdx.x);
+    const uint32_t mine = i < count ? key[i] : 0;
+    const Ranks ranks = rank_in_block(i < count && mine < cut.key, i < count && mine == cut.key, s.warp);
+    const int32_t equals_before = equal + ranks.before[1];
+    if (i < count && first_by(cut, mine, equals_before)) {
+      take(below + ranks.before[0] + min(equals_before, cut.equal), i);
+    }
+    below += ranks.all[0], equal += ranks.all[1];
+    __syncthreads();
+  }
+}
+
 // The first `left` places of list[0 .. count) become those with the smallest key, each side in its old order; ties: the
 // earlier. `side` has room for the others. 1 <= left <= count, or both are 0. `most`: the largest count of a team.
 template <int kEach>

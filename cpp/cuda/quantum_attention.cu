@@ -2,8 +2,8 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "qexport/key_summary.h"
 #include "rows.cuh"
+#include "tree_decode.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -92,18 +92,11 @@ AttentionJob plan_job(const QuantumAttentionParams& params, const QuantumAttenti
   QuantumAttentionParams& p = job.params;
   const int64_t least = *std::min_element(p.num_samples, p.num_samples + p.num_samples_count);
   if (p.strategy != Strategy::naive && least >= job.total_len) p.strategy = Strategy::exact;
+  job.decodes = p.strategy == Strategy::tree && decode_applies(job);
   if (p.strategy == Strategy::tree && !tree_applies(job, p.num_samples, p.num_samples_count)) p.strategy = Strategy::exact;
   // Means of values hold later ones, which a causal query must not see.
   if (p.strategy == Strategy::exact || p.is_causal) p.control_variate = false;
   return job;
-}
-
-// Decoding reads the whole cache here, which a GPU does at the speed of its memory: no chunk is summarised, which the CPU
-// makes up for where it takes over the state.
-void forget_summary(Status& status, const AttentionJob& job, void* stream) {
-  const QuantumAttentionParams& p = job.params;
-  const int64_t floats = p.batch * p.kv_heads * summary_chunks(job.total_len) * summary_row(p.head_size, p.v_head_size);
-  fill_zero(status, job.tensors.present_key_summary, static_cast<size_t>(floats) * sizeof(float), stream);
 }
 
 void head_samples(Status& status, const QuantumAttentionParams& p, HeadSamples& samples) {
@@ -123,6 +116,7 @@ size_t quantum_attention_scratch_bytes(const QuantumAttentionParams& params, con
   const AttentionJob job = plan_job(params, tensors, {});
   const bool rows = samples_rows(job);
   const size_t own = rows                                    ? 0
+                     : job.decodes                           ? decode_attention_scratch_bytes(job)
                      : job.params.strategy == Strategy::tree ? tree_attention_scratch_bytes(job)
                                                              : exact_attention_scratch_bytes(job);
   return std::max(own, rows || tensors.qk_matmul_output ? row_attention_scratch_bytes(job) : 0);
@@ -136,13 +130,15 @@ const char* quantum_attention(const QuantumAttentionParams& params, const Quantu
   head_samples(status, params, samples);
   join_rows(status, job, false, call.stream);
   join_rows(status, job, true, call.stream);
-  if (tensors.error_estimate && job.params.strategy != Strategy::tree) {
+  if (tensors.error_estimate && job.params.strategy != Strategy::tree && !job.decodes) {
     const size_t heads = static_cast<size_t>(params.batch * params.q_heads);
     if (status.ok()) fill_zero(status, tensors.error_estimate, heads * sizeof(float), call.stream);
   }
-  if (tensors.present_key_summary) forget_summary(status, job, call.stream);
+  if (tensors.present_key_summary) update_summary(status, job, call.stream);
   if (!status.ok() || params.batch * params.q_heads * params.q_len == 0) return status.text;
-  if (job.params.strategy == Strategy::tree) {
+  if (job.decodes) {
+    decode_attention(status, job, samples, call.scratch, call.stream);
+  } else if (job.params.strategy == Strategy::tree) {
     tree_attention(status, job, samples, call.scratch, call.stream);
   } else if (!samples_rows(job)) {
     exact_attention(status, job, nullptr, call.scratch, call.stream);

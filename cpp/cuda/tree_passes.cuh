@@ -166,21 +166,8 @@ __device__ __forceinline__ void put_scores(const ScoreBlock<Tile>& block, int i,
 template <class Tile>
 __device__ __forceinline__ void choose_clusters(const ScoreBlock<Tile>& block, int budget, int32_t* chosen) {
   int32_t* const list = reinterpret_cast<int32_t*>(block.key);
-  const int thread = static_cast<int>(threadIdx.x), threads = Tile::Flash::kThreads, n = block.candidates;
-  const Cut cut = find_cut(block.key, n, budget, block.words->partition);
-  int below = 0, equal = 0;
-  for (int base = 0; base < n; base += threads) {
-    const int c = base + thread;
-    const uint32_t mine = c < n ? block.key[c] : 0;
-    const Ranks ranks = rank_in_block(c < n && mine < cut.key, c < n && mine == cut.key, block.words->partition.warp);
-    const int equals_before = equal + ranks.before[1];
-    if (c < n && first_by(cut, mine, equals_before)) {
-      const int at = below + ranks.before[0] + min(equals_before, cut.equal);
-      list[at] = chosen[at] = c;
-    }
-    below += ranks.all[0], equal += ranks.all[1];
-    __syncthreads();
-  }
+  take_smallest(block.key, block.candidates, budget, block.words->partition,
+                [&](int at, int c) { list[at] = chosen[at] = c; });
 }
 
 template <class State>

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "qexport/host_device.h"
+
 namespace qexport {
 
 constexpr int64_t kSinkKeys = 16;     // the first keys, which many heads look at all the time, are always read exactly
@@ -12,10 +14,12 @@ constexpr int64_t kClusterKeys = 16;  // keys of a cluster
 constexpr int64_t kChunkClusters = kChunkKeys / kClusterKeys;
 
 // Whole chunks among `len` keys: chunk c holds the keys from kSinkKeys + c * kChunkKeys on.
-inline int64_t summary_chunks(int64_t len) { return len < kSinkKeys ? 0 : (len - kSinkKeys) / kChunkKeys; }
+QEXPORT_HOST_DEVICE inline int64_t summary_chunks(int64_t len) {
+  return len < kSinkKeys ? 0 : (len - kSinkKeys) / kChunkKeys;
+}
 
 // Floats of a chunk.
-inline int64_t summary_row(int64_t head_size, int64_t v_head_size) {
+QEXPORT_HOST_DEVICE inline int64_t summary_row(int64_t head_size, int64_t v_head_size) {
   return kChunkClusters * (head_size + v_head_size + 4 + kClusterKeys);
 }
 
@@ -30,7 +34,7 @@ struct HeadSummary {
   float* value_norm;    // (clusters): mean |v|^2
   float* members;       // (clusters, kClusterKeys): places in the chunk, 0 to kChunkKeys - 1
 
-  HeadSummary(float* head, int64_t chunks, int64_t head_size, int64_t v_head_size) {
+  QEXPORT_HOST_DEVICE HeadSummary(float* head, int64_t chunks, int64_t head_size, int64_t v_head_size) {
     const int64_t clusters = chunks * kChunkClusters;
     mean_key = head;
     mean_value = mean_key + clusters * head_size;

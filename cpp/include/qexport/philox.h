@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define QEXPORT_HOST_DEVICE __host__ __device__
-#else
-#define QEXPORT_HOST_DEVICE
-#endif
+#include "qexport/host_device.h"
 
 namespace qexport {
 
