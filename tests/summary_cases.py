@@ -5,7 +5,7 @@ import numpy as np
 
 from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.key_summary import key_summary_shape
+from qexport.ops.key_summary import CHUNK_KEYS, CLUSTER_KEYS, SINK_KEYS, chunks, fields, key_summary_shape
 
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -48,3 +48,32 @@ def step(q, k, v, nonpad, summary=None, *, threads=1, seed=0, mask=None, error_e
 
 def relative(found, expected):
     return np.linalg.norm((found - expected).astype(np.float64)) / np.linalg.norm(expected.astype(np.float64))
+
+
+def check_state(summary, k, v, nonpad):
+    """A state holds what its clusters are, and these are good ones."""
+    parts = fields(summary, k.shape[-1], v.shape[-1])
+    assert sum(x.size for x in parts.values()) == summary.size
+    k, v = k.astype(np.float64), v.astype(np.float64)
+    for b, h in np.ndindex(k.shape[:2]):
+        full = chunks(nonpad[b])
+        np.testing.assert_array_equal(parts["keys"][b, h, :full], CLUSTER_KEYS)
+        np.testing.assert_array_equal(parts["keys"][b, h, full:, 0], 0)
+        for c in range(full):
+            members = parts["members"][b, h, c].astype(int)
+            np.testing.assert_array_equal(np.sort(members, axis=None), np.arange(CHUNK_KEYS))
+            members += SINK_KEYS + c * CHUNK_KEYS
+            keys, values = k[b, h][members], v[b, h][members]
+            means = keys.mean(1), values.mean(1)
+            expected = {
+                "mean_key": means[0],
+                "mean_value": means[1],
+                "key_spread": ((keys - means[0][:, None]) ** 2).sum(2).mean(1),
+                "value_spread": ((values - means[1][:, None]) ** 2).sum(2).mean(1),
+                "value_norm": (values**2).sum(2).mean(1),
+            }
+            for name, value in expected.items():
+                np.testing.assert_allclose(parts[name][b, h, c], value, rtol=1e-5, atol=1e-5)
+            # Most of the spread lies between the clusters; blocks of 16 in a row would leave it within.
+            whole = ((k[b, h][members.ravel()] - keys.mean((0, 1))) ** 2).sum(1).mean()
+            assert parts["key_spread"][b, h, c].mean() < 0.5 * whole

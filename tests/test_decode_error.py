@@ -35,7 +35,7 @@ def row_errors(y, exact):
     return np.linalg.norm(y - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
 
 
-def check_against_the_reference(case, dtype="float32"):
+def check_against_the_reference(case, dtype="float32", step=step, tolerances=(5e-6, 5e-4, 4e-3)):
     """The reference starts from the same state. Returns how many heads were sampled and how many were not."""
     k, v = rough(20, batch=2, dtype=dtype)
     q = (0.5 * queries(20, k, 4, rows=2).astype(np.float32)).astype(k.dtype)
@@ -46,7 +46,7 @@ def check_against_the_reference(case, dtype="float32"):
     state = {"nonpad_kv_seqlen": torch.tensor(nonpad), "key_summary": torch.from_numpy(summary), "seed": 5}
     attributes = {"strategy": "tree", "num_samples": [128], "is_causal": 1, "layer": 3} | change
     reference = quantum_attention_ref(*tensors, **state, **attributes)
-    tolerance = {"float32": 5e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]
+    tolerance = tolerances[list(TYPES).index(dtype)]
     np.testing.assert_allclose(y.astype(np.float64), reference[0].numpy(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(estimate, reference[4].numpy(), rtol=2e-3, atol=1e-6)
     return int((estimate > 0).sum()), int((estimate == 0).sum())

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from summary_cases import TYPES, cache, queries, relative, run, zeros
+from summary_cases import TYPES, cache, check_state, queries, relative, run, zeros
 
 import qexport
 from qexport.ops.key_summary import CHUNK_KEYS, CLUSTER_KEYS, SINK_KEYS, chunks, fields
@@ -20,32 +20,7 @@ from qexport.ops.quantum_attention_ref import quantum_attention_ref
 def test_what_a_summary_holds(sizes, dtype):
     k, v = cache(1, batch=2, size=sizes[0], v_size=sizes[1], dtype=dtype)
     summary = run(queries(1, k, 4), k, v, [2100, 1500], zeros(k, v))[1]
-    parts = fields(summary, *sizes)
-    assert sum(x.size for x in parts.values()) == summary.size
-    k, v = k.astype(np.float64), v.astype(np.float64)
-    full = [chunks(2100), chunks(1500)]
-    assert full == [4, 2]
-    for b, h in np.ndindex(2, 2):
-        np.testing.assert_array_equal(parts["keys"][b, h, : full[b]], CLUSTER_KEYS)
-        np.testing.assert_array_equal(parts["keys"][b, h, full[b] :, 0], 0)
-        for c in range(full[b]):
-            members = parts["members"][b, h, c].astype(int)
-            np.testing.assert_array_equal(np.sort(members, axis=None), np.arange(CHUNK_KEYS))
-            members += SINK_KEYS + c * CHUNK_KEYS
-            keys, values = k[b, h][members], v[b, h][members]
-            means = keys.mean(1), values.mean(1)
-            expected = {
-                "mean_key": means[0],
-                "mean_value": means[1],
-                "key_spread": ((keys - means[0][:, None]) ** 2).sum(2).mean(1),
-                "value_spread": ((values - means[1][:, None]) ** 2).sum(2).mean(1),
-                "value_norm": (values**2).sum(2).mean(1),
-            }
-            for name, value in expected.items():
-                np.testing.assert_allclose(parts[name][b, h, c], value, rtol=1e-5, atol=1e-5)
-            # Most of the spread lies between the clusters; blocks of 16 in a row would leave it within.
-            whole = ((k[b, h][members.ravel()] - keys.mean((0, 1))) ** 2).sum(1).mean()
-            assert parts["key_spread"][b, h, c].mean() < 0.5 * whole
+    check_state(summary, k, v, [2100, 1500])
 
 
 def test_state_step_by_step_is_the_state_at_once():

@@ -12,8 +12,9 @@ namespace cuda {
 namespace {
 
 constexpr int kReadThreads = 256, kReadWarps = kReadThreads / kWarp;
+constexpr int kReadBlocks = 3;  // on a multiprocessor, so that enough bytes are under way
 constexpr int kRunEach = 4, kReadRun = kReadThreads / kRowThreads * kRunEach;  // keys or means that a block reads at once
-constexpr int kMostReadParts = 512, kReadBlocksPerProcessor = 8;
+constexpr int kMostReadParts = 512;
 constexpr double kKeysForTolerance = 4000.0, kFreeTolerance = 0.1;  // as on the CPU
 
 // What reading the keys of few clusters saves is bytes of the cache, and what it costs are launches that wait for each
@@ -54,7 +55,7 @@ __device__ __forceinline__ void add_values(const float (&weight)[kRunEach], cons
 
 // One part of what a row reads per block of threads: runs of keys, then runs of means, to part_outputs and part_stats.
 template <class T>
-__global__ void __launch_bounds__(kReadThreads) read_parts_kernel(const __grid_constant__ DecodeLaunch decode) {
+__global__ void __launch_bounds__(kReadThreads, kReadBlocks) read_parts_kernel(const __grid_constant__ DecodeLaunch decode) {
   __shared__ float reduced[kWarp];
   const AttentionJob& job = decode.job;
   const QuantumAttentionParams& p = job.params;
@@ -68,6 +69,8 @@ __global__ void __launch_bounds__(kReadThreads) read_parts_kernel(const __grid_c
   const HeadSummary summary = decode.head_summary(head);
   const float* const weight = decode.weight + row * decode.clusters() + plan.first_cluster();
   const int32_t* const chosen = decode.chosen + row * decode.most_chosen;
+  const T* const keys_of_head = row_of<T>(job.tensors.k, b, kv_head, 0);
+  const T* const values_of_head = row_of<T>(job.tensors.v, b, kv_head, 0);
   float* const q = dynamic_shared<float>();  // (width)
   float* const output = q + width;           // (v_width)
   float* const partial = output + v_width;   // (kReadWarps, v_width)
@@ -95,13 +98,12 @@ __global__ void __launch_bounds__(kReadThreads) read_parts_kernel(const __grid_c
   for (int run = part; run < runs; run += decode.parts) {
     const bool means = run >= key_runs;
     const int first = (means ? run - key_runs : run) * kReadRun, count = means ? clusters : keys;
+    const auto place_of = [&](int i) { return first + thread / kRowThreads + i * (kReadThreads / kRowThreads); };
     int entry[kRunEach];  // of a thread's own rows; a key, or a cluster
-    bool there[kRunEach];
 #pragma unroll
     for (int i = 0; i < kRunEach; ++i) {
-      const int at = first + thread / kRowThreads + i * (kReadThreads / kRowThreads);
-      there[i] = at < count;
-      entry[i] = means ? min(at, count - 1) : key_at(min(at, count - 1));
+      const int at = min(place_of(i), count - 1);
+      entry[i] = means ? at : key_at(at);
     }
     float score[kRunEach] = {};
     if (means) {
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kReadThreads) read_parts_kernel(const __grid_c
     } else {
       const T* key_rows[kRunEach];
 #pragma unroll
-      for (int i = 0; i < kRunEach; ++i) key_rows[i] = row_of<T>(job.tensors.k, b, kv_head, entry[i]);
+      for (int i = 0; i < kRunEach; ++i) key_rows[i] = keys_of_head + entry[i] * job.tensors.k.row_stride;
 #pragma unroll 1
       for (int at = first_chunk(); at < width; at += kPass) {
         __align__(16) T chunk[kRunEach][kChunkRow];
@@ -129,12 +131,12 @@ __global__ void __launch_bounds__(kReadThreads) read_parts_kernel(const __grid_c
     }
     float highest = most;
 #pragma unroll
-    for (int i = 0; i < kRunEach; ++i) highest = there[i] ? fmaxf(highest, score[i]) : highest;
+    for (int i = 0; i < kRunEach; ++i) highest = place_of(i) < count ? fmaxf(highest, score[i]) : highest;
     highest = block_max(highest, reduced);
     const float base = highest == -kInf ? 0.0f : highest, fade = fast_exp2(most - base);
     float own = 0.0f, each[kRunEach];
 #pragma unroll
-    for (int i = 0; i < kRunEach; ++i) each[i] = there[i] ? fast_exp2(score[i] - base) : 0.0f, own += each[i];
+    for (int i = 0; i < kRunEach; ++i) each[i] = place_of(i) < count ? fast_exp2(score[i] - base) : 0.0f, own += each[i];
     sum = sum * fade + block_sum(first_chunk() == 0 ? own : 0.0f, reduced);
     most = highest;
     if (means) {
@@ -143,8 +145,8 @@ __global__ void __launch_bounds__(kReadThreads) read_parts_kernel(const __grid_c
           each, [&](int i) { return mean + int64_t{entry[i]} * v_size; }, v_size, decode.values_wide, partial, v_width);
     } else {
       add_values<T>(
-          each, [&](int i) { return row_of<T>(job.tensors.v, b, kv_head, entry[i]); }, v_size, decode.values_wide, partial,
-          v_width);
+          each, [&](int i) { return values_of_head + entry[i] * job.tensors.v.row_stride; }, v_size, decode.values_wide,
+          partial, v_width);
     }
     __syncthreads();
     for (int x = thread; x < v_width; x += kReadThreads) {
@@ -214,7 +216,7 @@ size_t lay_out(DecodeLaunch& decode, const Device& device, char* memory, char** 
                                                 : std::min(ceil_div(samples, kClusterKeys) + kResidualClusters, clusters);
   const int64_t keys = kSinkKeys + kChunkKeys + p.q_len + decode.most_chosen * kClusterKeys;
   const int64_t runs = ceil_div<int64_t>(keys, kReadRun) + ceil_div<int64_t>(clusters, kReadRun);
-  const int64_t room = ceil_div<int64_t>(kReadBlocksPerProcessor * device.multiprocessors, std::max<int64_t>(rows, 1));
+  const int64_t room = ceil_div<int64_t>(2 * kReadBlocks * device.multiprocessors, std::max<int64_t>(rows, 1));
   decode.parts = static_cast<int>(std::min({runs, room, int64_t{kMostReadParts}}));
   size_t used = 0;
   const auto take = [&](auto*& pointer, int64_t bytes) {

@@ -1,4 +1,5 @@
 // The weight of every cluster for every row, and the clusters that a row reads.
+#include "mma.cuh"
 #include "node_direction.cuh"
 #include "tree_decode.cuh"
 

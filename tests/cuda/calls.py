@@ -17,7 +17,7 @@ def seed_on(device, seed: int):
 
 def attention(device, feeds, dtype, seed, attributes, present=False, probabilities=False, put=None):
     """Outputs by name, as float32. `put` brings the inputs to the device, where not as they are."""
-    typed = {name: v.astype(DTYPES[dtype]) if v.dtype == np.float32 else v for name, v in feeds.items()}
+    typed = {name: v.astype(DTYPES[dtype], copy=False) if v.dtype == np.float32 else v for name, v in feeds.items()}
     tensors = {name: (put or device.put)(value) for name, value in typed.items()}
     attributes = {name: value for name, value in QUANTUM_ATTENTION.resolve(attributes).items() if value is not None}
     outputs = _core.quantum_attention(
@@ -31,7 +31,7 @@ def attention(device, feeds, dtype, seed, attributes, present=False, probabiliti
         device=device,
     )
     named = zip(OUTPUT_NAMES, outputs, strict=True)
-    return {name: np.asarray(device.get(v)).astype(np.float32) for name, v in named if v is not None}
+    return {name: np.asarray(device.get(v)).astype(np.float32, copy=False) for name, v in named if v is not None}
 
 
 def noise(device, p, given, attributes, dtype="float64"):

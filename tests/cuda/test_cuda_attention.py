@@ -10,7 +10,7 @@ from calls import attention
 from devices import split
 from test_ops import DRAWING, SAMPLES, allowed_flips, assert_close
 
-from qexport.ops import QUANTUM_ATTENTION, key_summary
+from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.quantum_attention import STRATEGIES
 
 SEED = 1234567890123  # both words count
@@ -282,16 +282,3 @@ def test_no_queries_and_no_keys(device, strategy):
 
     assert y(0, 5).shape == (1, 2, 0, 4)
     np.testing.assert_array_equal(y(3, 0), np.zeros((1, 2, 3, 4)))
-
-
-def test_decoding_with_a_summary_reads_the_whole_cache(device):
-    rng = np.random.default_rng(6)
-    keys, size = key_summary.SINK_KEYS + key_summary.CHUNK_KEYS + 9, 8
-    lengths = {"Q": 1, "K": keys, "V": keys}
-    feeds = {name: rng.standard_normal((1, 2, rows, size)).astype(np.float32) for name, rows in lengths.items()}
-    feeds["nonpad_kv_seqlen"] = np.array([keys - 3])
-    want = run_ref(feeds, "float32", 0, QUANTUM_ATTENTION.resolve({"strategy": "exact"}))["Y"]
-    feeds["key_summary"] = np.full(key_summary.key_summary_shape(1, 2, keys, size, size), np.nan, np.float32)
-    got = attention(device, feeds, "float32", 0, {"strategy": "tree", "num_samples": 64})
-    assert_close(got["Y"], want, "float32", "Y")
-    assert not got["present_key_summary"].any(), "no chunk is summarised"
