@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from summary_cases import TYPES, cache, check_state, queries, relative, run, zeros
 
 import qexport
-from qexport.ops.key_summary import CHUNK_KEYS, CLUSTER_KEYS, SINK_KEYS, chunks, fields
+from qexport.ops.key_summary import CHUNK_KEYS, SINK_KEYS, fields
 from qexport.ops.proto import function_proto, make_node
 from qexport.ops.quantum_attention_ref import quantum_attention_ref
 

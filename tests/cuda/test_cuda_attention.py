@@ -10,7 +10,6 @@ from calls import attention
 from devices import split
 from test_ops import DRAWING, SAMPLES, allowed_flips, assert_close
 
-from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.quantum_attention import STRATEGIES
 
 SEED = 1234567890123  # both words count

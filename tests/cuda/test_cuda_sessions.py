@@ -10,6 +10,8 @@ from attention_backends import DTYPES, one_node_model
 from attention_cases import CASES
 from bundle_factory import make_bundle
 from onnx import TensorProto, helper
+from summary_cases import cache, queries, relative, run, zeros
+from test_key_summary import model as decode_model
 from test_ops import SAMPLES, allowed_flips, assert_close
 
 from qexport import installed, runtime
@@ -138,6 +140,32 @@ def test_a_captured_graph_reads_inputs_and_seed_again(strategy):
             assert_close(again, want, "float32", "Y", allowed_flips(4 * 600, 64, 600))
     draws = strategy in ("naive", "stratified", "adaptive")  # the others choose, where no mask is causal
     assert np.array_equal(found[1], found[2]) == (not draws)
+
+
+def test_a_captured_graph_decodes_with_its_state_in_place():
+    """Over steps that fill chunks and a cache that is cut back; then with a state that is only read."""
+    k, v = cache(41, n=50000, size=64, v_size=64)
+    feed = {"q": queries(41, k, 4), "k": k, "v": v, "nonpad": np.array([50000]), "key_summary": zeros(k, v)}
+    model = decode_model(k, v, ["y", "present_key_summary"])
+    session, cpu = open_session(model, enable_cuda_graph="1"), open_session(model, CPU)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *DEVICE) for name, array in feed.items()}
+    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type([1, 4, 1, 64], np.float32, *DEVICE)
+    binding = session.io_binding()
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_ortvalue_output("y", y)
+    binding.bind_ortvalue_output("present_key_summary", values["key_summary"])
+    for length in (48657, 49169, 600, 50000):  # none fills a chunk itself, which the CPU would make anew
+        values["nonpad"].update_inplace(np.array([length]))
+        session.run_with_iobinding(binding)
+        state = values["key_summary"].numpy()
+        given = feed | {"nonpad": np.array([length]), "key_summary": state}
+        want, kept = cpu.run(None, given)
+        np.testing.assert_array_equal(state, kept)
+        assert_close(y.numpy(), want, "float32", "Y")
+    assert relative(y.numpy(), run(feed["q"], k, v, [50000])[0]) > 1e-3
+    read_only = open_session(decode_model(k, v, ["y"])).run(None, feed | {"key_summary": state})[0]
+    np.testing.assert_array_equal(read_only, y.numpy())
 
 
 def test_runs_at_the_same_time_share_no_scratch_memory():
