@@ -82,7 +82,7 @@ __device__ __forceinline__ float decode_score(float product, float softcap) {
 void choose_clusters(Status& status, const DecodeLaunch& decode, void* stream);
 
 // Joins what the parts of each row left, corrects it as `residual` says, writes it out, and settles whether it is good
-// enough; decode_residual.cu.
+// enough; tree_decode_residual.cu.
 void settle_rows(Status& status, const DecodeLaunch& decode, void* stream);
 
 // present_key_summary from key_summary; summarise.cu. A state for heads beyond kMostSummarySize says that nothing is
