@@ -90,7 +90,7 @@ struct TreeLaunch {
   __device__ __forceinline__ T& summary(int64_t head, int c, Summary which, int x) const {
     const int64_t matrix = (head * summary_blocks() + c / kSummaries) * kSummaryMatrices + which;
     char* const rows = summaries + matrix * kSummaries * row_size * 2;
-    return reinterpret_cast<T*>(rows + flash_offset(row_size, panel_rows, c % kSummaries, x / 8))[x % 8];
+    return reinterpret_cast<T*>(rows + flash_offset(row_size * 2, panel_rows, c % kSummaries, x / 8))[x % 8];
   }
   __host__ __device__ __forceinline__ int64_t stored() const { return (job.params.is_causal ? 2 : 1) * clusters; }
   // Clusters that num_samples buys a tile of a place.

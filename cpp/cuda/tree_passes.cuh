@@ -229,7 +229,7 @@ __device__ __forceinline__ void close_centroids(const ScoreBlock<Tile>& block, t
     for (int k = 0; k < Flash::kHead / 16; ++k) {
       uint32_t a[kRowTiles][4], b[4];
       flash_load_queries<Flash>(a, block.queries, k);
-      ldmatrix_x4_trans(b, block.stages + flash_offset<Flash::kHead, Flash::kWarpgroups ? Flash::kHead : 0>(
+      ldmatrix_x4_trans(b, block.stages + flash_offset<Flash::kRowBytes, Flash::kWarpgroups ? Flash::kHead : 0>(
                                               k * 16 + lane % 16, 2 * n + lane / 16));
       const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll

@@ -99,7 +99,7 @@ struct ListedClusters {
 template <int kMatrices, class Tile, class Clusters>
 __device__ __forceinline__ void copy_summaries(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters) {
   using Flash = typename Tile::Flash;
-  const auto offset = [](int row, int chunk) { return flash_offset<Flash::kHead, Flash::kKeyPanel>(row, chunk); };
+  const auto offset = [](int row, int chunk) { return flash_offset<Flash::kRowBytes, Flash::kKeyPanel>(row, chunk); };
   const char* const summaries = block.tree.summaries + block.head * block.tree.summary_blocks() * Tile::kStage;
   char* const stage = block.stages + i % 2 * Tile::kStage;
   const int thread = static_cast<int>(threadIdx.x);
