@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from attention_backends import DTYPES, rounded, run_ref
-from attention_cases import CASES, Case
+from attention_cases import CASES, PADDING, Case
 from calls import attention
 from devices import split
 from test_ops import DRAWING, SAMPLES, TOLERANCE, allowed_flips, assert_close
@@ -71,6 +71,10 @@ FULL_TILES = (
         v_head_size=64,
         attributes={"softcap": 2.0, "scale": -0.3},
     ),
+    Case("mask", 1, 4, 4, q_len=130, kv_len=150, head_size=40, v_head_size=24, mask=("h", "q", "kv")),
+    Case("hidden_keys", 2, 2, 2, q_len=70, kv_len=200, head_size=32, v_head_size=72, mask=PADDING, mask_kind="bool"),
+    Case("packed_heads", 1, 8, 1, q_len=9, kv_len=90, head_size=20, v_head_size=36),
+    Case("split_keys", 1, 1, 1, q_len=40, kv_len=600, head_size=64, v_head_size=32),
 )
 
 
