@@ -22,10 +22,11 @@ bool aligned_rows(const AttentionJob& job) {
     return starts_on_16_bytes(rows, sizeof(T)) && std::max(rows.row_stride, rows.head_stride) <= INT32_MAX;
   };
   const QuantumAttentionTensors& t = job.tensors;
-  const bool pairs = reinterpret_cast<uintptr_t>(t.y) % (2 * sizeof(T)) == 0 && t.y_batch_stride % 2 == 0 && t.y_head_stride % 2 == 0 &&
-                     t.y_row_stride % 2 == 0;
+  const bool pairs = reinterpret_cast<uintptr_t>(t.y) % (2 * sizeof(T)) == 0 && t.y_batch_stride % 2 == 0 &&
+                     t.y_head_stride % 2 == 0 && t.y_row_stride % 2 == 0;
   return pairs && job.params.head_size % kChunkElements<T> == 0 && job.params.v_head_size % kChunkElements<T> == 0 &&
-         aligned(t.q) && aligned(t.k) && aligned(t.v) && (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
+         aligned(t.q) && aligned(t.k) && aligned(t.v) &&
+         (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
 }
 
 template <class Tile>
@@ -155,11 +156,12 @@ bool splits(const AttentionJob& job, const Device& device) {
 template <class Visit>
 void choose_float(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
-  if (size <= 128 && splits<Split<128, 1, 4, 2>>(job, device)) {
-    if (size <= 32) return visit_choice<Split<32, 2, 4, 3>, Split<32, 1, 4, 4>>(job, device, visit);
-    if (size <= 64) return visit_choice<Split<64, 2, 4, 2>, Split<64, 1, 4, 3>>(job, device, visit);
-    return visit_choice<Split<128, 1, 8, 1>, Split<128, 1, 4, 2>>(job, device, visit);
-  }
+  using Split32 = Split<32, 1, 4, 3>;
+  using Split64 = Split<64, 1, 4, 3>;
+  using Split128 = Split<128, 1, 4, 2>;
+  if (size <= 32 && splits<Split32>(job, device)) return visit_choice<Split<32, 2, 4, 2>, Split32>(job, device, visit);
+  if (size <= 64 && splits<Split64>(job, device)) return visit_choice<Split<64, 2, 4, 2>, Split64>(job, device, visit);
+  if (size <= 128 && splits<Split128>(job, device)) return visit_choice<Split<128, 1, 8, 1>, Split128>(job, device, visit);
   if (size <= 32) return visit_choice<Simt<float, 32, 8, 64, 2>, Simt<float, 32, 2, 32, 4>>(job, device, visit);
   if (size <= 64) return visit_choice<Simt<float, 64, 8, 64, 2>, Simt<float, 64, 2, 32, 4>>(job, device, visit);
   if (size <= 128) return visit_choice<Simt<float, 128, 8, 32, 2>, Simt<float, 128, 2, 32, 3>>(job, device, visit);

@@ -21,6 +21,16 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
   return bits;
 }
 
+// Two elements that lie together.
+template <class T>
+__device__ __forceinline__ void put_pair(T* to, float a, float b) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+  } else {
+    *reinterpret_cast<uint32_t*>(to) = pack_pair(a, b, T{});
+  }
+}
+
 // Bytes 32 k.. of the warp's rows of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {

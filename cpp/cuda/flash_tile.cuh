@@ -12,7 +12,7 @@ namespace cuda {
 constexpr float kLog2E = 1.44269504088896340736f;
 
 constexpr int kFlashMostJoined = 16;  // queries for each multiprocessor up to which their keys are split
-constexpr int kRun = 64;  // rows at most that are copied at once where they lie at even distances, in elements
+constexpr int kRun = 64;              // rows at most that are copied at once where they lie at even distances, in elements
 template <class T>
 struct Run {
   const T* first;
