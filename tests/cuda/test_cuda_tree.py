@@ -66,7 +66,9 @@ def cuda_tiles(x):
     return x[:, :, :whole].reshape(*x.shape[:2], whole // CUDA.queries, -1)
 
 
-LIMITS = {"float16": 2e-3, "bfloat16": 2e-2}
+LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
+# Emulated beside float16, whose code float32 shares but for its tiles, one for each of three sizes of heads.
+SPLIT = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "causal", "negative_scale", "tolerance")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ LIMITS = {"float16": 2e-3, "bfloat16": 2e-2}
     [
         *(("emulated", c, "float16") for c in EMULATED),
         *(("emulated", c, "bfloat16") for c in EMULATED if c.name in ("plain", "causal")),  # the same code as for float16
+        *(("emulated", c, "float32") for c in EMULATED if c.name in SPLIT),
         *(pytest.param("gpu", c, t, marks=pytest.mark.gpu) for c in ON_A_GPU for t in LIMITS),
     ],
     ids=ids,
@@ -122,14 +125,6 @@ def test_no_query_sees_the_future(emulated):
         after = attention(emulated, changed, "float16", 0, attributes)["Y"]
         np.testing.assert_array_equal(after[:, :, :cut], before[:, :, :cut])
         assert not np.array_equal(after[:, :, cut:], before[:, :, cut:])
-
-
-@pytest.mark.parametrize(("device", "case"), split([(c,) for c in test_tree.CASES[:4]], small), ids=ids, indirect=["device"])
-def test_tree_of_float32_is_exact(device, case):
-    feeds = case.inputs()
-    found = attention(device, feeds, "float32", 5, attributes_of(case))
-    np.testing.assert_allclose(found["Y"], exact(case, feeds), rtol=1e-4, atol=1e-5)
-    assert (found["error_estimate"] == 0).all()
 
 
 @pytest.mark.parametrize(
