@@ -114,15 +114,30 @@ def test_a_batch_item_without_keys_is_0(emulated):
     assert found["error_estimate"][1] == 0
 
 
-def test_no_query_sees_the_future(emulated):
+def test_float32_keeps_its_range(emulated):
+    """Numbers beyond float16, times powers of two, which round nothing: choices and digits stay."""
+    case = cuda("plain")
+    feeds, attributes = case.inputs(), attributes_of(case)
+    before = attention(emulated, feeds, "float32", 5, attributes)
+    feeds["Q"] /= 2.0**30
+    feeds["K"] *= 2.0**30
+    feeds["V"] *= 2.0**30
+    after = attention(emulated, feeds, "float32", 5, attributes)
+    assert before["error_estimate"].all()
+    np.testing.assert_array_equal(after["Y"], before["Y"] * 2.0**30)
+    np.testing.assert_array_equal(after["error_estimate"], before["error_estimate"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_no_query_sees_the_future(emulated, dtype):
     case = cuda("causal", q_len=300, kv_len=300, past_len=800, q_heads=1, kv_heads=1, attributes={"is_causal": 1})
-    feeds, attributes = rounded(case.inputs(), "float16"), attributes_of(case)
-    before = attention(emulated, feeds, "float16", 0, attributes)["Y"]
+    feeds, attributes = rounded(case.inputs(), dtype), attributes_of(case)
+    before = attention(emulated, feeds, dtype, 0, attributes)["Y"]
     for cut in (299, 230):
         changed = {name: value.copy() for name, value in feeds.items()}
         changed["K"][:, :, cut:] += 3
         changed["V"][:, :, cut:] -= 100
-        after = attention(emulated, changed, "float16", 0, attributes)["Y"]
+        after = attention(emulated, changed, dtype, 0, attributes)["Y"]
         np.testing.assert_array_equal(after[:, :, :cut], before[:, :, :cut])
         assert not np.array_equal(after[:, :, cut:], before[:, :, cut:])
 
