@@ -6,7 +6,7 @@
 //   Run<T> query_run(int part)           rows kRun * part.. of the tile, each aligned to 16 bytes
 //   Run<T> key_run(int block, int part)  rows of K of a block, likewise; of a block of fewer than kRun rows, all
 //   Run<T> value_run(int block, int part)    rows of V; none that no query may see, since 0 * NaN is NaN
-//   const T* query(int row), key(int block, int row), value(int block, int row)    a row, where a run is kUneven; null: zeros
+//   const T* query(int row), key(int block, int row), value(int block, int row)    where a run is kUneven; null: zeros
 //   int head_size, v_head_size           elements of a row, 16 bytes each time, up to Tile::kHead; the rest counts as 0
 //   float scale                          of the products q . k, times log2(e)
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
