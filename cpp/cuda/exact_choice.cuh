@@ -42,7 +42,7 @@ struct Choice {
 template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
 using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
 template <int kHead, int kRowTiles, int kWarps, int kBlocksPerProcessor>
-using Split = Choice<FlashTile<float, kHead, kRowTiles, kWarps, 32, kBlocksPerProcessor>, FlashState>;
+using Tf32Flash = Choice<FlashTile<float, kHead, kRowTiles, kWarps, 32, kBlocksPerProcessor>, FlashState>;
 template <class T, int kHead, int kWarps, int kBlocksPerProcessor>
 using Warpgroups = Choice<FlashTile<T, kHead, 1, kWarps, 64, kBlocksPerProcessor, true>, FlashState>;
 template <class T, int kHead, int kConsumers, int kKeys, int kStages, bool kTurns = true>
@@ -147,7 +147,7 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
 }
 // Whether matrix units take a call of float32: the rows of a head fill half a tile.
 template <class Small>
-bool splits(const AttentionJob& job, const Device& device) {
+bool tf32_applies(const AttentionJob& job, const Device& device) {
   using Tile = typename Small::Tile;
   return device.capability >= 80 && aligned_rows<float>(job) &&
          2 * pack_of<Tile>(job) * job.params.q_len >= Tile::kQueries &&
@@ -156,12 +156,15 @@ bool splits(const AttentionJob& job, const Device& device) {
 template <class Visit>
 void choose_float(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
-  using Split32 = Split<32, 1, 4, 3>;
-  using Split64 = Split<64, 1, 4, 3>;
-  using Split128 = Split<128, 1, 4, 2>;
-  if (size <= 32 && splits<Split32>(job, device)) return visit_choice<Split<32, 2, 4, 2>, Split32>(job, device, visit);
-  if (size <= 64 && splits<Split64>(job, device)) return visit_choice<Split<64, 2, 4, 2>, Split64>(job, device, visit);
-  if (size <= 128 && splits<Split128>(job, device)) return visit_choice<Split<128, 1, 8, 1>, Split128>(job, device, visit);
+  using Small32 = Tf32Flash<32, 1, 4, 3>;
+  using Small64 = Tf32Flash<64, 1, 4, 3>;
+  using Small128 = Tf32Flash<128, 1, 4, 2>;
+  if (size <= 32 && tf32_applies<Small32>(job, device))
+    return visit_choice<Tf32Flash<32, 2, 4, 2>, Small32>(job, device, visit);
+  if (size <= 64 && tf32_applies<Small64>(job, device))
+    return visit_choice<Tf32Flash<64, 2, 4, 2>, Small64>(job, device, visit);
+  if (size <= 128 && tf32_applies<Small128>(job, device))
+    return visit_choice<Tf32Flash<128, 1, 8, 1>, Small128>(job, device, visit);
   if (size <= 32) return visit_choice<Simt<float, 32, 8, 64, 2>, Simt<float, 32, 2, 32, 4>>(job, device, visit);
   if (size <= 64) return visit_choice<Simt<float, 64, 8, 64, 2>, Simt<float, 64, 2, 32, 4>>(job, device, visit);
   if (size <= 128) return visit_choice<Simt<float, 128, 8, 32, 2>, Simt<float, 128, 2, 32, 3>>(job, device, visit);

@@ -1,5 +1,5 @@
 // Attention of one tile of queries over a list of blocks of keys, by online softmax (Milakov and Gimelshein, arXiv
-// 1805.02867; Dao, arXiv 2307.08691) on the tensor cores: fp16, bf16, and float32 in two parts (flash_split.cuh); float32
+// 1805.02867; Dao, arXiv 2307.08691) on the tensor cores: fp16, bf16, and float32 in two parts (flash_tf32.cuh); float32
 // sums. Scores are logarithms of base 2.
 //
 // `attend` walks over the blocks 0..count-1 of a `Blocks`, which says where rows lie and what a score becomes:

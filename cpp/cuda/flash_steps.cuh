@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "flash_split.cuh"
+#include "flash_tf32.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -44,8 +44,8 @@ __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles
 template <class Tile, class Load>
 __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
                                                const char* keys) {
-  if constexpr (kSplits<Tile>) {
-    flash_products_split<Tile>(s, load, keys);
+  if constexpr (kTf32<Tile>) {
+    flash_products_tf32<Tile>(s, load, keys);
   } else {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     const FlashLane<Tile::kRowBytes, Tile::kKeyPanel> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -239,8 +239,8 @@ __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
 template <class Tile>
 __device__ __forceinline__ void flash_values(FlashState<Tile>& state, const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
                                              const char* values) {
-  if constexpr (kSplits<Tile>) {
-    flash_values_split<Tile>(state, s, values);
+  if constexpr (kTf32<Tile>) {
+    flash_values_tf32<Tile>(state, s, values);
   } else {
     uint32_t p[Tile::kKeys / 16][Tile::kRowTiles][4];
     flash_pack<Tile>(p, s);

@@ -51,9 +51,9 @@ __device__ __forceinline__ int flash_warp() {
   return static_cast<int>(Tile::kSplits > 1 ? warp % (Tile::kQueries / (16 * Tile::kRowTiles)) : warp);
 }
 
-// Products of float32 are those of its two parts (flash_split.cuh).
+// Products of float32 are those of its two parts (flash_tf32.cuh).
 template <class Tile>
-constexpr bool kSplits = std::is_same<typename Tile::T, float>::value;
+constexpr bool kTf32 = std::is_same<typename Tile::T, float>::value;
 
 // What a thread holds of a tile: pairs of columns of some rows, not yet divided by the sum of their row.
 template <class Tile>
@@ -207,7 +207,7 @@ __device__ __forceinline__ void flash_negate(char* queries) {
       char* const at = queries + flash_offset<Tile::kRowBytes, Tile::kQueryPanel>(part + row, chunk);
       uint32_t* words = reinterpret_cast<uint32_t*>(at);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) words[w] ^= kSplits<Tile> ? 0x80000000u : 0x80008000u;
+      for (int w = 0; w < 4; ++w) words[w] ^= kTf32<Tile> ? 0x80000000u : 0x80008000u;
     }
   }
 }

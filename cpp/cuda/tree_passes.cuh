@@ -209,13 +209,13 @@ __device__ __forceinline__ void slope_products(float (&shift)[Flash::kRowTiles][
   using T = typename Flash::T;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   // Unrolled, the parts of all queries would be kept from one n to the next, in more registers than there are.
-  constexpr int kSteps = Flash::kRowBytes / 32, kUnrolled = kSplits<Flash> ? 1 : kSteps;
+  constexpr int kSteps = Flash::kRowBytes / 32, kUnrolled = kTf32<Flash> ? 1 : kSteps;
 #pragma unroll kUnrolled
   for (int k = 0; k < kSteps; ++k) {
     uint32_t a[Flash::kRowTiles][4];
     flash_load_queries<Flash>(a, queries, k);
-    if constexpr (kSplits<Flash>) {
-      SplitOperand<2> b[2];
+    if constexpr (kTf32<Flash>) {
+      Tf32Pair<2> b[2];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int column = 16 * n + e / 2 * 8 + lane / 4, row = 8 * k + e % 2 * 4 + lane % 4;
@@ -224,7 +224,7 @@ __device__ __forceinline__ void slope_products(float (&shift)[Flash::kRowTiles][
       }
 #pragma unroll
       for (int i = 0; i < Flash::kRowTiles; ++i) {
-        SplitOperand<4> left;
+        Tf32Pair<4> left;
 #pragma unroll
         for (int e = 0; e < 4; ++e) left.set(e, a[i][e]);
 #pragma unroll

@@ -20,7 +20,7 @@ struct ScoreTile {
   static_assert(Flash::kQueries == kTreeRows);
   static constexpr int kStage = kSummaryMatrices * Flash::kKeyBytes;
   // Those of float32 are made as they are read, for lack of room.
-  static constexpr int kSquareBytes = kSplits<Flash> ? 0 : Flash::kQueryBytes;
+  static constexpr int kSquareBytes = kTf32<Flash> ? 0 : Flash::kQueryBytes;
   static constexpr int kWords = Flash::kQueryBytes + kSquareBytes + 2 * kStage;
   static_assert(2 * kStage >= kHead * Flash::kRowBytes);
 

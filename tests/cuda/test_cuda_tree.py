@@ -68,7 +68,7 @@ def cuda_tiles(x):
 
 LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
 # Emulated beside float16, whose code float32 shares but for its tiles, one for each of three sizes of heads.
-SPLIT = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "causal", "negative_scale", "tolerance")
+IN_FLOAT32 = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "causal", "negative_scale", "tolerance")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ SPLIT = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "
     [
         *(("emulated", c, "float16") for c in EMULATED),
         *(("emulated", c, "bfloat16") for c in EMULATED if c.name in ("plain", "causal")),  # the same code as for float16
-        *(("emulated", c, "float32") for c in EMULATED if c.name in SPLIT),
+        *(("emulated", c, "float32") for c in EMULATED if c.name in IN_FLOAT32),
         *(pytest.param("gpu", c, t, marks=pytest.mark.gpu) for c in ON_A_GPU for t in LIMITS),
     ],
     ids=ids,

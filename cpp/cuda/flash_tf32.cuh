@@ -13,7 +13,7 @@ namespace cuda {
 // Operands in two parts. The unit drops the low 13 bits, so that half of what they count for, added before, makes `high` the
 // nearest; what it drops of `low` is one bit at most. An infinite x has no such parts and becomes NaN, as NaN does.
 template <int kCount>
-struct SplitOperand {
+struct Tf32Pair {
   uint32_t high[kCount], low[kCount];
   __device__ __forceinline__ void set(int i, uint32_t x) {
     high[i] = x + 0x1000u;
@@ -23,8 +23,8 @@ struct SplitOperand {
 
 // s = Q K' of the warp's rows, as flash_products.
 template <class Tile, class Load>
-__device__ __forceinline__ void flash_products_split(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
-                                                     const char* keys) {
+__device__ __forceinline__ void flash_products_tf32(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
+                                                    const char* keys) {
   constexpr int kRowTiles = Tile::kRowTiles;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const FlashLane<Tile::kRowBytes, Tile::kKeyPanel> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -37,7 +37,7 @@ __device__ __forceinline__ void flash_products_split(float (&s)[Tile::kRowTiles]
 #pragma unroll 4
   for (int k = 0; k < Tile::kHead / 8; ++k) {
     uint32_t raw[kRowTiles][4];
-    SplitOperand<4> a[kRowTiles];
+    Tf32Pair<4> a[kRowTiles];
     load(raw, k);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void flash_products_split(float (&s)[Tile::kRowTiles]
 #pragma unroll
     for (int n = 0; n < Tile::kKeys / 16; ++n) {
       uint32_t keys_raw[4];
-      SplitOperand<4> b;  // two of each of two groups of eight keys
+      Tf32Pair<4> b;  // two of each of two groups of eight keys
       ldmatrix_x4(keys_raw, keys + place.at(n, k));
 #pragma unroll
       for (int e = 0; e < 4; ++e) b.set(e, keys_raw[e]);
@@ -58,7 +58,7 @@ __device__ __forceinline__ void flash_products_split(float (&s)[Tile::kRowTiles]
           for (int t = 0; t < 2; ++t) mma_1688(sums[i][2 * n + t], a[i].*left, (b.*right)[2 * t], (b.*right)[2 * t + 1]);
         }
       };
-      using Parts = SplitOperand<4>;
+      using Parts = Tf32Pair<4>;
       add(rest, &Parts::low, &Parts::high);  // products that wait for the same sum come apart
       add(s, &Parts::high, &Parts::high);
       add(rest, &Parts::high, &Parts::low);
@@ -78,15 +78,15 @@ __device__ __forceinline__ void flash_products_split(float (&s)[Tile::kRowTiles]
 // counted in this order: P stays where it is. Lanes that share a column then read rows of V that lie two apart, and all
 // banks.
 template <class Tile>
-__device__ __forceinline__ void flash_values_split(FlashState<Tile>& state,
-                                                   const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
-                                                   const char* values) {
+__device__ __forceinline__ void flash_values_tf32(FlashState<Tile>& state,
+                                                  const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                                  const char* values) {
   constexpr int kRowTiles = Tile::kRowTiles, kSteps = Tile::kKeys / 8;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   using Place = FlashLane<Tile::kRowBytes, Tile::kKeyPanel>;
   const Place places[2] = {Place(2 * (lane % 4), lane / 16), Place(2 * (lane % 4) + 1, lane / 16)};
   values += lane / 4 % 4 * 4;
-  SplitOperand<4> p[kSteps][kRowTiles];
+  Tf32Pair<4> p[kSteps][kRowTiles];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
@@ -99,7 +99,7 @@ __device__ __forceinline__ void flash_values_split(FlashState<Tile>& state,
 #pragma unroll
   for (int n = 0; n < Tile::kHead / 8; n += kTogether) {
     float sum[kRowTiles][kTogether][4] = {};
-    SplitOperand<2> v[kSteps][kTogether];
+    Tf32Pair<2> v[kSteps][kTogether];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
