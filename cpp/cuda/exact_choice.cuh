@@ -145,7 +145,7 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
   if (size <= 256) return visit_choice<Simt<T, 256, 2, 16, 2>, Simt<T, 256, 2, 16, 2>>(job, device, visit);
   visit(Wide<T>{});
 }
-// Whether matrix units take a call of float32: the rows of a head fill half a tile.
+// Whether matrix units take a call of float32: its rows fill at least half a tile, which all is computed of.
 template <class Small>
 bool tf32_applies(const AttentionJob& job, const Device& device) {
   using Tile = typename Small::Tile;
@@ -159,12 +159,15 @@ void choose_float(const AttentionJob& job, const Device& device, const Visit& vi
   using Small32 = Tf32Flash<32, 1, 4, 3>;
   using Small64 = Tf32Flash<64, 1, 4, 3>;
   using Small128 = Tf32Flash<128, 1, 4, 2>;
-  if (size <= 32 && tf32_applies<Small32>(job, device))
+  if (size <= 32 && tf32_applies<Small32>(job, device)) {
     return visit_choice<Tf32Flash<32, 2, 4, 2>, Small32>(job, device, visit);
-  if (size <= 64 && tf32_applies<Small64>(job, device))
+  }
+  if (size <= 64 && tf32_applies<Small64>(job, device)) {
     return visit_choice<Tf32Flash<64, 2, 4, 2>, Small64>(job, device, visit);
-  if (size <= 128 && tf32_applies<Small128>(job, device))
+  }
+  if (size <= 128 && tf32_applies<Small128>(job, device)) {
     return visit_choice<Tf32Flash<128, 1, 8, 1>, Small128>(job, device, visit);
+  }
   if (size <= 32) return visit_choice<Simt<float, 32, 8, 64, 2>, Simt<float, 32, 2, 32, 4>>(job, device, visit);
   if (size <= 64) return visit_choice<Simt<float, 64, 8, 64, 2>, Simt<float, 64, 2, 32, 4>>(job, device, visit);
   if (size <= 128) return visit_choice<Simt<float, 128, 8, 32, 2>, Simt<float, 128, 2, 32, 3>>(job, device, visit);
