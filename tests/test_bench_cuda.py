@@ -225,7 +225,7 @@ def test_patches_lie_in_a_grid(n, expected):
 def test_tree_rows_have_errors_of_all_layers(tmp_path):
     file = tmp_path / "pack.xz"
     models.save([packs.minilm(2, 512)], file)
-    rows = {row["contender"]: row for row in attention.tree(models.load(file)[0], 512, False, "cpu")}
+    rows = {row["contender"]: row for row in attention.tree(models.load(file)[0], 512, torch.float32, "cpu")}
     assert all(row["note"] == "" for row in rows.values()), rows
     found = [rows[f"tree 1/{density}"]["error_mean"] for density in attention.DENSITIES]
     assert found == sorted(found, reverse=True)
@@ -239,7 +239,7 @@ def test_cases_are_those_of_the_tables_that_were_asked_for(tmp_path):
     file = tmp_path / "pack.xz"
     models.save([packs.minilm(1, 64)], file)
     cases = all_cases(("tree",), "cuda", False, file)
-    assert [case.table for case in cases] == ["ceilings", "tree", "tree", "tree"]
+    assert [case.table for case in cases] == ["ceilings", "tree", "tree", "tree", "tree"]
 
 
 def test_the_program_writes_what_it_measured(tmp_path, capsys):

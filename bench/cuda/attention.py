@@ -27,7 +27,7 @@ GROUPED = "onnxruntime GroupQueryAttention"
 PREFILL_RIVALS = {"x_flash": FLASH, "x_own_flash": OWN_FLASH, "x_gqa": GROUPED, "x_torch_flash": TORCH}
 STEP_RIVALS = {"x_gqa": GROUPED, "x_torch_flash": TORCH}
 
-TREE_LENGTHS = (16384, 65536, 4096)
+TREE_LENGTHS, FLOAT32_LENGTH = (16384, 65536, 4096), 16384
 EXACT_CASES = (
     *((n, SIZE, causal, torch.float16) for n in (32, 128, 512, 1024, 2048, 4096, 16384, 65536) for causal in (False, True)),
     *((n, 128, causal, torch.float16) for n in (512, 4096) for causal in (False, True)),
@@ -138,10 +138,11 @@ def prefill_sets(n: int, size: int, dtype, device: str) -> tuple[list, bool]:
     return nodes.random_sets([(1, n, HEADS * size)] * 3, count, dtype, device, n), count * set_bytes < cache_bytes(device)
 
 
-def tree(data: Activations, n: int, causal: bool, device: str) -> list[dict]:
+def tree(data: Activations, n: int, dtype, device: str) -> list[dict]:
     """`tree` at each of DENSITIES beside exact attention. A layer of the model is a set of inputs; errors are over the heads
     of all of them."""
-    sets, heads, kv_heads = data.layers(n, device), data.heads, data.kv_heads
+    sets = [tuple(tensor.to(dtype) for tensor in layer) for layer in data.layers(n, device)]
+    heads, kv_heads, causal = data.heads, data.kv_heads, data.causal
     rows = rows_of(n, device)
     counts = (heads, kv_heads, kv_heads)
     wanted = [expected(*map(nodes.heads_of, tensors, counts), rows, causal) for tensors in sets]
@@ -254,7 +255,12 @@ def cases(device: str, quick: bool, packed: list[Activations]) -> list[Case]:
     ]
     for data in packed:
         for n in (512,) if quick else TREE_LENGTHS:
-            found.append(Case("tree", f"{data.name}, n {n}", tree, (data, n, data.causal)))
+            found.append(Case("tree", f"{data.name}, n {n}", tree, (data, n, half)))
+    found += [
+        Case("tree", f"{data.name}, n {FLOAT32_LENGTH}, float32", tree, (data, FLOAT32_LENGTH, torch.float32))
+        for data in packed
+        if data.name == "minilm" and not quick
+    ]
     found += [Case("strategies", f"n {n}", strategies, (n, half)) for n in ((40,) if quick else (512, 4096))]
     steps = ((700, 2),) if quick else ((16384, 8), (65536, 8), (16384, 2), (65536, 2))
     return found + [Case("decode", f"past {past}, {kv} kv heads", step, (past, kv, half)) for past, kv in steps]

@@ -74,7 +74,8 @@ def _tree(results: dict) -> str:
     rows = [
         (
             f"{row['data']}, {row['layers']} layers, {row['heads']} heads of {row['head_size']}"
-            + (", causal" if row["causal"] else ""),
+            + (", causal" if row["causal"] else "")
+            + (f", {row['dtype']}" if row["dtype"] != "float16" else ""),
             row["n"],
             row["contender"],
             _error(row["error_mean"]),

@@ -23,10 +23,8 @@ __device__ __forceinline__ void put_row(State& state, int i, float unit, T* to, 
     if (!aligned) {
       to[column] = from_float<T>(a);
       if (column + 1 < columns) to[column + 1] = from_float<T>(b);
-    } else if constexpr (sizeof(T) == 2) {
-      *reinterpret_cast<uint32_t*>(to + column) = pack_pair(a, b, T{});
     } else {
-      *reinterpret_cast<float2*>(to + column) = make_float2(a, b);
+      put_pair(to + column, a, b);
     }
   }
 }

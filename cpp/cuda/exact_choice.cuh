@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "exact_tile.cuh"
+#include "row_chunk.cuh"
 #include "simt.cuh"
 
 namespace qexport {
@@ -15,16 +16,17 @@ constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
 
 // 16-byte rows everywhere, so that they can be copied asynchronously, at distances of 32 bits, and whole pairs of the
 // output.
-inline bool aligned_rows(const AttentionJob& job) {
+template <class T>
+bool aligned_rows(const AttentionJob& job) {
   const auto aligned = [](const HeadRows& rows) {
-    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 && rows.head_stride % 8 == 0 &&
-           rows.row_stride % 8 == 0 && std::max(rows.row_stride, rows.head_stride) <= INT32_MAX;
+    return starts_on_16_bytes(rows, sizeof(T)) && std::max(rows.row_stride, rows.head_stride) <= INT32_MAX;
   };
   const QuantumAttentionTensors& t = job.tensors;
-  const bool pairs = reinterpret_cast<uintptr_t>(t.y) % 4 == 0 && t.y_batch_stride % 2 == 0 && t.y_head_stride % 2 == 0 &&
-                     t.y_row_stride % 2 == 0;
-  return pairs && job.params.head_size % 8 == 0 && job.params.v_head_size % 8 == 0 && aligned(t.q) && aligned(t.k) &&
-         aligned(t.v) && (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
+  const bool pairs = reinterpret_cast<uintptr_t>(t.y) % (2 * sizeof(T)) == 0 && t.y_batch_stride % 2 == 0 &&
+                     t.y_head_stride % 2 == 0 && t.y_row_stride % 2 == 0;
+  return pairs && job.params.head_size % kChunkElements<T> == 0 && job.params.v_head_size % kChunkElements<T> == 0 &&
+         aligned(t.q) && aligned(t.k) && aligned(t.v) &&
+         (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
 }
 
 template <class Tile>
@@ -39,6 +41,8 @@ struct Choice {
 };
 template <class T, int kHead, int kRowTiles, int kBlocksPerProcessor>
 using Flash = Choice<FlashTile<T, kHead, kRowTiles, 4, 64, kBlocksPerProcessor>, FlashState>;
+template <int kHead, int kRowTiles, int kWarps, int kBlocksPerProcessor>
+using Tf32Flash = Choice<FlashTile<float, kHead, kRowTiles, kWarps, 32, kBlocksPerProcessor>, FlashState>;
 template <class T, int kHead, int kWarps, int kBlocksPerProcessor>
 using Warpgroups = Choice<FlashTile<T, kHead, 1, kWarps, 64, kBlocksPerProcessor, true>, FlashState>;
 template <class T, int kHead, int kConsumers, int kKeys, int kStages, bool kTurns = true>
@@ -116,7 +120,7 @@ void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& 
 template <class T, class Visit>
 void choose_half(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
-  if (device.capability >= 80 && size <= 128 && aligned_rows(job)) {
+  if (device.capability >= 80 && size <= 128 && aligned_rows<T>(job)) {
     if (pipeline_applies(job, device)) {
       if (size <= 64) {
         return visit_cheapest<SplitPipeline<T, 64>, Pipeline<T, 64, 2, 128, 3>, Pipeline<T, 64, 3, 128, 3>>(job, device,
@@ -141,9 +145,29 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
   if (size <= 256) return visit_choice<Simt<T, 256, 2, 16, 2>, Simt<T, 256, 2, 16, 2>>(job, device, visit);
   visit(Wide<T>{});
 }
+// Whether matrix units take a call of float32: its rows fill at least half a tile, which all is computed of.
+template <class Small>
+bool tf32_applies(const AttentionJob& job, const Device& device) {
+  using Tile = typename Small::Tile;
+  return device.capability >= 80 && aligned_rows<float>(job) &&
+         2 * pack_of<Tile>(job) * job.params.q_len >= Tile::kQueries &&
+         Small::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes);
+}
 template <class Visit>
 void choose_float(const AttentionJob& job, const Device& device, const Visit& visit) {
   const int64_t size = std::max(job.params.head_size, job.params.v_head_size);
+  using Small32 = Tf32Flash<32, 1, 4, 3>;
+  using Small64 = Tf32Flash<64, 1, 4, 3>;
+  using Small128 = Tf32Flash<128, 1, 4, 2>;
+  if (size <= 32 && tf32_applies<Small32>(job, device)) {
+    return visit_choice<Tf32Flash<32, 2, 4, 2>, Small32>(job, device, visit);
+  }
+  if (size <= 64 && tf32_applies<Small64>(job, device)) {
+    return visit_choice<Tf32Flash<64, 2, 4, 2>, Small64>(job, device, visit);
+  }
+  if (size <= 128 && tf32_applies<Small128>(job, device)) {
+    return visit_choice<Tf32Flash<128, 1, 8, 1>, Small128>(job, device, visit);
+  }
   if (size <= 32) return visit_choice<Simt<float, 32, 8, 64, 2>, Simt<float, 32, 2, 32, 4>>(job, device, visit);
   if (size <= 64) return visit_choice<Simt<float, 64, 8, 64, 2>, Simt<float, 64, 2, 32, 4>>(job, device, visit);
   if (size <= 128) return visit_choice<Simt<float, 128, 8, 32, 2>, Simt<float, 128, 2, 32, 3>>(job, device, visit);

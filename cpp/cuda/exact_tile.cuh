@@ -267,7 +267,7 @@ class ExactTile {
                                            int64_t stride) const {
     const int from = first + block * kKeys + part * kRun, past_len = launch->past;
     const bool old = from < past_len;
-    if (old && past_len < min(from + kRun, end)) return {nullptr, 0, kUneven};
+    if (old && past_len < min(from + min(kRun, kKeys), end)) return {nullptr, 0, kUneven};
     const unsigned step = static_cast<unsigned>(old ? past_stride : stride);  // aligned_rows sees to it
     return {reinterpret_cast<const T*>((old ? past : fresh)) + static_cast<uint64_t>(from) * step, step, end - from};
   }

@@ -1,12 +1,13 @@
 // Attention of one tile of queries over a list of blocks of keys, by online softmax (Milakov and Gimelshein, arXiv
-// 1805.02867; Dao, arXiv 2307.08691) on the tensor cores: fp16 and bf16, float32 sums. Scores are logarithms of base 2.
+// 1805.02867; Dao, arXiv 2307.08691) on the tensor cores: fp16, bf16, and float32 in two parts (flash_tf32.cuh); float32
+// sums. Scores are logarithms of base 2.
 //
 // `attend` walks over the blocks 0..count-1 of a `Blocks`, which says where rows lie and what a score becomes:
 //   Run<T> query_run(int part)           rows kRun * part.. of the tile, each aligned to 16 bytes
-//   Run<T> key_run(int block, int part)  rows of K of a block, likewise
+//   Run<T> key_run(int block, int part)  rows of K of a block, likewise; of a block of fewer than kRun rows, all
 //   Run<T> value_run(int block, int part)    rows of V; none that no query may see, since 0 * NaN is NaN
-//   const T* query(int row), key(int block, int row), value(int block, int row)    a row, where a run is kUneven; null:
-//   zeros int head_size, v_head_size           elements of a row, multiples of 8 up to Tile::kHead; the rest counts as 0
+//   const T* query(int row), key(int block, int row), value(int block, int row)    where a run is kUneven; null: zeros
+//   int head_size, v_head_size           elements of a row, 16 bytes each time, up to Tile::kHead; the rest counts as 0
 //   float scale                          of the products q . k, times log2(e)
 //   bool plain(int block)                scale * (q . k) is the score of all pairs of the block; same on all threads
 //   void prepare(int block)              called by all threads before the scores of a block that is not plain

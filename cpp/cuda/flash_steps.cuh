@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "flash_tile.cuh"
+#include "flash_tf32.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -21,42 +21,56 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
   return bits;
 }
 
-// Columns 16 k.. of the warp's rows of Q.
+// Two elements that lie together.
+template <class T>
+__device__ __forceinline__ void put_pair(T* to, float a, float b) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+  } else {
+    *reinterpret_cast<uint32_t*>(to) = pack_pair(a, b, T{});
+  }
+}
+
+// Bytes 32 k.. of the warp's rows of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_load_queries(uint32_t (&a)[Tile::kRowTiles][4], const char* queries, int k) {
   const int lane = static_cast<int>(threadIdx.x % kWarp), first = flash_warp<Tile>() * Tile::kRowTiles * 16;
-  const FlashLane<Tile::kHead, Tile::kQueryPanel> place(first + lane % 16, lane / 16);
+  const FlashLane<Tile::kRowBytes, Tile::kQueryPanel> place(first + lane % 16, lane / 16);
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i) ldmatrix_x4(a[i], queries + place.at(i, k));
 }
 
-// s = Q K' of the warp's rows. `load(a, k)` gives columns 16 k.. of Q.
+// s = Q K' of the warp's rows. `load(a, k)` gives bytes 32 k.. of Q.
 template <class Tile, class Load>
 __device__ __forceinline__ void flash_products(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Load& load,
                                                const char* keys) {
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const FlashLane<Tile::kHead, Tile::kKeyPanel> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  if constexpr (kTf32<Tile>) {
+    flash_products_tf32<Tile>(s, load, keys);
+  } else {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    const FlashLane<Tile::kRowBytes, Tile::kKeyPanel> place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
-  for (int i = 0; i < Tile::kRowTiles; ++i) {
+    for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll
-    for (int n = 0; n < Tile::kKeys / 8; ++n) {
+      for (int n = 0; n < Tile::kKeys / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][n][e] = 0.0f;
+        for (int e = 0; e < 4; ++e) s[i][n][e] = 0.0f;
+      }
     }
-  }
 #pragma unroll
-  for (int k = 0; k < Tile::kHead / 16; ++k) {
-    uint32_t a[Tile::kRowTiles][4];
-    load(a, k);
+    for (int k = 0; k < Tile::kHead / 16; ++k) {
+      uint32_t a[Tile::kRowTiles][4];
+      load(a, k);
 #pragma unroll
-    for (int n = 0; n < Tile::kKeys / 16; ++n) {
-      uint32_t b[4];
-      ldmatrix_x4(b, keys + place.at(n, k));
-      const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+      for (int n = 0; n < Tile::kKeys / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4(b, keys + place.at(n, k));
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
-        mma_16816<typename Tile::T>(s[i][2 * n], a[i], left);
-        mma_16816<typename Tile::T>(s[i][2 * n + 1], a[i], right);
+        for (int i = 0; i < Tile::kRowTiles; ++i) {
+          mma_16816<typename Tile::T>(s[i][2 * n], a[i], left);
+          mma_16816<typename Tile::T>(s[i][2 * n + 1], a[i], right);
+        }
       }
     }
   }
@@ -205,7 +219,7 @@ template <class Tile>
 __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
                                              const uint32_t (&p)[Tile::kKeys / 16][Tile::kRowTiles][4], const char* values) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const FlashLane<Tile::kHead, Tile::kKeyPanel> place(lane % 16, lane / 16);
+  const FlashLane<Tile::kRowBytes, Tile::kKeyPanel> place(lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k) {
 #pragma unroll
@@ -225,9 +239,13 @@ __device__ __forceinline__ void flash_values(FlashState<Tile>& state,
 template <class Tile>
 __device__ __forceinline__ void flash_values(FlashState<Tile>& state, const float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
                                              const char* values) {
-  uint32_t p[Tile::kKeys / 16][Tile::kRowTiles][4];
-  flash_pack<Tile>(p, s);
-  flash_values<Tile>(state, p, values);
+  if constexpr (kTf32<Tile>) {
+    flash_values_tf32<Tile>(state, s, values);
+  } else {
+    uint32_t p[Tile::kKeys / 16][Tile::kRowTiles][4];
+    flash_pack<Tile>(p, s);
+    flash_values<Tile>(state, p, values);
+  }
 }
 
 // Products into scores of a block that is prepared; returns what they are still to be multiplied by.

@@ -1,6 +1,8 @@
 // Tiles of flash attention: their shapes, what a thread holds of one, and how rows lie in shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.cuh"
 #include "mma.cuh"
 
@@ -8,7 +10,7 @@ namespace qexport {
 namespace cuda {
 
 constexpr int kFlashMostJoined = 16;  // queries for each multiprocessor up to which their keys are split
-constexpr int kRun = 64;              // rows that are copied at once where they lie at even distances, in elements
+constexpr int kRun = 64;              // rows at most that are copied at once where they lie at even distances, in elements
 template <class T>
 struct Run {
   const T* first;
@@ -16,6 +18,10 @@ struct Run {
   int rows;         // that are there, the others are zeros; kUneven: they do not
 };
 constexpr int kUneven = -(1 << 30);
+
+constexpr int kChunkBytes = 16;  // that a thread copies at once
+template <class T>
+constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(T));
 
 // The shape of a tile. A warp computes 16 * kRowTiles queries and shares what it reads of K and V among them.
 template <class T_, int kHead_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocksPerProcessor_, bool kWarpgroups_ = false>
@@ -30,7 +36,7 @@ struct FlashTile {
   // Blocks that the keys of few queries are split into, and up to how many queries, both for each multiprocessor.
   static constexpr int kPartsPerProcessor = 2, kMostJoined = kFlashMostJoined;
   static constexpr int kQueries = 16 * kRowTiles * kWarps_;
-  static constexpr int kRowBytes = kHead * 2;
+  static constexpr int kRowBytes = kHead * static_cast<int>(sizeof(T));
   static constexpr int kQueryPanel = kWarpgroups ? kQueries : 0, kKeyPanel = kWarpgroups ? kKeys : 0;
   static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
   static constexpr int kSharedBytes = kQueryBytes + 4 * kKeyBytes;  // Q, and two blocks of K and of V
@@ -42,6 +48,10 @@ __device__ __forceinline__ int flash_warp() {
   const unsigned warp = threadIdx.x / kWarp;
   return static_cast<int>(Tile::kSplits > 1 ? warp % (Tile::kQueries / (16 * Tile::kRowTiles)) : warp);
 }
+
+// Products of float32 are those of its two parts (flash_tf32.cuh).
+template <class Tile>
+constexpr bool kTf32 = std::is_same<typename Tile::T, float>::value;
 
 // What a thread holds of a tile: pairs of columns of some rows, not yet divided by the sum of their row.
 template <class Tile>
@@ -85,46 +95,47 @@ struct FlashState {
 };
 
 // Rows of Q, K and V lie in shared memory one behind the other, permuted so that the same 16 bytes of eight rows that follow
-// each other fill all banks. With kPanelRows they lie in panels of 64 columns of so many rows, as warpgroups want them.
-__device__ __forceinline__ int flash_turn(int head, int row) { return head >= 64 ? row & 7 : row >> 1 & 3; }
-__device__ __forceinline__ int flash_offset(int head, int panel_rows, int row, int chunk) {
-  const int chunks = head >= 64 ? 8 : 4;  // that are permuted among themselves
-  const int lane = (chunk % chunks ^ flash_turn(head, row)) << 4;
-  if (panel_rows) return (chunk / chunks * panel_rows + row) * chunks * 16 + lane;
-  return row * head * 2 + chunk / chunks * chunks * 16 + lane;
+// each other fill all banks. With kPanelRows they lie in panels of 128 bytes of so many rows, as warpgroups want them.
+__device__ __forceinline__ int flash_turn(int row_bytes, int row) { return row_bytes >= 128 ? row & 7 : row >> 1 & 3; }
+__device__ __forceinline__ int flash_offset(int row_bytes, int panel_rows, int row, int chunk) {
+  const int chunks = row_bytes >= 128 ? 8 : 4;  // that are permuted among themselves
+  const int lane = (chunk % chunks ^ flash_turn(row_bytes, row)) * kChunkBytes;
+  if (panel_rows) return (chunk / chunks * panel_rows + row) * chunks * kChunkBytes + lane;
+  return row * row_bytes + chunk / chunks * chunks * kChunkBytes + lane;
 }
-template <int kHead, int kPanelRows = 0>
+template <int kRowBytes, int kPanelRows = 0>
 __device__ __forceinline__ int flash_offset(int row, int chunk) {
-  return flash_offset(kHead, kPanelRows, row, chunk);
+  return flash_offset(kRowBytes, kPanelRows, row, chunk);
 }
 
 // What a lane gives to ldmatrix: chunk 2 k + half of row 16 n + row, as the sum of what is known to the compiler and little
 // that is not.
-template <int kHead, int kPanelRows>
+template <int kRowBytes, int kPanelRows>
 struct FlashLane {
-  static constexpr int kRowBytes = kPanelRows && kHead > 64 ? 128 : 2 * kHead;
+  static constexpr int kRowStep = kPanelRows && kRowBytes > 128 ? 128 : kRowBytes;
   int first, chunk;
   __device__ __forceinline__ FlashLane(int row, int half)
-      : first(row * kRowBytes), chunk((half ^ flash_turn(kHead, row)) << 4) {}
+      : first(row * kRowStep), chunk((half ^ flash_turn(kRowBytes, row)) * kChunkBytes) {}
   __device__ __forceinline__ int at(int n, int k) const {
-    constexpr int kChunks = kHead >= 64 ? 8 : 4;
-    return flash_offset<kHead, kPanelRows>(16 * n, 2 * k / kChunks * kChunks) + first + (chunk ^ (2 * k % kChunks << 4));
+    constexpr int kChunks = kRowBytes >= 128 ? 8 : 4;
+    return flash_offset<kRowBytes, kPanelRows>(16 * n, 2 * k / kChunks * kChunks) + first +
+           (chunk ^ 2 * k % kChunks * kChunkBytes);
   }
 };
 
 template <class Tile, int kRows, class Row, int kPanelRows = Tile::kWarpgroups ? kRows : 0>
 __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const Row& row_of) {
-  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
+  constexpr int kChunks = Tile::kRowBytes / kChunkBytes, kStep = Tile::kCopiers / kChunks;
   static_assert(Tile::kCopiers % kChunks == 0);
   const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
-            chunk = static_cast<int>(threadIdx.x % kChunks);
+            chunk = static_cast<int>(threadIdx.x % kChunks), column = chunk * kChunkElements<typename Tile::T>;
 #pragma unroll
   for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
     const int row = i * kStep + first;
     if (kRows % kStep && row >= kRows) break;
     const typename Tile::T* from = row_of(row);
-    const bool valid = from && 8 * chunk < columns;
-    cp_async_16(shared + flash_offset<Tile::kHead, kPanelRows>(row, chunk), valid ? from + 8 * chunk : nullptr, valid);
+    const bool valid = from && column < columns;
+    cp_async_16(shared + flash_offset<Tile::kRowBytes, kPanelRows>(row, chunk), valid ? from + column : nullptr, valid);
   }
 }
 
@@ -133,31 +144,35 @@ __device__ __forceinline__ void flash_copy_rows(char* shared, int columns, const
 template <class Tile, int kRows, class RunOf, class RowOf, class Keep, int kPanelRows = Tile::kWarpgroups ? kRows : 0>
 __device__ __forceinline__ void flash_copy_runs(char* to, int columns, const RunOf& run_of, const RowOf& row_of,
                                                 const Keep& keep) {
-  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
-  constexpr int kRowBytes = FlashLane<Tile::kHead, kPanelRows>::kRowBytes;
-  static_assert(kRows % kRun == 0 && kStep % 8 == 0);
-  const unsigned first = threadIdx.x % Tile::kCopiers / kChunks, chunk = threadIdx.x % kChunks;
-  const bool valid = static_cast<int>(8 * chunk) < columns;
-  to += flash_offset<Tile::kHead, kPanelRows>(static_cast<int>(first), static_cast<int>(chunk));
+  constexpr int kChunks = Tile::kRowBytes / kChunkBytes, kStep = Tile::kCopiers / kChunks;
+  constexpr int kEach = kRows < kRun ? kRows : kRun;
+  static_assert(kRows % kEach == 0);
+  const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
+            chunk = static_cast<int>(threadIdx.x % kChunks), column = chunk * kChunkElements<typename Tile::T>;
+  const bool valid = column < columns;
+  const auto place = [&](int row) {  // of a thread's own: it has one permutation of chunks, or two, in turn
+    return to + flash_offset<Tile::kRowBytes, kPanelRows>(first + row % 8, chunk) +
+           (row - row % 8) * FlashLane<Tile::kRowBytes, kPanelRows>::kRowStep;
+  };
 #pragma unroll
-  for (int part = 0; part < kRows / kRun; ++part) {
+  for (int part = 0; part < kRows / kEach; ++part) {
     const Run<typename Tile::T> run = run_of(part);
-    char* const place = to + part * (kRun * kRowBytes);
     if (run.rows == kUneven) {
 #pragma unroll 1
-      for (int row = static_cast<int>(first); row < kRun; row += kStep) {
-        const typename Tile::T* from = row_of(part * kRun + row);
-        const bool there = valid && from && keep(part * kRun + row);
-        cp_async_16(place + (row - static_cast<int>(first)) * kRowBytes, there ? from + 8 * chunk : nullptr, there);
+      for (int i = 0; i + first < kEach; i += kStep) {
+        const int row = part * kEach + i + first;
+        const typename Tile::T* from = row_of(row);
+        const bool there = valid && from && keep(row);
+        cp_async_16(place(part * kEach + i), there ? from + column : nullptr, there);
       }
       continue;
     }
-    const typename Tile::T* from = run.first + 8 * chunk + uint64_t{first} * run.stride;
+    const typename Tile::T* from = run.first + column + static_cast<uint64_t>(first) * run.stride;
 #pragma unroll
-    for (int i = 0; i < kRun; i += kStep) {
-      const int row = i + static_cast<int>(first);
-      if (kRun % kStep && row >= kRun) break;
-      cp_async_16(place + i * kRowBytes, from, valid && row < run.rows && keep(part * kRun + row));
+    for (int i = 0; i < kEach; i += kStep) {
+      const int row = i + first;
+      if (kEach % kStep && row >= kEach) break;
+      cp_async_16(place(part * kEach + i), from, valid && row < run.rows && keep(part * kEach + row));
       from += uint64_t{kStep} * run.stride;
     }
   }
@@ -169,10 +184,10 @@ struct KeepAll {
 // Zeros where rows of V lie that no query sees: 0 * NaN is NaN.
 template <class Tile, class Hidden>
 __device__ __forceinline__ void flash_clear_values(char* values, const Hidden& hidden) {
-  constexpr int kChunks = Tile::kHead / 8;
+  constexpr int kChunks = Tile::kRowBytes / kChunkBytes;
   for (int i = static_cast<int>(threadIdx.x); i < Tile::kKeys * kChunks; i += Tile::kThreads) {
     uint32_t* words =
-        reinterpret_cast<uint32_t*>(values + flash_offset<Tile::kHead, Tile::kKeyPanel>(i / kChunks, i % kChunks));
+        reinterpret_cast<uint32_t*>(values + flash_offset<Tile::kRowBytes, Tile::kKeyPanel>(i / kChunks, i % kChunks));
     if (hidden(i / kChunks)) words[0] = words[1] = words[2] = words[3] = 0;
   }
 }
@@ -180,17 +195,17 @@ __device__ __forceinline__ void flash_clear_values(char* values, const Hidden& h
 // Negates what this thread has copied of Q.
 template <class Tile>
 __device__ __forceinline__ void flash_negate(char* queries) {
-  constexpr int kChunks = Tile::kHead / 8, kStep = Tile::kCopiers / kChunks;
+  constexpr int kChunks = Tile::kRowBytes / kChunkBytes, kStep = Tile::kCopiers / kChunks;
   const int first = static_cast<int>(threadIdx.x % Tile::kCopiers / kChunks),
             chunk = static_cast<int>(threadIdx.x % kChunks);
 #pragma unroll 1
   for (int part = 0; part < Tile::kQueries; part += kRun) {
 #pragma unroll 1
     for (int row = first; row < kRun; row += kStep) {
-      char* const at = queries + flash_offset<Tile::kHead, Tile::kQueryPanel>(part + row, chunk);
+      char* const at = queries + flash_offset<Tile::kRowBytes, Tile::kQueryPanel>(part + row, chunk);
       uint32_t* words = reinterpret_cast<uint32_t*>(at);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) words[w] ^= 0x80008000u;
+      for (int w = 0; w < 4; ++w) words[w] ^= kTf32<Tile> ? 0x80000000u : 0x80008000u;
     }
   }
 }

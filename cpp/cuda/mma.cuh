@@ -3,6 +3,9 @@
 //   a[0..3]: rows l/4 (a0, a2) and l/4 + 8 (a1, a3), columns 2(l%4) + {0,1} (a0, a1) and + 8 (a2, a3)
 //   b[0..1]: columns l/4, rows 2(l%4) + {0,1} (b0) and + 8 (b1)
 //   c[0..3]: rows l/4 (c0, c1) and l/4 + 8 (c2, c3), columns 2(l%4) + {0,1}
+// and of mma.m16n8k8 with TF32, of which a 32-bit operand gives its high 19 bits:
+//   a[0..3]: rows l/4 (a0, a2) and l/4 + 8 (a1, a3), columns l%4 (a0, a1) and + 4 (a2, a3)
+//   b[0..1]: columns l/4, rows l%4 (b0) and + 4 (b1)
 #pragma once
 
 #include "common.cuh"
@@ -29,6 +32,14 @@ __device__ __forceinline__ void mma_16816<__nv_bfloat16>(float (&c)[4], const ui
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+__device__ __forceinline__ void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 

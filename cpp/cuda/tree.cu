@@ -23,16 +23,34 @@ constexpr int kMostAuditParts = 32;
 
 // Visits the tiles of both kernels for the size of the heads and the device.
 template <class T, class Visit>
-void visit_tiles(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
+void visit_tiles_of(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
   const int64_t size = std::max(p.head_size, p.v_head_size);
-  if (size <= 32) return visit(ScoreTile<T, 32, 2, 4, 2, false>{}, FlashTile<T, 32, 2, 4, 64, 2>{});
-  if (device.capability == 90) {
-    if (size <= 64) return visit(ScoreTile<T, 64, 1, 8, 2, true>{}, FlashTile<T, 64, 1, 8, 64, 2, true>{});
-    return visit(ScoreTile<T, 128, 1, 8, 1, true>{}, FlashTile<T, 128, 1, 8, 64, 1, true>{});
+  if constexpr (sizeof(T) == 4) {
+    if (size <= 32) return visit(ScoreTile<T, 32, 1, 8, 2, false>{}, FlashTile<T, 32, 2, 4, 32, 2>{});
+    if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 32, 2>{});
+    return visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 32, 1>{});
+  } else {
+    if (size <= 32) return visit(ScoreTile<T, 32, 2, 4, 2, false>{}, FlashTile<T, 32, 2, 4, 64, 2>{});
+    if (device.capability == 90) {
+      if (size <= 64) return visit(ScoreTile<T, 64, 1, 8, 2, true>{}, FlashTile<T, 64, 1, 8, 64, 2, true>{});
+      return visit(ScoreTile<T, 128, 1, 8, 1, true>{}, FlashTile<T, 128, 1, 8, 64, 1, true>{});
+    }
+    if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 64, 2>{});
+    visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 64, 1>{});
   }
-  if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 64, 2>{});
-  visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 64, 1>{});
 }
+template <class Visit>
+void visit_tiles(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
+  switch (p.type) {
+    case DType::f16:
+      return visit_tiles_of<__half>(p, device, visit);
+    case DType::bf16:
+      return visit_tiles_of<__nv_bfloat16>(p, device, visit);
+    default:
+      visit_tiles_of<float>(p, device, visit);
+  }
+}
+int64_t element_bytes(const QuantumAttentionParams& p) { return p.type == DType::f32 ? 4 : 2; }
 
 BalancedTree clusters_of(const AttentionJob& job) {
   return {false, true, kCluster,
@@ -57,16 +75,16 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   };
   take(tree.order, all * kCluster * 4);
   take(tree.count, heads * tree.chunks * 4);
-  take(tree.keys, heads * tree.stored() * kCluster * p.head_size * 2);
-  take(tree.values, heads * tree.stored() * kCluster * p.v_head_size * 2);
-  visit_tiles<__half>(p, device, [&](auto scores, auto) {
+  take(tree.keys, heads * tree.stored() * kCluster * p.head_size * element_bytes(p));
+  take(tree.values, heads * tree.stored() * kCluster * p.v_head_size * element_bytes(p));
+  visit_tiles(p, device, [&](auto scores, auto) {
     using Flash = typename decltype(scores)::Flash;
-    tree.row_size = Flash::kHead, tree.panel_rows = Flash::kKeyPanel;
+    tree.summary_rows = Flash::kKeys, tree.row_bytes = Flash::kRowBytes, tree.panel_rows = Flash::kKeyPanel;
   });
   take(tree.summaries, tree.summary_bytes());
   take(tree.spread, all * 4);
   take(tree.slope_parts, heads * tree.parts * p.head_size * p.v_head_size * 4);
-  take(tree.slopes, heads * (p.is_causal ? tree.chunks : 1) * p.head_size * p.v_head_size * 2);
+  take(tree.slopes, heads * (p.is_causal ? tree.chunks : 1) * p.head_size * p.v_head_size * element_bytes(p));
   const int64_t tile_bytes = kTreeRows * p.v_head_size * 4;
   take(tree.threshold, tree.shares ? places * 4 : 0);
   take(tree.probe_score, tree.shares ? places * kProbes * tree.clusters * 4 : 0);
@@ -124,16 +142,10 @@ void run(Status& status, const TreeLaunch& tree, void* stream) {
   if (tree.trials) attend(places * tree.tiles, TreeStep::again);
 }
 
-template <class T>
-void run_on(Status& status, const TreeLaunch& tree, const Device& device, void* stream) {
-  visit_tiles<T>(tree.job.params, device,
-                 [&](auto scores, auto attend) { run<decltype(scores), decltype(attend)>(status, tree, stream); });
-}
-
 // Whether what a tile knows of all clusters fits beside it.
 bool fits(const AttentionJob& job, const Device& device) {
   size_t bytes = 0;
-  visit_tiles<__half>(job.params, device, [&](auto scores, auto attend) {
+  visit_tiles(job.params, device, [&](auto scores, auto attend) {
     bytes =
         std::max(scores.shared_bytes(tree_places(job, clusters_of(job)) / kCluster), kAttendSharedBytes<decltype(attend)>);
   });
@@ -147,10 +159,10 @@ bool tree_applies(const AttentionJob& job, const int64_t* num_samples, int64_t n
   const QuantumAttentionTensors& t = job.tensors;
   Status status;
   const Device device = current_device(status);
-  if (p.type == DType::f32 || !status.ok() || device.capability < 80) return false;
+  if (!status.ok() || device.capability < 80) return false;
   if (p.head_size % 8 || p.v_head_size % 8 || std::max(p.head_size, p.v_head_size) > kMostHead) return false;
   if (!fits(job, device)) return false;
-  if (!starts_on_16_bytes(t.q, 2)) return false;  // rows are copied 16 bytes at a time
+  if (!starts_on_16_bytes(t.q, element_bytes(p))) return false;  // rows are copied 16 bytes at a time
   // What a mask holds is not known here: one that is the same for all queries and heads drops keys from the tree.
   const bool drops_keys = t.mask.type == DType::boolean && t.mask.head_stride == 0 && t.mask.query_stride == 0;
   if (t.mask.data && (!drops_keys || p.is_causal)) return false;
@@ -176,8 +188,7 @@ void tree_attention(Status& status, const AttentionJob& job, const HeadSamples& 
   lay_out(tree, device, &balanced_scratch, static_cast<char*>(scratch));
   balanced_tree(status, job, clusters_of(job), tree.order, tree.count, balanced_scratch, stream);
   summarise_clusters(status, tree, stream);
-  if (p.type == DType::f16) return run_on<__half>(status, tree, device, stream);
-  run_on<__nv_bfloat16>(status, tree, device, stream);
+  visit_tiles(p, device, [&](auto scores, auto attend) { run<decltype(scores), decltype(attend)>(status, tree, stream); });
 }
 
 size_t tree_attention_scratch_bytes(const AttentionJob& job) {

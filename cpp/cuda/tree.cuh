@@ -10,7 +10,7 @@
 namespace qexport {
 namespace cuda {
 
-constexpr int kCluster = 64;     // keys: one block of the loop of flash.cuh
+constexpr int kCluster = 64;     // keys: a block of the loop of flash.cuh, or two of float32
 constexpr int kTreeRows = 128;   // query rows that share a choice of clusters: one tile of that loop
 constexpr int kTreeChunk = 512;  // under a causal mask no cluster reaches over a multiple of this
 constexpr int kChunkClusters = kTreeChunk / kCluster;
@@ -33,9 +33,11 @@ enum class TreeStep {
 };
 constexpr int kAllClusters = -1;  // as a number of chosen clusters: there is no list, nor an output of centroids
 
-// Summaries of a cluster; those of kSummaries clusters lie together, a matrix for each.
+// Summaries of a cluster; those of some clusters lie together, a matrix for each.
 enum Summary { kMeanKey, kVariance, kMeanValue, kSummaryMatrices };
-constexpr int kSummaries = 64;
+// The type of a variance, whose range is beyond that of float16.
+template <class T>
+using Variance = std::conditional_t<std::is_same<T, float>::value, float, __nv_bfloat16>;
 
 // A tile that shares reads at least and at most so many clusters.
 __host__ __device__ __forceinline__ int least_shared(int budget) { return (budget + 3) / 4; }
@@ -55,11 +57,11 @@ struct TreeLaunch {
   // (heads, stored, kCluster, size), zeros where there is no key: the clusters; under a causal mask then the keys as they
   // come.
   void *keys, *values;
-  // (heads, clusters / kSummaries, kSummaryMatrices, kSummaries, row_size), as flash_offset says of rows of row_size
-  // elements in panels of panel_rows: as products want them in shared memory. Zeros where there is no cluster or no element.
-  // Variances are those of each element of the keys, in bfloat16.
+  // (heads, clusters / summary_rows, kSummaryMatrices, summary_rows, row_bytes), as flash_offset says of rows of row_bytes
+  // in panels of panel_rows: as products want them in shared memory. Zeros where there is no cluster or no element.
+  // Variances are those of each element of the keys.
   char* summaries;
-  int row_size, panel_rows;
+  int summary_rows, row_bytes, panel_rows;
   float* spread;           // (heads, clusters): mean |v - mean v|^2
   float* slope_parts;      // (heads, parts, head_size, v_head_size)
   void* slopes;            // (heads, 1 or chunks, head_size, v_head_size): cov(k, v) within clusters
@@ -80,17 +82,18 @@ struct TreeLaunch {
   __host__ __device__ __forceinline__ int64_t heads() const { return job.params.batch * job.params.kv_heads; }
   __host__ __device__ __forceinline__ int64_t places() const { return job.params.batch * job.params.q_heads; }
   __host__ __device__ __forceinline__ int64_t summary_blocks() const {  // of a head
-    return ceil_div(clusters, int64_t{kSummaries});
+    return ceil_div(clusters, int64_t{summary_rows});
   }
   __host__ __device__ __forceinline__ int64_t summary_bytes() const {
-    return heads() * summary_blocks() * kSummaryMatrices * kSummaries * row_size * 2;
+    return heads() * summary_blocks() * kSummaryMatrices * summary_rows * row_bytes;
   }
   // Element x of a summary of cluster c.
   template <class T>
   __device__ __forceinline__ T& summary(int64_t head, int c, Summary which, int x) const {
-    const int64_t matrix = (head * summary_blocks() + c / kSummaries) * kSummaryMatrices + which;
-    char* const rows = summaries + matrix * kSummaries * row_size * 2;
-    return reinterpret_cast<T*>(rows + flash_offset(row_size, panel_rows, c % kSummaries, x / 8))[x % 8];
+    const int64_t matrix = (head * summary_blocks() + c / summary_rows) * kSummaryMatrices + which;
+    char* const rows = summaries + matrix * summary_rows * row_bytes;
+    constexpr int kEach = kChunkElements<T>;
+    return reinterpret_cast<T*>(rows + flash_offset(row_bytes, panel_rows, c % summary_rows, x / kEach))[x % kEach];
   }
   __host__ __device__ __forceinline__ int64_t stored() const { return (job.params.is_causal ? 2 : 1) * clusters; }
   // Clusters that num_samples buys a tile of a place.

@@ -140,9 +140,16 @@ __device__ __forceinline__ void lose_clusters(const ScoreBlock<Tile>& block, int
     }
   }
   sum_columns<kColumns>(lost);
+  constexpr int kLeft = kColumns / 8;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  static_assert(kColumns == 16);  // two are left, beside each other
-  *reinterpret_cast<float2*>(&block.words->columns[i % 2][warp][2 * lane]) = make_float2(lost[0], lost[1]);
+  const int m = kLeft * (lane / 4);
+  float* const to = &block.words->columns[i % 2][warp][m / 2 * 8 + lane % 4 * 2 + m % 2];
+  if constexpr (kLeft == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(lost[0], lost[1]);
+  } else {
+    static_assert(kLeft == 1);
+    *to = lost[0];
+  }
 }
 
 __device__ __forceinline__ uint32_t score_key(float score) { return ~ordered_bits(score); }
@@ -182,6 +189,52 @@ __device__ __forceinline__ void negate(State& state) {
   }
 }
 
+// shift = q B of the warp's rows, of 16 columns of a slope from 16 n on.
+template <class Flash>
+__device__ __forceinline__ void slope_products(float (&shift)[Flash::kRowTiles][2][4], const char* queries,
+                                               const char* slopes, int n) {
+  using T = typename Flash::T;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  // Unrolled, the parts of all queries would be kept from one n to the next, in more registers than there are.
+  constexpr int kSteps = Flash::kRowBytes / 32, kUnrolled = kTf32<Flash> ? 1 : kSteps;
+#pragma unroll kUnrolled
+  for (int k = 0; k < kSteps; ++k) {
+    uint32_t a[Flash::kRowTiles][4];
+    flash_load_queries<Flash>(a, queries, k);
+    if constexpr (kTf32<Flash>) {
+      Tf32Pair<2> b[2];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = 16 * n + e / 2 * 8 + lane / 4, row = 8 * k + e % 2 * 4 + lane % 4;
+        const char* const at = slopes + flash_offset<Flash::kRowBytes>(row, column / 4) + column % 4 * 4;
+        b[e / 2].set(e % 2, *reinterpret_cast<const uint32_t*>(at));
+      }
+#pragma unroll
+      for (int i = 0; i < Flash::kRowTiles; ++i) {
+        Tf32Pair<4> left;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) left.set(e, a[i][e]);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          mma_1688(shift[i][t], left.low, b[t].high[0], b[t].high[1]);
+          mma_1688(shift[i][t], left.high, b[t].low[0], b[t].low[1]);
+          mma_1688(shift[i][t], left.high, b[t].high[0], b[t].high[1]);
+        }
+      }
+    } else {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, slopes + flash_offset<Flash::kRowBytes, Flash::kWarpgroups ? Flash::kHead : 0>(
+                                        k * 16 + lane % 16, 2 * n + lane / 16));
+      const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+      for (int i = 0; i < Flash::kRowTiles; ++i) {
+        mma_16816<T>(shift[i][0], a[i], left);
+        mma_16816<T>(shift[i][1], a[i], right);
+      }
+    }
+  }
+}
+
 // Turns the state into the output of its centroids, moved by the slope, and log2 of their weight in `most`. What is left of
 // less than kLeast of the whole is rounding, and counts as nothing.
 template <class Tile>
@@ -191,7 +244,6 @@ __device__ __forceinline__ void close_centroids(const ScoreBlock<Tile>& block, t
   using T = typename Tile::T;
   constexpr int kRowTiles = Flash::kRowTiles, kRows = Tile::State::kRows;
   constexpr float kLeast = 0x1p-17f;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const QuantumAttentionParams& p = block.tree.job.params;
   const int d = static_cast<int>(p.head_size), dv = static_cast<int>(p.v_head_size);
   const int64_t slope = p.is_causal ? block.head * block.tree.chunks + block.open / kTreeChunk : block.head;
@@ -212,19 +264,7 @@ __device__ __forceinline__ void close_centroids(const ScoreBlock<Tile>& block, t
 #pragma unroll
   for (int n = 0; n < Tile::State::kPairs / 2; ++n) {
     float shift[kRowTiles][2][4] = {};
-#pragma unroll
-    for (int k = 0; k < Flash::kHead / 16; ++k) {
-      uint32_t a[kRowTiles][4], b[4];
-      flash_load_queries<Flash>(a, block.queries, k);
-      ldmatrix_x4_trans(b, block.stages + flash_offset<Flash::kHead, Flash::kWarpgroups ? Flash::kHead : 0>(
-                                              k * 16 + lane % 16, 2 * n + lane / 16));
-      const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        mma_16816<T>(shift[i][0], a[i], left);
-        mma_16816<T>(shift[i][1], a[i], right);
-      }
-    }
+    slope_products<Flash>(shift, block.queries, block.stages, n);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll

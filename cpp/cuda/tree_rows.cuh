@@ -98,13 +98,13 @@ struct TreeOutput {
   const TreeRows<T>& rows;
   float* trial;  // null: y
   T* y;
-  bool whole;  // pairs in y lie on four bytes
+  bool whole;  // pairs in y may be written at once
 
   __device__ __forceinline__ TreeOutput(const TreeRows<T>& rows_, TreeStep step) : rows(rows_), trial(nullptr) {
     const TreeLaunch& tree = rows.tree;
     if (step == TreeStep::trials) trial = tree.trial_output + blockIdx.x * kTreeRows * tree.job.params.v_head_size;
     y = output_row<T>(tree.job, rows.b, rows.q_head, rows.first_row);
-    whole = reinterpret_cast<uintptr_t>(y) % 4 == 0 && tree.job.tensors.y_row_stride % 2 == 0;
+    whole = reinterpret_cast<uintptr_t>(y) % (2 * sizeof(T)) == 0 && tree.job.tensors.y_row_stride % 2 == 0;
   }
   __device__ __forceinline__ float2* trial_pair(int row, int column) const {
     return reinterpret_cast<float2*>(trial + row * static_cast<int>(rows.tree.job.params.v_head_size) + column);
@@ -114,16 +114,14 @@ struct TreeOutput {
   }
   template <class State>
   __device__ __forceinline__ void put(State& state) const {
-    const auto put_pairs = [&](auto put_pair) {
+    const auto put_pairs = [&](auto put) {
       for_pairs<State>(
-          rows, [&](int i, int n, int row, int column) { put_pair(row, column, state.pair(i, n)[0], state.pair(i, n)[1]); });
+          rows, [&](int i, int n, int row, int column) { put(row, column, state.pair(i, n)[0], state.pair(i, n)[1]); });
     };
     if (trial) {
       put_pairs([&](int row, int column, float a, float b) { *trial_pair(row, column) = make_float2(a, b); });
     } else if (whole) {
-      put_pairs([&](int row, int column, float a, float b) {
-        *reinterpret_cast<uint32_t*>(pair(row, column)) = pack_pair(a, b, T{});
-      });
+      put_pairs([&](int row, int column, float a, float b) { put_pair(pair(row, column), a, b); });
     } else {
       put_pairs([&](int row, int column, float a, float b) {
         T* const to = pair(row, column);
@@ -146,7 +144,7 @@ struct TreeOutput {
     } else if (whole) {
       add_pairs([&](int row, int column) {
         T values[2] = {};
-        memcpy(values, __builtin_assume_aligned(pair(row, column), 4), sizeof(values));
+        memcpy(values, __builtin_assume_aligned(pair(row, column), 2 * sizeof(T)), sizeof(values));
         return make_float2(to_float(values[0]), to_float(values[1]));
       });
     } else {

@@ -125,10 +125,14 @@ void settle_budgets(Status& status, const TreeLaunch& tree, void* stream) {
 
 void settle_errors(Status& status, const TreeLaunch& tree, void* stream) {
   const dim3 grid(static_cast<unsigned>(tree.places()));
-  if (tree.job.params.type == DType::f16) {
-    launch(status, errors_kernel<__half>, grid, kSettleThreads, 0, stream, tree);
-  } else {
-    launch(status, errors_kernel<__nv_bfloat16>, grid, kSettleThreads, 0, stream, tree);
+  const auto start = [&](auto kernel) { launch(status, kernel, grid, kSettleThreads, 0, stream, tree); };
+  switch (tree.job.params.type) {
+    case DType::f16:
+      return start(errors_kernel<__half>);
+    case DType::bf16:
+      return start(errors_kernel<__nv_bfloat16>);
+    default:
+      start(errors_kernel<float>);
   }
 }
 

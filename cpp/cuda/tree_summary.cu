@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kNodeThreads)
   row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, d, keys_aligned}, rows, arrays);
   for (int x = static_cast<int>(threadIdx.x); x < d; x += kNodeThreads) {
     tree.summary<T>(head, c, kMeanKey, x) = from_float<T>(arrays.mean[x]);
-    tree.summary<__nv_bfloat16>(head, c, kVariance, x) = from_float<__nv_bfloat16>(fmaxf(arrays.direction[x] * share, 0.0f));
+    tree.summary<Variance<T>>(head, c, kVariance, x) = from_float<Variance<T>>(fmaxf(arrays.direction[x] * share, 0.0f));
   }
   __syncthreads();
   copy_rows(tree, true, head, rows, member, values, values_aligned, node);
@@ -147,9 +147,10 @@ __global__ void __launch_bounds__(kSummaryThreads) mean_slopes(const __grid_cons
   const int64_t head = blockIdx.x / blocks, element = blockIdx.x % blocks * kSummaryThreads + threadIdx.x;
   if (element >= elements) return;
   T* const slopes = static_cast<T*>(tree.slopes) + head * (p.is_causal ? tree.chunks : 1) * elements + element;
-  // Kept within float16: an infinite slope would make NaN of every row.
+  // Kept within float16, or far from the end of float32: an infinite slope would make NaN of every row.
   const auto mean = [](float sum, int64_t keys) {
-    return keys ? from_float<T>(fmaxf(fminf(sum / static_cast<float>(keys), kMostHalf), -kMostHalf)) : from_float<T>(0.0f);
+    constexpr float kMost = sizeof(T) == 4 ? 0x1p100f : kMostHalf;
+    return keys ? from_float<T>(fmaxf(fminf(sum / static_cast<float>(keys), kMost), -kMost)) : from_float<T>(0.0f);
   };
   float sum = 0.0f;
   int64_t keys = 0;
@@ -184,8 +185,14 @@ void summarise(Status& status, const TreeLaunch& tree, void* stream) {
 }  // namespace
 
 void summarise_clusters(Status& status, const TreeLaunch& tree, void* stream) {
-  if (tree.job.params.type == DType::f16) return summarise<__half>(status, tree, stream);
-  summarise<__nv_bfloat16>(status, tree, stream);
+  switch (tree.job.params.type) {
+    case DType::f16:
+      return summarise<__half>(status, tree, stream);
+    case DType::bf16:
+      return summarise<__nv_bfloat16>(status, tree, stream);
+    default:
+      summarise<float>(status, tree, stream);
+  }
 }
 
 }  // namespace cuda

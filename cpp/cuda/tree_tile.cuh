@@ -13,13 +13,15 @@ namespace cuda {
 template <class T_, int kHead, int kRowTiles, int kWarps_, int kBlocksPerProcessor, bool kWarpgroups>
 struct ScoreTile {
   using T = T_;
-  static constexpr int kKeys = kSummaries, kWarps = kWarps_;
+  static constexpr int kKeys = sizeof(T) == 4 ? 32 : 64, kWarps = kWarps_;
   using Flash = FlashTile<T, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
-  using Squares = FlashTile<__nv_bfloat16, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
+  using Squares = FlashTile<Variance<T>, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
   using State = FlashState<Flash>;
   static_assert(Flash::kQueries == kTreeRows);
   static constexpr int kStage = kSummaryMatrices * Flash::kKeyBytes;
-  static constexpr int kWords = Flash::kQueryBytes * 2 + 2 * kStage;
+  // Those of float32 are made as they are read, for lack of room.
+  static constexpr int kSquareBytes = kTf32<Flash> ? 0 : Flash::kQueryBytes;
+  static constexpr int kWords = Flash::kQueryBytes + kSquareBytes + 2 * kStage;
   static_assert(2 * kStage >= kHead * Flash::kRowBytes);
 
   struct Words {
@@ -42,13 +44,13 @@ struct ScoreBlock : TreeRows<typename Tile::T> {
       : TreeRows<typename Tile::T>(tree, item.place, item.tile), scale(tree.job.params.scale) {
     scale_of_squares = scale * scale;
     queries = dynamic_shared<char>(), squares = queries + Tile::Flash::kQueryBytes;
-    stages = squares + Tile::Flash::kQueryBytes;
+    stages = squares + Tile::kSquareBytes;
     words = reinterpret_cast<typename Tile::Words*>(queries + Tile::kWords);
     key = reinterpret_cast<uint32_t*>(words + 1);
   }
 };
 
-// The queries and their squares, of q * scale, into shared memory.
+// The queries and their squares, of q * scale, into shared memory, as far as there is room for them.
 template <class Tile>
 __device__ __forceinline__ void load_queries(const ScoreBlock<Tile>& block) {
   using Flash = typename Tile::Flash;
@@ -57,6 +59,7 @@ __device__ __forceinline__ void load_queries(const ScoreBlock<Tile>& block) {
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
+  if constexpr (Tile::kSquareBytes == 0) return;
   const typename Tile::T* const q = reinterpret_cast<const typename Tile::T*>(block.queries);
   __nv_bfloat162* const squares = reinterpret_cast<__nv_bfloat162*>(block.squares);
   for (int i = static_cast<int>(threadIdx.x); i < Flash::kQueryBytes / 4; i += Flash::kThreads) {
@@ -80,6 +83,26 @@ __device__ __forceinline__ void start_products(float (&s)[Tile::kRowTiles][Tile:
   }
 }
 template <class Tile>
+__device__ __forceinline__ void start_products_of_squares(const ScoreBlock<Tile>& block, SummaryScores<Tile>& s,
+                                                          const char* variances) {
+  if constexpr (Tile::kSquareBytes == 0) {
+    const auto load = [&](uint32_t (&a)[Tile::Flash::kRowTiles][4], int k) {
+      flash_load_queries<typename Tile::Flash>(a, block.queries, k);
+#pragma unroll
+      for (int i = 0; i < Tile::Flash::kRowTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float x = __uint_as_float(a[i][e]);
+          a[i][e] = __float_as_uint(x * x * block.scale_of_squares);
+        }
+      }
+    };
+    flash_products<typename Tile::Squares>(s, load, variances);
+  } else {
+    start_products<typename Tile::Squares>(s, block.squares, variances);
+  }
+}
+template <class Tile>
 __device__ __forceinline__ void finish_products(SummaryScores<Tile>& s) {
   if constexpr (Tile::Flash::kWarpgroups) flash_finish<0>(s[0]);
 }
@@ -99,7 +122,7 @@ struct ListedClusters {
 template <int kMatrices, class Tile, class Clusters>
 __device__ __forceinline__ void copy_summaries(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters) {
   using Flash = typename Tile::Flash;
-  const auto offset = [](int row, int chunk) { return flash_offset<Flash::kHead, Flash::kKeyPanel>(row, chunk); };
+  const auto offset = [](int row, int chunk) { return flash_offset<Flash::kRowBytes, Flash::kKeyPanel>(row, chunk); };
   const char* const summaries = block.tree.summaries + block.head * block.tree.summary_blocks() * Tile::kStage;
   char* const stage = block.stages + i % 2 * Tile::kStage;
   const int thread = static_cast<int>(threadIdx.x);
@@ -113,12 +136,12 @@ __device__ __forceinline__ void copy_summaries(const ScoreBlock<Tile>& block, in
       cp_async_16(stage + 16 * thread + at, from + at, row < left - at / kRowStride % Tile::kKeys);
     }
   } else {
-    constexpr int kChunks = Flash::kHead / 8;
+    constexpr int kChunks = Flash::kRowBytes / kChunkBytes;
 #pragma unroll
     for (int first = 0; first < Tile::kKeys * kChunks; first += Flash::kThreads) {
       const int row = (first + thread) / kChunks, chunk = thread % kChunks, j = i * Tile::kKeys + row;
       const int c = j < count ? clusters(j) : 0;
-      const char* const from = summaries + c / kSummaries * Tile::kStage + offset(c % kSummaries, chunk);
+      const char* const from = summaries + c / Tile::kKeys * Tile::kStage + offset(c % Tile::kKeys, chunk);
       char* const to = stage + offset(row, chunk);
 #pragma unroll
       for (int at = 0; at < kMatrices * Flash::kKeyBytes; at += Flash::kKeyBytes) cp_async_16(to + at, from + at, j < count);
@@ -141,7 +164,7 @@ __device__ __forceinline__ void for_summaries(const ScoreBlock<Tile>& block, int
     const char* const stage = block.stages + i % 2 * Tile::kStage;
     SummaryScores<Tile> s, s2;
     start_products<Flash>(s, block.queries, stage + kMeanKey * Flash::kKeyBytes);
-    start_products<typename Tile::Squares>(s2, block.squares, stage + kVariance * Flash::kKeyBytes);
+    start_products_of_squares(block, s2, stage + kVariance * Flash::kKeyBytes);
     if (i + 1 < blocks) copy_summaries<kMatrices>(block, i + 1, count, clusters);
     finish_products<Tile>(s);
     finish_products<Tile>(s2);

@@ -304,6 +304,32 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   }
 }
 
+inline float tf32(uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); }
+// What a unit drops, of its operands and of its sums.
+inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Four {
+    uint32_t x[4];
+  };
+  double A[16][8], B[8][8];
+  const auto* left = emulation::exchange(Four{{a[0], a[1], a[2], a[3]}});
+  for (int lane = 0; lane < 32; ++lane) {
+    const Four own = emulation::from_slot<Four>(left[lane]);
+    for (int i = 0; i < 4; ++i) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(own.x[i]);
+  }
+  const auto* right = emulation::exchange(Four{{b0, b1, 0, 0}});
+  for (int lane = 0; lane < 32; ++lane) {
+    const Four own = emulation::from_slot<Four>(right[lane]);
+    for (int i = 0; i < 2; ++i) B[lane % 4 + i * 4][lane / 4] = tf32(own.x[i]);
+  }
+  const int self = emulation::block->now->lane;
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 8; ++k) sum += A[self / 4 + i / 2 * 8][k] * B[k][2 * (self % 4) + i % 2];
+    c[i] = static_cast<float>(sum);
+    if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);
+  }
+}
+
 inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
   const auto* slots = emulation::exchange(row);
   const int self = emulation::block->now->lane;

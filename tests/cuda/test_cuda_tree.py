@@ -66,7 +66,9 @@ def cuda_tiles(x):
     return x[:, :, :whole].reshape(*x.shape[:2], whole // CUDA.queries, -1)
 
 
-LIMITS = {"float16": 2e-3, "bfloat16": 2e-2}
+LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
+# Emulated beside float16, whose code float32 shares but for its tiles, one for each of three sizes of heads.
+IN_FLOAT32 = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "causal", "negative_scale", "tolerance")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ LIMITS = {"float16": 2e-3, "bfloat16": 2e-2}
     [
         *(("emulated", c, "float16") for c in EMULATED),
         *(("emulated", c, "bfloat16") for c in EMULATED if c.name in ("plain", "causal")),  # the same code as for float16
+        *(("emulated", c, "float32") for c in EMULATED if c.name in IN_FLOAT32),
         *(pytest.param("gpu", c, t, marks=pytest.mark.gpu) for c in ON_A_GPU for t in LIMITS),
     ],
     ids=ids,
@@ -111,25 +114,32 @@ def test_a_batch_item_without_keys_is_0(emulated):
     assert found["error_estimate"][1] == 0
 
 
-def test_no_query_sees_the_future(emulated):
+def test_float32_keeps_its_range(emulated):
+    """Numbers beyond float16, times powers of two, which round nothing: choices and digits stay."""
+    case = cuda("plain")
+    feeds, attributes = case.inputs(), attributes_of(case)
+    before = attention(emulated, feeds, "float32", 5, attributes)
+    feeds["Q"] /= 2.0**30
+    feeds["K"] *= 2.0**30
+    feeds["V"] *= 2.0**30
+    after = attention(emulated, feeds, "float32", 5, attributes)
+    assert before["error_estimate"].all()
+    np.testing.assert_array_equal(after["Y"], before["Y"] * 2.0**30)
+    np.testing.assert_array_equal(after["error_estimate"], before["error_estimate"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_no_query_sees_the_future(emulated, dtype):
     case = cuda("causal", q_len=300, kv_len=300, past_len=800, q_heads=1, kv_heads=1, attributes={"is_causal": 1})
-    feeds, attributes = rounded(case.inputs(), "float16"), attributes_of(case)
-    before = attention(emulated, feeds, "float16", 0, attributes)["Y"]
+    feeds, attributes = rounded(case.inputs(), dtype), attributes_of(case)
+    before = attention(emulated, feeds, dtype, 0, attributes)["Y"]
     for cut in (299, 230):
         changed = {name: value.copy() for name, value in feeds.items()}
         changed["K"][:, :, cut:] += 3
         changed["V"][:, :, cut:] -= 100
-        after = attention(emulated, changed, "float16", 0, attributes)["Y"]
+        after = attention(emulated, changed, dtype, 0, attributes)["Y"]
         np.testing.assert_array_equal(after[:, :, :cut], before[:, :, :cut])
         assert not np.array_equal(after[:, :, cut:], before[:, :, cut:])
-
-
-@pytest.mark.parametrize(("device", "case"), split([(c,) for c in test_tree.CASES[:4]], small), ids=ids, indirect=["device"])
-def test_tree_of_float32_is_exact(device, case):
-    feeds = case.inputs()
-    found = attention(device, feeds, "float32", 5, attributes_of(case))
-    np.testing.assert_allclose(found["Y"], exact(case, feeds), rtol=1e-4, atol=1e-5)
-    assert (found["error_estimate"] == 0).all()
 
 
 @pytest.mark.parametrize(
