@@ -7,6 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr const char* kTooMany = "batch * q_heads * q_len is too large for one launch; split the batch";
+constexpr const char* kTooLong = "a call of exact attention reads 2^30 keys at most; split the keys";
 constexpr int kWideThreads = 128;
 constexpr int kWideColumns = 4;  // of V per lane
 
@@ -175,6 +176,7 @@ size_t exact_attention_scratch_bytes(const AttentionJob& job) {
 void exact_attention(Status& status, const AttentionJob& job, const int32_t* only, void* scratch, void* stream) {
   const Device device = current_device(status);
   if (!status.ok()) return;
+  if (job.total_len > kFar) return status.fail(kTooLong);
   ExactLaunch exact{};
   exact.job = job, exact.only = only, exact.pack = exact.parts = 1;
   choose(job, device, [&](auto choice) { start(status, exact, device, scratch, stream, choice); });

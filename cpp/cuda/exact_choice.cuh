@@ -100,9 +100,9 @@ inline bool pipeline_applies(const AttentionJob& job, const Device& device) {
          p.batch * p.q_heads * p.q_len > int64_t{kFlashMostJoined} * device.multiprocessors;
 }
 
-// Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.45 : 0.8 : 1 of the time
-// (0.8 and 1 as measured on an H200 at 4096 to 16384 keys; the small one has half as many queries of the middle one's
-// warpgroups). Under a causal mask tiles end one by one, so that a wave need not be full.
+// Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.45 : 0.8 : 1 of the time.
+// 0.8 and 1 were measured on an H200 at 4096 to 16384 keys; 0.45 is a guess, since the small tile has the warpgroups of the
+// middle one and half the queries. Under a causal mask tiles end one by one, so that a wave need not be full.
 template <class Small, class Middle, class Large, class Visit>
 void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& visit) {
   const auto waves = [&](int64_t blocks) {

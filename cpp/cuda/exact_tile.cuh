@@ -16,7 +16,7 @@ struct ExactLaunch {
   AttentionJob job;
   const int32_t* only;
   int pack, parts;
-  Divisor by_parts, by_tiles, by_packs, by_group, by_queries;  // `packs` of all heads; q_len
+  Divisor by_parts, by_tiles, by_packs, by_group, by_queries;  // the packs of a batch item; the queries of a head
   int past, keys;                                              // keys as far as their number and the mask's go
   int left, right;                                             // windows; < 0: none
   float two_over_cap;

@@ -19,13 +19,13 @@ struct PipelineTile {
   static constexpr int kGroup = 128, kThreads = kGroup * (kConsumers + 1), kCopiers = kGroup, kBlocksPerProcessor = 1;
   static constexpr int kPartsPerProcessor = 1, kMostJoined = 0;
   static constexpr int kSplits = kSplits_, kRowGroups = kConsumers / kSplits, kQueries = 64 * kRowGroups;
-  static_assert(kConsumers % kSplits == 0 && kStages >= 2 * kSplits - 1, "a slot that nobody would free");
+  static_assert(kSplits == 1 || kConsumers == kSplits);
+  static_assert(kStages >= 2 && kStages >= 2 * kSplits - 1, "a slot that nobody would free");
   static constexpr int kRowBytes = kHead * 2, kQueryPanel = kQueries, kKeyPanel = kKeys;
   static constexpr int kQueryBytes = kQueries * kRowBytes, kKeyBytes = kKeys * kRowBytes;
   static constexpr int kBarrierBytes = 4 * kStages * 8;
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kKeyBytes + kBarrierBytes;
-  // Registers of a thread, 65536 in all; two warpgroups have enough as it is.
-  static constexpr bool kShifts = kConsumers > 1;
+  // Registers of a thread, 65536 in all.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
 
@@ -105,9 +105,8 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
                                               int first, int count, float factor, Blocks& blocks) {
   // They take turns with the tensor cores: each starts its products when the one before it has.
   const int group = static_cast<int>(threadIdx.x) / Tile::kGroup, next = (group + 1) % Tile::kConsumers;
-  constexpr bool kTurns = Tile::kTurns && Tile::kConsumers > 1;
   const auto pass_turn = [&] {
-    if (kTurns) numbered_arrive(1 + next, 2 * Tile::kGroup);
+    if (Tile::kTurns) numbered_arrive(1 + next, 2 * Tile::kGroup);
   };
   float s[1][Tile::kKeys / 8][4], fade[2];
   uint32_t p[Tile::kKeys / 16][1][4];
@@ -155,7 +154,7 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
       ring.give_back(1, value_at);
       value_at.advance(Tile::kSplits);
     }
-    if (kTurns) numbered_wait(1 + group, 2 * Tile::kGroup);
+    if (Tile::kTurns) numbered_wait(1 + group, 2 * Tile::kGroup);
     flash_start_products<Tile>(s, queries, keys);
     flash_start_values(state, p, ring.wait_full(1, value_at));
     if (next != 0 || block + 1 < count) pass_turn();
@@ -232,11 +231,11 @@ __device__ __forceinline__ bool flash_attend_pipeline(FlashState<Tile>& state, c
   }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) >= Tile::kGroup * Tile::kConsumers) {
-    if constexpr (Tile::kShifts) set_registers<Tile::kProducerRegisters, false>();
+    set_registers<Tile::kProducerRegisters, false>();
     if (count > 0) flash_produce(shared, ring, count, blocks);
     return false;
   }
-  if constexpr (Tile::kShifts) set_registers<Tile::kConsumerRegisters, true>();
+  set_registers<Tile::kConsumerRegisters, true>();
   const int split = Tile::kSplits > 1 ? static_cast<int>(threadIdx.x / (Tile::kGroup * Tile::kRowGroups)) : 0;
   if (split < count) flash_consume(state, shared, ring, split, count, fabsf(blocks.scale), blocks);
   if constexpr (Tile::kSplits > 1) return flash_join_splits(state, ring.blocks, split);

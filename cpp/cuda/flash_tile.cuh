@@ -15,7 +15,7 @@ template <class T>
 struct Run {
   const T* first;
   unsigned stride;  // of 32 bits, since registers are scarce
-  int rows;         // that are there, the others are zeros; kUneven: they do not
+  int rows;         // that are there, the others are zeros; kUneven: rows lie anywhere
 };
 constexpr int kUneven = -(1 << 30);
 

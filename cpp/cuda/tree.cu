@@ -80,6 +80,7 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   visit_tiles(p, device, [&](auto scores, auto) {
     using Flash = typename decltype(scores)::Flash;
     tree.summary_rows = Flash::kKeys, tree.row_bytes = Flash::kRowBytes, tree.panel_rows = Flash::kKeyPanel;
+    tree.summary_blocks = ceil_div(tree.clusters, int64_t{Flash::kKeys});
   });
   take(tree.summaries, tree.summary_bytes());
   take(tree.spread, all * 4);

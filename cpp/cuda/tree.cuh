@@ -62,6 +62,7 @@ struct TreeLaunch {
   // Variances are those of each element of the keys.
   char* summaries;
   int summary_rows, row_bytes, panel_rows;
+  int64_t summary_blocks;  // of a head
   float* spread;           // (heads, clusters): mean |v - mean v|^2
   float* slope_parts;      // (heads, parts, head_size, v_head_size)
   void* slopes;            // (heads, 1 or chunks, head_size, v_head_size): cov(k, v) within clusters
@@ -81,16 +82,13 @@ struct TreeLaunch {
 
   __host__ __device__ __forceinline__ int64_t heads() const { return job.params.batch * job.params.kv_heads; }
   __host__ __device__ __forceinline__ int64_t places() const { return job.params.batch * job.params.q_heads; }
-  __host__ __device__ __forceinline__ int64_t summary_blocks() const {  // of a head
-    return ceil_div(clusters, int64_t{summary_rows});
-  }
   __host__ __device__ __forceinline__ int64_t summary_bytes() const {
-    return heads() * summary_blocks() * kSummaryMatrices * summary_rows * row_bytes;
+    return heads() * summary_blocks * kSummaryMatrices * summary_rows * row_bytes;
   }
   // Element x of a summary of cluster c.
   template <class T>
   __device__ __forceinline__ T& summary(int64_t head, int c, Summary which, int x) const {
-    const int64_t matrix = (head * summary_blocks() + c / summary_rows) * kSummaryMatrices + which;
+    const int64_t matrix = (head * summary_blocks + c / summary_rows) * kSummaryMatrices + which;
     char* const rows = summaries + matrix * summary_rows * row_bytes;
     constexpr int kEach = kChunkElements<T>;
     return reinterpret_cast<T*>(rows + flash_offset(row_bytes, panel_rows, c % summary_rows, x / kEach))[x % kEach];

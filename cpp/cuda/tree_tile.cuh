@@ -54,8 +54,9 @@ struct ScoreBlock : TreeRows<typename Tile::T> {
 template <class Tile>
 __device__ __forceinline__ void load_queries(const ScoreBlock<Tile>& block) {
   using Flash = typename Tile::Flash;
-  flash_copy_rows<Flash, Flash::kQueries>(block.queries, static_cast<int>(block.tree.job.params.head_size),
-                                          [&](int row) { return block.query(row); });
+  flash_copy_runs<Flash, Flash::kQueries>(
+      block.queries, static_cast<int>(block.tree.job.params.head_size), [&](int part) { return block.query_run(part); },
+      [&](int row) { return block.query(row); }, KeepAll{});
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -123,7 +124,7 @@ template <int kMatrices, class Tile, class Clusters>
 __device__ __forceinline__ void copy_summaries(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters) {
   using Flash = typename Tile::Flash;
   const auto offset = [](int row, int chunk) { return flash_offset<Flash::kRowBytes, Flash::kKeyPanel>(row, chunk); };
-  const char* const summaries = block.tree.summaries + block.head * block.tree.summary_blocks() * Tile::kStage;
+  const char* const summaries = block.tree.summaries + block.head * block.tree.summary_blocks * Tile::kStage;
   char* const stage = block.stages + i % 2 * Tile::kStage;
   const int thread = static_cast<int>(threadIdx.x);
   if constexpr (Clusters::kInOrder) {  // as they lie

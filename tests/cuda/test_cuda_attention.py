@@ -1,6 +1,7 @@
 """QuantumAttention by its CUDA kernels, against the float64 reference, as test_ops.py has it for the CPU."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,27 +78,32 @@ FULL_TILES = (
 )
 
 
-on_each_size_of_card = pytest.mark.parametrize(
-    "device", ["emulated", "emulated_large", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
+# `times` as large a batch: on an H200 the queries then fill tiles of which warpgroups share the queries, two warpgroups have
+# one, or three (exact_choice_test.cc).
+on_each_tile = pytest.mark.parametrize(
+    ("device", "times"),
+    [("emulated", 1), ("emulated_large", 1), *(pytest.param("gpu", times, marks=pytest.mark.gpu) for times in (5, 10, 25))],
+    indirect=["device"],
 )
 
 
-@on_each_size_of_card
+@on_each_tile
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FULL_TILES, ids=ids)
-def test_exact_in_full_tiles(device, case, dtype):
+def test_exact_in_full_tiles(device, times, case, dtype):
+    case = replace(case, batch=case.batch * times, nonpad=case.nonpad and case.nonpad * times)
     feeds, attributes = rounded(case.inputs(), dtype), case.all_attributes(strategy="exact")
     want = run_ref(feeds, dtype, 0, attributes)["Y"]
     assert_close(attention(device, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
 
 
-@on_each_size_of_card
+@on_each_tile
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("most", [15, 500])
-def test_scores_that_rise_from_block_to_block(device, most, size, dtype):
+def test_scores_that_rise_from_block_to_block(device, times, most, size, dtype):
     """Their maximum moves; by 500 at once no float32 holds a weight that is relative to the one before."""
-    feeds = Case("rising", 1, 4, 4, q_len=200, kv_len=700, head_size=size, v_head_size=size).inputs()
+    feeds = Case("rising", times, 4, 4, q_len=200, kv_len=700, head_size=size, v_head_size=size).inputs()
     feeds["Q"], scale = np.abs(feeds["Q"]), np.abs(feeds["Q"]).sum(-1).max()
     # Row j of K is the same in all elements, so that queries score it 0 to `most`.
     rise = np.linspace(-most, most, 700).round(-1 if most > 100 else 0)
