@@ -152,20 +152,21 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
 }
 
 template <class T>
-void run_rows(Status& status, const RowPlan& plan, RowWork work, RowPass pass, void* stream) {
-  work.pass = pass;
+void run_rows(Status& status, const RowPlan& plan, const RowWork& work, void* stream) {
   launch(status, rows_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(kRowThreads), plan.shared_bytes, stream,
          work);
 }
 
-void run_rows(Status& status, const RowPlan& plan, const RowWork& work, RowPass pass, void* stream) {
+void run_rows(Status& status, const RowPlan& plan, RowWork work, RowPass pass, void* stream) {
+  work.pass = pass;
+  if (plan.sweeps) return sweep_rows(status, work, stream);
   switch (work.job.params.type) {
     case DType::f16:
-      return run_rows<__half>(status, plan, work, pass, stream);
+      return run_rows<__half>(status, plan, work, stream);
     case DType::bf16:
-      return run_rows<__nv_bfloat16>(status, plan, work, pass, stream);
+      return run_rows<__nv_bfloat16>(status, plan, work, stream);
     default:
-      return run_rows<float>(status, plan, work, pass, stream);
+      return run_rows<float>(status, plan, work, stream);
   }
 }
 
@@ -211,6 +212,7 @@ void row_attention(Status& status, const AttentionJob& job, const HeadSamples& s
     work.entropy = floats(plan.entropy);
     work.allowed = reinterpret_cast<int32_t*>(base + plan.allowed);
     double* budget = reinterpret_cast<double*>(base + plan.budget);
+    if (plan.sweeps) work.sums = reinterpret_cast<float4*>(base + plan.sums);
     work.budget = budget;
     run_rows(status, plan, work, RowPass::entropy, stream);
     share_budget(status, work, budget, stream);

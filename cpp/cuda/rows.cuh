@@ -28,6 +28,7 @@ struct RowWork {
   const float* value_mean;     // (batch, kv_heads, v_head_size), or null
   const int32_t* value_order;  // of ValueClusters, or null
   const float* value_centre;   // of ValueClusters, or null
+  float4* sums;                // (batch, q_heads, q_len): what row_sweep.cu keeps from one pass to the next, adaptive only
   float* entropy;              // (batch, q_heads, q_len), adaptive only
   int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, adaptive only
   const double* budget;        // (batch, q_heads, q_len): samples of each row, adaptive only
@@ -106,6 +107,12 @@ struct ValueClusters {
 };
 void cluster_values(Status& status, const AttentionJob& job, const ValueClusters& clusters, void* stream);
 size_t value_tree_scratch_bytes(const AttentionJob& job);
+
+// row_sweep.cu: a pass of `stratified` or `adaptive` in half types, whose tiles have kSweepRows rows, heads up to kSweepSize,
+// a multiple of kSweepStep.
+constexpr int kSweepRows = 64, kSweepSize = 128, kSweepStep = 8;
+void sweep_rows(Status& status, const RowWork& work, void* stream);
+size_t sweep_shared_bytes(const QuantumAttentionParams& p);
 
 // row_budget.cu: the samples of every row of `adaptive`, from entropies and numbers of allowed keys.
 void share_budget(Status& status, const RowWork& work, double* budget, void* stream);

@@ -133,6 +133,19 @@ def test_sampled(device, case, strategy, control_variate, dtype):
     assert_close(attention(device, feeds, dtype, SEED, attributes)["Y"], want, dtype, "Y", flips)
 
 
+@pytest.mark.parametrize("control_variate", [0, 1])
+@pytest.mark.parametrize("strategy", ["stratified", "adaptive"])
+@pytest.mark.parametrize("case", FULL_TILES, ids=ids)
+def test_sampled_in_full_tiles(device, case, strategy, control_variate):
+    """Tiles of the matrix units in which scores are computed once for every pass."""
+    dtype = "bfloat16" if control_variate else "float16"
+    feeds = rounded(case.inputs(), dtype)
+    attributes = case.all_attributes(strategy=strategy, num_samples=45, control_variate=control_variate, layer=3)
+    want = run_ref(feeds, dtype, SEED, attributes)["Y"]
+    flips = allowed_flips(case.batch * case.q_heads * case.q_len, 45, case.past_len + case.kv_len)
+    assert_close(attention(device, feeds, dtype, SEED, attributes)["Y"], want, dtype, "Y", flips)
+
+
 @pytest.mark.parametrize(
     ("device", "case", "strategy", "mode"),
     split(
