@@ -97,9 +97,9 @@ inline RowPlan plan_rows(const AttentionJob& job) {
   plan.count = take(clustered, kv * sizeof(int32_t));
   plan.tree = take(clustered, clustered ? value_tree_scratch_bytes(job) : 0);
   plan.entropy = take(adaptive, all_rows * sizeof(float));
-  plan.allowed = take(adaptive, all_rows * sizeof(int32_t));
+  plan.allowed = take(adaptive || plan.sweeps, all_rows * sizeof(int32_t));
   plan.budget = take(adaptive, all_rows * sizeof(double));
-  plan.sums = take(adaptive && plan.sweeps, all_rows * sizeof(float4));
+  plan.sums = take(plan.sweeps, all_rows * sizeof(float4));
   plan.rows = take(!plan.shared_rows, static_cast<size_t>(plan.blocks * plan.tile_rows * row));
   return plan;
 }

@@ -2,7 +2,7 @@
 // them down and to read them again, and tiles may be as large as they like.
 #pragma once
 
-#include "mma.cuh"
+#include "base2.cuh"
 #include "row_chunk.cuh"
 #include "row_select.cuh"
 
@@ -13,15 +13,11 @@ constexpr int kSweepWarps = 4, kSweepThreads = kSweepWarps * kWarp;
 constexpr int kUnitRows = 16;   // query rows of a warp
 constexpr int kSweepKeys = 64;  // keys in shared memory at a time, twice
 constexpr int kPartKeys = 32;   // that a warp takes at a time
-constexpr int kRun = 8;         // keys one behind the other of which a lane has the scores
+constexpr int kLaneKeys = 8;         // keys one behind the other of which a lane has the scores
 static_assert(kSweepRows == kSweepWarps * kUnitRows, "a tile is what a block takes");
-constexpr float kLog2E = 1.4426950408889634f;
 
-// Two query rows of a lane: row lane / 4 of its warp and the one 8 behind it. Four lanes share a row.
-struct SweepRow {
-  int32_t head, query, lo, hi;  // its keys [lo, hi)
-  bool real;                    // not behind the last row
-};
+// A lane has two query rows: row lane / 4 of its warp and the one 8 behind it. Four lanes share a row.
+__device__ __forceinline__ int own_row(int r) { return static_cast<int>(threadIdx.x) / 4 % 8 + 8 * r; }
 
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kFullWarp, x, 1);
@@ -36,95 +32,99 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
-// What the mask adds to the scores of keys j .. j + kRun, those within [lo, hi).
+// What the mask adds to the scores of keys j .. j + kLaneKeys, those within [lo, hi).
 template <class T>
-__device__ __forceinline__ void load_run(float (&bias)[kRun], const T* from, int32_t j, int32_t lo, int32_t hi) {
+__device__ __forceinline__ void load_biases(float (&bias)[kLaneKeys], const T* from, int32_t j, int32_t lo, int32_t hi) {
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) bias[i] = j + i >= lo && j + i < hi ? to_float(from[j + i]) : -kInf;
+  for (int i = 0; i < kLaneKeys; ++i) bias[i] = j + i >= lo && j + i < hi ? to_float(from[j + i]) : -kInf;
 }
-__device__ __forceinline__ void load_bias(float (&bias)[kRun], const AttentionMask& mask, int64_t b, const SweepRow& row,
+__device__ __forceinline__ void load_bias(float (&bias)[kLaneKeys], const AttentionMask& mask, int64_t b, const TileRow& row,
                                           int32_t j) {
   const int64_t at = b * mask.batch_stride + row.head * mask.head_stride + row.query * mask.query_stride;
   switch (mask.type) {
     case DType::boolean: {
       const uint8_t* allowed = static_cast<const uint8_t*>(mask.data) + at;
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) bias[i] = j + i >= row.lo && j + i < row.hi && allowed[j + i] ? 0.0f : -kInf;
+      for (int i = 0; i < kLaneKeys; ++i) bias[i] = j + i >= row.lo && j + i < row.hi && allowed[j + i] ? 0.0f : -kInf;
       return;
     }
     case DType::f16:
-      return load_run(bias, static_cast<const __half*>(mask.data) + at, j, row.lo, row.hi);
+      return load_biases(bias, static_cast<const __half*>(mask.data) + at, j, row.lo, row.hi);
     case DType::bf16:
-      return load_run(bias, static_cast<const __nv_bfloat16*>(mask.data) + at, j, row.lo, row.hi);
+      return load_biases(bias, static_cast<const __nv_bfloat16*>(mask.data) + at, j, row.lo, row.hi);
     default:
-      return load_run(bias, static_cast<const float*>(mask.data) + at, j, row.lo, row.hi);
+      return load_biases(bias, static_cast<const float*>(mask.data) + at, j, row.lo, row.hi);
   }
-}
-
-// The lowest number, which masks hold, times log2(e) is none.
-__device__ __forceinline__ float finite(float x) {
-  constexpr float kLargest = 3.402823466e+38f;
-  return x < -kLargest ? -kLargest : x > kLargest ? kLargest : x;
 }
 
 // A tile of kSweepRows query rows of one kv head, in heads of up to kSize. All threads of the block have one.
 template <class T, int kSize>
 struct Sweep {
   const AttentionJob& job;
+  TileRow* row;  // shared: the rows of the warp; behind the last one, such without keys, of head -1
+  T* k;          // shared: (2, kSweepKeys, kSize)
+  float* lent;   // shared: (2, kSweepKeys), the norms of these keys
   JoinedRows<T> keys;
-  const float* norm;  // of the keys, or null
-  T* k;               // shared: (2, kSweepKeys, kSize)
-  float* lent;        // shared: (2, kSweepKeys), the norms of these keys
+  const float* norm;                // of the keys, or null
   int32_t batch, kv_head;
-  int32_t begin, end;              // keys of the tile; `begin` is a multiple of 4
-  int32_t first, last;             // keys of the warp
+  int32_t begin, end;               // keys of the tile; `begin` is a multiple of 4
+  int32_t first, last;              // keys of the warp
   int32_t inner_first, inner_last;  // keys that all rows of the warp may attend to
-  float scale;                     // to logarithms of base 2
-  SweepRow row[2];
   uint32_t q[kSize / 16][4];
 
   static constexpr size_t kKeyBytes = size_t{2} * kSweepKeys * kSize * sizeof(T);
-  static constexpr size_t kSharedBytes = kKeyBytes + 2 * kSweepKeys * sizeof(float);
+  static constexpr size_t kLentBytes = 2 * kSweepKeys * sizeof(float);
+  static constexpr size_t kSharedBytes = kKeyBytes + kLentBytes + kSweepRows * sizeof(TileRow) + kWarp * sizeof(int32_t);
 
-  // Tile number t of the call. `parts`: kWarp ints of shared memory.
-  __device__ __forceinline__ Sweep(const RowWork& work, int64_t t, char* memory, int32_t* parts)
+  // Tile number t of the call.
+  __device__ __forceinline__ Sweep(const RowWork& work, int64_t t, char* memory)
       : job(work.job), k(reinterpret_cast<T*>(memory)), lent(reinterpret_cast<float*>(memory + kKeyBytes)) {
     const QuantumAttentionParams& p = job.params;
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    row = reinterpret_cast<TileRow*>(memory + kKeyBytes + kLentBytes) + warp * kUnitRows;
+    int32_t* parts = reinterpret_cast<int32_t*>(row + (kSweepWarps - warp) * kUnitRows);
     const int64_t rows = job.group * p.q_len, of_head = ceil_div<int64_t>(rows, kSweepRows), kv = t / of_head;
     // With `is_causal` the last rows have the most keys; they go first.
     const int64_t tile = p.is_causal ? of_head - 1 - t % of_head : t % of_head;
     batch = static_cast<int32_t>(kv / p.kv_heads), kv_head = static_cast<int32_t>(kv % p.kv_heads);
     keys = joined_rows<T>(job, false, batch, kv_head);
     norm = work.value_norm ? work.value_norm + kv * norm_pitch(job) : nullptr;
-    scale = p.scale * kLog2E;
     const int32_t all = static_cast<int32_t>(job.total_len);
     int32_t low = all, high = 0, inner_low = 0, inner_high = all;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t at = tile * kSweepRows + warp * kUnitRows + lane / 4 + 8 * r;
-      row[r].real = at < rows;
-      const int64_t own = row[r].real ? at : 0;
-      row[r].head = static_cast<int32_t>(kv_head * job.group + own / p.q_len);
-      row[r].query = static_cast<int32_t>(own % p.q_len);
-      const KeyRange range = key_range(job, batch, row[r].query);
-      row[r].lo = static_cast<int32_t>(range.lo), row[r].hi = static_cast<int32_t>(range.hi);
-      if (row[r].real && row[r].hi > row[r].lo) low = min(low, row[r].lo), high = max(high, row[r].hi);
-      if (row[r].real) inner_low = max(inner_low, row[r].lo), inner_high = min(inner_high, row[r].hi);
-      load_query(r);
+    const int64_t at = tile * kSweepRows + warp * kUnitRows + lane;
+    if (lane < kUnitRows) {
+      TileRow own{-1, 0, 0, 0};
+      if (at < rows) {
+        own.head = static_cast<int32_t>(kv_head * job.group + at / p.q_len), own.query = static_cast<int32_t>(at % p.q_len);
+        const KeyRange range = key_range(job, batch, own.query);
+        inner_low = own.lo = static_cast<int32_t>(range.lo), inner_high = own.hi = static_cast<int32_t>(range.hi);
+        if (own.hi > own.lo) low = own.lo, high = own.hi;
+      }
+      row[lane] = own;
     }
     first = -warp_max(-low), last = warp_max(high);
     inner_first = warp_max(inner_low), inner_last = -warp_max(-inner_high);
-    begin = -block_max(-low, parts) / 4 * 4, end = block_max(high, parts);
+    begin = -block_max(-low, parts) / 4 * 4, end = block_max(high, parts);  // behind it, all see the rows
+#pragma unroll
+    for (int r = 0; r < 2; ++r) load_query(r);
   }
+
+  // Where what is kept of row r of the lane lies, (batch, q_heads, q_len); of one that is not there at the first of all.
+  __device__ __forceinline__ int64_t place_of(int r) const {
+    const TileRow own = row[own_row(r)];
+    return (int64_t{batch} * job.params.q_heads + max(own.head, 0)) * job.params.q_len + own.query;
+  }
+  __device__ __forceinline__ bool real(int r) const { return row[own_row(r)].head >= 0; }
 
   // The fragments of row r: zeros where there is none, and behind the head size.
   __device__ __forceinline__ void load_query(int r) {
-    const T* from = row_of<T>(job.tensors.q, batch, row[r].head, row[r].query);
+    const TileRow own = row[own_row(r)];
+    const T* from = row_of<T>(job.tensors.q, batch, max(own.head, 0), own.query);
 #pragma unroll
     for (int i = 0; i < kSize / 8; ++i) {
       const int x = 8 * i + static_cast<int>(threadIdx.x) % 4 * 2;
-      q[i / 2][i % 2 * 2 + r] = row[r].real && x < job.params.head_size ? *reinterpret_cast<const uint32_t*>(from + x) : 0u;
+      const bool there = own.head >= 0 && x < job.params.head_size;
+      q[i / 2][i % 2 * 2 + r] = there ? *reinterpret_cast<const uint32_t*>(from + x) : 0u;
     }
   }
 
@@ -132,21 +132,21 @@ struct Sweep {
   // are the keys from j0 + 8 a on.
   static __device__ __forceinline__ int slot(int key) {
     const int own = key % kPartKeys;
-    return key - own + own % kRun / 2 * 8 + own / kRun * 2 + own % 2;
+    return key - own + own % kLaneKeys / 2 * 8 + own / kLaneKeys * 2 + own % 2;
   }
   // Where 8 elements of the key of a slot lie: eight slots, the same elements of each, in different banks.
-  static __device__ __forceinline__ int place(int slot, int chunk) { return slot * kSize + ((chunk ^ slot % 8) * 8); }
+  static __device__ __forceinline__ int chunk_of(int slot, int chunk) { return slot * kSize + ((chunk ^ slot % 8) * 8); }
 
   __device__ __forceinline__ void stage(int32_t j0, int buffer) const {
     constexpr int kChunks = kSize / kChunkRow, kAtOnce = kSweepThreads / kChunks;
     const int thread = static_cast<int>(threadIdx.x), chunk = thread % kChunks;
     const bool wanted = chunk * kChunkRow < job.params.head_size;
     T* to = k + buffer * kSweepKeys * kSize;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kSweepKeys / kAtOnce; ++i) {
       const int key = thread / kChunks + i * kAtOnce;
       const bool valid = wanted && j0 + key < end;
-      cp_async_16(to + place(slot(key), chunk), keys.row(valid ? j0 + key : begin) + (valid ? chunk * kChunkRow : 0), valid);
+      cp_async_16(to + chunk_of(slot(key), chunk), keys.row(valid ? j0 + key : begin) + (valid ? chunk * kChunkRow : 0), valid);
     }
     if (norm && thread < kSweepKeys / 4) {
       const int32_t j = j0 + 4 * thread;
@@ -155,22 +155,23 @@ struct Sweep {
   }
 
   // t[r][i] = the score of row r and key j + i times log2(e), -inf where r does not attend to it.
-  __device__ __forceinline__ void restrict_scores(float (&t)[2][kRun], int32_t j) const {
+  __device__ __forceinline__ void restrict_scores(float (&t)[2][kLaneKeys], int32_t j) const {
     const float cap = job.params.softcap;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const TileRow own = row[own_row(r)];
       if (cap > 0.0f) {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) t[r][i] = tanhf(t[r][i] / kLog2E / cap) * cap * kLog2E;
+        for (int i = 0; i < kLaneKeys; ++i) t[r][i] = capped_score(t[r][i], cap, 2.0f / cap);
       }
       if (job.tensors.mask.data) {
-        float bias[kRun];
-        load_bias(bias, job.tensors.mask, batch, row[r], j);
+        float bias[kLaneKeys];
+        load_bias(bias, job.tensors.mask, batch, own, j);
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) t[r][i] = bias[i] == -kInf ? -kInf : t[r][i] + finite(bias[i] * kLog2E);
+        for (int i = 0; i < kLaneKeys; ++i) t[r][i] = bias[i] == -kInf ? -kInf : t[r][i] + base2_bias(bias[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) t[r][i] = j + i >= row[r].lo && j + i < row[r].hi ? t[r][i] : -kInf;
+        for (int i = 0; i < kLaneKeys; ++i) t[r][i] = j + i >= own.lo && j + i < own.hi ? t[r][i] : -kInf;
       }
     }
   }
@@ -180,6 +181,7 @@ struct Sweep {
   template <class Visit>
   __device__ __forceinline__ void run(bool careful, const Visit& visit) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const float scale = job.params.scale * kLog2E;
     const bool always = careful || job.params.softcap > 0.0f || job.tensors.mask.data;
     if (begin < end) stage(begin, 0);
     cp_async_commit();
@@ -191,17 +193,17 @@ struct Sweep {
       __syncthreads();
 #pragma unroll 1
       for (int part = 0; part < kSweepKeys; part += kPartKeys) {
-        const int32_t from = j0 + part, j = from + lane % 4 * kRun;
+        const int32_t from = j0 + part, j = from + lane % 4 * kLaneKeys;
         if (from >= last || from + kPartKeys <= first) continue;
         const T* own = k + (buffer * kSweepKeys + part) * kSize;
-        float t[2][kRun];
+        float t[2][kLaneKeys];
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
           float c[4] = {};
 #pragma unroll
           for (int x = 0; x < kSize / 32; ++x) {
             uint32_t b[4];
-            ldmatrix_x4(b, own + place(u * 8 + lane % 8, 4 * x + lane / 8));
+            ldmatrix_x4(b, own + chunk_of(u * 8 + lane % 8, 4 * x + lane / 8));
             mma_16816<T>(c, q[2 * x], {b[0], b[1]});
             mma_16816<T>(c, q[2 * x + 1], {b[2], b[3]});
           }
@@ -210,8 +212,8 @@ struct Sweep {
         }
         const bool plain = !always && from >= inner_first && from + kPartKeys <= inner_last;
         if (!plain) restrict_scores(t, j);
-        float norms[kRun];
-        const float4* lend = reinterpret_cast<const float4*>(lent + buffer * kSweepKeys + part + lane % 4 * kRun);
+        float norms[kLaneKeys];
+        const float4* lend = reinterpret_cast<const float4*>(lent + buffer * kSweepKeys + part + lane % 4 * kLaneKeys);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float4 x = norm ? lend[i] : make_float4(1.0f, 1.0f, 1.0f, 1.0f);

@@ -15,7 +15,7 @@ constexpr int kRowThreads = kTileRows * kWarp;
 
 enum class RowPass : int32_t {
   output,   // the strategy's output, and qk_matmul_output if it is wanted
-  entropy,  // of every row, and how many keys it attends to
+  sums,     // of every row: its entropy, and how many keys it attends to
   scores,   // qk_matmul_output alone
 };
 
@@ -28,9 +28,9 @@ struct RowWork {
   const float* value_mean;     // (batch, kv_heads, v_head_size), or null
   const int32_t* value_order;  // of ValueClusters, or null
   const float* value_centre;   // of ValueClusters, or null
-  float4* sums;                // (batch, q_heads, q_len): what row_sweep.cu keeps from one pass to the next, adaptive only
   float* entropy;              // (batch, q_heads, q_len), adaptive only
-  int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, adaptive only
+  int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, from the pass for sums
+  float4* sums;                // (batch, q_heads, q_len): what else row_sweep.cu keeps from that pass
   const double* budget;        // (batch, q_heads, q_len): samples of each row, adaptive only
   float* rows;                 // (blocks, tile_rows, row_pitch): scores, or null: they are in shared memory
   int64_t tiles;
