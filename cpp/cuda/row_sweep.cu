@@ -22,7 +22,8 @@ struct RowSums {
     if (most != -kInf) weighted.total -= step * sum.all();
     largest *= shrink, most = to;
   }
-  __device__ __forceinline__ void add(const float (&t)[kLaneKeys], const float (&norms)[kLaneKeys], bool plain, bool entropy) {
+  __device__ __forceinline__ void add(const float (&t)[kLaneKeys], const float (&norms)[kLaneKeys], bool plain,
+                                      bool entropy) {
     float high = most;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) high = fmaxf(high, t[i]);
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kSweepThreads, kSize == 64 ? 4 : 2) sum_kernel
   bool careful = false, odd;
   do {
     RowSums own[2];
-    sweep.run(careful, [&](int32_t, const float(&t)[2][kLaneKeys], const float(&norms)[kLaneKeys], bool plain) {
+    sweep.run(careful, [&](int32_t, const float (&t)[2][kLaneKeys], const float (&norms)[kLaneKeys], bool plain) {
       own[0].add(t[0], norms, plain, entropy);
       own[1].add(t[1], norms, plain, entropy);
     });
@@ -117,7 +118,7 @@ __device__ __forceinline__ void inclusion_factors(const S& sweep, bool careful, 
   while (__syncthreads_or(active[0] || active[1])) {
     PartSum others[2];
     int count[2] = {};
-    sweep.run(careful, [&](int32_t, const float(&t)[2][kLaneKeys], const float(&norms)[kLaneKeys], bool plain) {
+    sweep.run(careful, [&](int32_t, const float (&t)[2][kLaneKeys], const float (&norms)[kLaneKeys], bool plain) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float left = 0.0f;
@@ -156,7 +157,7 @@ struct Drawn {
 
   // All that wait, of all rows of the warp.
   __device__ __forceinline__ void flush() {
-    const JoinedRows<T> values = joined_rows<T>(sweep.job, true, sweep.batch, sweep.kv_head);
+    const JoinedRows<T> values = joined_rows<T>(sweep.job, true, sweep.tile->batch, sweep.tile->kv_head);
     const int lane = static_cast<int>(threadIdx.x) % kWarp, x = lane % kLanes * kChunkRow;
     __syncwarp();
 #pragma unroll 1
@@ -211,7 +212,7 @@ __device__ __forceinline__ void choose(const S& sweep, bool careful, const float
     cumulative[r] = static_cast<uint32_t>(kOne - 1) - offset[r];
     scale[r] = inverse[r] * kOneF, factor[r] = scale[r] * c[r];
   }
-  sweep.run(careful, [&](int32_t j, const float(&t)[2][kLaneKeys], const float(&norms)[kLaneKeys], bool plain) {
+  sweep.run(careful, [&](int32_t j, const float (&t)[2][kLaneKeys], const float (&norms)[kLaneKeys], bool plain) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float e[kLaneKeys];
@@ -272,8 +273,7 @@ __global__ void __launch_bounds__(kSweepThreads, kSize == 64 ? 4 : 2) draw_kerne
     return row;
   };
   const auto samples_of = [&](int r) {
-    return work.budget ? work.budget[sweep.place_of(r)]
-                       : static_cast<double>(work.samples.of(max(sweep.row[own_row(r)].head, 0)));
+    return work.budget ? work.budget[sweep.place_of(r)] : static_cast<double>(work.samples.of(max(sweep.row(r).head, 0)));
   };
   Drawn<T, kSize> drawn{sweep, lists + warp * kUnitRows * kDrawn, out, size, {}, {}};
   {
@@ -284,13 +284,13 @@ __global__ void __launch_bounds__(kSweepThreads, kSize == 64 ? 4 : 2) draw_kerne
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row[r] = summed(r);
-      const TileRow own = sweep.row[own_row(r)];
+      const TileRow own = sweep.row(r);
       const double samples = samples_of(r);
       const bool some = own.head >= 0 && row[r].sum > 0.0f, all = samples >= row[r].allowed;
       careful = careful || row[r].odd() || all || !some;
       budget[r] = all || !some ? 0.0f : static_cast<float>(samples);
       c[r] = all ? kInf : 1.0f, origin[r] = some ? row[r].origin : kInf, inverse[r] = row[r].inverse;
-      const uint32_t head = static_cast<uint32_t>(sweep.batch * p.q_heads + own.head);
+      const uint32_t head = static_cast<uint32_t>(sweep.tile->batch * p.q_heads + own.head);
       const PhiloxBlock counter{{p.layer, head, static_cast<uint32_t>(own.query), 0u}};
       offset[r] = philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), counter).word[0] >> 8;
     }
@@ -301,15 +301,16 @@ __global__ void __launch_bounds__(kSweepThreads, kSize == 64 ? 4 : 2) draw_kerne
     choose(sweep, careful, origin, inverse, c, offset, drawn);
   }
 
-  const float* mean = work.value_mean ? work.value_mean + (int64_t{sweep.batch} * p.kv_heads + sweep.kv_head) * size : nullptr;
+  const float* mean =
+      work.value_mean ? work.value_mean + (int64_t{sweep.tile->batch} * p.kv_heads + sweep.tile->kv_head) * size : nullptr;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float w = quad_sum(drawn.weight[r]), factor = w == 0.0f ? 0.0f : 1.0f / w;
-    const TileRow place = sweep.row[own_row(r)];
+    const TileRow place = sweep.row(r);
     if (place.head < 0) continue;
     const SummedRow row = summed(r);
     const bool nan = row.sum != row.sum, around = mean && samples_of(r) < row.allowed;
-    T* y = output_row<T>(job, sweep.batch, place.head, place.query);
+    T* y = output_row<T>(job, sweep.tile->batch, place.head, place.query);
     const float* own = out + own_row(r) * size;
     for (int x = lane % 4; x < size; x += 4) {
       const float value = around ? mean[x] * (1.0f - w) + own[x] : own[x] * factor;

@@ -13,7 +13,7 @@ constexpr int kSweepWarps = 4, kSweepThreads = kSweepWarps * kWarp;
 constexpr int kUnitRows = 16;   // query rows of a warp
 constexpr int kSweepKeys = 64;  // keys in shared memory at a time, twice
 constexpr int kPartKeys = 32;   // that a warp takes at a time
-constexpr int kLaneKeys = 8;         // keys one behind the other of which a lane has the scores
+constexpr int kLaneKeys = 8;    // keys one behind the other of which a lane has the scores
 static_assert(kSweepRows == kSweepWarps * kUnitRows, "a tile is what a block takes");
 
 // A lane has two query rows: row lane / 4 of its warp and the one 8 behind it. Four lanes share a row.
@@ -57,41 +57,46 @@ __device__ __forceinline__ void load_bias(float (&bias)[kLaneKeys], const Attent
   }
 }
 
+// What registers have no room for, in shared memory.
+template <class T>
+struct SweepTile {
+  JoinedRows<T> keys;
+  const float* norm;  // of the keys, or null
+  int32_t batch, kv_head;
+  int32_t begin, end;  // keys of the tile; `begin` is a multiple of 4
+  int32_t parts[kWarp];
+  int4 range[kSweepWarps];   // keys [x, y) of a warp, and [z, w) that all of its rows may attend to
+  TileRow rows[kSweepRows];  // behind the last one, such without keys, of head -1
+};
+
 // A tile of kSweepRows query rows of one kv head, in heads of up to kSize. All threads of the block have one.
 template <class T, int kSize>
 struct Sweep {
   const AttentionJob& job;
-  TileRow* row;  // shared: the rows of the warp; behind the last one, such without keys, of head -1
-  T* k;          // shared: (2, kSweepKeys, kSize)
-  float* lent;   // shared: (2, kSweepKeys), the norms of these keys
-  JoinedRows<T> keys;
-  const float* norm;                // of the keys, or null
-  int32_t batch, kv_head;
-  int32_t begin, end;               // keys of the tile; `begin` is a multiple of 4
-  int32_t first, last;              // keys of the warp
-  int32_t inner_first, inner_last;  // keys that all rows of the warp may attend to
+  SweepTile<T>* tile;  // shared
+  T* k;                // shared: (2, kSweepKeys, kSize)
+  float* lent;         // shared: (2, kSweepKeys), the norms of these keys
   uint32_t q[kSize / 16][4];
 
   static constexpr size_t kKeyBytes = size_t{2} * kSweepKeys * kSize * sizeof(T);
   static constexpr size_t kLentBytes = 2 * kSweepKeys * sizeof(float);
-  static constexpr size_t kSharedBytes = kKeyBytes + kLentBytes + kSweepRows * sizeof(TileRow) + kWarp * sizeof(int32_t);
+  static constexpr size_t kSharedBytes = kKeyBytes + kLentBytes + sizeof(SweepTile<T>);
 
   // Tile number t of the call.
   __device__ __forceinline__ Sweep(const RowWork& work, int64_t t, char* memory)
-      : job(work.job), k(reinterpret_cast<T*>(memory)), lent(reinterpret_cast<float*>(memory + kKeyBytes)) {
+      : job(work.job),
+        tile(reinterpret_cast<SweepTile<T>*>(memory + kKeyBytes + kLentBytes)),
+        k(reinterpret_cast<T*>(memory)),
+        lent(reinterpret_cast<float*>(memory + kKeyBytes)) {
     const QuantumAttentionParams& p = job.params;
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-    row = reinterpret_cast<TileRow*>(memory + kKeyBytes + kLentBytes) + warp * kUnitRows;
-    int32_t* parts = reinterpret_cast<int32_t*>(row + (kSweepWarps - warp) * kUnitRows);
     const int64_t rows = job.group * p.q_len, of_head = ceil_div<int64_t>(rows, kSweepRows), kv = t / of_head;
     // With `is_causal` the last rows have the most keys; they go first.
-    const int64_t tile = p.is_causal ? of_head - 1 - t % of_head : t % of_head;
-    batch = static_cast<int32_t>(kv / p.kv_heads), kv_head = static_cast<int32_t>(kv % p.kv_heads);
-    keys = joined_rows<T>(job, false, batch, kv_head);
-    norm = work.value_norm ? work.value_norm + kv * norm_pitch(job) : nullptr;
+    const int64_t number = p.is_causal ? of_head - 1 - t % of_head : t % of_head;
+    const int32_t batch = static_cast<int32_t>(kv / p.kv_heads), kv_head = static_cast<int32_t>(kv % p.kv_heads);
     const int32_t all = static_cast<int32_t>(job.total_len);
     int32_t low = all, high = 0, inner_low = 0, inner_high = all;
-    const int64_t at = tile * kSweepRows + warp * kUnitRows + lane;
+    const int64_t at = number * kSweepRows + warp * kUnitRows + lane;
     if (lane < kUnitRows) {
       TileRow own{-1, 0, 0, 0};
       if (at < rows) {
@@ -100,26 +105,36 @@ struct Sweep {
         inner_low = own.lo = static_cast<int32_t>(range.lo), inner_high = own.hi = static_cast<int32_t>(range.hi);
         if (own.hi > own.lo) low = own.lo, high = own.hi;
       }
-      row[lane] = own;
+      tile->rows[warp * kUnitRows + lane] = own;
     }
-    first = -warp_max(-low), last = warp_max(high);
-    inner_first = warp_max(inner_low), inner_last = -warp_max(-inner_high);
-    begin = -block_max(-low, parts) / 4 * 4, end = block_max(high, parts);  // behind it, all see the rows
+    low = -warp_max(-low), high = warp_max(high), inner_low = warp_max(inner_low), inner_high = -warp_max(-inner_high);
+    tile->range[warp] = {low, high, inner_low, inner_high};
+    low = -block_max(-low, tile->parts), high = block_max(high, tile->parts);
+    if (threadIdx.x == 0) {
+      tile->keys = joined_rows<T>(job, false, batch, kv_head);
+      tile->norm = work.value_norm ? work.value_norm + kv * norm_pitch(job) : nullptr;
+      tile->batch = batch, tile->kv_head = kv_head, tile->begin = low / 4 * 4, tile->end = high;
+    }
+    __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; ++r) load_query(r);
   }
 
+  // Row r of the lane.
+  __device__ __forceinline__ const TileRow& row(int r) const {
+    return tile->rows[static_cast<int>(threadIdx.x) / kWarp * kUnitRows + own_row(r)];
+  }
   // Where what is kept of row r of the lane lies, (batch, q_heads, q_len); of one that is not there at the first of all.
   __device__ __forceinline__ int64_t place_of(int r) const {
-    const TileRow own = row[own_row(r)];
-    return (int64_t{batch} * job.params.q_heads + max(own.head, 0)) * job.params.q_len + own.query;
+    const TileRow own = row(r);
+    return (int64_t{tile->batch} * job.params.q_heads + max(own.head, 0)) * job.params.q_len + own.query;
   }
-  __device__ __forceinline__ bool real(int r) const { return row[own_row(r)].head >= 0; }
+  __device__ __forceinline__ bool real(int r) const { return row(r).head >= 0; }
 
   // The fragments of row r: zeros where there is none, and behind the head size.
   __device__ __forceinline__ void load_query(int r) {
-    const TileRow own = row[own_row(r)];
-    const T* from = row_of<T>(job.tensors.q, batch, max(own.head, 0), own.query);
+    const TileRow own = row(r);
+    const T* from = row_of<T>(job.tensors.q, tile->batch, max(own.head, 0), own.query);
 #pragma unroll
     for (int i = 0; i < kSize / 8; ++i) {
       const int x = 8 * i + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -141,13 +156,17 @@ struct Sweep {
     constexpr int kChunks = kSize / kChunkRow, kAtOnce = kSweepThreads / kChunks;
     const int thread = static_cast<int>(threadIdx.x), chunk = thread % kChunks;
     const bool wanted = chunk * kChunkRow < job.params.head_size;
+    const JoinedRows<T> keys = tile->keys;
+    const int32_t begin = tile->begin, end = tile->end;
     T* to = k + buffer * kSweepKeys * kSize;
 #pragma unroll 1
     for (int i = 0; i < kSweepKeys / kAtOnce; ++i) {
       const int key = thread / kChunks + i * kAtOnce;
       const bool valid = wanted && j0 + key < end;
-      cp_async_16(to + chunk_of(slot(key), chunk), keys.row(valid ? j0 + key : begin) + (valid ? chunk * kChunkRow : 0), valid);
+      cp_async_16(to + chunk_of(slot(key), chunk), keys.row(valid ? j0 + key : begin) + (valid ? chunk * kChunkRow : 0),
+                  valid);
     }
+    const float* norm = tile->norm;
     if (norm && thread < kSweepKeys / 4) {
       const int32_t j = j0 + 4 * thread;
       cp_async_16(lent + buffer * kSweepKeys + 4 * thread, norm + (j < end ? j : 0), j < end);
@@ -159,14 +178,14 @@ struct Sweep {
     const float cap = job.params.softcap;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const TileRow own = row[own_row(r)];
+      const TileRow own = row(r);
       if (cap > 0.0f) {
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i) t[r][i] = capped_score(t[r][i], cap, 2.0f / cap);
       }
       if (job.tensors.mask.data) {
         float bias[kLaneKeys];
-        load_bias(bias, job.tensors.mask, batch, own, j);
+        load_bias(bias, job.tensors.mask, tile->batch, own, j);
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i) t[r][i] = bias[i] == -kInf ? -kInf : t[r][i] + base2_bias(bias[i]);
       } else {
@@ -183,18 +202,20 @@ struct Sweep {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const float scale = job.params.scale * kLog2E;
     const bool always = careful || job.params.softcap > 0.0f || job.tensors.mask.data;
-    if (begin < end) stage(begin, 0);
+    const int32_t begin = tile->begin;
+    if (begin < tile->end) stage(begin, 0);
     cp_async_commit();
     int buffer = 0;
-    for (int32_t j0 = begin; j0 < end; j0 += kSweepKeys, buffer ^= 1) {
-      if (j0 + kSweepKeys < end) stage(j0 + kSweepKeys, buffer ^ 1);
+    for (int32_t j0 = begin; j0 < tile->end; j0 += kSweepKeys, buffer ^= 1) {
+      if (j0 + kSweepKeys < tile->end) stage(j0 + kSweepKeys, buffer ^ 1);
       cp_async_commit();
       cp_async_wait<1>();
       __syncthreads();
 #pragma unroll 1
       for (int part = 0; part < kSweepKeys; part += kPartKeys) {
         const int32_t from = j0 + part, j = from + lane % 4 * kLaneKeys;
-        if (from >= last || from + kPartKeys <= first) continue;
+        const int4 range = tile->range[static_cast<int>(threadIdx.x) / kWarp];
+        if (from >= range.y || from + kPartKeys <= range.x) continue;
         const T* own = k + (buffer * kSweepKeys + part) * kSize;
         float t[2][kLaneKeys];
 #pragma unroll
@@ -210,13 +231,13 @@ struct Sweep {
 #pragma unroll
           for (int i = 0; i < 4; ++i) t[i / 2][2 * u + i % 2] = c[i] * scale;
         }
-        const bool plain = !always && from >= inner_first && from + kPartKeys <= inner_last;
+        const bool plain = !always && from >= range.z && from + kPartKeys <= range.w;
         if (!plain) restrict_scores(t, j);
         float norms[kLaneKeys];
         const float4* lend = reinterpret_cast<const float4*>(lent + buffer * kSweepKeys + part + lane % 4 * kLaneKeys);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float4 x = norm ? lend[i] : make_float4(1.0f, 1.0f, 1.0f, 1.0f);
+          const float4 x = tile->norm ? lend[i] : make_float4(1.0f, 1.0f, 1.0f, 1.0f);
           norms[4 * i] = x.x, norms[4 * i + 1] = x.y, norms[4 * i + 2] = x.z, norms[4 * i + 3] = x.w;
         }
         visit(j, t, norms, plain);

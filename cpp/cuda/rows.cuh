@@ -14,9 +14,9 @@ constexpr int kTileRows = 16;  // at most: less where the scores of fewer rows f
 constexpr int kRowThreads = kTileRows * kWarp;
 
 enum class RowPass : int32_t {
-  output,   // the strategy's output, and qk_matmul_output if it is wanted
-  sums,     // of every row: its entropy, and how many keys it attends to
-  scores,   // qk_matmul_output alone
+  output,  // the strategy's output, and qk_matmul_output if it is wanted
+  sums,    // of every row: its entropy, and how many keys it attends to
+  scores,  // qk_matmul_output alone
 };
 
 // Passed to the kernels by value.
@@ -108,8 +108,8 @@ struct ValueClusters {
 void cluster_values(Status& status, const AttentionJob& job, const ValueClusters& clusters, void* stream);
 size_t value_tree_scratch_bytes(const AttentionJob& job);
 
-// row_sweep.cu: a pass of `stratified` or `adaptive` in half types, whose tiles have kSweepRows rows, heads up to kSweepSize,
-// a multiple of kSweepStep.
+// row_sweep.cu: a pass of `stratified` or `adaptive` in half types, whose tiles have kSweepRows rows, heads up to
+// kSweepSize, a multiple of kSweepStep.
 constexpr int kSweepRows = 64, kSweepSize = 128, kSweepStep = 8;
 void sweep_rows(Status& status, const RowWork& work, void* stream);
 size_t sweep_shared_bytes(const QuantumAttentionParams& p);
