@@ -48,13 +48,15 @@ inline bool joined_on_16_bytes(const AttentionJob& job, const HeadRows& fresh, c
   return rows_on_16_bytes(job, fresh) && (job.params.past_len == 0 || rows_on_16_bytes(job, past));
 }
 
-// Whether row_sweep.cu takes the rows: enough of one kv head to fill half a tile, in heads that it knows.
+// Whether row_sweep.cu takes the rows: enough of one kv head to fill half a tile, in heads that it knows, with bytes between
+// keys that 32 bits count.
 inline bool sweeps_rows(const AttentionJob& job, const Device& device) {
   const QuantumAttentionParams& p = job.params;
   const QuantumAttentionTensors& t = job.tensors;
   const auto known = [](int64_t size) { return size <= kSweepSize && size % kSweepStep == 0; };
+  const bool near = std::max(t.k.row_stride, job.params.past_len > 0 ? t.past_key.row_stride : 0) <= INT32_MAX / 2;
   const bool strategy = p.strategy == Strategy::stratified || p.strategy == Strategy::adaptive;
-  return strategy && !t.qk_matmul_output && p.type != DType::f32 && device.capability >= 80 && known(p.head_size) &&
+  return strategy && near && !t.qk_matmul_output && p.type != DType::f32 && device.capability >= 80 && known(p.head_size) &&
          known(p.v_head_size) && rows_on_16_bytes(job, t.q) && joined_on_16_bytes(job, t.k, t.past_key) &&
          joined_on_16_bytes(job, t.v, t.past_value) && job.group * p.q_len >= kSweepRows / 2 &&
          sweep_shared_bytes(p) <= static_cast<size_t>(device.shared_bytes);

@@ -215,15 +215,23 @@ __device__ __forceinline__ void choose(const S& sweep, bool careful, const float
   sweep.run(careful, [&](int32_t j, const float (&t)[2][kLaneKeys], const float (&norms)[kLaneKeys], bool plain) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float e[kLaneKeys];
+      float e[kLaneKeys], y[kLaneKeys];
       uint32_t f[kLaneKeys], own = 0;
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) {
         e[i] = fast_exp2(t[r][i] - origin[r]);
-        float y = e[i] * factor[r] * norms[i];
-        if (!plain) y = !(e[i] > 0.0f) ? 0.0f : factor[r] == kInf ? kOneF : y > 0.0f ? y : 0.0f;
-        // f_i = min(T, floor(y) + 1) where y = c x_i T > 0
-        f[i] = static_cast<uint32_t>(fminf(y, kOneF - 1.0f)) + min(__float_as_uint(y), 1u);
+        y[i] = e[i] * factor[r] * norms[i];  // c x_i T
+      }
+      if (!plain) {
+#pragma unroll
+        for (int i = 0; i < kLaneKeys; ++i) {
+          y[i] = !(e[i] > 0.0f) ? 0.0f : factor[r] == kInf ? kOneF : y[i] > 0.0f ? y[i] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) {
+        // f_i = min(T, floor(y) + 1) where y > 0
+        f[i] = static_cast<uint32_t>(fminf(y[i], kOneF - 1.0f)) + min(__float_as_uint(y[i]), 1u);
         own += f[i];
       }
       uint32_t reached = own, below = __shfl_up_sync(kFullWarp, reached, 1, 4);

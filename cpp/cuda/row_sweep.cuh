@@ -60,8 +60,9 @@ __device__ __forceinline__ void load_bias(float (&bias)[kLaneKeys], const Attent
 // What registers have no room for, in shared memory.
 template <class T>
 struct SweepTile {
-  JoinedRows<T> keys;
-  const float* norm;  // of the keys, or null
+  const char *past, *fresh;                // row 0 of K as if all lay there; those before `split` are in the past
+  const float* norm;                       // of the keys, or null
+  int32_t past_bytes, fresh_bytes, split;  // from row to row
   int32_t batch, kv_head;
   int32_t begin, end;  // keys of the tile; `begin` is a multiple of 4
   int32_t parts[kWarp];
@@ -111,7 +112,11 @@ struct Sweep {
     tile->range[warp] = {low, high, inner_low, inner_high};
     low = -block_max(-low, tile->parts), high = block_max(high, tile->parts);
     if (threadIdx.x == 0) {
-      tile->keys = joined_rows<T>(job, false, batch, kv_head);
+      const JoinedRows<T> keys = joined_rows<T>(job, false, batch, kv_head);
+      tile->past = reinterpret_cast<const char*>(keys.past), tile->split = keys.split;
+      tile->fresh = reinterpret_cast<const char*>(keys.fresh - keys.split * keys.fresh_stride);
+      tile->past_bytes = static_cast<int32_t>(keys.past_stride * sizeof(T));
+      tile->fresh_bytes = static_cast<int32_t>(keys.fresh_stride * sizeof(T));
       tile->norm = work.value_norm ? work.value_norm + kv * norm_pitch(job) : nullptr;
       tile->batch = batch, tile->kv_head = kv_head, tile->begin = low / 4 * 4, tile->end = high;
     }
@@ -145,30 +150,32 @@ struct Sweep {
 
   // Key j0 + 8 a + 2 u + b of kPartKeys (b < 2, u, a < 4) lies in column 2 a + b of product u, so that the columns of lane a
   // are the keys from j0 + 8 a on.
-  static __device__ __forceinline__ int slot(int key) {
-    const int own = key % kPartKeys;
-    return key - own + own % kLaneKeys / 2 * 8 + own / kLaneKeys * 2 + own % 2;
+  static __device__ __forceinline__ unsigned slot(unsigned key) {
+    return key / kPartKeys * kPartKeys + key / 2 % 4 * 8 + key / kLaneKeys % 4 * 2 + key % 2;
   }
   // Where 8 elements of the key of a slot lie: eight slots, the same elements of each, in different banks.
-  static __device__ __forceinline__ int chunk_of(int slot, int chunk) { return slot * kSize + ((chunk ^ slot % 8) * 8); }
+  static __device__ __forceinline__ unsigned chunk_of(unsigned slot, unsigned chunk) {
+    return slot * kSize + ((chunk ^ slot % 8) * 8);
+  }
 
   __device__ __forceinline__ void stage(int32_t j0, int buffer) const {
-    constexpr int kChunks = kSize / kChunkRow, kAtOnce = kSweepThreads / kChunks;
-    const int thread = static_cast<int>(threadIdx.x), chunk = thread % kChunks;
-    const bool wanted = chunk * kChunkRow < job.params.head_size;
-    const JoinedRows<T> keys = tile->keys;
-    const int32_t begin = tile->begin, end = tile->end;
+    constexpr unsigned kChunks = kSize / kChunkRow, kAtOnce = kSweepThreads / kChunks;
+    const unsigned thread = threadIdx.x, chunk = thread % kChunks;
+    const bool wanted = static_cast<int>(chunk) * kChunkRow < static_cast<int>(job.params.head_size);
+    const int32_t end = tile->end, split = tile->split;
+    const char* past = tile->past + (wanted ? chunk * 16 : 0);
+    const char* fresh = tile->fresh + (wanted ? chunk * 16 : 0);
     T* to = k + buffer * kSweepKeys * kSize;
-#pragma unroll 1
-    for (int i = 0; i < kSweepKeys / kAtOnce; ++i) {
-      const int key = thread / kChunks + i * kAtOnce;
-      const bool valid = wanted && j0 + key < end;
-      cp_async_16(to + chunk_of(slot(key), chunk), keys.row(valid ? j0 + key : begin) + (valid ? chunk * kChunkRow : 0),
-                  valid);
+#pragma unroll
+    for (unsigned i = 0; i < kSweepKeys / kAtOnce; ++i) {
+      const unsigned key = thread / kChunks + i * kAtOnce;
+      const int32_t j = min(j0 + static_cast<int32_t>(key), end - 1);
+      const char* from = (j < split ? past : fresh) + int64_t{j} * (j < split ? tile->past_bytes : tile->fresh_bytes);
+      cp_async_16(to + chunk_of(slot(key), chunk), from, wanted && j0 + static_cast<int32_t>(key) < end);
     }
     const float* norm = tile->norm;
     if (norm && thread < kSweepKeys / 4) {
-      const int32_t j = j0 + 4 * thread;
+      const int32_t j = j0 + 4 * static_cast<int32_t>(thread);
       cp_async_16(lent + buffer * kSweepKeys + 4 * thread, norm + (j < end ? j : 0), j < end);
     }
   }
