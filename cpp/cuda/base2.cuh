@@ -9,8 +9,6 @@
 namespace qexport {
 namespace cuda {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 // What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of
 // the cap.
 __device__ __forceinline__ float capped_score(float x, float cap, float two_over_cap) {
