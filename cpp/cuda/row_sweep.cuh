@@ -166,12 +166,14 @@ struct Sweep {
     const char* past = tile->past + (wanted ? chunk * 16 : 0);
     const char* fresh = tile->fresh + (wanted ? chunk * 16 : 0);
     T* to = k + buffer * kSweepKeys * kSize;
+    // Slots and places are made of the bits of a key and a chunk, each of which goes its own way.
+    const unsigned own = chunk_of(slot(thread / kChunks), chunk);
 #pragma unroll
     for (unsigned i = 0; i < kSweepKeys / kAtOnce; ++i) {
       const unsigned key = thread / kChunks + i * kAtOnce;
       const int32_t j = min(j0 + static_cast<int32_t>(key), end - 1);
       const char* from = (j < split ? past : fresh) + int64_t{j} * (j < split ? tile->past_bytes : tile->fresh_bytes);
-      cp_async_16(to + chunk_of(slot(key), chunk), from, wanted && j0 + static_cast<int32_t>(key) < end);
+      cp_async_16(to + (own ^ chunk_of(slot(i * kAtOnce), 0)), from, wanted && j0 + static_cast<int32_t>(key) < end);
     }
     const float* norm = tile->norm;
     if (norm && thread < kSweepKeys / 4) {
