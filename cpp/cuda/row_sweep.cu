@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kSweepThreads, kSize == 64 ? 4 : 2) draw_kerne
       row[r] = summed(r);
       const TileRow own = sweep.row(r);
       const double samples = samples_of(r);
-      const bool some = own.head >= 0 && row[r].sum > 0.0f, all = samples >= row[r].allowed;
-      careful = careful || (own.head >= 0 && (row[r].odd() || all || !some));
+      const bool real = own.head >= 0, some = real && row[r].sum > 0.0f, all = real && samples >= row[r].allowed;
+      careful = careful || (real && (row[r].odd() || all || !some));
       budget[r] = all || !some ? 0.0f : static_cast<float>(samples);
       c[r] = all ? kInf : 1.0f, origin[r] = some ? row[r].origin : kInf, inverse[r] = row[r].inverse;
       const uint32_t head = static_cast<uint32_t>(sweep.tile->batch * p.q_heads + own.head);
