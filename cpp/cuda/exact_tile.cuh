@@ -2,9 +2,6 @@
 // simt.cuh for a contiguous range of keys.
 #pragma once
 
-#include <cfloat>
-
-#include "attention.cuh"
 #include "flash.cuh"
 
 namespace qexport {
@@ -32,16 +29,6 @@ constexpr int kFar = 1 << 30;
 struct QueryPlace {
   int head, query;
 };
-
-// What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of
-// the cap.
-__device__ __forceinline__ float capped_score(float x, float cap, float two_over_cap) {
-  const float t = fast_exp2(fabsf(x) * -two_over_cap);
-  return copysignf(cap * kLog2E * __fdividef(1.0f - t, 1.0f + t), x);
-}
-
-// A bias in base 2. A finite one that is beyond float32 there does not shut its key out: it may be that of all keys.
-__device__ __forceinline__ float base2_bias(float x) { return x > -kInf ? fmaxf(x * kLog2E, -FLT_MAX) : -kInf; }
 
 // Without kMasked the call has no mask.
 template <class T_, int kQueries, int kKeys, bool kMasked>

@@ -3,8 +3,7 @@
 
 #include <type_traits>
 
-#include "attention.cuh"
-#include "mma.cuh"
+#include "base2.cuh"
 
 namespace qexport {
 namespace cuda {

@@ -32,8 +32,8 @@ inline int64_t row_pitch(const AttentionJob& job) {
 
 // Where everything lies in scratch, and how the kernel is launched.
 struct RowPlan {
-  size_t norm, mean, partial, order, count, centre, tree, entropy, allowed, budget, rows, total;
-  bool wide_keys, matrix_units, shared_rows, fits;
+  size_t norm, mean, partial, order, count, centre, tree, entropy, allowed, budget, sums, rows, total;
+  bool wide_keys, matrix_units, sweeps, shared_rows, fits;
   int64_t tile_rows, tiles, blocks;
   size_t shared_bytes;
 };
@@ -48,6 +48,20 @@ inline bool joined_on_16_bytes(const AttentionJob& job, const HeadRows& fresh, c
   return rows_on_16_bytes(job, fresh) && (job.params.past_len == 0 || rows_on_16_bytes(job, past));
 }
 
+// Whether row_sweep.cu takes the rows: enough of one kv head to fill half a tile, in heads that it knows, with bytes between
+// keys that 32 bits count.
+inline bool sweeps_rows(const AttentionJob& job, const Device& device) {
+  const QuantumAttentionParams& p = job.params;
+  const QuantumAttentionTensors& t = job.tensors;
+  const auto known = [](int64_t size) { return size <= kSweepSize && size % kSweepStep == 0; };
+  const bool near = std::max(t.k.row_stride, job.params.past_len > 0 ? t.past_key.row_stride : 0) <= INT32_MAX / 2;
+  const bool strategy = p.strategy == Strategy::stratified || p.strategy == Strategy::adaptive;
+  return strategy && near && !t.qk_matmul_output && p.type != DType::f32 && device.capability >= 80 && known(p.head_size) &&
+         known(p.v_head_size) && rows_on_16_bytes(job, t.q) && joined_on_16_bytes(job, t.k, t.past_key) &&
+         joined_on_16_bytes(job, t.v, t.past_value) && job.group * p.q_len >= kSweepRows / 2 &&
+         sweep_shared_bytes(p) <= static_cast<size_t>(device.shared_bytes);
+}
+
 inline RowPlan plan_rows(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
   Status status;
@@ -60,9 +74,10 @@ inline RowPlan plan_rows(const AttentionJob& job) {
   const size_t fixed = whole_lines(sizeof(RowTile)) + phase_bytes(p, plan.matrix_units);
   const int64_t row = row_pitch(job) * static_cast<int64_t>(sizeof(float));
   const int64_t fit = fixed < limit ? static_cast<int64_t>(limit - fixed) / row : 0;
-  plan.fits = fixed <= limit;
-  plan.shared_rows = fit >= kFewestRows;
-  plan.tile_rows = plan.shared_rows ? std::min<int64_t>(fit, kTileRows) : kTileRows;
+  plan.sweeps = sweeps_rows(job, device);
+  plan.fits = plan.sweeps || fixed <= limit;
+  plan.shared_rows = plan.sweeps || fit >= kFewestRows;
+  plan.tile_rows = plan.sweeps ? kSweepRows : plan.shared_rows ? std::min<int64_t>(fit, kTileRows) : kTileRows;
   plan.shared_bytes = fixed + (plan.shared_rows ? static_cast<size_t>(plan.tile_rows * row) : 0);
   plan.tiles = p.batch * p.kv_heads * ceil_div<int64_t>(job.group * p.q_len, plan.tile_rows);
   // Scores in global memory should stay in the second cache: no more of them than one block per multiprocessor has.
@@ -84,8 +99,9 @@ inline RowPlan plan_rows(const AttentionJob& job) {
   plan.count = take(clustered, kv * sizeof(int32_t));
   plan.tree = take(clustered, clustered ? value_tree_scratch_bytes(job) : 0);
   plan.entropy = take(adaptive, all_rows * sizeof(float));
-  plan.allowed = take(adaptive, all_rows * sizeof(int32_t));
+  plan.allowed = take(adaptive || plan.sweeps, all_rows * sizeof(int32_t));
   plan.budget = take(adaptive, all_rows * sizeof(double));
+  plan.sums = take(plan.sweeps, all_rows * sizeof(float4));
   plan.rows = take(!plan.shared_rows, static_cast<size_t>(plan.blocks * plan.tile_rows * row));
   return plan;
 }

@@ -73,7 +73,9 @@ struct PartSum {
     part += x;
     if (++terms % 8 == 0) total += part, part = 0.0f;
   }
-  __device__ __forceinline__ float warp() const { return warp_sum(total + part); }
+  __device__ __forceinline__ void scale(float factor) { total *= factor, part *= factor; }
+  __device__ __forceinline__ float all() const { return total + part; }
+  __device__ __forceinline__ float warp() const { return warp_sum(all()); }
 };
 
 // The scores of a row become e_i, and the other numbers of the Row are filled in. Returns its entropy in nats if asked for.

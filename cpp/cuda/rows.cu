@@ -50,8 +50,8 @@ __device__ __forceinline__ void finish_row(const RowWork& work, const RowTile& t
   row.e = scores + (start - tile.begin);
   row.n = own.hi > own.lo ? (own.hi + 3) / 4 * 4 - start : 0;
   row.norm = work.value_norm && work.pass == RowPass::output ? work.value_norm + kv * norm_pitch(job) + start : nullptr;
-  const float entropy = exponentiate(row, work.pass == RowPass::entropy);
-  if (work.pass == RowPass::entropy) {
+  const float entropy = exponentiate(row, work.pass == RowPass::sums);
+  if (work.pass == RowPass::sums) {
     if (lane_id() == 0) work.entropy[at] = entropy, work.allowed[at] = row.allowed;
     return;
   }
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
   float* phase = dynamic_shared<float>(whole_lines(sizeof(RowTile)));
   float* rows = work.rows ? work.rows + static_cast<int64_t>(blockIdx.x) * work.tile_rows * work.row_pitch
                           : phase + phase_bytes(p, work.matrix_units) / sizeof(float);
-  const bool write = job.tensors.qk_matmul_output && work.pass != RowPass::entropy && p.qk_matmul_output_mode < 3;
+  const bool write = job.tensors.qk_matmul_output && work.pass != RowPass::sums && p.qk_matmul_output_mode < 3;
   const bool scores_alone = write && work.pass == RowPass::scores;
   for (int64_t t = blockIdx.x; t < work.tiles; t += gridDim.x) {
     __syncthreads();  // all warps are done with the last tile
@@ -152,20 +152,21 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
 }
 
 template <class T>
-void run_rows(Status& status, const RowPlan& plan, RowWork work, RowPass pass, void* stream) {
-  work.pass = pass;
+void run_rows(Status& status, const RowPlan& plan, const RowWork& work, void* stream) {
   launch(status, rows_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(kRowThreads), plan.shared_bytes, stream,
          work);
 }
 
-void run_rows(Status& status, const RowPlan& plan, const RowWork& work, RowPass pass, void* stream) {
+void run_rows(Status& status, const RowPlan& plan, RowWork work, RowPass pass, void* stream) {
+  work.pass = pass;
+  if (plan.sweeps) return sweep_rows(status, work, stream);
   switch (work.job.params.type) {
     case DType::f16:
-      return run_rows<__half>(status, plan, work, pass, stream);
+      return run_rows<__half>(status, plan, work, stream);
     case DType::bf16:
-      return run_rows<__nv_bfloat16>(status, plan, work, pass, stream);
+      return run_rows<__nv_bfloat16>(status, plan, work, stream);
     default:
-      return run_rows<float>(status, plan, work, pass, stream);
+      return run_rows<float>(status, plan, work, stream);
   }
 }
 
@@ -207,13 +208,17 @@ void row_attention(Status& status, const AttentionJob& job, const HeadSamples& s
     work.value_mean = floats(plan.mean);
     work.value_norm = floats(plan.norm);
   }
-  if (job.params.strategy == Strategy::adaptive) {
-    work.entropy = floats(plan.entropy);
+  const bool adaptive = job.params.strategy == Strategy::adaptive;
+  if (adaptive || plan.sweeps) {
     work.allowed = reinterpret_cast<int32_t*>(base + plan.allowed);
+    if (adaptive) work.entropy = floats(plan.entropy);
+    if (plan.sweeps) work.sums = reinterpret_cast<float4*>(base + plan.sums);
+    run_rows(status, plan, work, RowPass::sums, stream);
+  }
+  if (adaptive) {
     double* budget = reinterpret_cast<double*>(base + plan.budget);
-    work.budget = budget;
-    run_rows(status, plan, work, RowPass::entropy, stream);
     share_budget(status, work, budget, stream);
+    work.budget = budget;
   }
   run_rows(status, plan, work, RowPass::output, stream);
 }

@@ -14,9 +14,9 @@ constexpr int kTileRows = 16;  // at most: less where the scores of fewer rows f
 constexpr int kRowThreads = kTileRows * kWarp;
 
 enum class RowPass : int32_t {
-  output,   // the strategy's output, and qk_matmul_output if it is wanted
-  entropy,  // of every row, and how many keys it attends to
-  scores,   // qk_matmul_output alone
+  output,  // the strategy's output, and qk_matmul_output if it is wanted
+  sums,    // of every row: its entropy, and how many keys it attends to
+  scores,  // qk_matmul_output alone
 };
 
 // Passed to the kernels by value.
@@ -29,7 +29,8 @@ struct RowWork {
   const int32_t* value_order;  // of ValueClusters, or null
   const float* value_centre;   // of ValueClusters, or null
   float* entropy;              // (batch, q_heads, q_len), adaptive only
-  int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, adaptive only
+  int32_t* allowed;            // (batch, q_heads, q_len): keys that a row attends to, from the pass for sums
+  float4* sums;                // (batch, q_heads, q_len): what else row_sweep.cu keeps from that pass
   const double* budget;        // (batch, q_heads, q_len): samples of each row, adaptive only
   float* rows;                 // (blocks, tile_rows, row_pitch): scores, or null: they are in shared memory
   int64_t tiles;
@@ -106,6 +107,12 @@ struct ValueClusters {
 };
 void cluster_values(Status& status, const AttentionJob& job, const ValueClusters& clusters, void* stream);
 size_t value_tree_scratch_bytes(const AttentionJob& job);
+
+// row_sweep.cu: a pass of `stratified` or `adaptive` in half types, whose tiles have kSweepRows rows, heads up to
+// kSweepSize, a multiple of kSweepStep.
+constexpr int kSweepRows = 64, kSweepSize = 128, kSweepStep = 8;
+void sweep_rows(Status& status, const RowWork& work, void* stream);
+size_t sweep_shared_bytes(const QuantumAttentionParams& p);
 
 // row_budget.cu: the samples of every row of `adaptive`, from entropies and numbers of allowed keys.
 void share_budget(Status& status, const RowWork& work, double* budget, void* stream);

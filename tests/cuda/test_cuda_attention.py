@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -133,6 +134,33 @@ def test_sampled(device, case, strategy, control_variate, dtype):
     assert_close(attention(device, feeds, dtype, SEED, attributes)["Y"], want, dtype, "Y", flips)
 
 
+# What the tiles of `stratified` and `adaptive` meet beside those: keys that fill no part of a tile, and every kind of mask.
+few_keys = partial(Case, batch=2, q_heads=4, kv_heads=2, q_len=40, kv_len=77, head_size=32, v_head_size=24)
+SWEPT_TILES = (
+    few_keys("one_key", kv_len=1),
+    few_keys("peaked", attributes={"scale": 1.5}),
+    few_keys("float_mask", mask=("b", "h", "q", "kv")),
+    few_keys("bool_mask_causal", mask=("b", 1, "q", "kv"), mask_kind="bool", attributes={"is_causal": 1}),
+    few_keys("nothing_allowed", mask=("q", "kv"), mask_kind="none_allowed"),
+    few_keys("nonpad_window", nonpad=(70, 0), attributes={"left_window_size": 50}),
+    few_keys("3d_past", three_d=True, past_len=41, head_size=72, v_head_size=128),
+)
+
+
+@pytest.mark.parametrize("control_variate", [0, 1])
+@pytest.mark.parametrize("strategy", ["stratified", "adaptive"])
+@pytest.mark.parametrize("case", [*FULL_TILES, *SWEPT_TILES], ids=ids)
+def test_sampled_in_full_tiles(device, case, strategy, control_variate):
+    """Scores are computed once for every pass over the keys; heads have more and fewer samples than a row's list holds."""
+    dtype = "bfloat16" if control_variate else "float16"
+    feeds = rounded(case.inputs(), dtype)
+    samples = [45, 20] * (case.q_heads // 2)
+    attributes = case.all_attributes(strategy=strategy, num_samples=samples, control_variate=control_variate, layer=3)
+    want = run_ref(feeds, dtype, SEED, attributes)["Y"]
+    flips = allowed_flips(case.batch * case.q_heads * case.q_len, 45, case.past_len + case.kv_len)
+    assert_close(attention(device, feeds, dtype, SEED, attributes)["Y"], want, dtype, "Y", flips)
+
+
 @pytest.mark.parametrize(
     ("device", "case", "strategy", "mode"),
     split(
@@ -253,21 +281,21 @@ def test_rows_may_lie_apart(device, name, strategy, dtype):
 
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "tree"])
 @pytest.mark.parametrize("control_variate", [0, 1])
-@pytest.mark.parametrize("rows", [1, 40])
-def test_nan_stays_where_it_belongs(device, rows, control_variate, strategy):
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (40, "float32"), (40, "float16")])
+def test_nan_stays_where_it_belongs(device, rows, dtype, control_variate, strategy):
     """Under the mask nowhere, in a query in its row. Means of values are over all keys, whatever the mask: with them, V has
     numbers there."""
     rng = np.random.default_rng(0)
     feeds = {name: rng.standard_normal((1, 2, n, 8), dtype=np.float32) for name, n in (("Q", rows), ("K", 70), ("V", 70))}
     feeds["attn_mask"] = np.arange(70)[None] < 60
     attributes = {"strategy": strategy, "num_samples": 9, "control_variate": control_variate}
-    clean = attention(device, feeds, "float32", 3, attributes)["Y"]
+    clean = attention(device, feeds, dtype, 3, attributes)["Y"]
     feeds["K"][:, :, 60:] = np.nan
     if not control_variate:
         feeds["V"][:, :, 60:] = np.inf
-    np.testing.assert_array_equal(attention(device, feeds, "float32", 3, attributes)["Y"], clean)
+    np.testing.assert_array_equal(attention(device, feeds, dtype, 3, attributes)["Y"], clean)
     feeds["Q"][0, 1, -1, 0] = np.nan
-    y = attention(device, feeds, "float32", 3, attributes)["Y"][0]
+    y = attention(device, feeds, dtype, 3, attributes)["Y"][0]
     assert np.isnan(y[1, -1]).all()
     assert np.isfinite(y[0]).all()
     assert np.isfinite(y[1, :-1]).all()

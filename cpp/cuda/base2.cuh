@@ -1,0 +1,23 @@
+// Scores in base 2, as the unit for exponents takes them: q . k times scale and log2(e).
+#pragma once
+
+#include <cfloat>
+
+#include "attention.cuh"
+#include "mma.cuh"
+
+namespace qexport {
+namespace cuda {
+
+// What a score of base 2 becomes under softcap: cap * tanh(x / cap). Its error is that of rounding a score of the size of
+// the cap.
+__device__ __forceinline__ float capped_score(float x, float cap, float two_over_cap) {
+  const float t = fast_exp2(fabsf(x) * -two_over_cap);
+  return copysignf(cap * kLog2E * __fdividef(1.0f - t, 1.0f + t), x);
+}
+
+// A bias in base 2. A finite one that is beyond float32 there does not shut its key out: it may be that of all keys.
+__device__ __forceinline__ float base2_bias(float x) { return x > -kInf ? fmaxf(x * kLog2E, -FLT_MAX) : -kInf; }
+
+}  // namespace cuda
+}  // namespace qexport
