@@ -13,7 +13,7 @@ from qexport.errors import QexportError
 from qexport.nn import cuda, quantum_attention
 from qexport.ops import QUANTUM_ATTENTION
 
-LARGEST = 8 << 20  # as in a wheel
+LARGEST = 12 << 20  # as in a wheel
 
 
 def attention(Q, K, V, device, **more):
