@@ -15,7 +15,9 @@ from qexport.bundle import Bundle
 from qexport.cuda_checks import provider_obstacle
 from qexport.errors import QexportError, UsageError
 from qexport.feeds import Inputs
+from qexport.ops.key_summary import key_summary_shape
 from qexport.providers import device, full_names, option_words, recorded, uses_tf32
+from qexport.scaling import nodes
 from qexport.tuning import measurement, watched_sites
 from qexport.tuning.settings import Setting
 from qexport.validation.limits import ROUNDING, limits_of, rounding_of
@@ -196,6 +198,42 @@ def test_a_sweep_on_a_gpu(fake_gpu, monkeypatch):
     assert [one["name"] for one in report.contenders] == ["exact fp32", "Attention"]
     assert [one["name"] for one in report.left_out] == ["exact bf16", "exact int8"]
     assert all(row["memory_bytes"] is None for one in report.contenders for row in one["lengths"])
+
+
+def cache_step(where):
+    """GroupQueryAttention on a cache of 8 entries, 6 of them filled."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 8, 16), dtype=np.float32)
+    return nodes.group_query_attention(q[:, :, 6:7], k, v, 1, past_len=6, where=where)
+
+
+def summary_step(where):
+    """QuantumAttention on a cache with a key_summary."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 2100, 16), dtype=np.float32)
+    summary = np.zeros(key_summary_shape(*k.shape, v.shape[-1]), np.float32)
+    extra = {"nonpad_kv_seqlen": np.array([2100]), "key_summary": summary}
+    more = {"strategy": "tree", "num_samples": [64]}
+    return nodes.quantum(q[:, :, -1:], k, v, 1, causal=True, flat=False, extra=extra, where=where, **more)
+
+
+@pytest.mark.parametrize(
+    ("step", "shared"),
+    [
+        (cache_step, {"past_key": "present_key", "past_value": "present_value"}),
+        (summary_step, {"key_summary": "present_key_summary"}),
+    ],
+)
+def test_what_is_updated_in_place_has_one_memory_on_a_device(step, shared, fake_gpu, monkeypatch):
+    """Else a step would be timed with the copy of its whole cache."""
+    bound, run = [], nodes.run_bound
+    monkeypatch.setattr(nodes, "run_bound", lambda session, binding: (bound.append(binding), run(session, binding)))
+    contenders = [step({"providers": [name]}) for name in ("cuda", "cpu")]
+    for contender in contenders:
+        contender.call()
+    np.testing.assert_array_equal(contenders[0].output(), contenders[1].output())
+    for binding in bound:
+        addresses = binding.addresses
+        assert {name: addresses[name] for name in shared} == {name: addresses[other] for name, other in shared.items()}
+        assert len(set(addresses.values())) == len(addresses) - len(shared)
 
 
 def test_nodes_timed_by_themselves(bundle, monkeypatch):
