@@ -174,7 +174,7 @@ def test_options_reach_the_sessions_of_functions(bundle, monkeypatch):
 
 
 def test_tf32_is_rounding(bundle, monkeypatch):
-    """CUDA's float32 has the mantissa of float16, unless it is told otherwise, and its limits in validate."""
+    """CUDA's float32 may have the mantissa of float16, unless it is told otherwise, and has its limits in validate."""
     asked = ("cuda", [("cuda", {"device_id": 1}), CPU], [("cuda", {"use_tf32": 0})], None)
     assert [uses_tf32(providers) for providers in asked] == [True, True, False, False]
     assert [rounding_of(t, True) for t in ("float32", "float64", "bfloat16")] == [
@@ -186,7 +186,7 @@ def test_tf32_is_rounding(bundle, monkeypatch):
     monkeypatch.setattr(validation, "uses_tf32", lambda providers: True)
     report = validation.validate(opened, seeds=1, max_error=5.0)
     assert report.max_error["fallback"] == ROUNDING["float16"]
-    assert report.notes[-1].startswith("CUDA makes products of float32 in TF32: errors up to 0.005")
+    assert report.notes[-1].startswith("CUDA may make products of float32 in TF32: errors up to 0.005")
 
 
 def test_a_sweep_on_a_gpu(fake_gpu, monkeypatch):
