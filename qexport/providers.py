@@ -62,7 +62,7 @@ def uses_tf32(providers) -> bool:
 
 
 def recorded(providers, allow_fallback: bool) -> dict:
-    """What the `settings` of a report say of them."""
+    """What the `settings` of a report say of them: the names alone, without options."""
     return {"providers": [provider_name(p) for p in full_names(providers)], "allow_fallback": bool(allow_fallback)}
 
 
