@@ -10,9 +10,10 @@ from fake_gpu import CPU, CUDA
 from test_cli import assert_one_line, complete
 
 import qexport as package
-from qexport import cuda_checks, profiling, runtime, validation
+from qexport import cuda_checks, deployment, profiling, providers, runtime, validation
 from qexport.bundle import Bundle
 from qexport.cuda_checks import provider_obstacle
+from qexport.deployment import run as program
 from qexport.errors import QexportError, UsageError
 from qexport.feeds import Inputs
 from qexport.ops.key_summary import key_summary_shape
@@ -151,9 +152,13 @@ def test_the_shell_completes_providers():
     assert complete("bundle", "d", "--provider", "C") == [("plain", CPU), ("plain", CUDA)]
 
 
-def test_a_deployment_takes_both_names(bundle, tmp_path):
+def test_a_deployment_takes_both_names_of_what_its_program_runs(bundle, tmp_path, monkeypatch):
+    assert {name: providers.SHORT[name] for name in deployment.PROVIDERS} == program.PROVIDERS
     for name in ("cpu", CPU):
         assert package.pack_deployment(bundle, tmp_path / name, provider=name)["provider"] == "cpu"
+    monkeypatch.setitem(providers.SHORT, "other", "OtherExecutionProvider")
+    with pytest.raises(UsageError, match="provider must be cpu or cuda, got 'other'"):
+        package.pack_deployment(bundle, tmp_path / "other", provider="other")
 
 
 def test_options_reach_the_sessions_of_functions(bundle, monkeypatch):
