@@ -47,8 +47,8 @@ def _runtime() -> Finding:
     except QexportError as error:
         found, _, mend = str(error).partition("; ")
         return Finding("onnxruntime", BROKEN, found, mend)
-    installed = installed.installed_runtimes()
-    return Finding("onnxruntime", OK, ", ".join(f"{name} {version}" for name, version in installed.items()))
+    packages = installed.installed_runtimes()
+    return Finding("onnxruntime", OK, ", ".join(f"{name} {version}" for name, version in packages.items()))
 
 
 def _library() -> Finding:

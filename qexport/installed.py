@@ -1,6 +1,7 @@
-"""What is installed here: onnxruntime, the op library and its CUDA kernels. Needs numpy alone.
+"""What is installed here: onnxruntime, the op library and its CUDA kernels.
 
-onnxruntime is imported when it is first used, after checking that exactly one of its packages is installed.
+This module and `failures` need the standard library alone: onnxruntime is imported when it is first used, after checking
+that exactly one of its packages is installed.
 """
 
 import io

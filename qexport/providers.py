@@ -52,7 +52,8 @@ def device(providers) -> tuple[str, int]:
 
 
 def uses_tf32(providers) -> bool:
-    """Whether products of float32 are made in TF32, which has the mantissa of float16: on CUDA, unless `use_tf32` is 0."""
+    """Whether products of float32 may be made in TF32, which has the mantissa of float16: on CUDA, unless `use_tf32` is 0.
+    Cards before compute capability 8.0 make them in full."""
     for provider in full_names(providers):
         if provider_name(provider) == CUDA:
             options = {} if isinstance(provider, str) else provider[1]
@@ -61,7 +62,7 @@ def uses_tf32(providers) -> bool:
 
 
 def recorded(providers, allow_fallback: bool) -> dict:
-    """What the `settings` of a report say of them."""
+    """What the `settings` of a report say of them: the names alone, without options."""
     return {"providers": [provider_name(p) for p in full_names(providers)], "allow_fallback": bool(allow_fallback)}
 
 

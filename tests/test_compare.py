@@ -284,3 +284,29 @@ def test_errors_on_other_providers_are_not_judged(write, documents):
     found = compare(old, write("b.json", documents["validate"], on_cuda))
     assert verdicts(found) == {"error of output hidden": UNJUDGED}
     assert found.notes[0].endswith("items, CPUExecutionProvider against stored samples, 2 items, CUDAExecutionProvider")
+
+
+def test_memory_on_other_providers_is_not_judged(write, documents):
+    """Beside a GPU that of the process is not the model's."""
+    swept = sweep((16,), heads=1, head_size=8, strategies=["exact"], seconds=0.5).to_dict()
+    swept["contenders"][0]["lengths"][0]["memory_bytes"] = 2**22
+
+    def profiled_larger(d):
+        d["sizes"][0]["models"]["converted"]["memory"]["peak_bytes"] *= 2
+        d["sizes"][0]["models"]["converted"]["arena_peak_bytes"] = 2**30
+
+    def swept_larger(d):
+        d["contenders"][0]["lengths"][0]["memory_bytes"] *= 2
+
+    for kind, document, larger in (("profile", documents["profile"], profiled_larger), ("scaling", swept, swept_larger)):
+
+        def on_cuda(d, larger=larger):
+            larger(d)
+            d["settings"]["providers"] = ["CUDAExecutionProvider"]
+
+        a = write("a.json", document)
+        here = compare(a, write("b.json", document, larger))
+        there = compare(a, write("c.json", document, on_cuda))
+        assert set(verdicts(here).values()) == {WORSE}
+        assert verdicts(there) == dict.fromkeys(verdicts(here), UNJUDGED)
+        assert f"sizes of {kind} are not judged: CPUExecutionProvider against CUDAExecutionProvider" in there.notes

@@ -14,7 +14,7 @@ from deployment_cases import AARCH64, X86_64, elf, flip, make_wheel, reseal
 from qexport import installed, runtime
 from qexport.bundle import MANIFEST, SEAL, Bundle
 from qexport.deployment import pack_deployment, verify_deployment
-from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, this_target
+from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, copy_library, this_target
 from qexport.errors import QexportError, UsageError
 
 pytestmark = pytest.mark.skipif(this_target() is None, reason=f"this machine is none of {', '.join(MACHINES)}")
@@ -266,6 +266,14 @@ def test_cuda_needs_its_kernels(bundle, tmp_path):
     library = tmp_path / LIBRARY
     shutil.copyfile(installed.get_library_path(), library)
     assert PLUGIN in fails(pack_deployment, bundle, tmp_path / "out", provider="cuda", library=library)
+    alone = make_wheel(tmp_path / "alone.whl", OWN_MACHINE)
+    assert PLUGIN in fails(pack_deployment, bundle, tmp_path / "out", provider="cuda", library=alone)
+    whole = make_wheel(tmp_path / "whole.whl", OWN_MACHINE, names=(LIBRARY, PLUGIN))
+    for number, (given, sent) in enumerate(((library, {LIBRARY}), (alone, {LIBRARY}), (whole, {LIBRARY, PLUGIN}))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        copy_library(folder, this_target(), "cuda", given, allow_fallback=True)
+        assert {file.name for file in folder.iterdir()} == sent
     (tmp_path / PLUGIN).write_bytes(elf(OTHER_MACHINE))
     assert "does not fit" in fails(pack_deployment, bundle, tmp_path / "out", provider="cuda", library=library)
     (tmp_path / PLUGIN).write_bytes(elf(OWN_MACHINE))  # no plugin that loads: the op library goes without, on the CPU

@@ -10,12 +10,15 @@ from fake_gpu import CPU, CUDA
 from test_cli import assert_one_line, complete
 
 import qexport as package
-from qexport import cuda_checks, profiling, runtime, validation
+from qexport import cuda_checks, deployment, profiling, providers, runtime, validation
 from qexport.bundle import Bundle
 from qexport.cuda_checks import provider_obstacle
+from qexport.deployment import run as program
 from qexport.errors import QexportError, UsageError
 from qexport.feeds import Inputs
+from qexport.ops.key_summary import key_summary_shape
 from qexport.providers import device, full_names, option_words, recorded, uses_tf32
+from qexport.scaling import nodes
 from qexport.tuning import measurement, watched_sites
 from qexport.tuning.settings import Setting
 from qexport.validation.limits import ROUNDING, limits_of, rounding_of
@@ -149,9 +152,13 @@ def test_the_shell_completes_providers():
     assert complete("bundle", "d", "--provider", "C") == [("plain", CPU), ("plain", CUDA)]
 
 
-def test_a_deployment_takes_both_names(bundle, tmp_path):
+def test_a_deployment_takes_both_names_of_what_its_program_runs(bundle, tmp_path, monkeypatch):
+    assert {name: providers.SHORT[name] for name in deployment.PROVIDERS} == program.PROVIDERS
     for name in ("cpu", CPU):
         assert package.pack_deployment(bundle, tmp_path / name, provider=name)["provider"] == "cpu"
+    monkeypatch.setitem(providers.SHORT, "other", "OtherExecutionProvider")
+    with pytest.raises(UsageError, match="provider must be cpu or cuda, got 'other'"):
+        package.pack_deployment(bundle, tmp_path / "other", provider="other")
 
 
 def test_options_reach_the_sessions_of_functions(bundle, monkeypatch):
@@ -172,7 +179,7 @@ def test_options_reach_the_sessions_of_functions(bundle, monkeypatch):
 
 
 def test_tf32_is_rounding(bundle, monkeypatch):
-    """CUDA's float32 has the mantissa of float16, unless it is told otherwise, and its limits in validate."""
+    """CUDA's float32 may have the mantissa of float16, unless it is told otherwise, and has its limits in validate."""
     asked = ("cuda", [("cuda", {"device_id": 1}), CPU], [("cuda", {"use_tf32": 0})], None)
     assert [uses_tf32(providers) for providers in asked] == [True, True, False, False]
     assert [rounding_of(t, True) for t in ("float32", "float64", "bfloat16")] == [
@@ -184,7 +191,7 @@ def test_tf32_is_rounding(bundle, monkeypatch):
     monkeypatch.setattr(validation, "uses_tf32", lambda providers: True)
     report = validation.validate(opened, seeds=1, max_error=5.0)
     assert report.max_error["fallback"] == ROUNDING["float16"]
-    assert report.notes[-1].startswith("CUDA makes products of float32 in TF32: errors up to 0.005")
+    assert report.notes[-1].startswith("CUDA may make products of float32 in TF32: errors up to 0.005")
 
 
 def test_a_sweep_on_a_gpu(fake_gpu, monkeypatch):
@@ -196,6 +203,42 @@ def test_a_sweep_on_a_gpu(fake_gpu, monkeypatch):
     assert [one["name"] for one in report.contenders] == ["exact fp32", "Attention"]
     assert [one["name"] for one in report.left_out] == ["exact bf16", "exact int8"]
     assert all(row["memory_bytes"] is None for one in report.contenders for row in one["lengths"])
+
+
+def cache_step(where):
+    """GroupQueryAttention on a cache of 8 entries, 6 of them filled."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 8, 16), dtype=np.float32)
+    return nodes.group_query_attention(q[:, :, 6:7], k, v, 1, past_len=6, where=where)
+
+
+def summary_step(where):
+    """QuantumAttention on a cache with a key_summary."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 2100, 16), dtype=np.float32)
+    summary = np.zeros(key_summary_shape(*k.shape, v.shape[-1]), np.float32)
+    extra = {"nonpad_kv_seqlen": np.array([2100]), "key_summary": summary}
+    more = {"strategy": "tree", "num_samples": [64]}
+    return nodes.quantum(q[:, :, -1:], k, v, 1, causal=True, flat=False, extra=extra, where=where, **more)
+
+
+@pytest.mark.parametrize(
+    ("step", "shared"),
+    [
+        (cache_step, {"past_key": "present_key", "past_value": "present_value"}),
+        (summary_step, {"key_summary": "present_key_summary"}),
+    ],
+)
+def test_what_is_updated_in_place_has_one_memory_on_a_device(step, shared, fake_gpu, monkeypatch):
+    """Else a step would be timed with the copy of its whole cache."""
+    bound, run = [], nodes.run_bound
+    monkeypatch.setattr(nodes, "run_bound", lambda session, binding: (bound.append(binding), run(session, binding)))
+    contenders = [step({"providers": [name]}) for name in ("cuda", "cpu")]
+    for contender in contenders:
+        contender.call()
+    np.testing.assert_array_equal(contenders[0].output(), contenders[1].output())
+    for binding in bound:
+        addresses = binding.addresses
+        assert {name: addresses[name] for name in shared} == {name: addresses[other] for name, other in shared.items()}
+        assert len(set(addresses.values())) == len(addresses) - len(shared)
 
 
 def test_nodes_timed_by_themselves(bundle, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from ssh_server import PACKAGES, free_port, make_python
 
 import qexport as package
 from qexport import profile, validate
-from qexport.deployment.library import MACHINES, this_target
+from qexport.cuda_checks import provider_obstacle
+from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, this_target
 from qexport.errors import QexportError, UsageError
+from qexport.installed import get_library_path
 from qexport.remote import Target
 from qexport.remote.connection import MOST_ANSWER, printable
 
@@ -219,6 +222,18 @@ def test_a_library_for_another_machine_is_not_sent(folder, target, tmp_path, ser
         pytest.skip("the file is one for aarch64")
     (tmp_path / "other.so").write_bytes(elf(AARCH64))
     assert "does not fit the target linux-x86_64" in fails(profile, folder, library=tmp_path / "other.so", target=target())
+    assert server.left() == []
+
+
+def test_without_cuda_kernels_here_nodes_may_run_on_the_cpu_there(folder, target, server, tmp_path):
+    """The job begins, and then ends for the target's want of a GPU."""
+    if provider_obstacle() is None:
+        pytest.skip("CUDA works on this machine")
+    library = tmp_path / LIBRARY
+    shutil.copyfile(get_library_path(), library)
+    ask = {"seq": 8, "library": library, "providers": ["cuda"], "target": target()}
+    assert f"{PLUGIN}: no such file" in fails(profile, folder, **ask)
+    assert "provider 'CUDAExecutionProvider' " in fails(profile, folder, **ask, allow_fallback=True)
     assert server.left() == []
 
 

@@ -70,17 +70,17 @@ def _data(document: dict) -> dict:
     """Terms of what depends on the inputs: which they were, wherever their file lay, and the providers that ran on them."""
     data = document["data"]
     count = f", {data['samples']} items" if "samples" in data else f", {data['judged']} items"
-    return dict.fromkeys((ERRORS, VERDICTS), Path(data["source"]).name + count + _providers(document))
+    return dict.fromkeys((ERRORS, VERDICTS), Path(data["source"]).name + f"{count}, {_providers(document)}")
 
 
 def _providers(document: dict) -> str:
-    return "".join(f", {name}" for name in asked_for(document.get("settings", {})))
+    return ", ".join(asked_for(document.get("settings", {})))
 
 
 def _machine(document: dict) -> str:
     settings, machine = document["settings"], document["machine"]
     threads = settings["threads"] or "all"
-    return f"{machine['processor']} with {machine['cpu_count']} CPUs, {threads} threads{_providers(document)}"
+    return f"{machine['processor']} with {machine['cpu_count']} CPUs, {threads} threads, {_providers(document)}"
 
 
 def _sites(document: dict) -> list[str]:
@@ -105,7 +105,9 @@ def _profile(document: dict) -> Part:
     machine, version = _machine(document), document["versions"]["onnxruntime"]
     # one runtime optimises one model to the same nodes on one machine
     nodes = {op["op"]: op["nodes"] for op in document["sizes"][0]["models"]["classical"]["ops"]}
-    part = Part({f"nodes of the classical model ({version}, {machine})": nodes}, terms={TIMES: machine})
+    # the memory of the process is that of the model on the CPU alone
+    terms = {TIMES: machine, SIZES: _providers(document)}
+    part = Part({f"nodes of the classical model ({version}, {machine})": nodes}, terms=terms)
     for size in document["sizes"]:
         where = f"batch {size['batch']}" + (f", length {size['sequence']}" if size["sequence"] else "")
         part.ratio(f"time ratio, {where}", size["ratio"])
@@ -129,9 +131,9 @@ def _profile(document: dict) -> Part:
 
 def _scaling(document: dict) -> Part:
     settings = document["settings"]
-    part = Part({key: settings[key] for key in ("heads", "head_size", "causal")}, terms={TIMES: _machine(document)})
+    terms = {TIMES: _machine(document)} | dict.fromkeys((ERRORS, SIZES), _providers(document))
+    part = Part({key: settings[key] for key in ("heads", "head_size", "causal")}, terms=terms)
     part.identity["inputs"] = Path(settings["inputs"]).name
-    part.terms[ERRORS] = _providers(document).removeprefix(", ")
     for contender in document["contenders"]:
         ours = contender["provider"] == "qexport"
         for row in contender["lengths"]:
@@ -145,7 +147,7 @@ def _scaling(document: dict) -> Part:
 
 def _tune(document: dict) -> Part:
     part, best = Part({"attentions": _sites(document)}, terms=_data(document)), document["best"]
-    part.terms[TIMES] = _providers(document).removeprefix(", ")
+    part.terms[TIMES] = _providers(document)
     part.verdict(document["passed"])
     part.add("error of the best recipe", best["error"], ERRORS, "share", best["error_ci95"], floor=ROUNDING)
     if best["ratio"]:

@@ -25,6 +25,7 @@ from qexport.providers import SHORT, uses_tf32
 from qexport.validation.limits import DEFAULT_MAX_ERROR, limits_of
 from qexport.validation.sensitivity import quantizes, sensitivity
 
+PROVIDERS = ("cpu", "cuda")  # short names; those that run.py knows
 SAMPLES = "samples"
 CPP = "cpp"  # of the deployment
 DEPLOYMENT = Kind(
@@ -89,9 +90,9 @@ def pack_deployment(
             something else.
         QexportError: the bundle changed, the library does not fit the target, or the model does not run.
     """
-    provider = next((short for short, name in SHORT.items() if provider in (short, name)), provider)
-    if provider not in SHORT:
-        raise UsageError(f"provider must be {' or '.join(SHORT)}, got {provider!r}")
+    provider = next((short for short in PROVIDERS if provider in (short, SHORT[short])), provider)
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider must be {' or '.join(PROVIDERS)}, got {provider!r}")
     target, say = check_target(target), progress or unwatched
     say("checking the bundle", 0.0)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=True)

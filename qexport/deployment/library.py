@@ -36,27 +36,30 @@ def check_target(target: str | None) -> str:
     return chosen
 
 
-def copy_library(folder: Path, target: str, provider: str, given=None) -> None:
+def copy_library(folder: Path, target: str, provider: str, given=None, *, allow_fallback=False) -> None:
     """Copy the op library of `target` into `folder`, for CUDA with its plugin.
 
     Args:
         given: a wheel of qexport, or a libqexport_ops.so with the plugin beside it; None takes the installed package's.
+        allow_fallback: whether the library may go alone where there is no plugin.
 
     Raises:
         UsageError: `given` is None and the installed package is for another machine.
         QexportError: the library or the plugin is missing, or is not for `target`.
     """
-    wanted = [LIBRARY, PLUGIN] if provider == "cuda" else [LIBRARY]
+    wanted = {LIBRARY: True, PLUGIN: not allow_fallback} if provider == "cuda" else {LIBRARY: True}
     if given is not None and Path(given).suffix == ".whl":
         _unpack(Path(given), folder, wanted)
     else:
         source = Path(given) if given is not None else _installed(target)
-        for name, file in zip(wanted, (source, plugin_path(source)), strict=False):
-            if not file.is_file():
+        for (name, needed), file in zip(wanted.items(), (source, plugin_path(source)), strict=False):
+            if file.is_file():
+                shutil.copyfile(file, folder / name)
+            elif needed:
                 raise QexportError(f"{file}: no such file; give --library a wheel of qexport for {target} or a {LIBRARY}")
-            shutil.copyfile(file, folder / name)
     for name in wanted:
-        _check_machine(folder / name, given or name, target)
+        if (folder / name).is_file():
+            _check_machine(folder / name, given or name, target)
 
 
 def _installed(target: str) -> Path:
@@ -67,13 +70,14 @@ def _installed(target: str) -> Path:
     return library
 
 
-def _unpack(wheel: Path, folder: Path, wanted: list[str]) -> None:
-    """The files `wanted` of the folder qexport/lib in a wheel."""
+def _unpack(wheel: Path, folder: Path, wanted: dict[str, bool]) -> None:
+    """The files `wanted` of the folder qexport/lib in a wheel, each with whether it must be there."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for name in wanted:
-                with archive.open(f"qexport/lib/{name}") as source, open(folder / name, "wb") as copy:
-                    shutil.copyfileobj(source, copy)
+            for name, needed in wanted.items():
+                if needed or f"qexport/lib/{name}" in archive.namelist():
+                    with archive.open(f"qexport/lib/{name}") as source, open(folder / name, "wb") as copy:
+                        shutil.copyfileobj(source, copy)
     except KeyError:
         raise QexportError(f"{wheel}: holds no qexport/lib/{name}; give a wheel of qexport that does") from None
     except (OSError, zipfile.BadZipFile, ValueError) as error:

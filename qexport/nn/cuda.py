@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from qexport import installed
 from qexport.errors import QexportError
 from qexport.ops.kernels import kernels
 
@@ -93,9 +94,7 @@ def _has_cuda_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def _plugin():
-    from qexport.installed import find_cuda_plugin  # with onnx, which the CPU alone does not need
-
-    core, path = kernels(), find_cuda_plugin()
+    core, path = kernels(), installed.find_cuda_plugin()
     if core is None or path is None:
         raise QexportError(
             "this installation of qexport has no CUDA kernels: install it where there is nvcc (docs/cuda.md), or take "

@@ -30,7 +30,7 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         function: "profile" or "validate".
         bundle: a folder, or a `Bundle`.
         target: a `Target`, or its URL.
-        arguments: of the function, plain data; `providers` by their full names.
+        arguments: of the function, plain data; `providers` by their full names, and `allow_fallback`.
         library: True for the installed op library where the target is of this machine's kind, False for none, or a wheel of
             qexport or a library for the target.
         data: of `validate`; read here.
@@ -54,7 +54,7 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         platform = _check_hello(connection, hello, ["numpy", "onnxruntime", *(["onnx"] if needs_onnx else [])])
         say(f"copying to {target.host}", 0.05)
         with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-            names = _send_library(connection, Path(folder), platform, arguments["providers"], library)
+            names = _send_library(connection, Path(folder), platform, arguments, library)
         _send_package(connection)
         _send_bundle(connection, opened)
         job = {"function": function, "arguments": arguments, "library": names, "feeds": _send_feeds(connection, feeds)}
@@ -84,12 +84,13 @@ def _check_hello(connection: Connection, hello: dict, needed: list[str]) -> str:
     return platform
 
 
-def _send_library(connection: Connection, folder: Path, platform: str, providers, library) -> str | bool:
+def _send_library(connection: Connection, folder: Path, platform: str, arguments: dict, library) -> str | bool:
     """Where the op library will lie there; False for none."""
     if library is False:
         return False
-    provider = "cuda" if CUDA in map(provider_name, providers) else "cpu"
-    copy_library(folder, platform, provider, None if library is True else library)
+    provider = "cuda" if CUDA in map(provider_name, arguments["providers"]) else "cpu"
+    given = None if library is True else library
+    copy_library(folder, platform, provider, given, allow_fallback=arguments["allow_fallback"])
     for name in (LIBRARY, PLUGIN):
         if (folder / name).is_file():
             connection.send(f"lib/{name}", folder / name)

@@ -91,12 +91,16 @@ def top_k(count: int, tail: bool, causal: bool = False) -> Callable:
 
 
 def uniform(count: int, seed: int = 0) -> Callable:
-    """Softmax over `count` keys, or all there are, drawn without replacement, the same for all queries; not causal."""
+    """Softmax over `count` keys, or all there are, drawn without replacement, the same for all queries; not causal.
+
+    They are drawn where q is, so that a call on a GPU copies no indices there: a seed draws others than on the CPU.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     def attend(q, k, v):
-        drawn = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        generator = torch.Generator(q.device).manual_seed(seed)
+        drawn = torch.randperm(k.shape[2], generator=generator, device=q.device)[:count].sort().values
         return scaled_dot_product_attention(q, k[:, :, drawn], v[:, :, drawn])
 
     return attend

@@ -182,10 +182,11 @@ def _contender(node, feeds, threads, heads, flat, opset=23, shared=None, where=N
     # onnxruntime reads and writes these arrays where they lie; `present` alone it allocates itself, as in generation.
     # zeros_like writes to every page, so that no call is the first to touch one.
     arrays = feeds | {"y": np.zeros_like(feeds["q"]), "error_estimate": np.empty((feeds["q"].shape[0], heads), np.float32)}
-    arrays |= {output: feeds[source] for source, output in shared.items()}
     binding, kept, at = session.io_binding(), arrays, device_of(session)
     if at[0] != "cpu":  # copies on the device, which calls read and write there
         kept = {name: onnxruntime().OrtValue.ortvalue_from_numpy(array, *at) for name, array in arrays.items()}
+    for values in (arrays, kept):
+        values.update({output: values[source] for source, output in shared.items()})
 
     def place(name):
         array, value = arrays[name], kept[name]

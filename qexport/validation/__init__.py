@@ -150,7 +150,7 @@ def validate(
     report.notes = _notes(report, opened)
     if tf32 and "float32" in found.dtypes.values():
         rounding = rounding_of("float32", tf32)
-        report.notes.append(f"CUDA makes products of float32 in TF32: errors up to {rounding:g} are rounding")
+        report.notes.append(f"CUDA may make products of float32 in TF32: errors up to {rounding:g} are rounding")
     return report
 
 

@@ -25,8 +25,8 @@ COMPRESSED = 1.5
 
 
 def rounding_of(dtype: str, tf32: bool = False) -> float:
-    """Relative error that rounding to an element type may cause; `tf32`: where products of float32 are made in TF32, which
-    keeps as many bits as float16."""
+    """Relative error that rounding to an element type may cause; `tf32`: where products of float32 may be made in TF32,
+    which keeps as many bits as float16."""
     rounding = ROUNDING.get(dtype, ROUNDING["float32"])
     return max(rounding, ROUNDING["float16"]) if tf32 and dtype != "float64" else rounding
 
@@ -60,7 +60,7 @@ def limits_of(
         dtypes: element types of the values compared.
         sensitivity: how far rounding alone moves the outputs of a model that quantises as it runs, else None.
         max_error: the caller's limit, or None for what the recipe allows.
-        tf32: whether products of float32 are made in TF32.
+        tf32: whether products of float32 may be made in TF32.
     """
     rounding = max((rounding_of(dtype, tf32) for dtype in dtypes), default=rounding_of("float32", tf32))
     recipe = max((allowed(site, rounding) for site in bundle.manifest["sites"]), default=rounding)

@@ -50,7 +50,7 @@ def judged_resilience(found):
 
 def judged_scaling(found):
     rows = {one["name"]: one["lengths"] for one in found["contenders"]}
-    assert set(rows) >= {"exact fp32", "stratified 32", "MultiHeadAttention", "SDPA"}
+    assert set(rows) >= {"exact fp32", "stratified 32", "MultiHeadAttention", "SDPA", "uniform 1/8"}
     for name in ("exact fp32", "MultiHeadAttention", "SDPA"):
         assert max(row["error_worst"] for row in rows[name]) < ROUNDING["float16"], name
     assert all(row["memory_bytes"] is None for lengths in rows.values() for row in lengths)
