@@ -33,6 +33,19 @@ inline AttentionJob make_job(const QuantumAttentionParams& params, const Quantum
   return {params, tensors, call.seed, params.past_len + params.kv_len, params.q_heads / params.kv_heads, false};
 }
 
+// Calls visit with a value of the type: __half, __nv_bfloat16 or float.
+template <class Visit>
+void visit_type(DType type, const Visit& visit) {
+  switch (type) {
+    case DType::f16:
+      return visit(__half{});
+    case DType::bf16:
+      return visit(__nv_bfloat16{});
+    default:
+      visit(float{});
+  }
+}
+
 __device__ __forceinline__ uint64_t seed_of(const AttentionJob& job) {
   return job.seed ? static_cast<uint64_t>(*job.seed) : 0;
 }

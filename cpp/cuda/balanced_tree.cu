@@ -220,14 +220,7 @@ void balanced_tree(Status& status, const AttentionJob& job, const BalancedTree& 
                    void* scratch, void* stream) {
   const TreeShape shape = shape_of(status, job, tree);
   const Scratch s = scratch_of(job, shape, scratch);
-  switch (job.params.type) {
-    case DType::f16:
-      return build<__half>(status, job, shape, order, count, s, stream);
-    case DType::bf16:
-      return build<__nv_bfloat16>(status, job, shape, order, count, s, stream);
-    default:
-      return build<float>(status, job, shape, order, count, s, stream);
-  }
+  visit_type(job.params.type, [&](auto element) { build<decltype(element)>(status, job, shape, order, count, s, stream); });
 }
 
 size_t balanced_tree_scratch_bytes(const AttentionJob& job, const BalancedTree& tree) {

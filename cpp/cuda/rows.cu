@@ -160,14 +160,7 @@ void run_rows(Status& status, const RowPlan& plan, const RowWork& work, void* st
 void run_rows(Status& status, const RowPlan& plan, RowWork work, RowPass pass, void* stream) {
   work.pass = pass;
   if (plan.sweeps) return sweep_rows(status, work, stream);
-  switch (work.job.params.type) {
-    case DType::f16:
-      return run_rows<__half>(status, plan, work, stream);
-    case DType::bf16:
-      return run_rows<__nv_bfloat16>(status, plan, work, stream);
-    default:
-      return run_rows<float>(status, plan, work, stream);
-  }
+  visit_type(work.job.params.type, [&](auto element) { run_rows<decltype(element)>(status, plan, work, stream); });
 }
 
 }  // namespace

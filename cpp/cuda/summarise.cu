@@ -148,18 +148,11 @@ void update_summary(Status& status, const AttentionJob& job, void* stream) {
   const int64_t fill = ceil_div<int64_t>(kBlocksPerProcessor * device.multiprocessors, heads);
   UpdateLaunch update{job, chunks, static_cast<int>(std::min(chunks, fill)), false};
   const size_t shared = sizeof(float) * (kUpdateWarps * (kArrayRowsOfWarp * node_width(p.head_size) + kDigits) + 3 * kKeys);
-  const auto run = [&](auto kernel, int64_t element) {
-    update.aligned = starts_on_16_bytes(job.tensors.k, element);
-    launch(status, kernel, dim3(static_cast<unsigned>(heads * update.parts)), dim3(kUpdateThreads), shared, stream, update);
-  };
-  switch (p.type) {
-    case DType::f16:
-      return run(update_kernel<__half>, 2);
-    case DType::bf16:
-      return run(update_kernel<__nv_bfloat16>, 2);
-    default:
-      return run(update_kernel<float>, 4);
-  }
+  visit_type(p.type, [&](auto element) {
+    update.aligned = starts_on_16_bytes(job.tensors.k, sizeof(element));
+    launch(status, update_kernel<decltype(element)>, dim3(static_cast<unsigned>(heads * update.parts)), dim3(kUpdateThreads),
+           shared, stream, update);
+  });
 }
 
 }  // namespace cuda

@@ -41,14 +41,7 @@ void visit_tiles_of(const QuantumAttentionParams& p, const Device& device, const
 }
 template <class Visit>
 void visit_tiles(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
-  switch (p.type) {
-    case DType::f16:
-      return visit_tiles_of<__half>(p, device, visit);
-    case DType::bf16:
-      return visit_tiles_of<__nv_bfloat16>(p, device, visit);
-    default:
-      visit_tiles_of<float>(p, device, visit);
-  }
+  visit_type(p.type, [&](auto element) { visit_tiles_of<decltype(element)>(p, device, visit); });
 }
 int64_t element_bytes(const QuantumAttentionParams& p) { return p.type == DType::f32 ? 4 : 2; }
 

@@ -276,16 +276,7 @@ void decode_attention(Status& status, const AttentionJob& job, const HeadSamples
   if (p.error_tolerance > 0.0f) decode.least_keys = static_cast<int64_t>(std::ceil(kKeysForTolerance / (share * share)));
   char* exact_scratch = nullptr;
   lay_out(decode, current_device(status), static_cast<char*>(scratch), &exact_scratch);
-  switch (p.type) {
-    case DType::f16:
-      run<__half>(status, decode, stream);
-      break;
-    case DType::bf16:
-      run<__nv_bfloat16>(status, decode, stream);
-      break;
-    default:
-      run<float>(status, decode, stream);
-  }
+  visit_type(p.type, [&](auto element) { run<decltype(element)>(status, decode, stream); });
   if (p.error_tolerance == 0.0f) return;
   exact_attention(status, job, decode.again, exact_scratch, stream);
   if (!job.tensors.error_estimate) return;

@@ -179,14 +179,7 @@ void choose(Status& status, const DecodeLaunch& decode, void* stream) {
 }  // namespace
 
 void choose_clusters(Status& status, const DecodeLaunch& decode, void* stream) {
-  switch (decode.job.params.type) {
-    case DType::f16:
-      return choose<__half>(status, decode, stream);
-    case DType::bf16:
-      return choose<__nv_bfloat16>(status, decode, stream);
-    default:
-      return choose<float>(status, decode, stream);
-  }
+  visit_type(decode.job.params.type, [&](auto element) { choose<decltype(element)>(status, decode, stream); });
 }
 
 }  // namespace cuda

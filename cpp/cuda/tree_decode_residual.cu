@@ -211,14 +211,7 @@ void settle(Status& status, const DecodeLaunch& decode, void* stream) {
 }  // namespace
 
 void settle_rows(Status& status, const DecodeLaunch& decode, void* stream) {
-  switch (decode.job.params.type) {
-    case DType::f16:
-      return settle<__half>(status, decode, stream);
-    case DType::bf16:
-      return settle<__nv_bfloat16>(status, decode, stream);
-    default:
-      return settle<float>(status, decode, stream);
-  }
+  visit_type(decode.job.params.type, [&](auto element) { settle<decltype(element)>(status, decode, stream); });
 }
 
 }  // namespace cuda

@@ -124,16 +124,10 @@ void settle_budgets(Status& status, const TreeLaunch& tree, void* stream) {
 }
 
 void settle_errors(Status& status, const TreeLaunch& tree, void* stream) {
-  const dim3 grid(static_cast<unsigned>(tree.places()));
-  const auto start = [&](auto kernel) { launch(status, kernel, grid, kSettleThreads, 0, stream, tree); };
-  switch (tree.job.params.type) {
-    case DType::f16:
-      return start(errors_kernel<__half>);
-    case DType::bf16:
-      return start(errors_kernel<__nv_bfloat16>);
-    default:
-      start(errors_kernel<float>);
-  }
+  visit_type(tree.job.params.type, [&](auto element) {
+    launch(status, errors_kernel<decltype(element)>, dim3(static_cast<unsigned>(tree.places())), kSettleThreads, 0, stream,
+           tree);
+  });
 }
 
 }  // namespace cuda

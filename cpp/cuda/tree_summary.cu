@@ -185,14 +185,7 @@ void summarise(Status& status, const TreeLaunch& tree, void* stream) {
 }  // namespace
 
 void summarise_clusters(Status& status, const TreeLaunch& tree, void* stream) {
-  switch (tree.job.params.type) {
-    case DType::f16:
-      return summarise<__half>(status, tree, stream);
-    case DType::bf16:
-      return summarise<__nv_bfloat16>(status, tree, stream);
-    default:
-      summarise<float>(status, tree, stream);
-  }
+  visit_type(tree.job.params.type, [&](auto element) { summarise<decltype(element)>(status, tree, stream); });
 }
 
 }  // namespace cuda

@@ -56,14 +56,7 @@ size_t value_tree_scratch_bytes(const AttentionJob& job) { return balanced_tree_
 
 void cluster_values(Status& status, const AttentionJob& job, const ValueClusters& clusters, void* stream) {
   balanced_tree(status, job, value_tree(job), clusters.order, clusters.count, clusters.tree, stream);
-  switch (job.params.type) {
-    case DType::f16:
-      return centre_values<__half>(status, job, clusters, stream);
-    case DType::bf16:
-      return centre_values<__nv_bfloat16>(status, job, clusters, stream);
-    default:
-      return centre_values<float>(status, job, clusters, stream);
-  }
+  visit_type(job.params.type, [&](auto element) { centre_values<decltype(element)>(status, job, clusters, stream); });
 }
 
 }  // namespace cuda

@@ -100,14 +100,7 @@ int64_t value_partial_floats(const AttentionJob& job) {
 }
 
 void value_stats(Status& status, const AttentionJob& job, float* partial, float* mean, float* norm, void* stream) {
-  switch (job.params.type) {
-    case DType::f16:
-      return run_stats<__half>(status, job, partial, mean, norm, stream);
-    case DType::bf16:
-      return run_stats<__nv_bfloat16>(status, job, partial, mean, norm, stream);
-    default:
-      return run_stats<float>(status, job, partial, mean, norm, stream);
-  }
+  visit_type(job.params.type, [&](auto element) { run_stats<decltype(element)>(status, job, partial, mean, norm, stream); });
 }
 
 }  // namespace cuda
