@@ -1,4 +1,4 @@
-// Exact attention: tiles of queries on tensor cores (fp16, bf16) or without; a row per warp for what has no tile.
+// Exact attention: tiles of queries on tensor cores or without; a row per warp for what has no tile.
 #include "exact_choice.cuh"
 #include "join_parts.cuh"
 

@@ -1,8 +1,8 @@
-// Products of float32 on matrix units, which take TF32: 11 significant bits. Each number is the sum of two of those, x =
-// high
-// + low but for 2^-23 of it, and of the four products of parts low low' alone is left out: the error of a product is below
-// 2^-21 |x x'|. Sums are of float32, but what units cut off where they add is always towards zero (Fasi et al., PeerJ
-// Comput. Sci. 7:e330, 2021): the products with a low part are summed by themselves or first, and few others into one sum.
+// Products of float32 on matrix units, which take TF32: 11 significant bits. Each number is the sum of two of those, a high
+// part and a low one, but for 2^-23 of it, and of the four products of parts that of both low ones alone is left out: the
+// error of a product is below 2^-21 |x x'|. Sums are of float32, but what units cut off where they add is always towards
+// zero (Fasi et al., PeerJ Comput. Sci. 7:e330, 2021): the products with a low part are summed by themselves or first, and
+// few others into one sum.
 #pragma once
 
 #include "flash_tile.cuh"

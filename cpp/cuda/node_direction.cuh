@@ -141,7 +141,7 @@ __device__ __forceinline__ Axis power_step(const Team& team, const Rows& rows, i
       for (int i = 0; i < kEach; ++i) {
         const bool valid = base + row_of_step(team, i) < count;
         if (more && first_pass && valid && at == 0) t_of[row[i]] = t[i];
-        if (!first_pass) t[i] = t_of[row[i]];
+        if (!first_pass && valid) t[i] = t_of[row[i]];  // another team may write what is not a row of this one
         if (!valid) t[i] = 0.0f;
         all += t[i];
 #pragma unroll

@@ -6,7 +6,8 @@
 namespace qexport {
 namespace cuda {
 
-constexpr int kDrawn = 40;  // chosen keys of a row that wait to be added up: at least kPartKeys
+constexpr int kDrawn = 36;  // chosen keys of a row that wait to be added up; with more an sm_80 has room for a block less
+static_assert(kDrawn >= kPartKeys);
 constexpr float kOneF = static_cast<float>(kOne);
 
 // A row as all four lanes know it: origin of the scores, 1 / sum of e, sum and maximum of x_i = e_i |v_i - mean| / sum.

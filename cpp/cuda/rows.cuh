@@ -15,7 +15,7 @@ constexpr int kRowThreads = kTileRows * kWarp;
 
 enum class RowPass : int32_t {
   output,  // the strategy's output, and qk_matmul_output if it is wanted
-  sums,    // of every row: its entropy, and how many keys it attends to
+  sums,    // of every row: its entropy, how many keys it attends to, and RowWork::sums
   scores,  // qk_matmul_output alone
 };
 

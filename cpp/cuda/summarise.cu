@@ -12,7 +12,7 @@ namespace {
 constexpr int kUpdateThreads = 256, kUpdateWarps = kUpdateThreads / kWarp;
 constexpr int kKeys = static_cast<int>(kChunkKeys), kMembers = static_cast<int>(kClusterKeys);
 constexpr int kClusters = static_cast<int>(kChunkClusters);
-constexpr int kBlocksPerProcessor = 3;
+constexpr int kBlocksPerProcessor = 2;
 constexpr int kRowsEach = 2;  // that a thread has on the way at once; more would not fit its registers
 
 struct UpdateLaunch {
@@ -78,7 +78,8 @@ __device__ __forceinline__ void each_kind(const HeadSummary& to, const HeadSumma
 }
 
 template <class T>
-__global__ void __launch_bounds__(kUpdateThreads) update_kernel(const __grid_constant__ UpdateLaunch update) {
+__global__ void __launch_bounds__(kUpdateThreads, kBlocksPerProcessor)
+    update_kernel(const __grid_constant__ UpdateLaunch update) {
   __shared__ uint32_t found[kUpdateWarps * 2], warp_counts[kUpdateWarps];
   const AttentionJob& job = update.job;
   const QuantumAttentionParams& p = job.params;

@@ -273,7 +273,10 @@ void decode_attention(Status& status, const AttentionJob& job, const HeadSamples
   decode.summary =
       job.tensors.present_key_summary ? job.tensors.present_key_summary : const_cast<float*>(job.tensors.key_summary);
   const double share = std::min(static_cast<double>(p.error_tolerance) / kFreeTolerance, 1.0);
-  if (p.error_tolerance > 0.0f) decode.least_keys = static_cast<int64_t>(std::ceil(kKeysForTolerance / (share * share)));
+  // Of the smallest tolerances it is beyond any number of keys, and of 64 bits.
+  if (p.error_tolerance > 0.0f) {
+    decode.least_keys = static_cast<int64_t>(std::min(std::ceil(kKeysForTolerance / (share * share)), 1e18));
+  }
   char* exact_scratch = nullptr;
   lay_out(decode, current_device(status), static_cast<char*>(scratch), &exact_scratch);
   visit_type(p.type, [&](auto element) { run<decltype(element)>(status, decode, stream); });

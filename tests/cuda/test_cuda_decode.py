@@ -158,7 +158,15 @@ def test_a_tolerance_is_kept_by_the_same_budgets(emulated):
 
 
 @pytest.mark.parametrize(
-    ("change", "nonpad"), [({"error_tolerance": 0.05}, LONG), ({"error_tolerance": 0.5}, 3999), ({}, 500), ({}, 0)], ids=str
+    ("change", "nonpad"),
+    [
+        ({"error_tolerance": 0.05}, LONG),
+        ({"error_tolerance": 1e-10}, LONG),
+        ({"error_tolerance": 0.5}, 3999),
+        ({}, 500),
+        ({}, 0),
+    ],
+    ids=str,
 )
 def test_where_reading_less_does_not_pay_a_step_is_exact(emulated, change, nonpad):
     k, v = cache(26, kv_heads=1, n=LONG)
