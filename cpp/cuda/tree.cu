@@ -25,18 +25,23 @@ constexpr int kMostAuditParts = 32;
 template <class T, class Visit>
 void visit_tiles_of(const QuantumAttentionParams& p, const Device& device, const Visit& visit) {
   const int64_t size = std::max(p.head_size, p.v_head_size);
+  constexpr SquaresIn kShared = SquaresIn::shared;
   if constexpr (sizeof(T) == 4) {
-    if (size <= 32) return visit(ScoreTile<T, 32, 1, 8, 2, false>{}, FlashTile<T, 32, 2, 4, 32, 2>{});
-    if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 32, 2>{});
-    return visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 32, 1>{});
+    constexpr SquaresIn kQueries = SquaresIn::queries;
+    if (size <= 32) return visit(ScoreTile<T, 32, 1, 8, 32, 2, kQueries>{}, FlashTile<T, 32, 2, 4, 32, 2>{});
+    if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 32, 2, kQueries>{}, FlashTile<T, 64, 2, 4, 32, 2>{});
+    return visit(ScoreTile<T, 128, 1, 8, 32, 1, kQueries>{}, FlashTile<T, 128, 1, 8, 32, 1>{});
   } else {
-    if (size <= 32) return visit(ScoreTile<T, 32, 2, 4, 2, false>{}, FlashTile<T, 32, 2, 4, 64, 2>{});
+    if (size <= 32) return visit(ScoreTile<T, 32, 2, 4, 64, 2, kShared>{}, FlashTile<T, 32, 2, 4, 64, 2>{});
     if (device.capability == 90) {
-      if (size <= 64) return visit(ScoreTile<T, 64, 1, 8, 2, true>{}, FlashTile<T, 64, 1, 8, 64, 2, true>{});
-      return visit(ScoreTile<T, 128, 1, 8, 1, true>{}, FlashTile<T, 128, 1, 8, 64, 1, true>{});
+      if (size <= 64) {
+        return visit(ScoreTile<T, 64, 1, 8, 64, 2, kShared, true>{}, FlashTile<T, 64, 1, 8, 64, 2, true>{});
+      }
+      return visit(ScoreTile<T, 128, 1, 8, 64, 1, kShared, true>{}, FlashTile<T, 128, 1, 8, 64, 1, true>{});
     }
-    if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 2, false>{}, FlashTile<T, 64, 2, 4, 64, 2>{});
-    visit(ScoreTile<T, 128, 1, 8, 1, false>{}, FlashTile<T, 128, 1, 8, 64, 1>{});
+    constexpr SquaresIn kRegisters = SquaresIn::registers;
+    if (size <= 64) return visit(ScoreTile<T, 64, 2, 4, 32, 2, kRegisters>{}, FlashTile<T, 64, 2, 4, 64, 2>{});
+    visit(ScoreTile<T, 128, 1, 8, 32, 1, kRegisters>{}, FlashTile<T, 128, 1, 8, 64, 1>{});
   }
 }
 template <class Visit>

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
   const TreeItem item(tree, step);
   if (!item.runs) return;
   const bool probe = step == TreeStep::probes;
-  const ScoreBlock<Tile> block(tree, item);
+  ScoreBlock<Tile> block(tree, item);
   int32_t* const choice = tree.chosen + blockIdx.x * (1 + tree.most_chosen);
   int budget = min(item.budget, block.candidates);
   if (!probe && budget == block.candidates) {

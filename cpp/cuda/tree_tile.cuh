@@ -8,19 +8,25 @@
 namespace qexport {
 namespace cuda {
 
+// Where the squares of the queries are: with them in shared memory, in the registers of the threads that multiply them, or
+// made as they are read.
+enum class SquaresIn { shared, registers, queries };
+
 // The tile of the products, and shared memory: the queries and their squares, then what the passes over summaries need, two
 // blocks of kKeys clusters in turn, then the rest.
-template <class T_, int kHead, int kRowTiles, int kWarps_, int kBlocksPerProcessor, bool kWarpgroups>
+template <class T_, int kHead, int kRowTiles, int kWarps_, int kKeys_, int kBlocksPerProcessor, SquaresIn kSquaresIn_,
+          bool kWarpgroups = false>
 struct ScoreTile {
   using T = T_;
-  static constexpr int kKeys = sizeof(T) == 4 ? 32 : 64, kWarps = kWarps_;
+  static constexpr int kKeys = kKeys_, kWarps = kWarps_;
+  static constexpr SquaresIn kSquaresIn = kSquaresIn_;
   using Flash = FlashTile<T, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
   using Squares = FlashTile<Variance<T>, kHead, kRowTiles, kWarps, kKeys, kBlocksPerProcessor, kWarpgroups>;
   using State = FlashState<Flash>;
   static_assert(Flash::kQueries == kTreeRows);
   static constexpr int kStage = kSummaryMatrices * Flash::kKeyBytes;
-  // Those of float32 are made as they are read, for lack of room.
-  static constexpr int kSquareBytes = kTf32<Flash> ? 0 : Flash::kQueryBytes;
+  static constexpr int kSquareBytes = kSquaresIn == SquaresIn::shared ? Flash::kQueryBytes : 0;
+  static constexpr int kSquareSteps = kSquaresIn == SquaresIn::registers ? Flash::kRowBytes / 32 : 1;
   static constexpr int kWords = Flash::kQueryBytes + kSquareBytes + 2 * kStage;
   static_assert(2 * kStage >= kHead * Flash::kRowBytes);
 
@@ -38,7 +44,8 @@ struct ScoreBlock : TreeRows<typename Tile::T> {
   float scale, scale_of_squares;  // of products with mean keys, and of those of squares with variances
   char *queries, *squares, *stages;
   typename Tile::Words* words;
-  uint32_t* key;  // (candidates): the larger the score, the smaller
+  uint32_t* key;                                                   // (candidates): the larger the score, the smaller
+  uint32_t square[Tile::Flash::kRowTiles][Tile::kSquareSteps][4];  // with SquaresIn::registers
 
   __device__ __forceinline__ ScoreBlock(const TreeLaunch& tree, const TreeItem& item)
       : TreeRows<typename Tile::T>(tree, item.place, item.tile), scale(tree.job.params.scale) {
@@ -50,22 +57,47 @@ struct ScoreBlock : TreeRows<typename Tile::T> {
   }
 };
 
-// The queries and their squares, of q * scale, into shared memory, as far as there is room for them.
+// Two squares of q * scale, each of one of the two elements.
 template <class Tile>
-__device__ __forceinline__ void load_queries(const ScoreBlock<Tile>& block) {
+__device__ __forceinline__ __nv_bfloat162 square_pair(const ScoreBlock<Tile>& block, const typename Tile::T* q) {
+  const float x = to_float(q[0]), y = to_float(q[1]);
+  return __floats2bfloat162_rn(x * x * block.scale_of_squares, y * y * block.scale_of_squares);
+}
+
+// The queries into shared memory, and their squares to where they are kept.
+template <class Tile>
+__device__ __forceinline__ void load_queries(ScoreBlock<Tile>& block) {
   using Flash = typename Tile::Flash;
+  using T = typename Tile::T;
   flash_copy_runs<Flash, Flash::kQueries>(
       block.queries, static_cast<int>(block.tree.job.params.head_size), [&](int part) { return block.query_run(part); },
       [&](int row) { return block.query(row); }, KeepAll{});
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  if constexpr (Tile::kSquareBytes == 0) return;
-  const typename Tile::T* const q = reinterpret_cast<const typename Tile::T*>(block.queries);
-  __nv_bfloat162* const squares = reinterpret_cast<__nv_bfloat162*>(block.squares);
-  for (int i = static_cast<int>(threadIdx.x); i < Flash::kQueryBytes / 4; i += Flash::kThreads) {
-    const float x = to_float(q[2 * i]), y = to_float(q[2 * i + 1]);
-    squares[i] = __floats2bfloat162_rn(x * x * block.scale_of_squares, y * y * block.scale_of_squares);
+  if constexpr (Tile::kSquaresIn == SquaresIn::shared) {
+    const T* const q = reinterpret_cast<const T*>(block.queries);
+    __nv_bfloat162* const squares = reinterpret_cast<__nv_bfloat162*>(block.squares);
+    for (int i = static_cast<int>(threadIdx.x); i < Flash::kQueryBytes / 4; i += Flash::kThreads) {
+      squares[i] = square_pair(block, q + 2 * i);
+    }
+  }
+  if constexpr (Tile::kSquaresIn == SquaresIn::registers) {
+#pragma unroll
+    for (int k = 0; k < Tile::kSquareSteps; ++k) {
+      uint32_t a[Flash::kRowTiles][4];
+      flash_load_queries<Flash>(a, block.queries, k);
+#pragma unroll
+      for (int i = 0; i < Flash::kRowTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          T q[2];
+          memcpy(q, &a[i][e], sizeof(q));
+          const __nv_bfloat162 pair = square_pair(block, q);
+          memcpy(&block.square[i][k][e], &pair, sizeof(pair));
+        }
+      }
+    }
   }
 }
 
@@ -86,21 +118,27 @@ __device__ __forceinline__ void start_products(float (&s)[Tile::kRowTiles][Tile:
 template <class Tile>
 __device__ __forceinline__ void start_products_of_squares(const ScoreBlock<Tile>& block, SummaryScores<Tile>& s,
                                                           const char* variances) {
-  if constexpr (Tile::kSquareBytes == 0) {
-    const auto load = [&](uint32_t (&a)[Tile::Flash::kRowTiles][4], int k) {
-      flash_load_queries<typename Tile::Flash>(a, block.queries, k);
+  using Fragment = uint32_t[Tile::Flash::kRowTiles][4];
+  if constexpr (Tile::kSquaresIn == SquaresIn::shared) {
+    start_products<typename Tile::Squares>(s, block.squares, variances);
+  } else {
+    const auto load = [&](Fragment& a, int k) {
+      if constexpr (Tile::kSquaresIn == SquaresIn::queries) flash_load_queries<typename Tile::Flash>(a, block.queries, k);
 #pragma unroll
       for (int i = 0; i < Tile::Flash::kRowTiles; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float x = __uint_as_float(a[i][e]);
-          a[i][e] = __float_as_uint(x * x * block.scale_of_squares);
+          if constexpr (Tile::kSquaresIn == SquaresIn::registers) {
+            a[i][e] = block.square[i][k][e];
+          } else {
+            static_assert(kTf32<typename Tile::Flash>);
+            const float x = __uint_as_float(a[i][e]);
+            a[i][e] = __float_as_uint(x * x * block.scale_of_squares);
+          }
         }
       }
     };
     flash_products<typename Tile::Squares>(s, load, variances);
-  } else {
-    start_products<typename Tile::Squares>(s, block.squares, variances);
   }
 }
 template <class Tile>

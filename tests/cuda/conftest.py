@@ -30,6 +30,20 @@ def emulated_large(emulated, monkeypatch):
     return emulated
 
 
+@pytest.fixture
+def emulated_sm75(emulated, monkeypatch):
+    """Without matrix units that the kernels know, with 64 KiB of shared memory."""
+    monkeypatch.setenv("QEXPORT_EMULATED_CAPABILITY", "75")
+    return emulated
+
+
+@pytest.fixture
+def emulated_sm86(emulated, monkeypatch):
+    """With products of warps alone, and 99 KiB of shared memory."""
+    monkeypatch.setenv("QEXPORT_EMULATED_CAPABILITY", "86")
+    return emulated
+
+
 @pytest.fixture(scope="session")
 def gpu():
     torch = pytest.importorskip("torch")

@@ -229,13 +229,26 @@ struct Device {
   int capability, multiprocessors, shared_bytes;
 };
 
+// A Hopper unless QEXPORT_EMULATED_CAPABILITY says otherwise, small enough that persistent grids loop.
+inline Device device_of_tests() {
+  const auto number = [](const char* name, int otherwise) {
+    const char* const text = std::getenv(name);
+    return text ? std::atoi(text) : otherwise;
+  };
+  const int capability = number("QEXPORT_EMULATED_CAPABILITY", 90);
+  // The most that a block may have, of the CUDA programming guide's table of compute capabilities.
+  const bool roomy = capability == 80 || capability == 87, least = capability < 90 || capability >= 120;
+  const int kib = capability < 80 ? 64 : roomy ? 163 : least ? 99 : 227;
+  return {capability, number("QEXPORT_EMULATED_MULTIPROCESSORS", 4), kib * 1024};
+}
+
 inline char* dynamic_shared_bytes() { return emulation::shared_memory(); }
 
 // Template bodies see Status once it is complete.
 template <class AnyStatus, class... Params, class... Args>
 void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared_bytes, void*, Args... args) {
   if (!status.ok()) return;
-  if (shared_bytes > 227 * 1024) return status.fail("too much shared memory");
+  if (shared_bytes > static_cast<size_t>(device_of_tests().shared_bytes)) return status.fail("too much shared memory");
   if (size.x * size.y * size.z > 1024) return status.fail("too many threads");
   const std::tuple<Params...> values(static_cast<Params>(args)...);
   for (unsigned z = 0; z < grid.z; ++z) {
@@ -256,11 +269,9 @@ template <class AnyStatus>
 void fill_zero(AnyStatus& status, void* data, size_t bytes, void*) {
   if (status.ok() && bytes) std::memset(data, 0, bytes);
 }
-// The Hopper of the tests, small enough that persistent grids loop.
 template <class AnyStatus>
 Device current_device(AnyStatus&) {
-  const char* const multiprocessors = std::getenv("QEXPORT_EMULATED_MULTIPROCESSORS");
-  return {90, multiprocessors ? std::atoi(multiprocessors) : 4, 227 * 1024};
+  return device_of_tests();
 }
 
 inline uint32_t join_halves(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }

@@ -22,6 +22,8 @@ def products():
         return case.name not in LARGE and (dtype == "float32" or method == "auto")
 
     combinations = split(itertools.product(CASES, METHODS, ROUNDING), small)
+    halves = ("float16", "bfloat16")  # have no matrix units there
+    combinations += [("emulated_sm75", c, "auto", dtype) for c in CASES if c.name not in LARGE for dtype in halves]
     names = ("device", "case", "method", "dtype")
     return pytest.mark.parametrize(names, combinations, ids=lambda v: getattr(v, "name", None), indirect=["device"])
 

@@ -25,6 +25,7 @@ EMULATED = (
     cuda("wide_heads", head_size=80, v_head_size=128, q_heads=1, kv_heads=1),
     cuda("heads_of_64", head_size=48, v_head_size=64, q_heads=1, kv_heads=1),
     cuda("blocks_of_clusters", q_len=128, kv_len=9000, q_heads=1, kv_heads=1, attributes={"num_samples": [4400]}),
+    cuda("wide_blocks_of_clusters", q_len=128, kv_len=4300, head_size=72, v_head_size=128, q_heads=1, kv_heads=1),
     cuda("one_budget_per_head", attributes={"num_samples": [64, 150]}),
     cuda("past", past_len=130, kv_len=200),
     cuda("padding", batch=2, q_heads=1, kv_heads=1, kv_len=600, mask=PADDING, mask_kind="padding"),
@@ -69,6 +70,7 @@ def cuda_tiles(x):
 LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
 # Emulated beside float16, whose code float32 shares but for its tiles, one for each of three sizes of heads.
 IN_FLOAT32 = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "causal", "negative_scale", "tolerance")
+WITHOUT_WARPGROUPS = ("wide_heads", "heads_of_64", "wide_blocks_of_clusters")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,8 @@ IN_FLOAT32 = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpa
         *(("emulated", c, "float16") for c in EMULATED),
         *(("emulated", c, "bfloat16") for c in EMULATED if c.name in ("plain", "causal")),  # the same code as for float16
         *(("emulated", c, "float32") for c in EMULATED if c.name in IN_FLOAT32),
+        *(("emulated_sm86", c, t) for c in EMULATED if c.name in WITHOUT_WARPGROUPS for t in ("float16", "bfloat16")),
+        ("emulated_sm86", next(c for c in EMULATED if c.name == "heads_of_64"), "float32"),
         *(pytest.param("gpu", c, t, marks=pytest.mark.gpu) for c in ON_A_GPU for t in LIMITS),
     ],
     ids=ids,
@@ -149,6 +153,17 @@ def test_what_is_no_case_for_tree_is_exact(device, case):
     feeds = case.inputs()
     found = attention(device, feeds, "float32", 0, attributes_of(case))
     np.testing.assert_allclose(found["Y"], exact(case, feeds), rtol=1e-4, atol=1e-5)
+    assert (found["error_estimate"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("emulated_sm75", "float16"), ("emulated_sm86", "float32")], indirect=["device"]
+)
+def test_what_does_not_fit_is_exact(device, dtype):
+    case = next(c for c in EMULATED if c.name == "wide_heads")
+    feeds = rounded(case.inputs(), dtype)
+    found = attention(device, feeds, dtype, 0, attributes_of(case))
+    assert relative(found["Y"], exact(case, feeds)) < LIMITS[dtype]
     assert (found["error_estimate"] == 0).all()
 
 
