@@ -11,21 +11,29 @@ constexpr const char* kTooLong = "a call of exact attention reads 2^30 keys at m
 constexpr int kWideThreads = 128;
 constexpr int kWideColumns = 4;  // of V per lane
 
-// Writes a row of the state, times `unit`.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T low, high;
+};
+
+// Writes row i of a state, times `unit`, where it is `there`; by all lanes of a warp.
 template <class T, class State>
-__device__ __forceinline__ void put_row(State& state, int i, float unit, T* to, int columns) {
-  // Without branches where there are none to take: a short call waits for its instructions.
-  const bool aligned = State::kWholePairs || (columns % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0);
+__device__ __forceinline__ void put(State& state, int i, float unit, bool there, T* to, int columns) {
+  if constexpr (State::kWholeUnits) {
+    put_row(state, i, unit, there, to, columns);
+  } else if (there) {
+    const bool aligned = columns % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
 #pragma unroll
-  for (int n = 0; n < State::kPairs; ++n) {
-    const int column = State::column(n);
-    if (column >= columns) continue;
-    const float a = state.pair(i, n)[0] * unit, b = state.pair(i, n)[1] * unit;
-    if (!aligned) {
-      to[column] = from_float<T>(a);
-      if (column + 1 < columns) to[column + 1] = from_float<T>(b);
-    } else {
-      put_pair(to + column, a, b);
+    for (int n = 0; n < State::kPairs; ++n) {
+      const int column = State::column(n);
+      if (column >= columns) continue;
+      const Pair<T> pair{from_float<T>(state.pair(i, n)[0] * unit), from_float<T>(state.pair(i, n)[1] * unit)};
+      if (aligned) {
+        *reinterpret_cast<Pair<T>*>(to + column) = pair;
+      } else {
+        to[column] = pair.low;
+        if (column + 1 < columns) to[column + 1] = pair.high;
+      }
     }
   }
 }
@@ -49,15 +57,17 @@ __global__ __launch_bounds__(Tile::kThreads,
 #pragma unroll
   for (int i = 0; i < State<Tile>::kRows; ++i) {
     const int row = state.row(i);
-    if (!tile.ours(row)) continue;
+    const bool ours = tile.ours(row), keyless = state.sum[i] == 0.0f;
     if (launch.parts > 1) {
       const int64_t at = tile.part_row(row);
-      if (state.column(0) == 0) launch.part_stats[2 * at] = state.most[i], launch.part_stats[2 * at + 1] = state.sum[i];
-      if (state.sum[i] == 0.0f) continue;  // join_parts_kernel does not read it
-      put_row(state, i, 1.0f, launch.part_outputs + at * tile.v_head_size, tile.v_head_size);
+      if (ours && state.column(0) == 0) {
+        launch.part_stats[2 * at] = state.most[i], launch.part_stats[2 * at + 1] = state.sum[i];
+      }
+      // join_parts_kernel does not read a part without keys.
+      put(state, i, 1.0f, ours && !keyless, launch.part_outputs + at * tile.v_head_size, tile.v_head_size);
     } else {
-      const float unit = state.sum[i] == 0.0f ? 0.0f : fast_reciprocal(state.sum[i]);  // a row without keys is 0
-      put_row(state, i, unit, tile.output(row), tile.v_head_size);
+      const float unit = keyless ? 0.0f : fast_reciprocal(state.sum[i]);  // a row without keys is 0
+      put(state, i, unit, ours, tile.output(row), tile.v_head_size);
     }
   }
 }

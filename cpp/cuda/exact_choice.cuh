@@ -14,7 +14,7 @@ namespace cuda {
 constexpr int kMostParts = 512;
 constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
 
-// 16-byte rows everywhere, so that they can be copied asynchronously, at distances of 32 bits, and whole pairs of the
+// 16-byte rows everywhere, so that they can be copied asynchronously, at distances of 32 bits, and what put_row asks of the
 // output.
 template <class T>
 bool aligned_rows(const AttentionJob& job) {
@@ -22,9 +22,10 @@ bool aligned_rows(const AttentionJob& job) {
     return starts_on_16_bytes(rows, sizeof(T)) && std::max(rows.row_stride, rows.head_stride) <= INT32_MAX;
   };
   const QuantumAttentionTensors& t = job.tensors;
-  const bool pairs = reinterpret_cast<uintptr_t>(t.y) % (2 * sizeof(T)) == 0 && t.y_batch_stride % 2 == 0 &&
-                     t.y_head_stride % 2 == 0 && t.y_row_stride % 2 == 0;
-  return pairs && job.params.head_size % kChunkElements<T> == 0 && job.params.v_head_size % kChunkElements<T> == 0 &&
+  const T* const y = static_cast<const T*>(t.y);
+  const bool units = takes_whole_units(y, t.y_row_stride) && takes_whole_units(y, t.y_head_stride) &&
+                     takes_whole_units(y, t.y_batch_stride);
+  return units && job.params.head_size % kChunkElements<T> == 0 && job.params.v_head_size % kChunkElements<T> == 0 &&
          aligned(t.q) && aligned(t.k) && aligned(t.v) &&
          (job.params.past_len == 0 || (aligned(t.past_key) && aligned(t.past_value)));
 }

@@ -1,35 +1,11 @@
 // What the loop of flash attention does with a block of keys: products, softmax, products.
 #pragma once
 
-#include <cstring>
-
+#include "flash_rows.cuh"
 #include "flash_tf32.cuh"
 
 namespace qexport {
 namespace cuda {
-
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-
-// Two elements that lie together.
-template <class T>
-__device__ __forceinline__ void put_pair(T* to, float a, float b) {
-  if constexpr (sizeof(T) == 4) {
-    *reinterpret_cast<float2*>(to) = make_float2(a, b);
-  } else {
-    *reinterpret_cast<uint32_t*>(to) = pack_pair(a, b, T{});
-  }
-}
 
 // Bytes 32 k.. of the warp's rows of Q.
 template <class Tile>

@@ -56,7 +56,7 @@ constexpr bool kTf32 = std::is_same<typename Tile::T, float>::value;
 template <class Tile>
 struct FlashState {
   static constexpr int kRows = 2 * Tile::kRowTiles, kPairs = Tile::kHead / 8;
-  static constexpr bool kWholePairs = true;  // rows have an even number of elements, and pairs of them lie together
+  static constexpr bool kWholeUnits = true;  // the output is written by put_row
   __host__ __device__ static constexpr bool runs_on(int arch) { return Tile::kWarpgroups ? arch == 900 : arch >= 800; }
   float o[Tile::kRowTiles][kPairs][4];
   float most[kRows];  // of the scores so far; the same on the four lanes of a row

@@ -24,7 +24,7 @@ struct SimtTile {
 template <class Tile>
 struct SimtState {
   static constexpr int kRows = Tile::kRows, kPairs = Tile::kHead / 16;
-  static constexpr bool kWholePairs = false;
+  static constexpr bool kWholeUnits = false;
   __host__ __device__ static constexpr bool runs_on(int) { return true; }
   float o[kRows][kPairs / 2][4];
   float most[kRows];  // the same on the eight threads of a row

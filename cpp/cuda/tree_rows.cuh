@@ -98,13 +98,13 @@ struct TreeOutput {
   const TreeRows<T>& rows;
   float* trial;  // null: y
   T* y;
-  bool whole;  // pairs in y may be written at once
+  bool whole;  // put_row may write to y
 
   __device__ __forceinline__ TreeOutput(const TreeRows<T>& rows_, TreeStep step) : rows(rows_), trial(nullptr) {
     const TreeLaunch& tree = rows.tree;
     if (step == TreeStep::trials) trial = tree.trial_output + blockIdx.x * kTreeRows * tree.job.params.v_head_size;
     y = output_row<T>(tree.job, rows.b, rows.q_head, rows.first_row);
-    whole = reinterpret_cast<uintptr_t>(y) % (2 * sizeof(T)) == 0 && tree.job.tensors.y_row_stride % 2 == 0;
+    whole = takes_whole_units(y, tree.job.tensors.y_row_stride);
   }
   __device__ __forceinline__ float2* trial_pair(int row, int column) const {
     return reinterpret_cast<float2*>(trial + row * static_cast<int>(rows.tree.job.params.v_head_size) + column);
@@ -114,18 +114,22 @@ struct TreeOutput {
   }
   template <class State>
   __device__ __forceinline__ void put(State& state) const {
-    const auto put_pairs = [&](auto put) {
-      for_pairs<State>(
-          rows, [&](int i, int n, int row, int column) { put(row, column, state.pair(i, n)[0], state.pair(i, n)[1]); });
+    const int dv = static_cast<int>(rows.tree.job.params.v_head_size);
+    const auto put_rows = [&](auto* first, int64_t stride) {
+#pragma unroll
+      for (int i = 0; i < State::kRows; ++i) {
+        const int row = State::row(i);
+        put_row(state, i, 1.0f, row < rows.rows, first + row * stride, dv);
+      }
     };
     if (trial) {
-      put_pairs([&](int row, int column, float a, float b) { *trial_pair(row, column) = make_float2(a, b); });
+      put_rows(trial, dv);
     } else if (whole) {
-      put_pairs([&](int row, int column, float a, float b) { put_pair(pair(row, column), a, b); });
+      put_rows(y, rows.tree.job.tensors.y_row_stride);
     } else {
-      put_pairs([&](int row, int column, float a, float b) {
+      for_pairs<State>(rows, [&](int i, int n, int row, int column) {
         T* const to = pair(row, column);
-        to[0] = from_float<T>(a), to[1] = from_float<T>(b);
+        to[0] = from_float<T>(state.pair(i, n)[0]), to[1] = from_float<T>(state.pair(i, n)[1]);
       });
     }
   }

@@ -284,6 +284,22 @@ def test_rows_may_lie_apart(device, name, strategy, dtype):
     assert_close(attention(device, feeds, dtype, 3, attributes, put=gaps(device))["Y"], packed, dtype, "Y")
 
 
+@pytest.mark.parametrize("strategy", ["exact", "stratified", "tree"])
+def test_the_output_may_begin_anywhere(emulated, monkeypatch, strategy):
+    """Where the whole units that tiles write do not fit."""
+    shape = Case("tree", 1, 2, 1, q_len=140, kv_len=330, head_size=16, v_head_size=24)
+    feeds, attributes = rounded(shape.inputs(), "float16"), {"strategy": strategy, "num_samples": 64}
+    want = attention(emulated, feeds, "float16", SEED, attributes)["Y"]
+    packed = emulated.empty
+
+    def between_units(shape, dtype):
+        array = packed(int(np.prod(shape)) + 1, dtype)
+        return array[1:].reshape(shape)
+
+    monkeypatch.setattr(emulated, "empty", between_units)
+    assert_close(attention(emulated, feeds, "float16", SEED, attributes)["Y"], want, "float16", "Y")
+
+
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "tree"])
 @pytest.mark.parametrize("control_variate", [0, 1])
 @pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (40, "float32"), (40, "float16")])
