@@ -67,19 +67,25 @@ def dimension_sizes(manifest: dict, batch: int, seq: int | None, dims: dict | No
     Raises:
         UsageError: `seq` or a size in `dims` is above the model's limit.
     """
-    limits, dims, sizes = manifest["limits"], dict(dims or {}), {}
-    for spec in manifest["inputs"]:
-        for axis, dim in enumerate(spec["shape"]):
-            if not isinstance(dim, str):
-                continue
-            for name in re.findall(r"[A-Za-z_]\w*", dim):
-                if name not in sizes:
-                    is_batch = axis == 0 or "batch" in name
-                    sizes[name] = dims.get(name, batch if is_batch else _length(seq, limits.get(name)))
+    limits, dims = manifest["limits"], dict(dims or {})
+    sizes = {
+        name: dims.get(name, batch if is_batch else _length(seq, limits.get(name)))
+        for name, is_batch in symbols(manifest).items()
+    }
     for name, size in sizes.items():
         if name in limits and size > limits[name]:
             raise UsageError(f"{name} {size} is longer than the model takes ({limits[name]}); lower it")
     return sizes
+
+
+def symbols(manifest: dict) -> dict[str, bool]:
+    """The symbolic dimensions of the inputs, and whether each is the batch: a first axis, or called so."""
+    found = {}
+    for spec in manifest["inputs"]:
+        for axis, dim in enumerate(spec["shape"]):
+            for name in re.findall(r"[A-Za-z_]\w*", dim) if isinstance(dim, str) else ():
+                found.setdefault(name, axis == 0 or "batch" in name)
+    return found
 
 
 def _length(seq: int | None, limit: int | None) -> int:

@@ -218,13 +218,21 @@ def test_wrong_arguments(folder, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_without_a_length_has_one_size_per_batch(folder):
-    document = {
-        **manifest(),
-        "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 4], "kind": "continuous", "high": None}],
-    }
-    sizes = profiling._distinct_sizes(Bundle(folder, document), [1, 2], [64, 128, 256])
-    assert [(b, s) for b, s, _ in sizes] == [(1, None), (2, None)]
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (["n", 4], [(4, None), (8, None)]),
+        (["n", "length", 4], [(4, 4), (4, 64), (8, 4), (8, 64)]),
+        ([2, 16], [(2, None)]),
+        ([2, "length"], [(2, 4), (2, 64)]),
+        ([], [(1, None)]),
+    ],
+)
+def test_sizes_are_those_that_run(folder, shape, expected):
+    """Also where the model has them fixed and other ones were asked for: throughput is counted by them."""
+    spec = {"name": "x", "dtype": "float32", "shape": shape, "kind": "continuous", "high": None}
+    bundle = Bundle(folder, {**manifest(), "inputs": [spec], "limits": {}})
+    assert [(b, s) for b, s, _ in profiling._distinct_sizes(bundle, [4, 8], [4, 64])] == expected
 
 
 def test_a_failing_child_is_one_line(folder):

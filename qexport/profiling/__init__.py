@@ -17,7 +17,7 @@ import numpy as np
 from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
-from qexport.generated import dimension_sizes, generate
+from qexport.generated import dimension_sizes, generate, symbols
 from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.model_memory import model_memory, needed
@@ -175,15 +175,18 @@ def numbers(name: str, value) -> list[int]:
 
 
 def _distinct_sizes(bundle: Bundle, batches, lengths) -> list[tuple[int, int | None, dict]]:
-    """(batch, length, sizes of the symbolic dimensions) of every pair that differs; the length is None for fixed inputs."""
+    """(batch, length, sizes of the symbolic dimensions) of every pair that differs, as it runs: the model's own batch where
+    that is fixed; the length is None for fixed inputs."""
     sizes, seen = [], []
+    kinds = symbols(bundle.manifest).values()
+    fixed = None if any(kinds) else next((spec["shape"][0] for spec in bundle.manifest["inputs"] if spec["shape"]), 1)
     for b in batches:
         for s in lengths:
             dims = dimension_sizes(bundle.manifest, b, s)
             if dims in seen:
                 continue
             seen.append(dims)
-            sizes.append((b, s if len(dims) > 1 or s in dims.values() else None, dims))
+            sizes.append((b if fixed is None else fixed, None if all(kinds) else s, dims))
     return sizes
 
 
