@@ -62,16 +62,16 @@ def _generated(spec, shape, rng, ragged, lengths, bundle):
 
 
 def dimension_sizes(manifest: dict, batch: int, seq: int | None, dims: dict | None = None) -> dict[str, int]:
-    """Sizes of the symbolic dimensions of the inputs: the first axis is the batch, every other one `seq`, up to its limit.
+    """Sizes of the symbolic dimensions of the inputs: the first axis is the batch, every other one `seq`; when
+    that is None, the most that all limits allow, up to 128.
 
     Raises:
         UsageError: `seq` or a size in `dims` is above the model's limit.
     """
     limits, dims = manifest["limits"], dict(dims or {})
-    sizes = {
-        name: dims.get(name, batch if is_batch else _length(seq, limits.get(name)))
-        for name, is_batch in symbols(manifest).items()
-    }
+    if seq is None:  # axes of different names may have to be equal
+        seq = min([128, *limits.values()])
+    sizes = {name: dims.get(name, batch if is_batch else seq) for name, is_batch in symbols(manifest).items()}
     for name, size in sizes.items():
         if name in limits and size > limits[name]:
             raise UsageError(f"{name} {size} is longer than the model takes ({limits[name]}); lower it")
@@ -86,7 +86,3 @@ def symbols(manifest: dict) -> dict[str, bool]:
             for name in re.findall(r"[A-Za-z_]\w*", dim) if isinstance(dim, str) else ():
                 found.setdefault(name, axis == 0 or "batch" in name)
     return found
-
-
-def _length(seq: int | None, limit: int | None) -> int:
-    return seq if seq is not None else min(128, limit or 128)

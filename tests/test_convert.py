@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from decomposed import HEAD_SIZE, HEADS, POSITIONS, VOCAB, encoder, feeds, save
+from decomposed import HEAD_SIZE, HEADS, POSITIONS, VOCAB, WIDTH, encoder, feeds, save
 from onnx import numpy_helper
 
 from qexport import conversion
 from qexport.bundle import Bundle
 from qexport.conversion import convert
 from qexport.runtime import session
+from qexport.validation import validate
 
 TIGHT = 1e-5
 
@@ -142,6 +143,25 @@ def test_source_opsets(tmp_path, opset):
     report = convert(path, tmp_path / "b", strategy="stratified", num_samples=POSITIONS)
     assert len(report.sites) == 2
     assert_equal(run(path, feeds(), False), run(tmp_path / "b" / "model.onnx", feeds(), True))
+
+
+@pytest.mark.parametrize("names", [(None, None), ("?", "2*n"), ("*", "länge"), ("batch size", "axis_")])
+def test_axes_without_a_name_to_look_up(tmp_path, names):
+    """Files name axes as they like, or not at all; the ids get a name that is no identifier, either."""
+    model = encoder()
+    for node in model.graph.node:
+        node.input[:] = ["ids:0" if name == "input_ids" else name for name in node.input]
+    model.graph.input[0].name = "ids:0"
+    for value in (*model.graph.input, *model.graph.output):
+        for dim, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
+            dim.Clear() if name is None else setattr(dim, "dim_param", name)
+    onnx.save(model, tmp_path / "m.onnx")
+    convert(model=tmp_path / "m.onnx", output=tmp_path / "b")
+    given = {name.replace("input_ids", "ids:0"): array for name, array in feeds().items()}
+    assert_equal(run(tmp_path / "m.onnx", given, False), run(tmp_path / "b" / "model.onnx", given, False))
+    report = validate(tmp_path / "b", batch=2)  # generated: as long as the model takes, the mask as well
+    assert report.passed
+    assert report.outputs["fallback"]["hidden"]["elements"] > POSITIONS * WIDTH
 
 
 @pytest.mark.parametrize(("opset", "least"), [(17, "1.20"), (21, "1.20"), (22, "1.21"), (24, "1.24")])

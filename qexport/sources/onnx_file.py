@@ -14,7 +14,7 @@ from qexport.sources.examples import make_examples
 from qexport.sources.modules import name_modules
 from qexport.sources.quiet import reason_of
 from qexport.sources.source import Source
-from qexport.sources.specs import limits_of, spec_of
+from qexport.sources.specs import limits_of, name_axes, spec_of
 
 # Ops that onnxruntime's optimizer writes into ai.onnx whatever the opset.
 RUNTIME_OPS = ("LayerNormalization", "SimplifiedLayerNormalization")
@@ -43,6 +43,7 @@ def open_file(path: Path, *, opset: int) -> Source:
     if model.functions:
         passes.InlinePass()(model)
     name_modules(model)
+    name_axes(model)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     present = model.opset_imports.get("", opset)

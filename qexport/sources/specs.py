@@ -1,5 +1,7 @@
 """What the inputs of a third-party graph are, read off the graph: token ids by the table they pick from, and so on."""
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,15 +11,38 @@ from qexport.sources.kinds import kind_of
 from qexport.sources.source import InputSpec
 
 _PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose")
+# A number, a name or a sum of those: what `qexport.feeds.dim_size` knows the size of.
+_TERM = r"\s*(?:[A-Za-z_]\w*|\d+)\s*"
+_SUM = re.compile(rf"{_TERM}(?:\+{_TERM})*", re.ASCII)
 # A table of position ids below this length is no position table.
 _SHORTEST_TABLE = 8
+
+
+def name_axes(model: ir.Model) -> None:
+    """Give the axes of the inputs of a graph names that sizes can be looked up by, in place: exporters write "?", "2*n" and
+    the like, and leave axes without a name."""
+    inputs = [value for value in model.graph.inputs if value.shape is not None]
+    for value in inputs:
+        dims = [d if isinstance(d, int) else d.value or f"{value.name}_dim_{i}" for i, d in enumerate(value.shape)]
+        value.shape = ir.Shape(dims)
+    values = [*inputs, *(value for node in model.graph.all_nodes() for value in node.outputs if value.shape is not None)]
+    names = {value: [d if isinstance(d, int) else d.value for d in value.shape] for value in values}
+    taken, renamed = {name for dims in names.values() for name in dims}, {}
+    for name in dict.fromkeys(name for value in inputs for name in names[value]):
+        if isinstance(name, str) and not _SUM.fullmatch(name):
+            stem = "axis_" + re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
+            choices = (stem, *(f"{stem}_{i}" for i in range(len(taken) + 1)))
+            renamed[name] = next(choice for choice in choices if choice not in taken)
+            taken.add(renamed[name])
+    for value in values if renamed else ():
+        value.shape = ir.Shape([renamed.get(name, name) for name in names[value]])
 
 
 def spec_of(value: ir.Value, model: ir.Model) -> InputSpec:
     """The spec of a graph input: type, shape with dynamic axes named, kind, and the upper bound of ids."""
     dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
     dims = list(value.shape) if value.shape is not None else []
-    shape = [d if isinstance(d, int) else d.value or f"{value.name}_dim_{i}" for i, d in enumerate(dims)]
+    shape = [d if isinstance(d, int) else d.value for d in dims]
     kind = kind_of(value.name, dtype)
     high = None
     if dtype.startswith(("int", "uint")):

@@ -14,7 +14,7 @@ from qexport.sources.modules import name_modules
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.runnable import Runnable, as_exported, tensors
 from qexport.sources.source import InputSpec, Source
-from qexport.sources.specs import limits_of, spec_of
+from qexport.sources.specs import limits_of, name_axes, spec_of
 
 # The exporter's own lowest opset; below it the finished graph is converted down.
 EXPORTER_OPSET = 18
@@ -98,6 +98,7 @@ def export_module(
         raise QexportError(
             f"{name}: the graph has {len(model.graph.inputs)} inputs, the examples hold {len(leaves)} tensors"
         )
+    name_axes(model)
     inputs = [_describe(value, model, specs or {}) for value in model.graph.inputs]
     limits = limits_of(model, inputs) | _axis_limits(torch, dynamic_shapes)
     if is_program and not any(isinstance(d, str) for spec in inputs for d in spec.shape):
