@@ -18,7 +18,7 @@ def load_structure(path) -> onnx.ModelProto:
     if not path.is_file():
         raise QexportError(f"{path}: no such model file")
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)  # whatever it is called
     except (DecodeError, ValueError) as error:
         raise QexportError(f"{path}: not an ONNX model, or cut short ({path.stat().st_size} bytes)") from error
     except OSError as error:

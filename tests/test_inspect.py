@@ -118,6 +118,7 @@ def test_the_oldest_runtime():
         ("missing.onnx", None, "no such file or folder"),
         ("text.onnx", b"hello, this is no protobuf at all", "not an ONNX model"),
         ("empty.onnx", b"", "not an ONNX model"),
+        ("manifest.json", b'{"schema_version": 1}', "not an ONNX model"),
     ],
 )
 def test_what_is_no_model(tmp_path, name, content, message):
