@@ -3,6 +3,7 @@
 Needs numpy and onnxruntime alone.
 """
 
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,7 +172,8 @@ def check_kernels(library, providers, allow_fallback=False) -> None:
 def register_library(options, library: str) -> None:
     """Add the op library to session options; a failure names the file."""
     try:
-        options.register_custom_ops_library(library)
+        # the system looks for a bare name in its own folders, and not here
+        options.register_custom_ops_library(os.path.abspath(library))
     except Exception as error:
         reason = one_line(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)))
         raise QexportError(f"cannot load the op library {library}: {reason}") from error

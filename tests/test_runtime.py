@@ -102,14 +102,17 @@ def test_an_external_file_beside_the_model_loads(tmp_path):
     np.testing.assert_array_equal(runtime.run(session, None, {"x": np.ones(2, np.float32)})[0], np.full(1000, 2))
 
 
-def test_a_bundle_runs_with_and_without_the_library(tmp_path):
+def test_a_bundle_runs_with_and_without_the_library(tmp_path, monkeypatch):
     make_bundle(tmp_path / "b", attention={"strategy": "exact"})
     feed = {"input_ids": np.arange(10)[None], "attention_mask": np.ones((1, 10), np.int64)}
     fast = runtime.run(runtime.session(tmp_path / "b"), None, feed)[0]
     slow = runtime.run(runtime.session(tmp_path / "b", library=False), None, feed)[0]
-    by_path = runtime.run(runtime.session(tmp_path / "b", library=installed.get_library_path()), None, feed)[0]
     np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(fast, by_path)
+    (tmp_path / "own.so").symlink_to(installed.get_library_path())
+    monkeypatch.chdir(tmp_path)
+    for library in (installed.get_library_path(), "own.so"):
+        by_path = runtime.run(runtime.session(tmp_path / "b", library=library), None, feed)[0]
+        np.testing.assert_array_equal(fast, by_path)
 
 
 def test_the_library_is_where_it_says():
