@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from decomposed import encoder, save
-from onnx import helper, parser
+from onnx import helper, numpy_helper, parser
 
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
@@ -51,6 +51,42 @@ def test_unknown_kind_of_file(write, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x00" * 100, json.dumps({"a": 1}).encode()])
 def test_not_an_onnx_file(write, tmp_path, content):
     assert_fails(write(content), tmp_path, "m.onnx", "not an ONNX model")
+
+
+def _ends(kind: str) -> onnx.ModelProto:
+    """The encoder with an input or output of an odd kind, or with a sparse weight."""
+    model = encoder()
+    strings = helper.make_tensor_value_info("words_in", onnx.TensorProto.STRING, ["batch"])
+    if kind == "input of strings":
+        model.graph.input.append(strings)
+    elif kind == "output of strings":
+        model.graph.output.append(strings)
+    elif kind == "sequence":
+        item = helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        model.graph.output.append(helper.make_value_info("parts", helper.make_sequence_type_proto(item)))
+        model.graph.node.append(helper.make_node("SequenceConstruct", ["hidden"], ["parts"], name="p"))
+    elif kind == "no shape":
+        model.graph.input[0].type.tensor_type.ClearField("shape")
+    else:
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name == "wq0")
+        values, places = numpy_helper.from_array(np.ones(1, np.float32), "wq0"), numpy_helper.from_array(np.array([3]), "at")
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, list(weight.dims)))
+        model.graph.initializer.remove(weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("input of strings", "input 'words_in' is a tensor of strings"),
+        ("output of strings", "output 'words_in' is a tensor of strings"),
+        ("sequence", "output 'parts' is a sequence"),
+        ("no shape", "input 'input_ids' has no shape"),
+        ("sparse", "weight 'wq0' is stored sparse"),
+    ],
+)
+def test_what_is_no_dense_tensor_of_numbers(write, tmp_path, kind, words):
+    assert_fails(write(_ends(kind)), tmp_path, "m.onnx", words)
 
 
 @pytest.mark.parametrize("part", [0.5, 0.9, 0.99])

@@ -28,12 +28,14 @@ def open_file(path: Path, *, opset: int) -> Source:
 
     Raises:
         QexportError: not an ONNX model, cut short, older than opset 11, an op that nothing runs, external data that is
-            missing or outside the folder, already converted, or it cannot be raised.
+            missing or outside the folder, inputs or outputs that are no tensors of numbers, sparse weights, already
+            converted, or it cannot be raised.
     """
     structure = load_structure(path)
     check_external_data(path, structure)
     _check_opset(path, structure)
     _check_ops(path, structure)
+    _check_values(path, structure)
     try:
         model = ir.load(path)
     except Exception as error:
@@ -95,4 +97,23 @@ def _check_ops(path: Path, model: onnx.ModelProto) -> None:
                 raise QexportError(
                     f"{where}: op {node.domain}:{node.op_type} has no function in the file, so no onnxruntime runs it; "
                     "export the model without it"
+                )
+
+
+def _check_values(path: Path, model: onnx.ModelProto) -> None:
+    """Inputs and outputs must be tensors of numbers, inputs of known rank, and weights dense."""
+    if model.graph.sparse_initializer:
+        name = model.graph.sparse_initializer[0].values.name
+        raise QexportError(f"{path}: weight {name!r} is stored sparse, which is not taken; store it as a dense initializer")
+    for what, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            kind = value.type.WhichOneof("value")
+            if kind == "tensor_type" and value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+                kind = "tensor of strings"
+            if kind not in ("tensor_type", None):
+                found = kind.removesuffix("_type").replace("_", " ")
+                raise QexportError(f"{path}: {what} {value.name!r} is a {found}; export the model with tensors of numbers")
+            if what == "input" and not value.type.tensor_type.HasField("shape"):
+                raise QexportError(
+                    f"{path}: input {value.name!r} has no shape; export it with one, of axes that may be dynamic"
                 )
