@@ -11,8 +11,9 @@ import numpy as np
 
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
+from qexport.failures import one_line
 from qexport.feeds import Inputs, check_feed
-from qexport.generated import generate
+from qexport.generated import generate, symbols
 
 DEFAULT_BATCH = 8
 GIVEN = "given texts"
@@ -25,7 +26,7 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
         data: None for the stored samples (generated inputs when `batch` or `seq` is given), a path of an .npz or .txt file,
             a dict of arrays by input name, a list of texts, or `Inputs` as they are.
         batch: items per feed (files), or items (generated).
-        seq: length that texts are cut to, or length of generated inputs.
+        seq: length that texts are cut to, or length of generated inputs; not for arrays.
 
     Raises:
         UsageError: an unknown kind of file, or a batch or seq outside its limits.
@@ -41,7 +42,7 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
             return stored_samples(bundle)
         return generate(bundle, batch=batch or 1, seq=seq, ragged=True)
     if isinstance(data, dict):
-        return _split(bundle, data, "arrays", batch or DEFAULT_BATCH)
+        return _split(bundle, data, "arrays", batch or DEFAULT_BATCH, seq)
     if isinstance(data, (list, tuple)):
         if not data or not all(isinstance(text, str) for text in data):
             raise UsageError("data must be a path, a dict of arrays or a list of texts that is not empty")
@@ -50,7 +51,7 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
     if not path.is_file():
         raise QexportError(f"{path}: no such data file")
     if path.suffix == ".npz":
-        return _split(bundle, _read_npz(path), str(path), batch or DEFAULT_BATCH)
+        return _split(bundle, _read_npz(path), str(path), batch or DEFAULT_BATCH, seq)
     if path.suffix == ".txt":
         return read_text(bundle, path, batch=batch or DEFAULT_BATCH, seq=seq)
     raise UsageError(f"{path}: unknown kind of data; give .npz (one array per input) or .txt (one text per line)")
@@ -91,7 +92,8 @@ def read_text(bundle: Bundle, path, *, batch: int = DEFAULT_BATCH, seq: int | No
             (and no `seq` to cut it to).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # lines end where editors end them: str.splitlines also ends them at form feeds and the like
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, OSError) as error:
         raise QexportError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -191,14 +193,21 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _split(bundle: Bundle, arrays: dict, source: str, batch: int) -> Inputs:
-    """Arrays of many samples cut into feeds of `batch` items along the axis named like the first axis of the inputs."""
-    feed, notes = check_feed(bundle, {name: np.asarray(array) for name, array in arrays.items()}, source)
-    specs = {spec["name"]: spec for spec in bundle.manifest["inputs"]}
-    batched = [name for name in feed if specs[name]["shape"] and isinstance(specs[name]["shape"][0], str)]
+def _split(bundle: Bundle, arrays: dict, source: str, batch: int, seq: int | None) -> Inputs:
+    """Arrays of many samples cut into feeds of `batch` items along the first axis of those that have the batch there."""
+    if seq is not None:
+        raise UsageError(f"seq is for texts and generated inputs, got {seq} beside {source}; cut the arrays themselves")
+    try:
+        given = {name: np.asarray(array) for name, array in arrays.items()}
+    except ValueError as error:  # rows of different lengths
+        raise QexportError(f"{source}: an input is no array: {one_line(error)}; fill up its rows to one length") from error
+    feed, notes = check_feed(bundle, given, source)
+    is_batch = symbols(bundle.manifest)
+    batched = [spec["name"] for spec in bundle.manifest["inputs"] if spec["shape"] and is_batch.get(spec["shape"][0])]
     if not batched:
         return Inputs([feed], source, notes)
     total = feed[batched[0]].shape[0]
+    batched = [name for name in batched if feed[name].shape[0] == total]
     feeds = [
         {name: array[start : start + batch] if name in batched else array for name, array in feed.items()}
         for start in range(0, total, batch)

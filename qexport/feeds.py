@@ -72,6 +72,9 @@ def check_feed(bundle: Bundle, arrays: dict[str, np.ndarray], source: str) -> tu
         if name not in feed:
             feed[name] = _filled(spec, sizes, source, list(specs))
             notes.append(f"input {name!r} was not given and is filled with {FILLERS[spec['kind']]}")
+    for name, spec in specs.items():
+        if spec["kind"] == "mask" and feed[name].ndim == 2 and not kept(feed[name]).any():
+            raise QexportError(f"{source}: input {name!r} keeps no position; mark those that count")
     _check_room(bundle, feed, source)
     return {name: feed[name] for name in specs}, notes
 
@@ -147,6 +150,12 @@ def _check_values(spec, array, where) -> None:
         low, top = int(array.min()), int(array.max())
         if low < 0 or top >= high:
             raise QexportError(f"{where} must lie in [0, {high}), got {low if low < 0 else top}")
+
+
+def kept(mask: np.ndarray) -> np.ndarray:
+    """A mask as booleans, true where a position counts: additive masks are 0 there and very negative elsewhere."""
+    additive = mask.dtype.kind == "f" and mask.max() <= 0
+    return mask == 0 if additive else mask != 0
 
 
 def _shown(shape) -> str:

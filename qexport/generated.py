@@ -79,10 +79,12 @@ def dimension_sizes(manifest: dict, batch: int, seq: int | None, dims: dict | No
 
 
 def symbols(manifest: dict) -> dict[str, bool]:
-    """The symbolic dimensions of the inputs, and whether each is the batch: a first axis, or called so."""
-    found = {}
+    """The symbolic dimensions of the inputs, and whether each is the batch: called so, or a first axis of inputs that no
+    other axis shares and beside which none is called so."""
+    found: dict[str, bool] = {}
     for spec in manifest["inputs"]:
-        for axis, dim in enumerate(spec["shape"]):
-            for name in re.findall(r"[A-Za-z_]\w*", dim) if isinstance(dim, str) else ():
-                found.setdefault(name, axis == 0 or "batch" in name)
+        names = [re.findall(r"[A-Za-z_]\w*", dim) if isinstance(dim, str) else [] for dim in spec["shape"]]
+        told = any("batch" in name for axis in names for name in axis)
+        for axis, name in ((axis, name) for axis, row in enumerate(names) for name in row):
+            found[name] = "batch" in name or (axis == 0 and not told and found.get(name, True))
     return found

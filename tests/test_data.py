@@ -82,6 +82,7 @@ def test_an_npz_is_cut_into_batches_and_its_mask_is_filled_in(bundle, tmp_path):
         ({"input_ids": ids(1, 4) - 1}, f"must lie in [0, {VOCAB}), got -1"),
         ({"input_ids": ids(2, 4), "attention_mask": ids(2, 5)}, "has sequence 5, but 'input_ids' has 4"),
         ({"input_ids": ids(2, 4), "attention_mask": ids(3, 4)}, "has batch 3, but 'input_ids' has 2"),
+        ({"input_ids": ids(2, 4), "attention_mask": ids(2, 4)}, "input 'attention_mask' keeps no position"),
     ],
 )
 def test_arrays_that_do_not_fit(bundle, tmp_path, arrays, message):
@@ -162,6 +163,13 @@ def test_text_is_padded_to_the_longest_line_of_its_batch(text_bundle, tmp_path):
     assert inputs.notes == []
 
 
+def test_lines_are_those_of_an_editor(text_bundle, tmp_path):
+    """Behind a byte order mark, and whatever Unicode calls a boundary inside of a line."""
+    (tmp_path / "t.txt").write_bytes("\ufeffthe cat\x0csat\r\non\u2028the mat".encode())
+    feed = load_inputs(text_bundle, tmp_path / "t.txt").feeds[0]
+    np.testing.assert_array_equal(feed["input_ids"], [[2, 4, 5, 6, 3], [2, 7, 4, 8, 3]])
+
+
 def test_text_is_cut_when_asked_and_said_so(text_bundle, tmp_path):
     (tmp_path / "t.txt").write_text("the cat sat on the mat\nthe cat\n")
     inputs = load_inputs(text_bundle, tmp_path / "t.txt", seq=5)
@@ -198,6 +206,28 @@ def test_generated_inputs(bundle):
     np.testing.assert_array_equal(feed["input_ids"], again["input_ids"])
     assert (feed["input_ids"] != other["input_ids"]).any()
     assert generate(bundle, batch=2, seq=9).feeds[0]["attention_mask"].all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "batches"),
+    [
+        ({"q": ["batch", "n", 4], "bias": ["n", "keys"]}, {"q": [2, 2, 1], "bias": [5, 5, 5]}),  # n is no batch
+        ({"bias": ["n", "keys"], "q": ["batch", "n", 4]}, {"q": [2, 2, 1], "bias": [5, 5, 5]}),
+        ({"q": ["sequence", "batch", 4]}, {"q": [5]}),  # items do not lie along the first axis
+        ({"x": ["x_dim_0", "x_dim_1"], "y": ["y_dim_0", "y_dim_1"]}, {"x": [2, 2, 1], "y": [2, 2, 1]}),  # unnamed axes
+        ({"x": ["N", 3], "table": [5, 3]}, {"x": [2, 2, 1], "table": [5, 5, 5]}),
+    ],
+)
+def test_arrays_are_cut_along_the_batch_alone(folder, shapes, batches):
+    bundle = with_inputs(folder, [spec(name, shape) for name, shape in shapes.items()])
+    given = {name: np.ones([d if isinstance(d, int) else 5 for d in shape], np.float32) for name, shape in shapes.items()}
+    feeds = load_inputs(bundle, given, batch=2).feeds
+    assert {name: [len(feed[name]) for feed in feeds] for name in shapes} == batches
+
+
+def test_what_is_no_array_or_no_length(bundle):
+    assert "arrays: an input is no array" in error_of(bundle, {"input_ids": [[1, 2], [3]]})
+    assert "seq is for texts and generated inputs, got 4" in error_of(bundle, {"input_ids": ids(2, 8)}, seq=4)
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"seq": 0}, {"seq": -3}, {"seq": LIMIT + 1}])
@@ -242,3 +272,8 @@ def test_an_integer_input_without_a_range(folder):
 def test_dimension_sizes_of_a_model_without_a_length():
     document = {"inputs": [spec("pixels", ["batch", 3, 8, 8])], "limits": {}}
     assert dimension_sizes(document, 4, 99) == {"batch": 4}
+
+
+def test_an_axis_that_an_input_has_first_may_be_a_length():
+    document = {"inputs": [spec("bias", ["n", "m"]), spec("q", ["batch", "n", 4])], "limits": {}}
+    assert dimension_sizes(document, 4, 9) == {"batch": 4, "n": 9, "m": 9}

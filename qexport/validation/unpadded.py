@@ -7,6 +7,8 @@ knows them; else it is the last but one axis of a value of rank 3 or more, when 
 
 import numpy as np
 
+from qexport.feeds import kept
+
 
 def keep_masks(manifest: dict, feed: dict[str, np.ndarray]) -> list[tuple[list, np.ndarray]]:
     """The 2-D masks of a feed as (symbolic shape, boolean array, true where the position counts)."""
@@ -14,10 +16,7 @@ def keep_masks(manifest: dict, feed: dict[str, np.ndarray]) -> list[tuple[list, 
     for spec in manifest["inputs"]:
         if spec["kind"] != "mask" or feed[spec["name"]].ndim != 2:
             continue
-        mask = feed[spec["name"]]
-        # additive masks are 0 where a position counts and very negative elsewhere
-        additive = mask.dtype.kind == "f" and mask.max() <= 0
-        masks.append((spec["shape"], mask == 0 if additive else mask != 0))
+        masks.append((spec["shape"], kept(feed[spec["name"]])))
     return masks
 
 
