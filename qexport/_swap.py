@@ -1,4 +1,5 @@
-"""What makes the last step of writing a bundle safe: exchanging two folders, and signals that wait or become exceptions."""
+"""What makes the last step of writing safe: exchanging two folders, files that are whole, and signals that wait or become
+exceptions."""
 
 import ctypes
 import os
@@ -39,6 +40,23 @@ def _rename_exchange(new: Path, target: Path) -> bool:
     except (OSError, AttributeError):  # a C library older than the call
         return False
     return renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE) == 0
+
+
+@contextmanager
+def whole_file(target):
+    """Yields a path beside `target` to write to. The file takes the place of `target` on a normal exit and is removed on any
+    other: a full disk or Ctrl-C leaves the old one as it was.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(target))  # a link stays one
+    scratch = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    try:
+        yield scratch
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _in_main_thread() -> bool:

@@ -222,7 +222,7 @@ def check_output(target, kind: Kind = BUNDLE) -> None:
         UsageError: a file is there, or a folder holding files that are not of its kind.
     """
     target = Path(target)
-    if not target.exists():
+    if not os.path.exists(target):  # of a name that is too long as well, which Path.exists raises
         return
     if not target.is_dir():
         raise UsageError(f"{target}: a file is there already; choose another folder for the {kind.name}")

@@ -202,6 +202,46 @@ def test_a_full_disk(tmp_path, write):
     assert digest(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE on Windows")
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("r.html", "from qexport.reporting import _write; _write(file, text)"),
+        ("r.yaml", "from qexport.tuning.output import _write_yaml; _write_yaml(file, {'strategy': 'exact'}, text)"),
+        (
+            "r.png",
+            "from qexport.memory.plot import draw;"
+            "draw({'counters': ['rss'], 'blocks': [], 'timeline': {'rss': {'seconds': [0, 1], 'bytes': [1, 2]}}}, file)",
+        ),
+    ],
+)
+def test_a_full_disk_leaves_the_old_file(tmp_path, name, write):
+    if name.endswith(".png"):
+        pytest.importorskip("matplotlib")
+    (tmp_path / name).write_text("years of work")
+    code = textwrap.dedent(f"""
+        import resource
+        from pathlib import Path
+        from qexport.errors import QexportError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        file, text = Path({str(tmp_path / name)!r}), "words " * 1000
+        try:
+            {write}
+        except QexportError as error:
+            print(error)
+    """)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "File too large" in child.stdout, child.stderr
+    assert len(child.stdout.splitlines()) == 1
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "years of work")]
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(QexportError, match="File name too long") as error:
+        write_small(tmp_path / ("x" * 300))
+    assert "\n" not in str(error.value)
+
+
 def test_an_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(QexportError) as error, write_bundle(tmp_path / "file" / "out"):

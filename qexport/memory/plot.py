@@ -1,5 +1,6 @@
 """The picture of a memory report: bytes over time, and how far each block rose above its start."""
 
+from qexport._swap import whole_file
 from qexport.errors import QexportError
 from qexport.scaling.plot import check
 
@@ -44,6 +45,7 @@ def draw(report: dict, file) -> None:
             axis.grid(alpha=0.25, lw=0.5)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
         try:
-            figure.savefig(file, dpi=100)
+            with whole_file(file) as whole:
+                figure.savefig(whole, dpi=100)
         except OSError as error:
             raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error

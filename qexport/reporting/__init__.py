@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import __version__
+from qexport._swap import whole_file
 from qexport.bundle import Bundle
 from qexport.documents import well_formed
 from qexport.errors import QexportError, UsageError
@@ -134,10 +135,8 @@ def _check_output(output) -> Path:
 
 def _write(target: Path, text: str) -> None:
     """Complete or not at all."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(target)
+        with whole_file(target) as file:
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise QexportError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qexport._swap import whole_file
 from qexport.errors import QexportError
 from qexport.scaling.plot import check
 
@@ -46,7 +47,8 @@ def draw(report: dict, file) -> None:
         )
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         try:
-            figure.savefig(file, dpi=100)
+            with whole_file(file) as whole:
+                figure.savefig(whole, dpi=100)
         except OSError as error:
             raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error
 

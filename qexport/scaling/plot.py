@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qexport._swap import whole_file
 from qexport.errors import QexportError, UsageError
 
 KINDS = (".png", ".svg", ".pdf")
@@ -80,7 +81,8 @@ def draw(report: dict, file) -> None:
         figure.suptitle(_title(report), fontsize=12)
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
         try:
-            figure.savefig(file, dpi=100)
+            with whole_file(file) as whole:
+                figure.savefig(whole, dpi=100)
         except OSError as error:
             raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error
 

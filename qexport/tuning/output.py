@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from qexport._swap import whole_file
 from qexport.bundle import MANIFEST, MODEL, Bundle, write_bundle
 from qexport.errors import QexportError
 from qexport.recipe import SAMPLING, make_recipe
@@ -64,7 +65,8 @@ def _write_yaml(path: Path, recipe: dict, remark: str) -> None:
     writer.indent(mapping=2, sequence=4, offset=2)
     writer.dump(recipe, text)
     try:
-        path.write_text(f"# {remark}\n{text.getvalue()}", encoding="utf-8")
+        with whole_file(path) as file:
+            file.write_text(f"# {remark}\n{text.getvalue()}", encoding="utf-8")
     except OSError as error:
         raise QexportError(f"{path}: cannot write the recipe: {error.strerror}") from error
 
