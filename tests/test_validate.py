@@ -2,6 +2,7 @@
 
 import json
 
+import decomposed
 import numpy as np
 import onnx
 import pytest
@@ -9,12 +10,14 @@ from bundle_factory import HEADS, attribute, make_bundle, site_output
 from onnx import numpy_helper
 
 from qexport.bundle import Bundle
+from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
 from qexport.validation import validate
 from qexport.validation.comparison import _groups
 from qexport.validation.limits import DEFAULT_MAX_ERROR, ROUNDING
 from qexport.validation.probes import LOCAL, beside, ordered_sites
 from qexport.validation.statistics import SAMPLING, SYSTEMATIC, TOO_FEW
+from qexport.validation.unpadded import as_floats
 
 MODULES = [f"encoder.{i}.attention" for i in range(4)]
 
@@ -162,6 +165,25 @@ def test_nan_fails(tmp_path):
     assert not report.passed
     assert report.first_divergent["module"] == MODULES[1]
     assert "NaN" not in json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_forbidden_logits_are_the_same_and_no_nan(tmp_path):
+    """Minus infinity in both models is no error; the seeds' own infinity would be."""
+    banned = "void = Sub(one, one) never = Log(void) part = Slice(hidden, zero, first, second) none = Mul(part, void) "
+    extra = banned + "ban = Add(none, never) logits = Concat<axis=2>(ban, hidden)"
+    source = decomposed.save(tmp_path, extra=extra, outputs=f", float[batch,sequence,{decomposed.WIDTH + 1}] logits")
+    convert(source, tmp_path / "b", strategy="stratified", num_samples=4)
+    report = validate(tmp_path / "b", max_error=1.0)
+    assert report.passed
+    errors = {name: report.outputs["library"][name]["relative_error"] for name in ("hidden", "logits")}
+    assert 0 < errors["logits"] == pytest.approx(errors["hidden"])
+
+
+@pytest.mark.parametrize("value", [np.inf, 0.0, np.nan])
+def test_infinity_that_differs_stays_no_number(value):
+    base, (same, other) = as_floats(np.array([-np.inf, 1.0]), [np.array([-np.inf, 2.0]), np.array([value, 2.0])])
+    np.testing.assert_array_equal(same - base, [0, 1])
+    np.testing.assert_array_equal(other - base, [np.nan, 1])
 
 
 def test_without_the_library(tmp_path):

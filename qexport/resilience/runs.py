@@ -24,7 +24,7 @@ from qexport.rewrite.classical import to_classical
 from qexport.rewrite.sample_attention import sample_attention
 from qexport.validation.comparison import seeded_feed
 from qexport.validation.probes import add_outputs, open_probe, ordered_sites, watch
-from qexport.validation.unpadded import keep_masks, padded_axis, rows
+from qexport.validation.unpadded import as_floats, keep_masks, padded_axis, rows
 
 
 @dataclass
@@ -161,12 +161,13 @@ def _new_sums(cell: Cell, seeds: int, outputs: int) -> _Sums:
 
 def _add(sums: _Sums, bundle: Bundle, metric: Metric, feed: dict, classical: list, kept: list, runs) -> None:
     """Add one batch: the outputs of each seed in `runs`."""
-    sums.base += [_square(rows(c, keep)) for c, keep in zip(classical, kept, strict=True)]
+    sums.base += [_square(as_floats(rows(c, keep), [])[0]) for c, keep in zip(classical, kept, strict=True)]
     for seed, run in enumerate(runs):
         total, count = metric.add(bundle.manifest, feed, classical[0], run[0])
         sums.total[seed] += total
-        compared = zip(run, classical, kept, strict=True)
-        sums.error[:, seed] += [_square(rows(y, keep) - rows(c, keep)) for y, c, keep in compared]
+        for number, (y, c, keep) in enumerate(zip(run, classical, kept, strict=True)):
+            base, (value,) = as_floats(rows(c, keep), [rows(y, keep)])
+            sums.error[number, seed] += _square(value - base)
     sums.count += count
 
 

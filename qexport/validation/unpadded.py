@@ -65,8 +65,16 @@ def by_head(array: np.ndarray, heads: int, padded: tuple[int, np.ndarray] | None
 
 
 def as_floats(base: np.ndarray, values: list[np.ndarray]):
-    """Integers and booleans as agreement: 1 for the baseline, 1 or 0 for a run, so that the relative error is the square
-    root of the fraction that differs."""
-    if base.dtype.kind not in "biu":
+    """Values whose difference is an error: those of a baseline and of runs.
+
+    Integers and booleans become agreement: 1 for the baseline, 1 or 0 for a run, so that the relative error is the square
+    root of the fraction that differs. Infinity in the baseline, as of logits that are forbidden, becomes 0, in a run as well
+    where that has the same, else NaN.
+    """
+    if base.dtype.kind in "biu":
+        return np.ones(base.shape), [value == base for value in values]
+    infinite = np.isinf(base)
+    if not infinite.any():
         return base, values
-    return np.ones(base.shape), [value == base for value in values]
+    values = [np.where(infinite, np.where(value == base, 0.0, np.nan), value) for value in values]
+    return np.where(infinite, 0.0, base), values
