@@ -76,7 +76,7 @@ def _evaluate(node: ir.Node, inputs: list) -> np.ndarray | None:
     from onnx import TensorProto, helper
     from onnx.reference import ReferenceEvaluator
 
-    if any(array is not None and array.dtype.kind in "iu" and (array == -1).any() for array in inputs[:1]) and (
+    if any(array is not None and array.dtype.kind in "iu" and (array == -1).any() for array in inputs) and (
         node.op_type not in ("Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Identity", "Reshape")
     ):
         return None  # arithmetic on a size that is not known

@@ -49,6 +49,12 @@ FUSED = {
         "s1 = MatMul(q, kt) s2 = Div(s1, r) " + SOFT,
         constants="int64 three = {3}",
     ),
+    "scale of a multiple of the number of keys": Spelling(
+        KT
+        + "d = Shape(k) e = Gather<axis=0>(d, two) g1 = Mul(two, e) f = Cast<to=1>(g1) s1 = MatMul(q, kt) s2 = Div(s1, f) "
+        + SOFT,
+        constants="int64 two = {2}",
+    ),
     "computed scale": Spelling(KT + "s1 = MatMul(q, kt) s2 = Mul(s1, t) " + SOFT, inputs=HEADS + ", float[1] t"),
     "opset 11, axis 3": Spelling(
         KT + "s1 = MatMul(q, kt) s2 = Div(s1, c) p = Softmax<axis=3>(s2) y = MatMul(p, v)", constants=SCALE, opset=11
