@@ -17,7 +17,7 @@ def load_document(path) -> dict:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_bytes())  # in UTF-8, or as PowerShell writes it, in UTF-16
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError:  # of the encoding, too

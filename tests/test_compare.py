@@ -103,6 +103,15 @@ def test_nothing_changed(write, documents, qexport):
         assert set(verdicts(compare(file, file))) == set()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark(write, documents, encoding):
+    """PowerShell writes what a command printed in one of these."""
+    before = write("a.json", documents["inspect"])
+    after = before.with_name("b.json")
+    after.write_text(before.read_text(), encoding=encoding)
+    assert {figure["verdict"] for figure in compare(before, after).figures} == {SAME}
+
+
 def test_every_kind_of_document(write, tmp_path):
     """What the other commands print has figures, and does not change by being compared with itself."""
     bundle = make_bundle(tmp_path / "bundle", hidden=512)  # with weights worth compressing
