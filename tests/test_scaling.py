@@ -243,10 +243,13 @@ def test_what_is_wrong_is_one_line(heads, options, words):
     [
         (None, "No such file"),
         (b"text", "not an .npz file with arrays q, k and v"),
+        (b"", "not an .npz file with arrays q, k and v"),
         ({"q": np.zeros((4, 8)), "k": np.zeros((4, 8))}, "no array v; needs q, k and v"),
         ({name: np.zeros((4, 8), int) for name in "qkv"}, "must be floats of one shape"),
         ({"q": np.zeros((4, 8)), "k": np.zeros((4, 8)), "v": np.zeros((5, 8))}, "must be floats of one shape"),
         ({name: np.array([{}]) for name in "qkv"}, "not an .npz file with arrays q, k and v"),
+        ({name: np.zeros((4, 0, 8)) for name in "qkv"}, "must be floats of one shape"),
+        ({name: np.full((1, 4, 8), 1e39) for name in "qkv"}, "not finite in float32"),
     ],
 )
 def test_a_file_of_something_else(tmp_path, arrays, words):

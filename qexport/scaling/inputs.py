@@ -1,7 +1,6 @@
 """Queries, keys and values of any length up to some: random, or the heads of a file."""
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -32,18 +31,21 @@ class Activations:
                 arrays = [data[name] for name in ("q", "k", "v")]
         except KeyError as error:
             raise UsageError(f"{file}: no array {error.args[0].split()[0]}; needs q, k and v") from None
-        except (OSError, ValueError, BadZipFile, TypeError, AttributeError) as error:
+        except Exception as error:  # zipfile, zlib, numpy and OS errors
             reason = getattr(error, "strerror", None) or "not an .npz file with arrays q, k and v"
             raise UsageError(f"{file}: {reason}") from None
         shapes = [x.shape for x in arrays]
-        if len(set(shapes)) > 1 or len(shapes[0]) < 2 or any(x.dtype.kind != "f" for x in arrays):
+        if len(set(shapes)) > 1 or len(shapes[0]) < 2 or 0 in shapes[0] or any(x.dtype.kind != "f" for x in arrays):
             raise UsageError(f"{file}: q, k and v must be floats of one shape (..., n, head_size), got {shapes}")
         merged = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
         count, n, self.head_size = merged[0].shape
         if count < heads or n < longest:
             raise UsageError(f"{file} holds {count} heads of {n} positions; {heads} heads of {longest} were asked for")
         places = np.linspace(0, count - 1, heads).round().astype(int)
-        self._arrays = [x[None, places].astype(np.float32) for x in merged]
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and told
+            self._arrays = [x[None, places].astype(np.float32) for x in merged]
+        if not all(np.isfinite(x).all() for x in self._arrays):
+            raise UsageError(f"{file}: q, k and v hold numbers that are not finite in float32; clean the data")
 
     def __call__(self, n: int) -> tuple[np.ndarray, ...]:
         return tuple(np.ascontiguousarray(x[:, :, :n]) for x in self._arrays)
