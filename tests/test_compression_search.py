@@ -228,6 +228,29 @@ def test_a_half_written_finding_is_none(tmp_path, monkeypatch):
     assert again.compute("half", lambda: np.zeros(2)).tolist() == [0, 0]
 
 
+def test_runs_that_share_a_folder(tmp_path, monkeypatch):
+    """Two may store one finding at a time, and one may remove what the other was about to read."""
+    ours, theirs, write = Checkpoint(tmp_path / "store", {}), Checkpoint(tmp_path / "store", {}), np.save
+    ours.save("known", 1)
+
+    def slow(file, array):
+        file.write(b"\x93NUMPY half")
+        monkeypatch.setattr(np, "save", write)
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        theirs.save("x", np.arange(3))
+        monkeypatch.undo()
+        file.seek(0)
+        np.save(file, array)
+
+    monkeypatch.setattr(np, "save", slow)
+    ours.save("x", np.arange(3))
+    np.testing.assert_array_equal(ours.load("x"), np.arange(3))
+    assert sorted(path.suffix for path in (tmp_path / "store").iterdir()) == [".json", ".npy", ".npy"]
+    theirs.remove()
+    with pytest.raises(QexportError, match="let one run at a time write an output"):
+        ours.load("x")
+
+
 def test_a_folder_without_its_key_is_none_of_ours(tmp_path):
     (tmp_path / "store").mkdir()  # stopped between the folder and the key
     store = Checkpoint(tmp_path / "store", {})

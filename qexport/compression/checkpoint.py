@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +54,17 @@ class Checkpoint:
         return self._path(name).is_file()
 
     def load(self, name: str) -> np.ndarray:
-        """What is stored under a name; the file is mapped, not read."""
-        return np.load(self._path(name), mmap_mode="r")
+        """What is stored under a name; the file is mapped, not read.
+
+        Raises:
+            QexportError: it is there no longer.
+        """
+        try:
+            return np.load(self._path(name), mmap_mode="r")
+        except FileNotFoundError:
+            raise QexportError(
+                f"{self.folder}: a finding was removed as it was needed; let one run at a time write an output"
+            ) from None
 
     def save(self, name: str, array) -> None:
         """Store an array.
@@ -62,11 +73,11 @@ class Checkpoint:
             QexportError: the folder cannot be written.
         """
         path = self._path(name)
+        half = path.with_suffix(f".{os.getpid()}.half")  # runs may share a folder of findings
         try:
             if not self.folder.is_dir():
-                self.folder.mkdir(parents=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "key.json").write_text(self._key, encoding="utf-8")
-            half = path.with_suffix(".half")
             with half.open("wb") as file:
                 np.save(file, np.asarray(array))
             half.replace(path)
@@ -75,6 +86,9 @@ class Checkpoint:
             raise QexportError(
                 f"{self.folder}: cannot store a finding ({reason}); free some space, or name another folder for findings"
             ) from error
+        finally:
+            with suppress(OSError):  # it has its name, or could not be written
+                half.unlink()
 
     def compute(self, name: str, function) -> np.ndarray:
         """What is stored under a name, or else what `function()` gives, stored."""
