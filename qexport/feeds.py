@@ -72,9 +72,9 @@ def check_feed(bundle: Bundle, arrays: dict[str, np.ndarray], source: str) -> tu
         if name not in feed:
             feed[name] = _filled(spec, sizes, source, list(specs))
             notes.append(f"input {name!r} was not given and is filled with {FILLERS[spec['kind']]}")
-    for name, spec in specs.items():
-        if spec["kind"] == "mask" and feed[name].ndim == 2 and not kept(feed[name]).any():
-            raise QexportError(f"{source}: input {name!r} keeps no position; mark those that count")
+    masks = [name for name, spec in specs.items() if spec["kind"] == "mask" and feed[name].ndim == 2]
+    if masks and not any(kept(feed[name]).any() for name in masks):
+        raise QexportError(f"{source}: input {masks[0]!r} keeps no position; mark those that count")
     _check_room(bundle, feed, source)
     return {name: feed[name] for name in specs}, notes
 

@@ -106,6 +106,14 @@ def test_an_additive_mask_may_hold_minus_infinity(folder):
     assert "NaN or infinite" in error_of(bundle, {"bias": np.array([[0, np.inf]], np.float32)})
 
 
+def test_one_of_two_masks_may_be_zeros(folder):
+    """As the mask of global attention is where there is none."""
+    names = ("attention_mask", "global_attention_mask")
+    bundle = with_inputs(folder, [spec(name, ["batch", "n"], "mask", "int64") for name in names])
+    load_inputs(bundle, {names[0]: 1 + ids(2, 3), names[1]: ids(2, 3)})
+    assert "'attention_mask' keeps no position" in error_of(bundle, {name: ids(2, 3) for name in names})
+
+
 def test_a_fixed_dimension(folder):
     bundle = with_inputs(folder, [spec("pixels", ["batch", 3, 224, 224])])
     assert "must have size 3 on axis 1, got 1" in error_of(bundle, {"pixels": np.zeros((1, 1, 224, 224), np.float32)})

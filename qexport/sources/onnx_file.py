@@ -105,6 +105,7 @@ def _check_values(path: Path, model: onnx.ModelProto) -> None:
     if model.graph.sparse_initializer:
         name = model.graph.sparse_initializer[0].values.name
         raise QexportError(f"{path}: weight {name!r} is stored sparse, which is not taken; store it as a dense initializer")
+    weights = {tensor.name for tensor in model.graph.initializer}  # which old files list among the inputs
     for what, values in (("input", model.graph.input), ("output", model.graph.output)):
         for value in values:
             kind = value.type.WhichOneof("value")
@@ -113,7 +114,7 @@ def _check_values(path: Path, model: onnx.ModelProto) -> None:
             if kind not in ("tensor_type", None):
                 found = kind.removesuffix("_type").replace("_", " ")
                 raise QexportError(f"{path}: {what} {value.name!r} is a {found}; export the model with tensors of numbers")
-            if what == "input" and not value.type.tensor_type.HasField("shape"):
+            if what == "input" and value.name not in weights and not value.type.tensor_type.HasField("shape"):
                 raise QexportError(
                     f"{path}: input {value.name!r} has no shape; export it with one, of axes that may be dynamic"
                 )
