@@ -207,9 +207,10 @@ def test_values_that_are_not_finite(tmp_path):
 
 
 def test_a_mask_that_hides_everything(bundle, feed):
-    hidden = feed | {"attention_mask": np.zeros_like(feed["attention_mask"])}
+    twice = {name: np.concatenate([array, array]) for name, array in feed.items()}
+    twice["attention_mask"][len(feed["attention_mask"]) :] = 0
     with pytest.raises(qexport.QexportError, match="the mask of this input hides every position"):
-        map_attention(bundle, hidden)
+        map_attention(bundle, twice)
 
 
 def test_keys_of_cross_attention_are_not_the_tokens_of_as_many_queries(tmp_path):
