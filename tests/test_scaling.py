@@ -186,7 +186,7 @@ def test_extra_memory_is_what_a_call_takes_and_gives_back():
     ours = extra_rss(lambda: np.ones(20 << 20, np.uint8).sum())
     if ours is None:
         pytest.skip("this system does not tell")
-    assert 20 << 20 <= ours < 22 << 20
+    assert 19 << 20 <= ours < 22 << 20  # Linux adds up what its processors count on their own a few pages at a time
     assert extra_rss(lambda: None) < 1 << 20
 
 
