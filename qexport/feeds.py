@@ -154,7 +154,7 @@ def _check_values(spec, array, where) -> None:
 
 def kept(mask: np.ndarray) -> np.ndarray:
     """A mask as booleans, true where a position counts: additive masks are 0 there and very negative elsewhere."""
-    additive = mask.dtype.kind == "f" and mask.max() <= 0
+    additive = mask.dtype.kind == "f" and mask.size > 0 and mask.max() <= 0
     return mask == 0 if additive else mask != 0
 
 
