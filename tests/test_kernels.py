@@ -119,6 +119,19 @@ def test_nan_in_a_query_stays_in_its_row(rows):
         assert np.isfinite(y[1, :-1]).all()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_the_lowest_number_on_all_keys_is_no_mask(rows, precision):
+    """As of a text that padding fills from the left, under a causal mask: softmax in float32 has a uniform row there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 16), dtype=np.float32) for n in (rows, 100, 100))
+    mask = np.where(rng.random((rows, 100)) < 0.5, 0, np.finfo(np.float32).min).astype(np.float32)
+    mask[::2] = np.finfo(np.float32).min
+    y = run(q, k, v, mask, False, precision=precision)[0]
+    uniform = v.mean(1, dtype=np.float64)[:, None].repeat((rows + 1) // 2, 1)
+    np.testing.assert_allclose(y[:, ::2], uniform, atol=TOLERANCE if precision == "fp32" else 2e-2)
+
+
 def test_large_scores_do_not_overflow():
     q = np.full((1, 3, 4), 1e4, np.float32)
     k = np.linspace(-1e4, 1e4, 70, dtype=np.float32)[None, :, None].repeat(4, -1)

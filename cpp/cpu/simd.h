@@ -39,6 +39,7 @@ typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 constexpr float kInf = __builtin_inff();
+constexpr float kLargest = 3.402823466e+38f;  // finite
 
 template <class T>
 static QEXPORT_INLINE T lesser(T a, T b) {
