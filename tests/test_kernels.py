@@ -132,6 +132,19 @@ def test_the_lowest_number_on_all_keys_is_no_mask(rows, precision):
     np.testing.assert_allclose(y[:, ::2], uniform, atol=TOLERANCE if precision == "fp32" else 2e-2)
 
 
+@pytest.mark.parametrize("strategy", ["exact", "hybrid"])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_softcap_far_from_all_scores(rows, strategy):
+    """Far above it leaves them as they are, far below it makes them 0."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 16), dtype=np.float32) for n in (rows, 100, 100))
+    q[:, -1] = 0
+    options = {"strategy": strategy, "num_samples": [99]}
+    free, even = run(q, k, v, None, False, **options)[0], run(np.zeros_like(q), k, v, None, False, **options)[0]
+    for softcap, want in ((1e4, free), (1e8, free), (3e38, free), (1e-8, even), (1e-45, even)):
+        np.testing.assert_allclose(run(q, k, v, None, False, softcap=softcap, **options)[0], want, atol=TOLERANCE)
+
+
 def test_large_scores_do_not_overflow():
     q = np.full((1, 3, 4), 1e4, np.float32)
     k = np.linspace(-1e4, 1e4, 70, dtype=np.float32)[None, :, None].repeat(4, -1)
