@@ -87,14 +87,6 @@ def test_exact_on_every_instruction_set(isa):
     assert float(printed) <= TOLERANCE
 
 
-def test_no_queries_and_no_keys():
-    def arrays(rows, keys):
-        return (np.zeros((1, n, 4), np.float32) for n in (rows, keys, keys))
-
-    assert run(*arrays(0, 5), None, False).shape == (1, 1, 0, 4)
-    np.testing.assert_array_equal(run(*arrays(3, 0), None, False), np.zeros((1, 1, 3, 4)))
-
-
 @pytest.mark.parametrize("rows", [1, 40])
 def test_nan_under_the_mask_does_not_leak(rows):
     rng = np.random.default_rng(0)
