@@ -159,6 +159,12 @@ def test_seed_and_layer_choose_the_draws(strategy):
     assert not np.array_equal(y(1, 0), y(1 + (1 << 32), 0)), "the high word of the seed must count"
 
 
+@pytest.mark.parametrize("seed", [1 << 63, -(1 << 63) - 1, 0.5])
+def test_a_seed_that_is_no_integer_of_64_bits(seed):
+    with pytest.raises(TypeError, match=rf"\[QuantumAttention\] seed must be an integer of 64 bits, got {seed}"):
+        run_binding(CASES[0].inputs(), "float32", seed, {})
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rows_and_keys", [(0, 5), (3, 0), (0, 3000)])
 def test_no_queries_and_no_keys(rows_and_keys, strategy):
