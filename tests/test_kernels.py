@@ -87,6 +87,20 @@ def test_exact_on_every_instruction_set(isa):
     assert float(printed) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("valid", "like"), [((1 << 63) - 1, 1 << 40), (-(1 << 63), 0)])
+@pytest.mark.parametrize("window", ["left_window_size", "right_window_size"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_any_number_of_valid_keys(rows, window, valid, like):
+    """What lies beyond all keys and windows is as good as what lies further."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, n, 8), dtype=np.float32) for n in (rows, 100, 100))
+    attributes = QUANTUM_ATTENTION.resolve({"strategy": "exact", window: 5})
+    options = {name: value for name, value in attributes.items() if value is not None}
+    found, expected = (_core.quantum_attention(q, k, v, None, None, None, [n], **options)[0] for n in (valid, like))
+    np.testing.assert_array_equal(found, expected)
+    assert expected.any() == (window == "right_window_size" and like > 0)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_nan_under_the_mask_does_not_leak(rows):
     rng = np.random.default_rng(0)
