@@ -135,6 +135,12 @@ void check_attributes(const char* op, const MpsTrainAttributes& a) {
   for (const int64_t bond : a.bonds) {
     if (bond < 1 || bond > (1 << 20)) fail(op, "bonds must be in 1 to 1048576, got " + text(bond));
   }
+  int64_t left = kMostNumbers;  // each core is compared without its product, which may be beyond 64 bits
+  for (size_t k = 0; k < a.row_factors.size(); ++k) {
+    const int64_t sides = a.bonds[k] * a.bonds[k + 1], matrix = a.row_factors[k] * a.col_factors[k];
+    if (sides > left / matrix) fail(op, "cores must hold at most 2^40 numbers, take smaller bonds or factors");
+    left -= sides * matrix;
+  }
 }
 
 MpsDecodeCall resolve_call(const MpsTrainAttributes& a, const TensorView& cores) {

@@ -1,6 +1,7 @@
 // The one place where attributes and shapes are checked; the kernels behind it take them as given.
 #include "qexport/quantum_attention_check.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "qexport/key_summary.h"
@@ -11,6 +12,8 @@ namespace {
 constexpr const char* kOp = "[QuantumAttention] ";
 constexpr const char* kStrategies[] = {"exact", "naive", "stratified", "adaptive", "hybrid", "tree"};
 constexpr const char* kPrecisions[] = {"fp32", "bf16", "int8", "auto"};
+// A softcap beyond these does what they do to scores of float32; its inverse, or its value in base 2, might not fit.
+constexpr float kLeastCap = 1e-30f, kMostCap = 1e30f;
 constexpr const char* kResiduals[] = {"none", "verify_only", "unbiased", "james_stein"};
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(kOp + message); }
@@ -215,7 +218,7 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
                  static_cast<uint32_t>(a.layer),
                  in.seed,
                  a.has_scale ? a.scale : static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.size))),
-                 a.softcap,
+                 a.softcap > 0.0f ? std::clamp(a.softcap, kLeastCap, kMostCap) : 0.0f,
                  a.left_window_size,
                  a.right_window_size,
                  a.qk_matmul_output_mode,

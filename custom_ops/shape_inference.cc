@@ -200,8 +200,9 @@ void infer_mps_encode_shapes(OrtShapeInferContext* context) {
   if (!matrix.known || matrix.dims.size() < 2) return;
   const std::vector<int64_t> row_factors = ints_attribute(context, "row_factors");
   const std::vector<int64_t> col_factors = ints_attribute(context, "col_factors");
-  if (row_factors.empty() || row_factors.size() != col_factors.size()) return;
-  const std::vector<int64_t> bonds = mps_bonds(row_factors, col_factors, int_attribute(context, "bond_dim"));
+  const int64_t bond_dim = int_attribute(context, "bond_dim");
+  check_attributes(MpsEncodeAttributes{row_factors, col_factors, bond_dim, 0.0});
+  const std::vector<int64_t> bonds = mps_bonds(row_factors, col_factors, bond_dim);
   const int64_t sites = static_cast<int64_t>(row_factors.size());
   const MpsLayout layout{1, 1, sites, row_factors.data(), col_factors.data(), bonds.data()};
   const Dims batch(matrix.dims.begin(), matrix.dims.end() - 2);

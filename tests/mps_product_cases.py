@@ -64,5 +64,6 @@ CASES = [
     Case("own_trains", 24, 36, "interleaved", 5, (2, 3), shared=False, width=17),
     Case("many_threes", 243, 96, "interleaved", 3, (70,), width=64),
     Case("no_values", 16, 16, "interleaved", 2, (0,)),
+    Case("no_features", 16, 16, "interleaved", 2, (2,), width=0),
     Case("large", 256, 512, "interleaved", 16, (2,), shared=False, width=64),
 ]

@@ -87,12 +87,18 @@ def test_exact_on_every_instruction_set(isa):
     assert float(printed) <= TOLERANCE
 
 
-def test_no_queries_and_no_keys():
-    def arrays(rows, keys):
-        return (np.zeros((1, n, 4), np.float32) for n in (rows, keys, keys))
-
-    assert run(*arrays(0, 5), None, False).shape == (1, 1, 0, 4)
-    np.testing.assert_array_equal(run(*arrays(3, 0), None, False), np.zeros((1, 1, 3, 4)))
+@pytest.mark.parametrize(("valid", "like"), [((1 << 63) - 1, 1 << 40), (-(1 << 63), 0)])
+@pytest.mark.parametrize("window", ["left_window_size", "right_window_size"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_any_number_of_valid_keys(rows, window, valid, like):
+    """What lies beyond all keys and windows is as good as what lies further."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, n, 8), dtype=np.float32) for n in (rows, 100, 100))
+    attributes = QUANTUM_ATTENTION.resolve({"strategy": "exact", window: 5})
+    options = {name: value for name, value in attributes.items() if value is not None}
+    found, expected = (_core.quantum_attention(q, k, v, None, None, None, [n], **options)[0] for n in (valid, like))
+    np.testing.assert_array_equal(found, expected)
+    assert expected.any() == (window == "right_window_size" and like > 0)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -117,6 +123,32 @@ def test_nan_in_a_query_stays_in_its_row(rows):
         assert np.isnan(y[1, -1]).all()
         assert np.isfinite(y[0]).all()
         assert np.isfinite(y[1, :-1]).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_the_lowest_number_on_all_keys_is_no_mask(rows, precision):
+    """As of a text that padding fills from the left, under a causal mask: softmax in float32 has a uniform row there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 16), dtype=np.float32) for n in (rows, 100, 100))
+    mask = np.where(rng.random((rows, 100)) < 0.5, 0, np.finfo(np.float32).min).astype(np.float32)
+    mask[::2] = np.finfo(np.float32).min
+    y = run(q, k, v, mask, False, precision=precision)[0]
+    uniform = v.mean(1, dtype=np.float64)[:, None].repeat((rows + 1) // 2, 1)
+    np.testing.assert_allclose(y[:, ::2], uniform, atol=TOLERANCE if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "hybrid"])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_softcap_far_from_all_scores(rows, strategy):
+    """Far above it leaves them as they are, far below it makes them 0."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 16), dtype=np.float32) for n in (rows, 100, 100))
+    q[:, -1] = 0
+    options = {"strategy": strategy, "num_samples": [99]}
+    free, even = run(q, k, v, None, False, **options)[0], run(np.zeros_like(q), k, v, None, False, **options)[0]
+    for softcap, want in ((1e4, free), (1e8, free), (3e38, free), (1e-8, even), (1e-45, even)):
+        np.testing.assert_allclose(run(q, k, v, None, False, softcap=softcap, **options)[0], want, atol=TOLERANCE)
 
 
 def test_large_scores_do_not_overflow():

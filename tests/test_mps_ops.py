@@ -180,6 +180,7 @@ def test_schemas_infer_what_the_ops_return(kind, shape):
     ("change", "message"),
     [
         ({"bond_dim": 0}, "bond_dim must be >= 1, got 0"),
+        ({"bond_dim": 2**63 - 1}, "bond_dim must be <= 1048576, got 9223372036854775807"),
         ({"tol": 1.0}, r"tol must be in \[0, 1\), got 1"),
         ({"tol": -0.1}, "tol must be"),
         ({"tol": float("nan")}, "tol must be"),
@@ -220,6 +221,13 @@ def test_wrong_attributes_of_decode(change, message):
         _core.mps_decode(np.ones(32), **attributes)
     with pytest.raises(UsageError, match=r"\[MPSDecode\] "):
         make_node("MPSDecode", ["x"], ["y"], **attributes)
+
+
+def test_cores_of_more_numbers_than_64_bits_count():
+    """2^64 + 2^21 of them; 2^21 are not enough."""
+    attributes = {"rows": 4096, "cols": 4096, "row_factors": [1, 4096, 1], "col_factors": [1, 4096, 1]}
+    with pytest.raises(ValueError, match=r"\[MPSDecode\] cores must hold at most 2\^40 numbers"):
+        _core.mps_decode(np.ones(1 << 21, np.float32), **attributes, bonds=[1, 1 << 20, 1 << 20, 1])
 
 
 def test_wrong_inputs():

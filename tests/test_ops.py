@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from attention_backends import BACKENDS, DTYPES, one_node_model, rounded, run_binding, run_ort, run_ref
-from attention_cases import CASES, clustered
+from attention_cases import CASES, Case, clustered
 
 from qexport import _core
 from qexport.errors import UsageError
@@ -157,6 +157,21 @@ def test_seed_and_layer_choose_the_draws(strategy):
     assert not np.array_equal(y(1, 0), y(2, 0))
     assert not np.array_equal(y(1, 0), y(1, 1))
     assert not np.array_equal(y(1, 0), y(1 + (1 << 32), 0)), "the high word of the seed must count"
+
+
+@pytest.mark.parametrize("seed", [1 << 63, -(1 << 63) - 1, 0.5])
+def test_a_seed_that_is_no_integer_of_64_bits(seed):
+    with pytest.raises(TypeError, match=rf"\[QuantumAttention\] seed must be an integer of 64 bits, got {seed}"):
+        run_binding(CASES[0].inputs(), "float32", seed, {})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows_and_keys", [(0, 5), (3, 0), (0, 3000)])
+def test_no_queries_and_no_keys(rows_and_keys, strategy):
+    case = Case("nothing", q_len=rows_and_keys[0], kv_len=rows_and_keys[1])
+    for run in (run_ref, run_binding, run_ort):
+        y = run(case.inputs(), "float32", 0, case.all_attributes(strategy=strategy, num_samples=SAMPLES))["Y"]
+        np.testing.assert_array_equal(y, np.zeros((2, 4, rows_and_keys[0], 16)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -193,6 +193,15 @@ def test_inverse_kernel_is_the_reference(renormalize, basis, backend, dtype):
         assert np.abs(leak - want_leak.numpy()).max() <= 2 * size * (EXACT if dtype == "float64" else 1e-6)
 
 
+@pytest.mark.parametrize("run", [noise_ref, noise_binding, noise_ort])
+def test_what_is_left_below_zero_divides_nothing(run):
+    """Each of two qubits takes 0 to (3, -2): of the state 0, that makes (9, -6, -6) and 4 that leak."""
+    attributes = {"channel": "bit_flip", "inverse": 1, "renormalize": 1}
+    noisy, leak = run(np.eye(3)[:2], {"level": np.array(0.4)}, attributes)
+    np.testing.assert_allclose(noisy, [[9, -6, -6], np.array([-6, 9, 4]) / 7], atol=1e-12)
+    np.testing.assert_allclose(leak, [4, -6], atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("basis", BASES)

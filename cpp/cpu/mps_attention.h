@@ -26,7 +26,7 @@ class TrainTimesValues {
     rows_ = std::min<int64_t>(last.r, whole ? 64 : last.left < kPieceRows ? kPieceRows : 1);
     width_ = std::min<int64_t>(ld_, whole ? 256 : Wide<Real>::panel);
     chunks_ = (last.r + rows_ - 1) / rows_;
-    tiles_ = (ld_ + width_ - 1) / width_;
+    tiles_ = ld_ == 0 ? 0 : (ld_ + width_ - 1) / width_;  // values may have no features
     int64_t C = padded_cols_, done = rows_;
     for (int64_t g = groups_; g-- > 0;) {
       const Core<Real> core = group_shape<Real>(l_, p.groups, g);

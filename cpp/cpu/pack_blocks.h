@@ -14,7 +14,7 @@ struct KeySource {
   int64_t valid;  // keys from here on are padding, whatever is stored there
 
   KeySource(const AttentionJob& job_, int64_t b, int64_t h) : job(job_), batch(b), kv_head(h), valid(job_.total_len) {
-    if (const int64_t* nonpad = job.tensors.nonpad_kv_seqlen) valid = lesser(greater<int64_t>(nonpad[b], 0), valid);
+    if (job.tensors.nonpad_kv_seqlen) valid = lesser(given_len(job, b), valid);
   }
 
   // Row of the key, or null where there is none.

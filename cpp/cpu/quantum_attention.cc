@@ -48,7 +48,8 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   job.group = params.q_heads / params.kv_heads;
   const int64_t least = *std::min_element(params.num_samples, params.num_samples + params.num_samples_count);
   if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
-  const bool few_rows = job.group * params.q_len <= kernels().few_rows;
+  const int64_t rows = job.group * params.q_len;  // of a kv head
+  const bool few_rows = rows > 0 && rows <= kernels().few_rows;
   job.tree_decode = job.params.strategy == Strategy::tree && few_rows && decode_applies(job);
   if (job.params.strategy == Strategy::tree && !tree_applies(job)) job.params.strategy = Strategy::exact;
   // Means of values hold later ones, which a causal query must not see.

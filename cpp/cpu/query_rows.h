@@ -40,8 +40,8 @@ static void set_rows(const AttentionJob& job, const RowBlock& block, Rows& rows,
   const QuantumAttentionParams& p = job.params;
   const AttentionMask& mask = job.tensors.mask;
   const int64_t* nonpad = job.tensors.nonpad_kv_seqlen;
-  const int64_t valid = nonpad ? lesser(greater<int64_t>(nonpad[block.batch], 0), job.total_len) : job.total_len;
-  const int64_t offset = nonpad ? nonpad[block.batch] - p.q_len : p.past_len;
+  const int64_t valid = nonpad ? lesser(given_len(job, block.batch), job.total_len) : job.total_len;
+  const int64_t offset = nonpad ? given_len(job, block.batch) - p.q_len : p.past_len;
   rows.count = block.count;
   rows.vecs = static_cast<int>((block.count + kLanes - 1) / kLanes);
   rows.begin = job.total_len, rows.end = 0, rows.common_begin = 0, rows.common_end = job.total_len;

@@ -229,7 +229,7 @@ static void value_stats(const AttentionJob& job, int64_t b, int64_t kv_head, cha
   Arena arena{memory, 0};
   const RowScratch scratch = row_scratch(job, arena);
   const int64_t* nonpad = job.tensors.nonpad_kv_seqlen;
-  const int64_t valid = nonpad ? lesser(greater<int64_t>(nonpad[b], 0), job.total_len) : job.total_len;
+  const int64_t valid = nonpad ? lesser(given_len(job, b), job.total_len) : job.total_len;
   float* mean = job.value_mean + (b * p.kv_heads + kv_head) * p.v_head_size;
   float* norm = job.value_norm + (b * p.kv_heads + kv_head) * job.total_len;
   for (int64_t x = 0; x < p.v_head_size; ++x) mean[x] = 0.0f;

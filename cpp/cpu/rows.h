@@ -12,6 +12,11 @@ static QEXPORT_INLINE const char* row_of(const HeadRows& rows, DType type, int64
          (b * rows.batch_stride + h * rows.head_stride + i * rows.row_stride) * element_size(type);
 }
 
+// nonpad_kv_seqlen of a batch item, which may be any number, as one that positions and windows can be counted from.
+static QEXPORT_INLINE int64_t given_len(const AttentionJob& job, int64_t b) {
+  return lesser(greater<int64_t>(job.tensors.nonpad_kv_seqlen[b], 0), int64_t{1} << 40);
+}
+
 // Query rows of a kv head up to which bringing its keys together costs more than it saves: 2 of 22 us at 8 heads of 32 rows.
 constexpr int64_t kOneBlock = 32;
 

@@ -39,6 +39,7 @@ typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 constexpr float kInf = __builtin_inff();
+constexpr float kLargest = 3.402823466e+38f;  // finite
 
 template <class T>
 static QEXPORT_INLINE T lesser(T a, T b) {
@@ -143,11 +144,18 @@ static QEXPORT_INLINE vf exp2_nonpositive(vf y) {
 
 static QEXPORT_INLINE vf exp_nonpositive(vf x) { return exp2_nonpositive(x * kLog2E); }
 
-// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|).
+// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|). Near 0, where 1 - e has lost its digits, x times the polynomial
+// of x^2 of least relative error (1.3e-8): a softcap far above all scores must leave them as they are.
 static QEXPORT_INLINE vf tanh(vf x) {
   const vu sign = bits_of(x) & 0x80000000u;
   const vf e = exp_nonpositive(float_of(bits_of(x) | 0x80000000u) * 2.0f);
-  return float_of(bits_of((1.0f - e) / (1.0f + e)) | sign);
+  const vf large = float_of(bits_of((1.0f - e) / (1.0f + e)) | sign);
+  const vf square = x * x;
+  vf poly = splat(0.01713479f);
+  poly = poly * square - 0.05298595f;
+  poly = poly * square + 0.13324777f;
+  poly = poly * square - 0.33333069f;
+  return square < 0.25f ? x + x * square * poly : large;
 }
 
 // Lane l of step S of the transposition: of the pair (a, b), whose places differ by S, the upper result takes the lanes

@@ -90,7 +90,7 @@ static void summarise_chunk(const AttentionJob& job, int64_t b, int64_t kv_head,
 static void update_summary(const AttentionJob& job, int64_t b, int64_t kv_head, char* memory) {
   const QuantumAttentionParams& p = job.params;
   const int64_t chunks = summary_chunks(job.total_len), floats = chunks * summary_row(p.head_size, p.v_head_size);
-  const int64_t len = lesser(greater<int64_t>(job.tensors.nonpad_kv_seqlen[b], 0), job.total_len);
+  const int64_t len = lesser(given_len(job, b), job.total_len);
   const int64_t at = (b * p.kv_heads + kv_head) * floats;
   float* out = job.tensors.present_key_summary + at;
   const float* in = job.tensors.key_summary + at;

@@ -23,7 +23,7 @@ static void start_tile(Tile& t, int64_t index, char* memory, const int64_t* quer
   for (int64_t i = 0; i < every_block(job); ++i) t.s.every[i] = static_cast<int32_t>(i);
   // Chunks before that of the first row are open to all rows of the tile; the keys from there on are read as they come.
   const int64_t* nonpad = job.tensors.nonpad_kv_seqlen;
-  const int64_t position = t.rows.query[0] + (nonpad ? nonpad[t.block.batch] - p.q_len : p.past_len);
+  const int64_t position = t.rows.query[0] + (nonpad ? given_len(t.job, t.block.batch) - p.q_len : p.past_len);
   t.open = p.is_causal ? greater<int64_t>(position, 0) / kTreeChunk * kTreeChunk : job.blocks.count * kBlockKeys;
   t.candidates = lesser(t.open / kBlockKeys, job.blocks.count);
   t.summaries = (t.candidates + kBlockKeys - 1) / kBlockKeys;

@@ -108,7 +108,7 @@ static double settle_head(const AttentionJob& job, const RowBlock& block, const 
                           const DecodeScratch& s, int64_t h, int64_t attempt) {
   const QuantumAttentionParams& p = job.params;
   const int64_t head = block.batch * p.q_heads + block.kv_head * job.group + h;
-  const int64_t position = job.tensors.nonpad_kv_seqlen[block.batch] - p.q_len;
+  const int64_t position = given_len(job, block.batch) - p.q_len;
   const bool corrects = p.residual == Residual::unbiased || p.residual == Residual::james_stein;
   const bool draws = corrects || p.error_tolerance > 0.0f || job.tensors.error_estimate;
   double square = 0.0, norm = 0.0;

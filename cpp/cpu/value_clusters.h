@@ -26,7 +26,6 @@ static ValueScratch value_scratch(const AttentionJob& job, Arena& arena) {
 // centre = the mean of the values list[0 .. count), and norm[j] = |v_j - centre| of each. A norm is finite, since x_j = +inf
 // marks the keys that are taken: one that runs out of float32, or is no number, is as large as can be.
 static void centre_values(Points values, const int32_t* list, int64_t count, float* centre, float* norm) {
-  constexpr float kLargest = 3.402823466e+38f;
   const float share = 1.0f / static_cast<float>(count);
   vf square[kBlockKeys] = {};
   for (int64_t x = 0; x < values.stride; x += kLanes) {

@@ -109,8 +109,11 @@ const int64_t* Memory::seed(py::object& object, const char* op_name) const {
 }
 
 int64_t seed_value(const py::object& seed, const char* op_name) {
-  if (PyIndex_Check(seed.ptr())) return seed.cast<int64_t>();
-  throw py::type_error(argument(op_name, "seed") + "must be an integer, got " + std::string(py::str(seed)));
+  try {
+    if (PyIndex_Check(seed.ptr())) return seed.cast<int64_t>();
+  } catch (const py::cast_error&) {  // more bits, or an array of more numbers
+  }
+  throw py::type_error(argument(op_name, "seed") + "must be an integer of 64 bits, got " + std::string(py::repr(seed)));
 }
 
 void define_cuda(py::module_& m) {

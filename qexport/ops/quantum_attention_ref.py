@@ -161,7 +161,7 @@ def _estimate(p, V, allowed, nonpad, seed, a, dropout_p=0.0):
         word = philox4x32(seed, a["layer"], *torch.full((3,), -1))[0]
         generator = torch.Generator(p.device).manual_seed(int(word))
         kept = (torch.rand(p.shape, generator=generator, device=p.device) >= dropout_p) / (1 - dropout_p)
-    if a["strategy"] in BLOCKWISE:
+    if a["strategy"] in BLOCKWISE or p.numel() == 0:
         return (p if kept is None else p * kept) @ V
     valid = torch.full((p.shape[0],), p.shape[-1], device=p.device) if nonpad is None else nonpad
     V = torch.where((torch.arange(p.shape[-1], device=p.device) < valid[:, None])[:, None, :, None], V, 0)

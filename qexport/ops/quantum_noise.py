@@ -124,7 +124,7 @@ SPEC = OpSpec(
             0,
             choices=(0, 1),
         ),
-        Attr("renormalize", "int", "1: rows are divided by what did not leak.", 0, choices=(0, 1)),
+        Attr("renormalize", "int", "1: rows are divided by what did not leak, if that is above 0.", 0, choices=(0, 1)),
     ),
     type_vars={"T": FLOATS, "P": ("tensor(float)", "tensor(double)")},
     fallback="Identity: no noise, leak 0",

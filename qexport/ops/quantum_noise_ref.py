@@ -98,7 +98,7 @@ def quantum_noise_ref(
     noisy, leak = p[..., :n], p[..., n:].sum(-1)
     if a["renormalize"]:
         kept = noisy.sum(-1, keepdim=True)
-        noisy = torch.where(kept > 0, noisy / kept, 0)
+        noisy = noisy / torch.where(kept > 0, kept, 1)
     return noisy.to(probabilities.dtype), leak
 
 

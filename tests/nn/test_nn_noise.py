@@ -41,6 +41,15 @@ def test_noise_is_the_op_and_has_its_gradient(case, basis):
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("channel", ["bit_flip", "amplitude_damping"])
+def test_a_row_of_zeros_is_divided_by_nothing(channel):
+    """That of a query which attends to no key: its gradient is a number."""
+    p = leaf(torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 0.0]]))
+    quantum_noise(p, 0.1, channel=channel, renormalize=1)[0].square().sum().backward()
+    assert p.grad[0].isfinite().all()
+    assert (p.grad[1] == 0).all()
+
+
 def test_overlap_has_the_gradient_of_its_closed_form():
     q, k, level = leaf(torch.randn(3, 8).double()), leaf(torch.randn(4, 8).double()), leaf(torch.tensor(0.2).double())
     for channel in ("phase_damping", "amplitude_damping"):
