@@ -21,10 +21,10 @@ static bool is_exact(const AttentionJob& job, const Rows& rows) {
 
 // Prefix sums of f_j = floor(2^30 x_j / sum) + 1 where x_j > 0, in place of x.
 static void prefix_sums(float* x, int64_t ld, int64_t n, vf sum) {
-  vi total{};
+  vu total{};  // of weights that are no numbers it may overflow
   for (int64_t j = 0; j < n; ++j) {
     const vf xj = load<vf>(x + j * ld);
-    total += xj > 0.0f ? to_int(xj * 1073741824.0f / sum) + 1 : vi{};
+    total += (vu)(xj > 0.0f ? to_int(xj * 1073741824.0f / sum) + 1 : vi{});
     store(x + j * ld, total);
   }
 }

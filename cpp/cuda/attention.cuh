@@ -70,17 +70,21 @@ __device__ __forceinline__ T* output_row(const AttentionJob& job, int64_t b, int
   return static_cast<T*>(t.y) + b * t.y_batch_stride + q_head * t.y_head_stride + i * t.y_row_stride;
 }
 
+// nonpad_kv_seqlen of a batch item, which may be any number, as one that positions and windows can be counted from.
+__device__ __forceinline__ int64_t given_len(const AttentionJob& job, int64_t b) {
+  return min(max(job.tensors.nonpad_kv_seqlen[b], int64_t{0}), int64_t{1} << 40);
+}
+
 // The keys [lo, hi) that causality, windows, padding and the length of the mask leave to a query; lo = hi = 0: none.
 struct KeyRange {
   int64_t lo, hi;
 };
 __device__ __forceinline__ KeyRange key_range(const AttentionJob& job, int64_t b, int64_t query) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t* nonpad = job.tensors.nonpad_kv_seqlen;
   int64_t lo = 0, hi = job.total_len, offset = p.past_len;
-  if (nonpad) {
-    hi = min(max(nonpad[b], int64_t{0}), hi);
-    offset = nonpad[b] - p.q_len;
+  if (job.tensors.nonpad_kv_seqlen) {
+    const int64_t there = given_len(job, b);
+    hi = min(there, hi), offset = there - p.q_len;
   }
   const int64_t position = query + offset;
   if (p.is_causal) hi = min(hi, position + 1);

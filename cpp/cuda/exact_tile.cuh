@@ -57,9 +57,9 @@ class ExactTile {
     if (exact.only && !any_wanted()) return false;
     key_end = exact.keys, offset = exact.past;
     if (job.tensors.nonpad_kv_seqlen) {
-      const int64_t there = job.tensors.nonpad_kv_seqlen[batch];
+      const int64_t there = given_len(job, batch);
       offset = static_cast<int>(max(int64_t{-kFar}, min(there - p.q_len, int64_t{kFar})));
-      key_end = static_cast<int>(min(max(there, int64_t{0}), int64_t{exact.keys}));
+      key_end = static_cast<int>(min(there, int64_t{exact.keys}));
     }
     if (hides()) {
 #pragma unroll 1

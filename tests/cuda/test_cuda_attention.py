@@ -322,6 +322,37 @@ def test_nan_stays_where_it_belongs(device, rows, dtype, control_variate, strate
     assert np.isfinite(y[1, :-1]).all()
 
 
+@pytest.mark.parametrize("strategy", ["exact", "stratified", "hybrid"])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (40, "float32"), (40, "float16")])
+def test_softcap_far_from_all_scores(device, rows, dtype, strategy):
+    """Far above it leaves them as they are, far below it makes them 0."""
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((1, 2, n, 16), dtype=np.float32) for name, n in (("Q", rows), ("K", 70), ("V", 70))}
+    even = feeds | {"Q": np.zeros_like(feeds["Q"])}
+
+    def y(given, **softcap):
+        attributes = {"strategy": strategy, "num_samples": 60} | softcap
+        return attention(device, rounded(given, dtype), dtype, 3, attributes)["Y"]
+
+    free, uniform = y(feeds), y(even)
+    for softcap, want in ((1e5, free), (3e38, free), (1e-8, uniform)):
+        np.testing.assert_allclose(y(feeds, softcap=softcap), want, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("valid", "like"), [((1 << 63) - 1, 1 << 40), (-(1 << 63), 0)])
+@pytest.mark.parametrize("strategy", ["exact", "stratified"])
+def test_any_number_of_valid_keys(device, strategy, valid, like):
+    """What lies beyond all keys and windows is as good as what lies further."""
+
+    def y(nonpad):
+        case = Case("far", 1, 2, 2, q_len=40, kv_len=70, head_size=16, v_head_size=16, nonpad=(nonpad,))
+        attributes = {"strategy": strategy, "num_samples": 9, "right_window_size": 5}
+        return attention(device, case.inputs(), "float16", 3, attributes)["Y"]
+
+    np.testing.assert_array_equal(y(valid), y(like))
+    assert y(valid).any() == (like > 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_do_not_overflow(device, dtype):
     ends = np.linspace(-200, 200, 70, dtype=np.float32)[None, None, :, None].repeat(4, -1)
