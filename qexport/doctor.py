@@ -144,6 +144,7 @@ def _extras() -> list[Finding]:
     wanted = {
         "export": ("torch", "transformers", "convert torch models and Hugging Face folders"),
         "text": ("tokenizers", "feed text lines to validate"),
+        "plot": ("matplotlib", "draw with --plot, and the pictures of attention"),
         "qiskit": ("qiskit", "qiskit_aer", "measure rows of attention with Qiskit"),
         "pennylane": ("pennylane", "measure rows of attention with PennyLane"),
     }

@@ -100,6 +100,7 @@ def test_nothing_changed(write, documents, qexport):
         code, out, err = qexport("compare", file, file)
         assert code == 0, err
         assert "PASSED: nothing is worse" in out
+        assert "not judged" not in out
         assert set(verdicts(compare(file, file))) == set()
 
 

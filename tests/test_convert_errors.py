@@ -6,6 +6,7 @@ import os
 import numpy as np
 import onnx
 import pytest
+from bundle_factory import make_bundle
 from decomposed import encoder, save
 from onnx import helper, numpy_helper, parser
 
@@ -42,6 +43,15 @@ def write(tmp_path):
 @pytest.mark.parametrize("name", ["missing.onnx", "missing.pt2", "missing", "some/folder"])
 def test_missing_path(tmp_path, name):
     assert_fails(tmp_path / name, tmp_path, name, "no such")
+
+
+def test_a_name_of_the_hub_and_a_module(tmp_path):
+    assert_fails("acme/model-v2", tmp_path, "hf download acme/model-v2 --local-dir FOLDER")
+    assert_fails(object(), tmp_path, "got object", "package.module:function", kind=UsageError)
+
+
+def test_a_bundle_is_no_source(tmp_path):
+    assert_fails(make_bundle(tmp_path / "bundle"), tmp_path, "a bundle, which is converted already", kind=UsageError)
 
 
 def test_unknown_kind_of_file(write, tmp_path):

@@ -283,7 +283,7 @@ def test_command_prints_and_draws(tmp_path):
         assert f"<!-- {name}" in drawn, name
     done = CliRunner().invoke(command, [*arguments, "-v"])
     assert done.exit_code == 0
-    for text in (*names, "quartiles", "GroupQueryAttention was left out: is always causal"):
+    for text in (*names, "quartiles", "GroupQueryAttention was left out: it is always causal"):
         assert text in done.stdout
 
 

@@ -70,5 +70,5 @@ def _profile_rows(profile: dict | None) -> list[tuple]:
     peaks = [model["memory"]["peak_bytes"] for model in (before, after)]
     rows = [(f"latency p50 ({where})", *(f"{t:.2f} ms" for t in times), f"{1 / size['ratio']['of_medians']:.2f} x as fast")]
     if None not in peaks:
-        rows.append(("peak memory", *(f"{peak / 1e6:.0f} MB" for peak in peaks), f"{peaks[0] / peaks[1]:.2f} x smaller"))
+        rows.append(("peak memory", *(f"{peak / 1e6:.0f} MB" for peak in peaks), f"{peaks[1] / peaks[0]:.2f} x as much"))
     return rows

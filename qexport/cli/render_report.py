@@ -39,7 +39,9 @@ def show_comparison(found, verbose: bool) -> None:
         click.echo(f"note: {note}")
     worse = [figure["name"] for figure in found.figures if figure["verdict"] == "worse"]
     if found.passed:
-        click.echo(f"PASSED: nothing is worse, of {plural(len(rows), 'figure')}")
+        unjudged = sum(figure["verdict"] == "not judged" for figure in rows)
+        rest = f"; {unjudged} not judged" if unjudged else ""
+        click.echo(f"PASSED: nothing is worse, of {plural(len(rows) - unjudged, 'figure')}{rest}")
     else:
         click.echo("\n".join(f"FAILED: {name} is worse" for name in worse))
 

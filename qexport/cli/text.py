@@ -54,11 +54,14 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple], text_columns: 
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
     for i, name in enumerate(header):
         number = i >= text_columns
         grid.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
     # A pipe has no width: whole lines there, so that grep and diff see them.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(grid)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
+    if title:  # by itself: as the grid's own title it would wrap at the width of a narrow grid
+        console.print(Text(title, style="table.title"))
+    console.print(grid)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport.providers import asked_for
-from qexport.words import site_label
+from qexport.words import plural, site_label
 
 ERRORS, TIMES, SIZES, VERDICTS = "errors", "times", "sizes", "verdicts"
 # Relative errors that are no more than float32's rounding, and bytes that allocators and the system's counters are off by.
@@ -69,7 +69,7 @@ class Part:
 def _data(document: dict) -> dict:
     """Terms of what depends on the inputs: which they were, wherever their file lay, and the providers that ran on them."""
     data = document["data"]
-    count = f", {data['samples']} items" if "samples" in data else f", {data['judged']} items"
+    count = f", {plural(data['samples'] if 'samples' in data else data['judged'], 'item')}"
     return dict.fromkeys((ERRORS, VERDICTS), Path(data["source"]).name + f"{count}, {_providers(document)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qexport._swap import whole_file
 from qexport.errors import QexportError
 from qexport.scaling.plot import check
+from qexport.words import plural
 
 COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d9822b", "#17807e", "#7f9f3f")
 STYLES = ("-", "--", ":", "-.")
@@ -39,9 +40,10 @@ def draw(report: dict, file) -> None:
             if found["level"] is not None:
                 loss.plot([found["level"]], [tolerance], marker="x", color=look["color"], ms=8, mew=2, ls="none")
         _scales(loss, settings["levels"], f"loss of {name}, %", tolerance / 10)
+        loss.set_ylim(top=max(loss.get_ylim()[1], 3 * tolerance))  # room for the words above the line
         _scales(attention, settings["levels"], "error of an attention's output, %", 1.0)
         figure.suptitle(
-            f"{settings['noise']}, {report['data']['samples']} items, classical {name} {report['metric']['classical']:.4g}; "
+            f"{settings['noise']}, {plural(report['data']['samples'], 'item')}, classical {name} {report['metric']['classical']:.4g}; "
             "bands: 95 % over seeds",
             fontsize=11,
         )

@@ -93,7 +93,7 @@ def _drawing(strategy: str) -> Family:
 
 def _other(name: str, provider: str, build, keys=None, order: bool | None = None) -> Family:
     """Somebody else's attention, `build(q, k, v, threads, causal, where)`; `order`: the only value of causal that it has."""
-    absent = {None: "", True: "is always causal", False: "has no causal form"}[order]
+    absent = {None: "", True: "it is always causal", False: "it has no causal form"}[order]
 
     def family(causal: bool, where: dict) -> list[Entry]:
         make = functools.partial(build, where=where)

@@ -48,6 +48,11 @@ def open_folder(
         QexportError: an architecture that transformers does not know, weights missing or damaged, or the export fails.
     """
     if not (folder / "config.json").is_file():
+        if (folder / "manifest.json").is_file():
+            raise UsageError(
+                f"{folder}: a bundle, which is converted already; give the model that it was made of, "
+                f"or change its recipe with 'qexport tune {folder}'"
+            )
         raise UsageError(f"{folder}: no config.json; give a Hugging Face folder, an .onnx or a .pt2 file")
     task = ALIASES.get(task, task) or ("causal-lm" if positions else "feature-extraction")
     if task not in TASKS:

@@ -1,6 +1,7 @@
 """Finds the front end for what the user names."""
 
 import os
+import re
 from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
@@ -25,10 +26,15 @@ def open_source(
         say: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: the name is none of the four, or an option does not fit the kind.
+        UsageError: `model` is no name or none of the four kinds, or an option does not fit the kind.
         QexportError: the source cannot be read or exported.
     """
     say("reading the model", 0.0)
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            f"model must be a path or the name of a callable, got {type(model).__name__}; for a torch module write a function "
+            "that returns (module, inputs) and give 'package.module:function'"
+        )
     text = str(model)
     path = Path(text)
     if dtype is not None and dtype not in DTYPES:
@@ -60,4 +66,7 @@ def open_source(
 
         return open_callable(text, opset=opset, dtype=dtype, say=say)
     shown = text if len(text) <= 200 else f"{text[:200]}…"
-    raise QexportError(f"{shown}: no such file or folder, and not of the form package.module:callable")
+    mend = ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):  # as models of the Hugging Face hub are called
+        mend = f"; nothing is downloaded: for a model of the Hugging Face hub, 'hf download {text} --local-dir FOLDER' first"
+    raise QexportError(f"{shown}: no such file or folder, and not of the form package.module:callable{mend}")
