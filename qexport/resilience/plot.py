@@ -42,11 +42,9 @@ def draw(report: dict, file) -> None:
         _scales(loss, settings["levels"], f"loss of {name}, %", tolerance / 10)
         loss.set_ylim(top=max(loss.get_ylim()[1], 3 * tolerance))  # room for the words above the line
         _scales(attention, settings["levels"], "error of an attention's output, %", 1.0)
-        figure.suptitle(
-            f"{settings['noise']}, {plural(report['data']['samples'], 'item')}, classical {name} {report['metric']['classical']:.4g}; "
-            "bands: 95 % over seeds",
-            fontsize=11,
-        )
+        items = plural(report["data"]["samples"], "item")
+        classical = f"classical {name} {report['metric']['classical']:.4g}"
+        figure.suptitle(f"{settings['noise']}, {items}, {classical}; bands: 95 % over seeds", fontsize=11)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         try:
             with whole_file(file) as whole:

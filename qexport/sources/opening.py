@@ -32,8 +32,8 @@ def open_source(
     say("reading the model", 0.0)
     if not isinstance(model, str | os.PathLike):
         raise UsageError(
-            f"model must be a path or the name of a callable, got {type(model).__name__}; for a torch module write a function "
-            "that returns (module, inputs) and give 'package.module:function'"
+            f"model must be a path or the name of a callable, got {type(model).__name__}; for a torch module write a "
+            "function that returns (module, inputs) and give 'package.module:function'"
         )
     text = str(model)
     path = Path(text)
