@@ -85,23 +85,6 @@ using RowScores = float[1][Tile::kKeys / 8][4];
 // Of element e of n of a thread's scores: the row of a matrix that it is with.
 __device__ __forceinline__ int score_column(int n, int e) { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e % 2; }
 
-// Elements of queries times `scale`, squared, in the type of variances.
-template <class T>
-__device__ __forceinline__ void square_queries(uint32_t (&a)[4], float scale) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if constexpr (sizeof(T) == 4) {
-      const float x = __uint_as_float(a[e]) * scale;
-      a[e] = __float_as_uint(x * x);
-    } else {
-      T pair[2] = {};
-      memcpy(static_cast<void*>(pair), &a[e], sizeof(pair));
-      const float x = to_float(pair[0]) * scale, y = to_float(pair[1]) * scale;
-      a[e] = pack_pair(x * x, y * y, __nv_bfloat16{});
-    }
-  }
-}
-
 // Sums over the clusters of a half-sample, 1 / pi times each: keys less centroids, in units of 2^most.
 template <class Tile>
 __device__ __forceinline__ void sum_half(FlashState<Tile>& state, const TreeRows<typename Tile::T>& rows,
@@ -114,7 +97,7 @@ __device__ __forceinline__ void sum_half(FlashState<Tile>& state, const TreeRows
   const auto load = [&](uint32_t (&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); };
   const auto load_squares = [&](uint32_t (&a)[1][4], int k) {
     load(a, k);
-    square_queries<T>(a[0], scale);
+    square_queries<T>(a, scale * scale);
   };
   RowScores<Tile> s;
   {
