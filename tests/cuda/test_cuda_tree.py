@@ -99,6 +99,7 @@ def cuda_tiles(x):
 LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
 # Emulated beside float16, whose code float32 shares but for its tiles, one for each of three sizes of heads.
 IN_FLOAT32 = ("plain", "wide_heads", "heads_of_64", "blocks_of_clusters", "nonpad", "causal", "negative_scale", "tolerance")
+IN_BFLOAT16 = ("plain", "causal", "unbiased")  # the same code as for float16
 WITHOUT_WARPGROUPS = ("wide_heads", "heads_of_64", "wide_blocks_of_clusters", "james_stein_wide")
 
 
@@ -106,9 +107,7 @@ WITHOUT_WARPGROUPS = ("wide_heads", "heads_of_64", "wide_blocks_of_clusters", "j
     ("device", "case", "dtype"),
     [
         *(("emulated", c, "float16") for c in EMULATED),
-        *(
-            ("emulated", c, "bfloat16") for c in EMULATED if c.name in ("plain", "causal", "unbiased")
-        ),  # the same code as for float16
+        *(("emulated", c, "bfloat16") for c in EMULATED if c.name in IN_BFLOAT16),
         *(("emulated", c, "float32") for c in EMULATED if c.name in IN_FLOAT32 or "residual" in c.attributes),
         *(("emulated_sm86", c, t) for c in EMULATED if c.name in WITHOUT_WARPGROUPS for t in ("float16", "bfloat16")),
         ("emulated_sm86", next(c for c in EMULATED if c.name == "heads_of_64"), "float32"),
@@ -119,7 +118,8 @@ WITHOUT_WARPGROUPS = ("wide_heads", "heads_of_64", "wide_blocks_of_clusters", "j
 )
 def test_tree_is_the_reference(device, case, dtype):
     """Tile by tile, as on the CPU; and as far from exact attention."""
-    limit = LIMITS[dtype]
+    # Inclusion probabilities follow variances of 8 bits, but in float32.
+    limit = LIMITS[dtype] * (2 if "residual" in case.attributes and dtype != "float32" else 1)
     feeds, attributes = rounded(case.inputs(), dtype), attributes_of(case)
     reference = run_ref(feeds, dtype, 5, attributes | {"blocks": CUDA})
     found = attention(device, feeds, dtype, 5, attributes)
