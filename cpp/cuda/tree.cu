@@ -4,6 +4,7 @@
 
 #include "row_chunk.cuh"
 #include "tree_attend.cuh"
+#include "tree_residual.cuh"
 #include "tree_scores.cuh"
 
 namespace qexport {
@@ -86,7 +87,6 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   take(tree.slopes, heads * (p.is_causal ? tree.chunks : 1) * p.head_size * p.v_head_size * element_bytes(p));
   const int64_t tile_bytes = kTreeRows * p.v_head_size * 4;
   take(tree.threshold, tree.shares ? places * 4 : 0);
-  take(tree.probe_score, tree.shares ? places * kProbes * tree.clusters * 4 : 0);
   take(tree.probe_norm, tree.shares ? places * kProbes * 4 : 0);
   if (p.error_tolerance > 0.0f) {
     tree.trials = 2;  // the first budget, and all clusters
@@ -100,6 +100,10 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
   tree.most_chosen = tree.shares ? std::min<int64_t>(most_shared(static_cast<int>(bought)), tree.clusters) : bought;
   if (p.error_tolerance > 0.0f) tree.most_chosen = tree.clusters;  // budgets grow
   const int64_t tiles = places * std::max(tree.tiles, int64_t{kTrials} * tree.trials);
+  tree.draws = p.residual == Residual::unbiased || p.residual == Residual::james_stein;
+  const int64_t scored = std::max(tree.draws ? tiles : 0, tree.shares ? places * kProbes : 0);
+  take(tree.score, scored * tree.clusters * 4);
+  take(tree.halves, tree.draws ? tiles * 2 * int64_t{sizeof(HalfSample)} : 0);
   take(tree.chosen, tiles * (1 + tree.most_chosen) * 4);
   take(tree.centroid_weight, tiles * kTreeRows * 4);
   if (audits(tree.job)) {
@@ -107,8 +111,8 @@ size_t lay_out(TreeLaunch& tree, const Device& device, char** balanced_scratch, 
     const int64_t fill = ceil_div(int64_t{2} * device.multiprocessors, places > 0 ? places : 1);
     tree.audit_parts = static_cast<int>(std::min<int64_t>(fill, kMostAuditParts));
     take(tree.audit_output, places * tree.audit_parts * tile_bytes);
-    take(tree.audit_stats, places * tree.audit_parts * kTreeRows * 8);
   }
+  take(tree.stats, std::max(tree.draws ? tiles : 0, places * tree.audit_parts) * kTreeRows * 8);
   take(*balanced_scratch, static_cast<int64_t>(balanced_tree_scratch_bytes(tree.job, clusters)));
   return used;
 }
@@ -122,6 +126,8 @@ void run(Status& status, const TreeLaunch& tree, void* stream) {
   const auto attend = [&](int64_t blocks, TreeStep step) {
     launch(status, tree_attend_kernel<Attend>, dim3(static_cast<unsigned>(blocks)), Attend::kThreads,
            kAttendSharedBytes<Attend>, stream, tree, step);
+    if (tree.draws && (step == TreeStep::trials || step == TreeStep::tiles))
+      correct_tiles(status, tree, step, blocks, stream);
   };
   const int64_t places = tree.places();
   if (tree.shares) {
@@ -165,7 +171,6 @@ bool tree_applies(const AttentionJob& job, const int64_t* num_samples, int64_t n
   // What a mask holds is not known here: one that is the same for all queries and heads drops keys from the tree.
   const bool drops_keys = t.mask.type == DType::boolean && t.mask.head_stride == 0 && t.mask.query_stride == 0;
   if (t.mask.data && (!drops_keys || p.is_causal)) return false;
-  if (p.residual == Residual::unbiased || p.residual == Residual::james_stein) return false;
   const auto keys = static_cast<double>(job.total_len), tolerance = static_cast<double>(p.error_tolerance);
   if (tolerance > 0.0 && (p.q_len < kQueriesForTolerance || keys * tolerance < kKeysForTolerance)) return false;
   const int64_t least = *std::min_element(num_samples, num_samples + num_samples_count);

@@ -43,11 +43,14 @@ using Variance = std::conditional_t<std::is_same<T, float>::value, float, __nv_b
 __host__ __device__ __forceinline__ int least_shared(int budget) { return (budget + 3) / 4; }
 __host__ __device__ __forceinline__ int most_shared(int budget) { return 4 * budget; }
 
+struct HalfSample;  // tree_residual.cuh
+
 // Passed to kernels by value. "Head" is one (batch, kv head), "place" one (batch, query head).
 struct TreeLaunch {
   AttentionJob job;
   HeadSamples samples;
   bool shares;       // the tiles of a batch item share one budget
+  bool draws;        // two half-samples for each tile, which correct its output
   int64_t chunks;    // of a head
   int64_t clusters;  // of a head, with and without keys
   int64_t tiles;     // of a place
@@ -66,18 +69,19 @@ struct TreeLaunch {
   float* spread;           // (heads, clusters): mean |v - mean v|^2
   float* slope_parts;      // (heads, parts, head_size, v_head_size)
   void* slopes;            // (heads, 1 or chunks, head_size, v_head_size): cov(k, v) within clusters
+  float* score;            // (tiles of a step, clusters): of probes, and where half-samples are drawn
   float* threshold;        // (places): score from which on a cluster is read
-  float* probe_score;      // (places, kProbes, clusters)
   float* probe_norm;       // (places, kProbes)
   int trials;              // budgets that are tried: those of num_samples, doubled, and all clusters
   float* trial_output;     // (places, kTrials, trials, kTreeRows, v_head_size)
   int64_t most_chosen;     // clusters that a tile with a choice may read
   int32_t* chosen;         // (tiles of a step, 1 + most_chosen): their number, and which, in order
   float* centroid_weight;  // (tiles of a step, kTreeRows): log2 of the weight of what a row does not read
+  HalfSample* halves;      // (tiles of a step, 2): if `draws`
   int32_t* budget;         // (places): clusters that a tile reads
   int audit_parts;         // of the keys
   float* audit_output;     // (places, audit_parts, kTreeRows, v_head_size), not divided by the sum
-  float* audit_stats;      // (places, audit_parts, kTreeRows, 2): maximum of the scores, and sum
+  float* stats;            // (items of a step, kTreeRows, 2): maximum of the scores and sum; of audits, and if `draws`
   int32_t* again;          // (places): 1 where the head missed the tolerance
 
   __host__ __device__ __forceinline__ int64_t heads() const { return job.params.batch * job.params.kv_heads; }
@@ -132,6 +136,10 @@ void summarise_clusters(Status& status, const TreeLaunch& tree, void* stream);
 void settle_thresholds(Status& status, const TreeLaunch& tree, void* stream);
 void settle_budgets(Status& status, const TreeLaunch& tree, void* stream);
 void settle_errors(Status& status, const TreeLaunch& tree, void* stream);
+
+// Adds what half-samples of the clusters that were not read say of them to the output of the tiles of a step;
+// tree_residual.cu.
+void correct_tiles(Status& status, const TreeLaunch& tree, TreeStep step, int64_t blocks, void* stream);
 
 }  // namespace cuda
 }  // namespace qexport

@@ -35,11 +35,15 @@ __device__ __forceinline__ void put_part(State& state, const TreeRows<T>& rows) 
     *reinterpret_cast<float2*>(rows.tree.audit_output + (first + row) * dv + column) =
         make_float2(state.pair(i, n)[0], state.pair(i, n)[1]);
   });
+}
+
+template <class State, class T>
+__device__ __forceinline__ void put_stats(const State& state, const TreeRows<T>& rows) {
+  float* const stats = rows.tree.stats + 2 * int64_t{blockIdx.x} * kTreeRows;
 #pragma unroll
   for (int i = 0; i < State::kRows; ++i) {
     if (State::row(i) >= rows.rows || State::column(0) != 0) continue;
-    float* const stats = rows.tree.audit_stats + 2 * (first + State::row(i));
-    stats[0] = state.most[i], stats[1] = state.sum[i];
+    stats[2 * State::row(i)] = state.most[i], stats[2 * State::row(i) + 1] = state.sum[i];
   }
 }
 
@@ -71,6 +75,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   state.clear();
   attend(state, dynamic_shared<char>(), blocks.count, blocks);
   state.join_sums();
+  if (audit || tree.draws) put_stats(state, rows);
   if (audit) return put_part(state, rows);
   const TreeOutput<T> output(rows, step);
   join_centroids(state, output, !all);

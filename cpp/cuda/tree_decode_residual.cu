@@ -1,7 +1,7 @@
 // The output of a decoding row from its parts; and what the means of the clusters that it did not read got wrong, from a
 // sample of these clusters: how far off the output is, and, if `residual` says so, a correction.
+#include "cluster_draw.cuh"
 #include "join_parts.cuh"
-#include "row_select.cuh"
 #include "tree_decode.cuh"
 
 namespace qexport {
@@ -44,25 +44,8 @@ __device__ void draw_sample(const DecodeLaunch& decode, int64_t row, const ReadP
   }
   __syncthreads();
   if (thread >= kWarp) return;
-  PartSum rest;
-  float largest = 0.0f;
-  for (int i = 4 * lane_id(); i < clusters; i += kStep) {
-    const Quad x = load_quad(size + i);
-    rest.add((x.v[0] + x.v[1]) + (x.v[2] + x.v[3]));
-    for (int u = 0; u < 4; ++u) largest = fmaxf(largest, x.v[u]);
-  }
-  const Row drawn{size, clusters, nullptr, clusters, 1.0f, 1.0f, rest.warp(), warp_max(largest)};
-  int count = 0;
-  // Sizes that are no numbers, or have no sum, are those of a spoilt state: nothing is drawn.
-  if (drawn.rest > 0.0f && static_cast<float>(kResidualClusters) / drawn.rest < kInf && drawn.rest < kInf) {
-    const float c = inclusion_factor(drawn, static_cast<float>(kResidualClusters), 0);
-    systematic(drawn, Others::sampled, c, random >> 8, [&](int i, float w) {
-      const unsigned all = __ballot_sync(kFullWarp, w != 0.0f);
-      const int at = count + __popc(all & lanes_below());
-      if (w != 0.0f && at < kMostDrawn) sample.cluster[at] = i, sample.factor[at] = w / size[i];
-      count = min(count + __popc(all), kMostDrawn);
-    });
-  }
+  const int count = draw_clusters(size, clusters, static_cast<float>(kResidualClusters), random, kMostDrawn, sample.cluster,
+                                  sample.factor);
   if (thread == 0) sample.count = count;
 }
 

@@ -14,8 +14,14 @@ constexpr float kHalfLog2E = 0.5f * kLog2E;  // from a doubled natural logarithm
 constexpr float kLogCluster = 6.0f;
 static_assert(kCluster == 64, "kLogCluster");
 
-// Turns products of a block into logarithms of the weights of clusters: of means of log-normal weights, damped where so few
-// keys cannot show their tail. True where some variance of the warp is large enough for that.
+// Of the variance of the scores of a cluster: what it adds to the doubled logarithm of its weight, damped where so few keys
+// cannot show their tail.
+__device__ __forceinline__ float damped_variance(float y) {
+  return y > 2.0f ? fmaf(-16.0f, fast_reciprocal(y + 2.0f), 6.0f) : y;
+}
+
+// Turns products of a block into logarithms of the weights of clusters: of means of log-normal weights. True where some
+// variance of the warp is large enough for that.
 template <class Tile, class Clusters>
 __device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i, int count, Clusters clusters,
                                             SummaryScores<Tile>& s, const SummaryScores<Tile>& s2) {
@@ -38,8 +44,7 @@ __device__ __forceinline__ bool log_weights(const ScoreBlock<Tile>& block, int i
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float y = s2[t][n][e], damped = y > 2.0f ? fmaf(-16.0f, fast_reciprocal(y + 2.0f), 6.0f) : y;
-          s[t][n][e] = fmaf(s[t][n][e], factor, damped);
+          s[t][n][e] = fmaf(s[t][n][e], factor, damped_variance(s2[t][n][e]));
         }
       }
     }

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Tile::Flash::kThreads, Tile::Flash::kBlocksPer
   float whole[Tile::State::kRows];
   weigh_rows(block, state, whole);
   // The weights of clusters are computed again: kept, they would be queries x clusters.
-  float* const scores = probe ? tree.probe_score + blockIdx.x * tree.clusters : nullptr;
+  float* const scores = probe || tree.draws ? tree.score + blockIdx.x * tree.clusters : nullptr;
   for_summaries<2>(block, block.candidates, any, [&](int i, SummaryScores<Tile>& s, SummaryScores<Tile>& s2, const char*) {
     if (i > 0) put_scores(block, i - 1, scores);
     if (log_weights(block, i, block.candidates, any, s, s2)) {

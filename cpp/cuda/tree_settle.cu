@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kShareThreads) thresholds_kernel(const __grid_
       const int64_t probe = first * kProbes + i;
       const float least = tau * norm(probe / kProbes);
       int reached = 0;
-      for (int c = lane; c < candidates; c += kWarp) reached += tree.probe_score[probe * tree.clusters + c] >= least;
+      for (int c = lane; c < candidates; c += kWarp) reached += tree.score[probe * tree.clusters + c] >= least;
       reached = warp_sum(reached);
       if (lane == 0) read += max(least_shared(budget), min(reached, most_shared(budget)));
     }
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(kSettleThreads) errors_kernel(const __grid_con
     const int64_t row = i / p.v_head_size, x = i % p.v_head_size;
     const auto at = [&](int part) { return (place * tree.audit_parts + part) * kTreeRows + row; };
     float most = -kInf, sum = 0.0f, o = 0.0f;
-    for (int part = 0; part < tree.audit_parts; ++part) most = fmaxf(most, tree.audit_stats[2 * at(part)]);
+    for (int part = 0; part < tree.audit_parts; ++part) most = fmaxf(most, tree.stats[2 * at(part)]);
     for (int part = 0; part < tree.audit_parts; ++part) {
-      const float* const stats = tree.audit_stats + 2 * at(part);
+      const float* const stats = tree.stats + 2 * at(part);
       if (!(stats[1] > 0.0f)) continue;
       const float fade = exp2f(stats[0] - most);
       sum += fade * stats[1], o += fade * tree.audit_output[at(part) * p.v_head_size + x];

@@ -57,11 +57,31 @@ struct ScoreBlock : TreeRows<typename Tile::T> {
   }
 };
 
-// Two squares of q * scale, each of one of the two elements.
-template <class Tile>
-__device__ __forceinline__ __nv_bfloat162 square_pair(const ScoreBlock<Tile>& block, const typename Tile::T* q) {
+// Two squares of elements of a half type, times `factor`.
+template <class T>
+__device__ __forceinline__ __nv_bfloat162 square_pair(const T* q, float factor) {
   const float x = to_float(q[0]), y = to_float(q[1]);
-  return __floats2bfloat162_rn(x * x * block.scale_of_squares, y * y * block.scale_of_squares);
+  return __floats2bfloat162_rn(x * x * factor, y * y * factor);
+}
+
+// Squares of what flash_load_queries gives, times `factor`, in the type of variances.
+template <class T, int kRowTiles>
+__device__ __forceinline__ void square_queries(uint32_t (&a)[kRowTiles][4], float factor) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if constexpr (sizeof(T) == 4) {
+        const float x = __uint_as_float(a[i][e]);
+        a[i][e] = __float_as_uint(x * x * factor);
+      } else {
+        T q[2];
+        memcpy(static_cast<void*>(q), &a[i][e], sizeof(q));
+        const __nv_bfloat162 pair = square_pair(q, factor);
+        memcpy(&a[i][e], &pair, sizeof(pair));
+      }
+    }
+  }
 }
 
 // The queries into shared memory, and their squares to where they are kept.
@@ -79,7 +99,7 @@ __device__ __forceinline__ void load_queries(ScoreBlock<Tile>& block) {
     const T* const q = reinterpret_cast<const T*>(block.queries);
     __nv_bfloat162* const squares = reinterpret_cast<__nv_bfloat162*>(block.squares);
     for (int i = static_cast<int>(threadIdx.x); i < Flash::kQueryBytes / 4; i += Flash::kThreads) {
-      squares[i] = square_pair(block, q + 2 * i);
+      squares[i] = square_pair(q + 2 * i, block.scale_of_squares);
     }
   }
   if constexpr (Tile::kSquaresIn == SquaresIn::registers) {
@@ -87,15 +107,11 @@ __device__ __forceinline__ void load_queries(ScoreBlock<Tile>& block) {
     for (int k = 0; k < Tile::kSquareSteps; ++k) {
       uint32_t a[Flash::kRowTiles][4];
       flash_load_queries<Flash>(a, block.queries, k);
+      square_queries<T>(a, block.scale_of_squares);
 #pragma unroll
       for (int i = 0; i < Flash::kRowTiles; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          T q[2];
-          memcpy(q, &a[i][e], sizeof(q));
-          const __nv_bfloat162 pair = square_pair(block, q);
-          memcpy(&block.square[i][k][e], &pair, sizeof(pair));
-        }
+        for (int e = 0; e < 4; ++e) block.square[i][k][e] = a[i][e];
       }
     }
   }
@@ -123,18 +139,14 @@ __device__ __forceinline__ void start_products_of_squares(const ScoreBlock<Tile>
     start_products<typename Tile::Squares>(s, block.squares, variances);
   } else {
     const auto load = [&](Fragment& a, int k) {
-      if constexpr (Tile::kSquaresIn == SquaresIn::queries) flash_load_queries<typename Tile::Flash>(a, block.queries, k);
+      if constexpr (Tile::kSquaresIn == SquaresIn::queries) {
+        flash_load_queries<typename Tile::Flash>(a, block.queries, k);
+        square_queries<typename Tile::T>(a, block.scale_of_squares);
+      } else {
 #pragma unroll
-      for (int i = 0; i < Tile::Flash::kRowTiles; ++i) {
+        for (int i = 0; i < Tile::Flash::kRowTiles; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (Tile::kSquaresIn == SquaresIn::registers) {
-            a[i][e] = block.square[i][k][e];
-          } else {
-            static_assert(kTf32<typename Tile::Flash>);
-            const float x = __uint_as_float(a[i][e]);
-            a[i][e] = __float_as_uint(x * x * block.scale_of_squares);
-          }
+          for (int e = 0; e < 4; ++e) a[i][e] = block.square[i][k][e];
         }
       }
     };

@@ -284,11 +284,15 @@ def test_rows_may_lie_apart(device, name, strategy, dtype):
     assert_close(attention(device, feeds, dtype, 3, attributes, put=gaps(device))["Y"], packed, dtype, "Y")
 
 
-@pytest.mark.parametrize("strategy", ["exact", "stratified", "tree"])
-def test_the_output_may_begin_anywhere(emulated, monkeypatch, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "residual"),
+    [("exact", "none"), ("stratified", "none"), ("tree", "none"), ("tree", "unbiased")],
+)
+def test_the_output_may_begin_anywhere(emulated, monkeypatch, strategy, residual):
     """Where the whole units that tiles write do not fit."""
     shape = Case("tree", 1, 2, 1, q_len=140, kv_len=330, head_size=16, v_head_size=24)
-    feeds, attributes = rounded(shape.inputs(), "float16"), {"strategy": strategy, "num_samples": 64}
+    feeds = rounded(shape.inputs(), "float16")
+    attributes = {"strategy": strategy, "num_samples": 64, "residual": residual}
     want = attention(emulated, feeds, "float16", SEED, attributes)["Y"]
     packed = emulated.empty
 
