@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, name, write):
         except QexportError as error:
             print(error)
     """)
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    child = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert "File too large" in child.stdout, child.stderr
     assert len(child.stdout.splitlines()) == 1
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "years of work")]
