@@ -45,7 +45,7 @@ __host__ __device__ bool takes_whole_units(const T* y, int64_t stride) {
 }
 
 // Writes row i of the state, times `unit`, where it is `there`; by all lanes of a warp. A half type has 4 bytes of 16 that
-// lie together on a lane: memory takes half a sector of 32 bytes, as that would be, for one to be read first.
+// lie together on a lane: written as they are, each instruction would fill half a sector of 32 bytes.
 template <class T, class State>
 __device__ __forceinline__ void put_row(State& state, int i, float unit, bool there, T* to, int columns) {
   if constexpr (sizeof(T) == 4) {
