@@ -175,7 +175,7 @@ class Generator:
             prompts: token ids, one list per text; they may differ in length.
             max_new_tokens: how many tokens a text gets at most.
             temperature: 0 takes the most likely token; above, tokens are drawn from softmax(logits / temperature).
-            top_k: draw among the `top_k` most likely tokens only.
+            top_k: draw among the `top_k` most likely tokens only; needs a temperature above 0.
             seed: of the draws, and of the sampled attention.
             stop: ids that end a text and are not returned; the model's own when None.
             on_token: called with (row, token) as soon as a token is known.
@@ -196,6 +196,10 @@ class Generator:
         ):
             if not good:
                 raise UsageError(f"{name} must be {words}, got {value}")
+        if top_k is not None and temperature == 0:
+            raise UsageError(
+                f"top_k {top_k} draws tokens, but temperature 0 takes the likeliest one; give a temperature above 0, such as 0.8"
+            )
         longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens - 1 > self.length:
             raise QexportError(
@@ -237,13 +241,18 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: np.r
 
 @dataclass
 class GeneratedText:
-    """`text` that follows `prompt`, its `tokens`, and the time it took in seconds, the prompt apart from the steps;
-    `settings` hold the providers."""
+    """`text` that follows `prompt`, its `tokens`, and the time it took in seconds, the prompt apart from the steps.
+
+    `finish_reason` says why the text ends: `stop` (the model ended it), `length` (max_new_tokens) or `cache`, which is
+    full with its `cache_length` tokens. `settings` hold the providers.
+    """
 
     prompt: str
     text: str
     prompt_tokens: int
     tokens: list[int]
+    finish_reason: str
+    cache_length: int
     prompt_s: float
     steps_s: float
     settings: dict
@@ -285,9 +294,8 @@ def generate_text(
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise UsageError("the prompt holds no token; give a text")
-    room = generator.length - len(ids) + 1
-    if room >= 1:
-        options["max_new_tokens"] = min(options.get("max_new_tokens", 100), room)
+    wanted, room = options.pop("max_new_tokens", 100), generator.length - len(ids) + 1
+    limit = min(wanted, room) if room >= 1 else wanted
     tokens: list[int] = []
     shown, times = tokenizer.decode(ids), []
 
@@ -302,10 +310,13 @@ def generate_text(
             shown = text
 
     began = time.perf_counter()
-    generator.generate([ids], on_token=show, **options)
+    generator.generate([ids], max_new_tokens=limit, on_token=show, **options)
     start, whole = tokenizer.decode(ids), tokenizer.decode(ids + tokens)
     if on_text is not None and whole != shown and whole.startswith(shown):
         on_text(whole[len(shown) :])
     first, last = (times[0], times[-1]) if times else (time.perf_counter(),) * 2
     text, settings = whole.removeprefix(start), recorded(**where)
-    return GeneratedText(prompt, text, len(ids), tokens, first - began, last - first, settings)
+    finish_reason = "stop" if len(tokens) < limit else "cache" if limit < wanted else "length"
+    return GeneratedText(
+        prompt, text, len(ids), tokens, finish_reason, generator.length, first - began, last - first, settings
+    )

@@ -162,6 +162,7 @@ def one_line(kind, words, function, *arguments, **options):
         ([[3]], {"temperature": -1.0}, "temperature must be a number >= 0"),
         ([[3]], {"temperature": float("nan")}, "temperature must be a number >= 0"),
         ([[3]], {"top_k": 0}, "top_k must be >= 1"),
+        ([[3]], {"top_k": 5}, "top_k 5 draws tokens, but temperature 0 takes the likeliest one; give a temperature above 0"),
         ([[3]], {"seed": -1}, "seed must be in [0,"),
     ],
 )
@@ -243,7 +244,12 @@ def test_half_a_character_waits_for_its_other_half(bundle, monkeypatch, count):
 
 
 def test_a_text_is_cut_where_the_cache_ends(bundle):
-    assert len(generate_text(bundle, "Hello", max_new_tokens=1000, stop=[]).tokens) == LENGTH - 5 + 1
+    cut = generate_text(bundle, "Hello", max_new_tokens=1000, stop=[])
+    assert (len(cut.tokens), cut.finish_reason, cut.cache_length) == (LENGTH - 5 + 1, "cache", LENGTH)
+    whole = generate_text(bundle, "Hello", max_new_tokens=LENGTH - 5 + 1, stop=[])
+    assert (whole.tokens, whole.finish_reason) == (cut.tokens, "length")
+    ended = generate_text(bundle, "Hello", max_new_tokens=1000, stop=[cut.tokens[-1]])
+    assert ended.finish_reason == "stop"
     one_line(QexportError, "prompt of 60 tokens", generate_text, bundle, "x" * 60)
     one_line(UsageError, "the prompt holds no token", generate_text, bundle, "")
 
@@ -257,6 +263,15 @@ def test_the_command(bundle):
     words = ["generate", str(bundle), "--prompt", "Hello", "--max-new-tokens", "20", "--no-library", "--json"]
     run = CliRunner().invoke(cli, words)
     assert json.loads(run.stdout)["tokens"] == report.tokens
+
+
+def test_the_command_says_that_the_cache_is_full(bundle, monkeypatch):
+    words = ["generate", str(bundle), "--prompt", "Hello", "--quiet", "--max-new-tokens"]
+    monkeypatch.setattr(Generator, "_run", lambda self, ids, seed: np.eye(99)[np.full(ids.shape, 40)])  # never stops
+    run = CliRunner().invoke(cli, [*words, "1000"])
+    assert run.exit_code == 0, run.output
+    assert run.stderr == f"stopped: the cache of {LENGTH} tokens is full; convert the model with a longer --kv-cache\n"
+    assert CliRunner().invoke(cli, [*words, str(LENGTH - 5)]).stderr == ""
 
 
 def test_a_gpu_generates(bundle, fake_gpu):
