@@ -198,7 +198,7 @@ class Generator:
                 raise UsageError(f"{name} must be {words}, got {value}")
         if top_k is not None and temperature == 0:
             raise UsageError(
-                f"top_k {top_k} draws tokens, but temperature 0 takes the likeliest one; give a temperature above 0, such as 0.8"
+                f"top_k {top_k} draws tokens, but temperature 0 takes the likeliest; give a temperature above 0, such as 0.8"
             )
         longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens - 1 > self.length:

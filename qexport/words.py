@@ -25,7 +25,7 @@ def recipe_text(
     shots=None,
     **_,
 ) -> str:
-    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto", "exact, bf16",
+    """How a site is computed: "stratified, 32 samples", "tree, error up to 1 %, auto precision", "exact, bf16",
     "depolarizing:0.01, 1024 shots", or blank for attention that is not ours."""
     if noise:
         return f"{noise}, {shots} shots"
@@ -35,7 +35,7 @@ def recipe_text(
     elif strategy not in ("", "exact"):
         parts.append(f"{samples_text(num_samples)} {'keys' if strategy == 'tree' else 'samples'}")
     if precision not in ("", "fp32"):
-        parts.append(precision)
+        parts.append("auto precision" if precision == "auto" else precision)
     return ", ".join(parts)
 
 

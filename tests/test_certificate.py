@@ -68,6 +68,27 @@ def test_a_tree_shows_its_own_estimate_beside_the_measured_error(tmp_path):
     assert report.first_divergent is None
 
 
+@pytest.mark.parametrize(("precision", "said"), [("bf16", True), ("fp32", False)])
+def test_an_estimate_of_zero_is_told_from_rounding(tmp_path, precision, said):
+    attention = {"strategy": "tree", "num_samples": [64], "precision": precision, "error_tolerance": 0.01}
+    make_bundle(tmp_path / "b", attention=attention)
+    report = validate(tmp_path / "b")
+    assert [site["certificate"]["relative_error"] for site in report.sites] == [0, 0]
+    assert "tree read every key: the tolerance needs it here, or it is cheaper at this length" in report.notes
+    rounding = f"what it errs by is rounding, at precision {precision}; convert --precision fp32 has less"
+    assert (rounding in report.notes) is said
+
+
+def test_an_error_that_is_more_than_rounding_is_not_called_so(tmp_path):
+    def plant(model):
+        node = next(n for n in model.graph.node if n.name == "layer0.attention")
+        node.attribute.append(onnx.helper.make_attribute("scale", 1.1 / np.sqrt(8)))
+
+    attention = {"strategy": "tree", "num_samples": [64], "precision": "bf16", "error_tolerance": 0.01}
+    make_bundle(tmp_path / "b", plant=plant, attention=attention)
+    assert not [note for note in validate(tmp_path / "b").notes if "rounding" in note]
+
+
 def test_strategies_without_an_estimate_have_no_certificate(tmp_path):
     make_bundle(tmp_path / "b", attention={"strategy": "exact"}, per_layer={1: {"strategy": "stratified"}})
     assert [site["certificate"] for site in validate(tmp_path / "b").sites] == [None, None]

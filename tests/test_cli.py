@@ -17,6 +17,7 @@ import pytest
 from bundle_factory import build_model, make_bundle
 
 from qexport.cli import COMMANDS, Place
+from qexport.cli.render import show_sites
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,42 @@ def test_text_output(qexport, bundle):
     code, out, _ = qexport("inspect", bundle)
     assert code == 0
     assert "encoder.1.attention" in out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ({"seed": 0, "layers": []}, "recipe    none given"),
+        ({"seed": 7, "strategy": "exact", "layers": []}, "recipe    seed 7, strategy exact"),
+        ({"seed": 0, "layers": [{"match": "*0", "strategy": "exact"}]}, "recipe    1 override by layer"),
+        ({"seed": 0, "compress": {"ratio": 4}}, None),
+    ],
+)
+def test_inspect_says_what_the_recipe_asked_for(qexport, bundle, tmp_path, recipe, line):
+    file = shutil.copytree(bundle, tmp_path / "b") / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"recipe": recipe}))
+    code, out, _ = qexport("inspect", tmp_path / "b")
+    assert code == 0
+    assert [text for text in out.splitlines() if text.startswith("recipe")] == ([line] if line else [])
+
+
+def test_an_estimate_is_shown_where_something_was_left_out(capsys):
+    def site(name, estimate):
+        error = {"relative_error": 0.02, "relative_error_ci95": None}
+        measured = error | {"worst_head": {"head": 1, "relative_error": 0.03}, "bias": {"verdict": "as estimated"}}
+        found = {"relative_error": estimate, "worst_head": {"head": 1, "relative_error": 2 * estimate}}
+        recipe = {"strategy": "tree", "num_samples": [64], "precision": "auto"}
+        return {"name": name, "local": measured, "propagated": error, "certificate": found} | recipe
+
+    show_sites([site("some", 0.01), site("all", 0.0)], verbose=False)
+    out = capsys.readouterr().out
+    assert "estimated (worst head)" in out
+    assert "1 % (2 %)" in out
+    assert "all keys read" in out
+    show_sites([site("all", 0.0)], verbose=False)
+    out = capsys.readouterr().out
+    assert "estimated" not in out.replace("as estimated", "")
+    assert "recipe tree, 64 keys, auto precision" in out
 
 
 def test_out_of_tolerance_is_exit_code_3(qexport, bundle):

@@ -162,7 +162,7 @@ def one_line(kind, words, function, *arguments, **options):
         ([[3]], {"temperature": -1.0}, "temperature must be a number >= 0"),
         ([[3]], {"temperature": float("nan")}, "temperature must be a number >= 0"),
         ([[3]], {"top_k": 0}, "top_k must be >= 1"),
-        ([[3]], {"top_k": 5}, "top_k 5 draws tokens, but temperature 0 takes the likeliest one; give a temperature above 0"),
+        ([[3]], {"top_k": 5}, "top_k 5 draws tokens, but temperature 0 takes the likeliest; give a temperature above 0"),
         ([[3]], {"seed": -1}, "seed must be in [0,"),
     ],
 )

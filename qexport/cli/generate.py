@@ -28,7 +28,8 @@ def command(bundle, as_json, quiet, verbose, no_library, **options):
     click.echo(next(start, ""))
     if report.finish_reason == "cache":
         click.echo(
-            f"stopped: the cache of {report.cache_length} tokens is full; convert the model with a longer --kv-cache", err=True
+            f"stopped: the cache of {report.cache_length} tokens is full; convert the model with a longer --kv-cache",
+            err=True,
         )
     if not quiet and report.tokens_per_s is not None:
         click.echo(f"{len(report.tokens)} tokens, {report.tokens_per_s:.0f} a second after the prompt", err=True)

@@ -10,7 +10,7 @@ from qexport.cli import FILE, common_options, print_json
 @common_options
 def command(path, as_json, quiet, verbose):
     """Show what a bundle or an .onnx file contains: opset, ops, attentions and their recipe, size."""
-    from qexport.cli.render import show_inspection
+    from qexport.cli.render_inspection import show_inspection
     from qexport.inspection import inspect
 
     found = inspect(path)

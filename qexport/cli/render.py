@@ -1,8 +1,5 @@
 """Reports as text for people."""
 
-import re
-from collections import Counter
-
 import click
 
 from qexport.cli.render_memory import show_memory
@@ -111,7 +108,7 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
         else f"The {len(shown)} of {len(sites)} attentions that err most"
     )
     text = {name: [cell(site) for site in shown] for name, cell in columns.items()}
-    if not any(text["estimated (worst head)"]):
+    if not any(site["certificate"] and site["certificate"]["relative_error"] for site in sites):
         del text["estimated (worst head)"]
     numbers = len(text) - 3
     for name in ("deviation", "recipe"):  # what all sites share goes into the title, so that the table stays narrow
@@ -124,7 +121,9 @@ def show_sites(sites: list[dict], verbose: bool) -> None:
 def _estimate_text(site: dict) -> str:
     """The op's own estimate of the error, and the one of the head that errs most."""
     found = site["certificate"]
-    return f"{percent(found['relative_error'])} ({percent(found['worst_head']['relative_error'])})" if found else ""
+    if not found or not found["relative_error"]:
+        return "all keys read" if found else ""
+    return f"{percent(found['relative_error'])} ({percent(found['worst_head']['relative_error'])})"
 
 
 def _head_text(worst: dict | None) -> str:
@@ -215,62 +214,6 @@ def _show_nodes(which: str, nodes: list[dict]) -> None:
     ]
     header = ("node", "op", "provider", "ms", "memory in use", "output")
     table(f"Node by node, {which}", header, rows, text_columns=3)
-
-
-def show_inspection(found: dict, verbose: bool) -> None:
-    """What `inspect` found: facts line by line, then the attentions."""
-    recipe = found["recipe"] or {}
-    facts = {
-        "kind": found["kind"] + (f", from {found['source']['kind']} {found['source']['name']}" if found["source"] else ""),
-        "file": f"{found['file_bytes'] / 1e6:.1f} MB"
-        # of weights that are packed, the numbers that are stored are bytes
-        + ("" if found["compression"] else f", {found['parameters'] / 1e6:.1f} M parameters"),
-        "sha256": found["sha256"],
-        "opset": ", ".join(f"{domain} {version}" for domain, version in found["opsets"].items()),
-        "needs": f"IR {found['ir_version']}, onnxruntime {found['min_onnxruntime']} or newer",
-        "inputs": ", ".join(map(_value_text, found["inputs"])),
-        "outputs": ", ".join(map(_value_text, found["outputs"])),
-        "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items() if key != "compress" and value != []),
-        "weights": _weights_text(found["compression"]),
-        "nodes": f"{found['nodes']}: "
-        + ", ".join(f"{count} {op}" for op, count in list(found["ops"].items())[: None if verbose else 8]),
-        "fallback": "; ".join(f"{op.split(':')[-1]}: {text}" for op, text in found["fallbacks"].items()),
-        "changed": ", ".join(found["changed_files"] or []),
-    }
-    for key, value in facts.items():
-        if value:
-            click.echo(f"{key:10}{value}")
-    if found["attention"]:
-        rows = [(site_label(site), site["op"], recipe_text(**site["attributes"])) for site in found["attention"]]
-        table("Attention", ("site", "op", "recipe"), rows, text_columns=3)
-    if found["noise"]:
-        rows = [(n["name"], n["op"], ", ".join(f"{k} {v}" for k, v in n["attributes"].items())) for n in found["noise"]]
-        table("Noise and measurement", ("node", "op", "attributes"), rows if verbose else rows[:6], text_columns=3)
-        click.echo("without the op library this model has no noise and no measurement: it is the classical one")
-    for site in found["left_alone"] or []:
-        click.echo(f"left alone {site_label(site)}: {site['reason']}")
-
-
-def _weights_text(compression: dict | None) -> str:
-    """How the weights of a compressed bundle are stored."""
-    if compression is None:
-        return ""
-    stored = Counter(
-        re.sub(r" (in blocks|of).*", "", re.sub(r"rank \d+", "low-rank", w["method"])) for w in compression["layers"]
-    )
-    kinds = ", ".join(f"{count} {kind}" for kind, count in stored.most_common())
-    size, metric = compression["size"], compression["metric"]
-    rounded = sum(w.get("int8_products", False) for w in compression["layers"])
-    products = f"; products of {rounded} in int8" if rounded else ""
-    return (
-        f"{size['ratio']:.2f} x smaller file at a loss of {percent(metric['loss'])} of {metric['name']}: {kinds}{products}"
-    )
-
-
-def _value_text(value: dict) -> str:
-    return f"{value['name']} {value['dtype']}{value['shape']}".replace("'", "") + (
-        " (optional)" if value.get("optional") else ""
-    )
 
 
 def show_demo(report, verbose: bool) -> None:

@@ -246,13 +246,16 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
     alone = [site for site in report.sites if site["local"]]
     verdicts = {site["local"]["bias"]["verdict"] for site in alone}
     drawn = [site for site in alone if site["strategy"] not in BLOCKWISE]
-    certified = [site["certificate"]["relative_error"] for site in alone if site["certificate"]]
+    certified = [site for site in alone if site["certificate"]]
     if drawn and all(site["local"]["bias"]["verdict"] == EXACT for site in drawn):
         notes.append(
             "no site had to sample: every query had at most num_samples keys; longer inputs show the sampling error"
         )
-    if certified and not any(certified):
+    if certified and not any(site["certificate"]["relative_error"] for site in certified):
         notes.append("tree read every key: the tolerance needs it here, or it is cheaper at this length")
+        low = sorted({site["precision"] for site in certified} - {"fp32"})
+        if low and all(site["local"]["bias"]["verdict"] == EXACT for site in certified):
+            notes.append(f"what it errs by is rounding, at precision {', '.join(low)}; convert --precision fp32 has less")
     for site in alone:
         tolerance, error = site["error_tolerance"], site["local"]["relative_error"]
         if tolerance and not error <= max(tolerance, low_precision(site)):
