@@ -156,7 +156,7 @@ def test_half_types(dtype):
     np.testing.assert_allclose(relative(typed, exact(case, feeds)), error, rtol=0.1)
 
 
-def test_no_query_sees_the_future():
+def test_no_query_sees_keys_and_values_behind_it():
     case = clustered("causal", q_len=1500, kv_len=1500, attributes={"is_causal": 1, "residual": "unbiased"})
     feeds, attributes = case.inputs(), attributes_of(case)
     before = run_binding(feeds, "float32", 0, attributes)["Y"]
@@ -167,6 +167,22 @@ def test_no_query_sees_the_future():
         after = run_binding(changed, "float32", 0, attributes)["Y"]
         np.testing.assert_array_equal(after[:, :, :cut], before[:, :, :cut])
         assert not np.array_equal(after[:, :, cut:], before[:, :, cut:])
+
+
+@pytest.mark.parametrize("residual", ["none", "unbiased", "james_stein"])
+def test_queries_reach_back_to_the_first_row_of_their_tile_and_no_further(residual):
+    case = clustered("causal", q_len=1500, kv_len=1500, attributes={"is_causal": 1, "residual": residual})
+    feeds, attributes = case.inputs(), attributes_of(case)
+    before = run_binding(feeds, "float32", 0, attributes)["Y"]
+    first, last = 1024, 1024 + TILE - 1
+    changed = {name: value.copy() for name, value in feeds.items()}
+    changed["Q"][:, :, last] *= -3
+    after = run_binding(changed, "float32", 0, attributes)["Y"]
+    assert not np.array_equal(after[:, :, first], before[:, :, first])
+    for name in "QKV":
+        changed[name][:, :, last + 1 :] *= -3
+    after = run_binding(changed, "float32", 0, attributes)["Y"]
+    np.testing.assert_array_equal(after[:, :, :first], before[:, :, :first])
 
 
 def test_masked_keys_are_never_read():
