@@ -1,4 +1,5 @@
-"""The pages: docs/api.md is the docstrings', which leave no argument out, and the programs of docs/integration.md run."""
+"""The pages: docs/api.md is the docstrings', which leave no argument out, docs/commands.md what --help says, and the
+programs of docs/integration.md run."""
 
 import inspect
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-API = runpy.run_path(str(DOCS / "api.py"))
+API, COMMANDS = (runpy.run_path(str(DOCS / f"{name}.py")) for name in ("api", "commands"))
 
 
 def public_functions():
@@ -30,6 +31,11 @@ def public_functions():
 
 def test_api_page_is_up_to_date():
     assert (DOCS / "api.md").read_text() == API["markdown_page"](), "run: python docs/api.py > docs/api.md"
+
+
+def test_commands_page_is_up_to_date():
+    page = (DOCS / "commands.md").read_text()
+    assert page == COMMANDS["markdown_page"](), "run: python docs/commands.py > docs/commands.md"
 
 
 @pytest.mark.parametrize(("name", "function"), list(public_functions()), ids=lambda x: x if isinstance(x, str) else "")
