@@ -9,7 +9,7 @@ from pathlib import Path
 
 PLUGIN = "libqexport_ops_cuda.so"
 # Bytes in the wheel, compressed: the CUDA plugin, and everything else together.
-LIMITS = {PLUGIN: 8 << 20, "the rest": 3 << 20}
+LIMITS = {PLUGIN: 12 << 20, "the rest": 3 << 20}
 SHOWN = 5
 
 

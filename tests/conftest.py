@@ -3,6 +3,7 @@ and runs the command line for tests. Where tests share the machine (`-n`), each 
 read before torch is."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from ssh_server import server  # noqa: F401
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parent.parent))
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory):
+    """A folder for what the tests of a module share, removed behind them: real models are hundreds of megabytes."""
+    folder = tmp_path_factory.mktemp("module")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def classical():
 
 
 @pytest.fixture(scope="module")
-def contenders(tmp_path_factory):
-    return baselines.contenders(tmp_path_factory.mktemp("bundle"), threads=1)
+def contenders(module_path):
+    return baselines.contenders(module_path, threads=1)
 
 
 def need_package(name: str):

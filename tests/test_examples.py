@@ -32,11 +32,10 @@ LINES = {"08": 90}  # of the one that brings its own model and training loop
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(module_path):
     """Where the examples run; the first one leaves its bundle there for the others."""
-    folder = tmp_path_factory.mktemp("examples")
-    run(EXAMPLES[0], folder)
-    return folder
+    run(EXAMPLES[0], module_path)
+    return module_path
 
 
 def run(example, folder):

