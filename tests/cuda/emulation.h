@@ -179,7 +179,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   __extension__ typedef unsigned __int128 Wide;
@@ -206,12 +205,6 @@ template <class T>
 T atomicAdd(T* p, T x) {
   const T old = *p;
   *p = static_cast<T>(old + x);
-  return old;
-}
-template <class T>
-T atomicMax(T* p, T x) {
-  const T old = *p;
-  *p = x > old ? x : old;
   return old;
 }
 template <class T>
