@@ -144,8 +144,6 @@ def test_every_instruction_set_agrees(models, isa):
     done = run_worker(models, QEXPORT_ISA=isa)
     if done.returncode and "does not have" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
-    if done.returncode and "must be" in done.stderr:
-        pytest.skip(f"the library holds no {isa} kernels on this architecture")
     assert done.returncode == 0, done.stderr[-2000:]
     # Differences of rounding; the draws are the same. float16 outputs near 4 have steps of 2^-9.
     assert float(done.stdout.split()[1]) <= 2**-8
