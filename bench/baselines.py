@@ -41,6 +41,7 @@ from bench.sts_b import correlation, embed_all, pairs, tokenizer
 from qexport.memory.rss import extra_rss
 from qexport.profiling.timing import interleaved
 from qexport.recipe import defaults
+from qexport.runtime import quiet_options
 from qexport.scaling import baselines, nodes, reference
 
 LAYERS, HEADS, SIZE, LONGEST = 6, 12, 32, 512
@@ -142,7 +143,7 @@ def contenders(folder: Path, threads: int) -> list[Contender]:
     """All of them; the model is converted to `folder`."""
 
     def opened(path: Path):
-        options = common.session_options(threads)
+        options = quiet_options(threads)
         # the idle threads of one model would take the cores from the other
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return qexport.session(path, options=options)

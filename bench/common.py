@@ -131,14 +131,6 @@ def ratio(name: str, theirs: np.ndarray, ours: np.ndarray) -> dict:
     return {name: median, f"{name}_p25": low, f"{name}_p75": high}
 
 
-def session_options(threads: int):
-    """onnxruntime session options with that many intra-op threads, logging errors only."""
-    options = onnxruntime().SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return options
-
-
 def with_attributes(model: Path, output: Path, **attributes) -> Path:
     """A copy of `model` at `output` whose QuantumAttention nodes have these attributes; returns `output`."""
     proto = onnx.load(model)

@@ -31,7 +31,6 @@ from bench.compress_cases import CASES
 from bench.compress_factors import low_rank_table, trains_table
 from qexport import _core, runtime
 from qexport.external_data import file_bytes
-from qexport.profiling import session_options
 from qexport.profiling.calls import make_call
 from qexport.profiling.timing import interleaved
 
@@ -107,7 +106,7 @@ def latency(case, files: dict[str, Path], losses: list[dict], threads: int, runs
 
 def opened(file: Path, threads: int):
     """A session in a stock onnxruntime, whose threads sleep between runs: they would keep the cores from other models."""
-    options = session_options(threads)
+    options = runtime.quiet_options(threads)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return runtime.session(file, library=False, options=options)
 

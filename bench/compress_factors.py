@@ -16,7 +16,6 @@ from qexport.compression.layers import find_layers
 from qexport.compression.quantize import quantize
 from qexport.mps.layout import KINDS, make_layout
 from qexport.mps.tt_svd import tt_svd
-from qexport.profiling import session_options
 from qexport.profiling.calls import make_call
 from qexport.profiling.timing import interleaved
 
@@ -48,7 +47,7 @@ def low_rank_table(folder: Path, threads: int, rounds: int = 200) -> list[dict]:
         nodes.store(model, layer, form)
         files[f"rank {RANK}, int{bits}"] = folder / f"int{bits}.onnx"
         ir.save(model, files[f"rank {RANK}, int{bits}"])
-    options, rows = session_options(threads), []
+    options, rows = runtime.quiet_options(threads), []
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     sessions = {name: runtime.session(file, library=False, options=options) for name, file in files.items()}
     for n in (1, 64):

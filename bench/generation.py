@@ -18,6 +18,7 @@ import numpy as np
 import qexport
 from bench import common
 from bench.data import speech_features
+from qexport.runtime import quiet_options
 
 WHISPER_START, WHISPER_END = [50257, 50362], 50256  # start of transcript, no timestamps; end of text
 STORY_TOKENS = 255
@@ -109,7 +110,7 @@ def main():
     arguments = common.parser(__doc__.split("\n")[0], seeds=3).parse_args()
 
     def opened(path):
-        return qexport.session(path, options=common.session_options(arguments.threads))
+        return qexport.session(path, options=quiet_options(arguments.threads))
 
     with tempfile.TemporaryDirectory() as folder:
         tables = {"speech": speech_table(Path(folder), opened, arguments.seeds)}

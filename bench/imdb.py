@@ -17,6 +17,7 @@ import qexport
 from bench import common
 from bench.minilm_error import pooled, texts
 from bench.models import minilm_dir
+from qexport.runtime import quiet_options
 
 LENGTH, FOLDS = 512, 5
 # What `convert` is given; nothing is the recipe that a user gets who says nothing.
@@ -58,7 +59,7 @@ def main():
     rows, classical = [], None
 
     def opened(path: Path):
-        return qexport.session(path, options=common.session_options(arguments.threads))
+        return qexport.session(path, options=quiet_options(arguments.threads))
 
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in RECIPES.items():

@@ -27,6 +27,7 @@ from bench import common
 from bench.models import stories15m_folder
 from qexport.bundle import Bundle
 from qexport.installed import onnxruntime
+from qexport.runtime import quiet_options
 
 PROMPT = [1, 9038, 2501, 263, 931]
 PASTS = (256, 2048, 8192, 16000)
@@ -57,7 +58,7 @@ class Joined:
 
     def __init__(self, bundle: Path, path: Path, threads: int):
         self.names = Bundle.open(bundle).manifest["kv_cache"]
-        self.session = qexport.session(path, library=False, options=common.session_options(threads))
+        self.session = qexport.session(path, library=False, options=quiet_options(threads))
         self.shape = next(value.shape for value in self.session.get_inputs() if value.name == self.names["caches"][0][0])
         self.start(0)
 
@@ -109,8 +110,8 @@ def tell(model, count: int) -> tuple[list[int], float]:
 
 def generators(bundle: Path, threads: int) -> dict:
     return {
-        "in place": qexport.Generator(bundle, options=common.session_options(threads)),
-        "fallback": qexport.Generator(bundle, library=False, options=common.session_options(threads)),
+        "in place": qexport.Generator(bundle, options=quiet_options(threads)),
+        "fallback": qexport.Generator(bundle, library=False, options=quiet_options(threads)),
     }
 
 
@@ -143,7 +144,7 @@ def step_table(folder: Path, threads: int, rounds: int) -> list[dict]:
     qexport.convert(folder / "long", folder / "long_bundle", kv_cache=LONG, strategy="exact")
     qexport.convert(folder / "long", folder / "tree_bundle", kv_cache=LONG, strategy="tree", num_samples=512)
     models = generators(folder / "long_bundle", threads)
-    models["tree"] = qexport.Generator(folder / "tree_bundle", options=common.session_options(threads))
+    models["tree"] = qexport.Generator(folder / "tree_bundle", options=quiet_options(threads))
     rng = np.random.default_rng(0)
     for generator in models.values():
         for name, value in generator.caches.items():

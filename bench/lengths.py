@@ -16,8 +16,10 @@ from bench import common
 from bench.models import minilm_dir
 from qexport.bundle import Bundle
 from qexport.generated import generate
-from qexport.profiling import CLASSICAL, CONVERTED, interleaved, session_options
+from qexport.profiling import CLASSICAL, CONVERTED
 from qexport.profiling.calls import make_call
+from qexport.profiling.timing import interleaved
+from qexport.runtime import quiet_options
 
 LENGTHS = {"minilm": (8, 16, 32, 64, 128, 256, 512), "stories15m": (8, 16, 32, 64, 128, 256)}
 
@@ -26,7 +28,7 @@ def table(folder: Path, name: str, runs: int) -> list[dict]:
     bundle = Bundle.open(folder)
     rows = []
     for threads in (1, 2):
-        options = session_options(threads)
+        options = quiet_options(threads)
         # The idle threads of one model would take the cores from the other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         sessions = {
@@ -38,7 +40,7 @@ def table(folder: Path, name: str, runs: int) -> list[dict]:
             calls = {which: make_call(session, feed, []) for which, session in sessions.items()}
             times = interleaved(calls, runs, warmup=5)
             row = {"model": name, "threads": threads, "n": length, "runs": runs}
-            row |= {f"{which}_ms": 1e3 * float(np.median(seconds)) for which, seconds in times.items()}
+            row |= {f"{which}_ms": float(np.median(ms)) for which, ms in times.items()}
             rows.append(row | common.ratio("x_classical", times[CLASSICAL], times[CONVERTED]))
     return rows
 

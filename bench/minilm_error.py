@@ -25,6 +25,7 @@ from bench.models import minilm, minilm_dir
 from bench.seed_models import softmax_attention
 from qexport.ops import DOMAIN
 from qexport.ops.proto import function_proto, make_node
+from qexport.runtime import quiet_options
 from qexport.scaling.baselines import top_k
 
 SAMPLES = (8, 16, 32, 64, 128)
@@ -62,7 +63,7 @@ def activations(classical: Path, ids: np.ndarray, threads: int) -> list[tuple[np
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     tapped = classical.with_name("tapped.onnx")
     onnx.save(model, tapped)
-    session = qexport.session(tapped, library=False, options=common.session_options(threads))
+    session = qexport.session(tapped, library=False, options=quiet_options(threads))
     values = session.run(names, feeds_of(session, ids))
     return [tuple(values[i : i + 3]) for i in range(0, len(values), 3)]
 
@@ -83,7 +84,7 @@ def op_session(folder: Path, threads: int, **attributes):
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[function_proto("QuantumAttention")], ir_version=10)
     onnx.save(model, folder / "op.onnx")
-    return qexport.session(folder / "op.onnx", options=common.session_options(threads))
+    return qexport.session(folder / "op.onnx", options=quiet_options(threads))
 
 
 def head_errors(session, sites, references, draws: int) -> np.ndarray:
@@ -126,7 +127,7 @@ def pooled(session, ids: np.ndarray, seed: int | None = None) -> np.ndarray:
 
 def table(bundle: Path, n: int, count: int, draws: int, threads: int) -> list[dict]:
     def opened(path):
-        return qexport.session(path, options=common.session_options(threads))
+        return qexport.session(path, options=quiet_options(threads))
 
     ids, _ = texts(count, n)
     sites = activations(bundle / "classical.onnx", ids, threads)

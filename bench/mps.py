@@ -39,6 +39,7 @@ from qexport.nn.mps import AttentionMPS, MatrixProductStateSimulator
 from qexport.ops import DOMAIN, VERSION
 from qexport.ops.proto import make_node
 from qexport.profiling.timing import interleaved
+from qexport.runtime import quiet_options
 
 BOND_DIM = 32
 FEATURES = 64
@@ -234,7 +235,7 @@ def layer(n: int, weight: np.ndarray, threads: int, attributes: dict | None = No
     graph = helper.make_graph([node], "layer", values[:1], values[1:], [numpy_helper.from_array(weight, "w")])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = common.session_options(threads)
+    options = quiet_options(threads)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside the threads of the other session
     options.register_custom_ops_library(qexport.get_library_path())
     return common.onnxruntime().InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -28,7 +28,7 @@ from qexport.ops.proto import make_node
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 from qexport.profiling.timing import interleaved
-from qexport.runtime import create_session, register_library, run_bound
+from qexport.runtime import create_session, quiet_options, register_library, run_bound
 
 LEVEL = 0.02
 SHOTS = 32
@@ -45,7 +45,7 @@ def bound(nodes, feeds: dict, output: np.ndarray, initializers: dict, threads: i
     graph = helper.make_graph(nodes, "noise", values, [result], weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = common.session_options(threads)
+    options = quiet_options(threads)
     register_library(options, get_library_path())
     session = create_session("noise", model.SerializeToString(), options, ["CPUExecutionProvider"], True)
     binding = session.io_binding()

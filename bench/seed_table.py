@@ -38,6 +38,7 @@ from bench.seed_models import (
 )
 from qexport.ops.quantum_attention import SPEC
 from qexport.profiling.timing import interleaved
+from qexport.runtime import quiet_options
 from qexport.scaling.reference import gaussian_bound
 
 STRATEGIES = ("stratified", "adaptive", "hybrid", "naive")
@@ -57,7 +58,7 @@ class Opened:
         self.count += 1
         path = self.folder / f"{self.count}.onnx"
         onnx.save(model, path)
-        return qexport.session(path, options=common.session_options(self.threads))
+        return qexport.session(path, options=quiet_options(self.threads))
 
 
 def run(session, feeds, seed=None):

@@ -19,6 +19,7 @@ import qexport
 from bench import common
 from bench.models import minilm_dir
 from bench.packages import fetch
+from qexport.runtime import quiet_options
 
 PUBLISHED = 82.03  # Spearman x 100 of all-MiniLM-L6-v2 on the test split
 CONFIGURATIONS = (
@@ -98,7 +99,7 @@ def main():
     lengths = np.array([len(sequence) for sequence in sequences])
 
     def open_session(path, library=True):
-        return qexport.session(path, library=library, options=common.session_options(arguments.threads))
+        return qexport.session(path, library=library, options=quiet_options(arguments.threads))
 
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "minilm"

@@ -125,7 +125,7 @@ def convert(
     if kv_cache is not None and resolved.has_noise:
         raise UsageError("noise and kv_cache exclude each other: the register would hold the free room of the cache")
     if not dry_run:
-        from qexport.bundle import check_output
+        from qexport.bundle_writer import check_output
 
         check_output(Path(output))
 
@@ -141,7 +141,7 @@ def convert(
         sites, more = _rewrite(source, sample_attention, resolved)
         _require_sites(source, sites, [*left_alone, *more])
         return _report(None, source, resolved, sites, [*left_alone, *more], None)
-    from qexport.bundle import write_bundle
+    from qexport.bundle_writer import write_bundle
 
     with write_bundle(output) as writer:
         report = write_models(writer.path, source, resolved, opset, kv_cache, portion(say, 0.5, 0.95))

@@ -148,10 +148,13 @@ def run_bound(opened, binding, options=None) -> None:
         raise explain_run_error(error) from error
 
 
-def quiet_options():
-    """Session options that log nothing: what fails is raised, and onnxruntime would print it as well."""
+def quiet_options(threads: int | None = None):
+    """Session options with that many intra-op threads, the runtime's choice when None. They log nothing: what fails is
+    raised, and onnxruntime would print it as well."""
     options = installed.onnxruntime().SessionOptions()
     options.log_severity_level = 4
+    if threads:
+        options.intra_op_num_threads = threads
     return options
 
 

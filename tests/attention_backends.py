@@ -5,12 +5,11 @@ import functools
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from attention_cases import INPUT_NAMES
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper
 
-import qexport
 from qexport import _core
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import make_node
@@ -53,13 +52,7 @@ def run_binding(feeds: dict, dtype: str, seed: int, attributes: dict, threads: i
     return {n: np.asarray(v).astype(np.float32) for n, v in zip(OUTPUT_NAMES, outputs, strict=True) if v is not None}
 
 
-@functools.cache
-def _session(model: bytes, threads: int):
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(qexport.get_library_path())
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+_session = functools.cache(cpu_session)
 
 
 def one_node_model(feeds: dict, dtype: str, outputs, attributes: dict) -> onnx.ModelProto:
@@ -99,7 +92,7 @@ def run_ort(feeds: dict, dtype: str, seed: int, attributes: dict, threads: int =
         absent.add("error_estimate")
     outputs = [name for name in OUTPUT_NAMES if name not in absent]
     model = one_node_model(feeds, dtype, outputs, attributes).SerializeToString()
-    values = _session(model, threads).run(outputs, {**feeds, "seed": np.array(seed, np.int64)})
+    values = _session(model, threads=threads).run(outputs, {**feeds, "seed": np.array(seed, np.int64)})
     return dict(zip(outputs, values, strict=True))
 
 

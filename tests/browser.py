@@ -1,6 +1,5 @@
 """A headless Chromium that is driven over its DevTools pipe: no driver program and no package are needed for it."""
 
-import base64
 import fcntl
 import json
 import os
@@ -142,9 +141,3 @@ class Browser:
             elif event.get("method") == "Network.requestWillBeSent" and about["type"] != "Document":
                 found.append(f"request: {about['request']['url']}")
         return found
-
-    def screenshot(self, file: Path) -> Path:
-        """The whole page as a PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")
-        file.write_bytes(base64.b64decode(shot["data"]))
-        return file

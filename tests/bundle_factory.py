@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qexport.bundle import MODEL, SAMPLES, write_bundle
+from qexport.bundle import MODEL, SAMPLES
+from qexport.bundle_writer import write_bundle
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION
 from qexport.ops.proto import function_proto, make_node
 from qexport.recipe import SAMPLING

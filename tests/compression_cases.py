@@ -2,11 +2,16 @@
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, numpy_helper
 
 from qexport.bundle import sha256
+from qexport.compression import compress
+from qexport.errors import QexportError
 
 VOCAB, WIDTH, HIDDEN = 96, 64, 160
+HEAD = '<ir_version: 10, opset_import: ["": 23]>'
+PRODUCT = f"{HEAD} g (float[batch,64] x) => (float[batch,64] y) {{ y = MatMul(x, w) }}"
 
 _LANGUAGE_MODEL = f"""
 <ir_version: 10, opset_import: ["": 23]>
@@ -99,3 +104,17 @@ def files(folder) -> dict[str, str]:
 
 def relative(value, expected) -> float:
     return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+
+
+def refused(tmp_path, model, data, kind=QexportError, kept: bool = False, **options) -> str:
+    """The message of an error that leaves nothing behind, or with `kept` what was found, for another goal."""
+    options = {"profile": False, "ratio": 3} | options
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(kind) as caught:
+        compress(model, tmp_path / "out", data, **options)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    assert ".partial" not in str(caught.value)  # the folder of a bundle in the making
+    found = [".out.compress"] if kept else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before + found)
+    return str(caught.value)

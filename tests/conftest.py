@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_gpu import fake_gpu  # noqa: F401  (a fixture)
-from ssh_server import server  # noqa: F401
+from ssh_server import pythons, server, target  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,3 +36,11 @@ def qexport(capsys):
         return stop.value.code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lm(tmp_path_factory):
+    """The file of a language model whose weights are large enough to be compressed."""
+    from compression_cases import language_model
+
+    return language_model(tmp_path_factory.mktemp("lm") / "lm.onnx")

@@ -1,6 +1,7 @@
 """Runs a piece of a test module once more, on another copy of the kernels."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 
 from qexport import _core
 
-ISAS = ("generic", "avx2", "avx512", "avx512bf16", "neon")
+# Those that the kernels are compiled for on this architecture.
+_X86, _ARM = ("generic", "avx2", "avx512", "avx512bf16"), ("neon",)
+ISAS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), ("generic",))
 
 
 def run_on(isa: str, code: str) -> str:
@@ -26,7 +29,7 @@ def run_on(isa: str, code: str) -> str:
         check=False,
     )
     said = (done.stderr.strip().splitlines() or [""])[-1]
-    if said.startswith(("ValueError: QEXPORT_ISA must be", "ValueError: QEXPORT_ISA is")):
+    if said.startswith("ValueError: QEXPORT_ISA is"):
         pytest.skip(said)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout

@@ -4,12 +4,11 @@ them."""
 import functools
 
 import numpy as np
-import onnxruntime
 import torch
 from attention_backends import DTYPES, ONNX_TYPES
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper
 
-import qexport
 from qexport import _core
 from qexport.noise.channels import num_qubits
 from qexport.ops import DOMAIN, QUANTUM_NOISE, QUANTUM_OVERLAP, VERSION
@@ -140,16 +139,9 @@ def one_node_model(op_name: str, feeds: dict, types: dict, outputs, attributes: 
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
 
 
-@functools.cache
-def session(model: bytes, threads: int, library: bool):
-    options = onnxruntime.SessionOptions()
-    if library:
-        options.register_custom_ops_library(qexport.get_library_path())
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+_session = functools.cache(cpu_session)
 
 
 def run_node(op_name, feeds, types, outputs, attributes, threads=1, fallback=False) -> tuple[np.ndarray, ...]:
     model = one_node_model(op_name, feeds, types, outputs, attributes, fallback)
-    return tuple(session(model.SerializeToString(), threads, not fallback).run(None, feeds))
+    return tuple(_session(model.SerializeToString(), library=not fallback, threads=threads).run(None, feeds))

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from qexport.errors import QexportError
+from qexport.remote import Target
+
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 PACKAGES = ("numpy", "onnxruntime", "onnx", "google", "ml_dtypes", "typing_extensions")
 
@@ -124,3 +127,30 @@ def make_python(folder: Path, *packages: str) -> Path:
         if name in packages:
             (site / path.name).symlink_to(path)
     return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def pythons(tmp_path_factory):
+    """By name: with numpy and onnxruntime alone, with onnx as well, and without onnxruntime."""
+    base = tmp_path_factory.mktemp("pythons")
+    chosen = {"plain": PACKAGES[:2], "onnx": PACKAGES, "bare": PACKAGES[:1]}
+    return {name: make_python(base / name, *packages) for name, packages in chosen.items()}
+
+
+@pytest.fixture
+def target(server, pythons):
+    """Makes the `Target` of a login to the server, with a Python by its name or its path."""
+
+    def make(python="plain", *, url=None, config=None):
+        chosen = pythons.get(python, python)
+        return Target(url or server.url, str(chosen), str(config or server.config()))
+
+    return make
+
+
+def fails(function, *arguments, **keywords) -> str:
+    """The message of its error, one line."""
+    with pytest.raises(QexportError) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import time
 import tomllib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,17 +12,9 @@ from summary_cases import cache
 from bench import common
 from bench.attention import decode, goals, prefill, quality
 from bench.cuda import cases as cuda_cases
-from qexport.profiling.timing import interleaved
 from qexport.scaling import reference
 
 TIMING = {"seconds": 0.0, "least": 2, "clock": time.perf_counter}
-
-
-def test_rounds_take_turns():
-    order = []
-    times = interleaved({name: partial(order.append, name) for name in "abc"}, least=4, warmup=1)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_ratio_is_the_median_of_ratios():

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from bundle_factory import make_bundle
 
-from qexport.bundle import MANIFEST, Bundle, write_bundle
+from qexport.bundle import MANIFEST, Bundle
+from qexport.bundle_writer import write_bundle
 from qexport.errors import QexportError, UsageError
 
 MINIMAL = {"sites": [], "left_alone": [], "inputs": [], "limits": {}, "opset": 23, "seed_input": "seed"}
@@ -105,7 +106,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path, existing):
 SLOW_WRITER = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from qexport.bundle import write_bundle
+from qexport.bundle_writer import write_bundle
 from test_bundle import MINIMAL
 with write_bundle({folder!r}) as writer:
     (writer.path / "model.onnx").write_bytes(b"half of it")
@@ -152,16 +153,16 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
 
 
 def test_a_signal_during_the_exchange_waits_for_its_end(tmp_path, monkeypatch):
-    import qexport.bundle
+    import qexport.bundle_writer
 
     write_small(tmp_path / "out")
-    exchange = qexport.bundle.exchange
+    exchange = qexport.bundle_writer.exchange
 
     def interrupted(new, target):
         signal.raise_signal(signal.SIGINT)
         exchange(new, target)
 
-    monkeypatch.setattr("qexport.bundle.exchange", interrupted)
+    monkeypatch.setattr("qexport.bundle_writer.exchange", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_small(tmp_path / "out", b"second")
     assert Bundle.open(tmp_path / "out", verify=True).model_path.read_bytes() == b"second"
@@ -171,7 +172,7 @@ def test_a_signal_during_the_exchange_waits_for_its_end(tmp_path, monkeypatch):
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, {tests!r})
-from qexport.bundle import write_bundle
+from qexport.bundle_writer import write_bundle
 from qexport.errors import QexportError
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

@@ -1,4 +1,4 @@
-"""compress end to end: ratios, drops, figures and reports; stopped and taken up again."""
+"""compress end to end: ratios, drops, figures and reports."""
 
 import itertools
 import json
@@ -9,12 +9,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundle_factory import make_bundle
-from compression_cases import RUNTIME_OPS, correlated, language_model, model_of, ops, random, relative, token_ids
+from compression_cases import RUNTIME_OPS, correlated, model_of, ops, random, relative, token_ids
 from onnx import numpy_helper
 
 import qexport
 from qexport import conversion, runtime
-from qexport.bundle import Bundle, sha256
+from qexport.bundle import Bundle
 from qexport.compression import SCHEMA, compress
 from qexport.compression.draft import Draft
 from qexport.compression.forms import Half, Method, Seen
@@ -23,11 +23,6 @@ from qexport.compression.refit import refit
 from qexport.data import load_inputs
 from qexport.metrics import choose_metric
 from qexport.runtime import run, session
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return language_model(tmp_path_factory.mktemp("lm") / "lm.onnx")
 
 
 def test_a_ratio_is_reached_and_every_figure_is_that_of_the_file(lm, tmp_path):
@@ -287,66 +282,6 @@ def test_the_size_of_a_draft_is_that_of_its_file(lm, tmp_path, monkeypatch, abov
         size = draft.size(forms)
         assert size == draft.write(forms)
         draft.path.unlink()
-
-
-def test_a_stopped_run_goes_on_where_it_was(lm, tmp_path):
-    wanted, steps = compress(lm, tmp_path / "wanted", token_ids(), max_drop=1e-4, metric="cosine", profile=False), []
-    again = compress(lm, tmp_path / "wanted", token_ids(), max_drop=1e-4, metric="cosine", profile=False,
-                     progress=lambda step, _: steps.append(step))  # fmt: skip
-    assert again.layers == wanted.layers
-    model = sha256(tmp_path / "wanted" / "model.onnx")
-    starts = {"measuring": "measuring", "trying": "trying", "running": "running the compressed"}
-    for name, start in starts.items():
-        out, seen = tmp_path / name, []
-
-        def stop(step, _, name=name, start=start, seen=seen):
-            seen.append(step)
-            if sum(s.startswith(start) for s in seen) == (1 if name == "running" else 2):
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            compress(lm, out, token_ids(), max_drop=1e-4, metric="cosine", profile=False, progress=stop)
-        assert not out.exists()
-        assert {path.name for path in tmp_path.iterdir()} - {"wanted", *starts} == {f".{name}.compress"}
-        seen.clear()
-        report = compress(lm, out, token_ids(), max_drop=1e-4, metric="cosine", profile=False,
-                          progress=lambda step, _, seen=seen: seen.append(step))  # fmt: skip
-        assert "took up what another run had found" in report.notes
-        assert not any(step.startswith("watching the inputs") for step in seen)
-        assert sha256(out / "model.onnx") == model
-        assert (report.layers, report.trials) == (wanted.layers, wanted.trials)
-        assert not (tmp_path / f".{name}.compress").exists()
-
-
-def test_findings_serve_other_ratios_and_leave_what_else_is_there(lm, tmp_path):
-    findings, ids = tmp_path / "findings", token_ids()
-    findings.mkdir()
-    (findings / "mine").write_text("kept")
-    for ratio, known in ((4, False), (5, True)):
-        out = tmp_path / f"out{ratio}"
-        report = compress(lm, out, ids, ratio=ratio, findings=findings, profile=False)
-        assert any("took up" in note for note in report.notes) == known
-        assert report.layers == compress(lm, tmp_path / "alone", ids, ratio=ratio, profile=False).layers
-    assert (findings / "mine").read_text() == "kept"
-    assert len(list(findings.iterdir())) == 2
-
-
-def test_other_data_is_no_continuation(lm, tmp_path):
-    def stop(step, _):
-        if step.startswith("trying"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compress(lm, tmp_path / "out", token_ids(32), ratio=3, profile=False, progress=stop)
-    report = compress(lm, tmp_path / "out", token_ids(24), ratio=3, profile=False)
-    assert not any("took up" in note for note in report.notes)
-    # another goal on the same data is one
-    with pytest.raises(KeyboardInterrupt):
-        compress(lm, tmp_path / "out", token_ids(32), ratio=3, profile=False, progress=stop)
-    assert Bundle.open(tmp_path / "out", verify=True)  # the one before is as it was
-    report = compress(lm, tmp_path / "out", token_ids(32), ratio=4, profile=False)
-    assert any("took up" in note for note in report.notes)
-    assert report.size["ratio"] >= 4
 
 
 def test_in_place_and_validated(tmp_path):

@@ -22,11 +22,6 @@ from qexport.runtime import run, session
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return language_model(tmp_path_factory.mktemp("lm") / "lm.onnx")
-
-
-@pytest.fixture(scope="module")
 def text_bundle(tmp_path_factory):
     return make_text_bundle(tmp_path_factory.mktemp("text") / "bundle", hidden=256)
 

@@ -15,12 +15,6 @@ from qexport.compression.decoding import TOP
 from qexport.errors import QexportError
 from qexport.runtime import run, session
 
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return language_model(tmp_path_factory.mktemp("lm") / "lm.onnx")
-
-
 OPTIONS = {"products": "int8", "metric": "cosine", "profile": False}
 
 

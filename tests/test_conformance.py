@@ -4,11 +4,10 @@ import warnings
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper, numpy_helper
 
-import qexport
 from qexport.ops import DOMAIN, VERSION
 from qexport.ops.proto import make_node
 
@@ -54,13 +53,9 @@ def to_numpy(value):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention_case(case):
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(qexport.get_library_path())
-    options.log_severity_level = 3
     model = onnx.ModelProto.FromString(case.model.SerializeToString())
     bf16 = any(i.type.tensor_type.elem_type == TensorProto.BFLOAT16 for i in model.graph.input)
-    model = as_quantum_attention(model)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(as_quantum_attention(model))
     for inputs, outputs in case.data_sets:
         feeds = {value.name: to_numpy(array) for value, array in zip(model.graph.input, inputs, strict=True)}
         got = session.run(None, feeds)

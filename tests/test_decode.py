@@ -4,11 +4,10 @@ import itertools
 
 import ml_dtypes
 import numpy as np
-import onnxruntime
 import pytest
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper
 
-import qexport
 from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.proto import make_node
@@ -149,10 +148,7 @@ def present_session(heads, past_len, size):
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.qexport", 1)]
     model = helper.make_model(helper.make_graph([node], "g", values, outputs), opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(qexport.get_library_path())
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return cpu_session(model)
 
 
 def run_in_place(heads, past_len=1500, size=16):

@@ -6,10 +6,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper
 from summary_cases import TYPES, cache, check_state, queries, relative, run, zeros
 
-import qexport
 from qexport.ops.key_summary import CHUNK_KEYS, SINK_KEYS, fields
 from qexport.ops.proto import function_proto, make_node
 from qexport.ops.quantum_attention_ref import quantum_attention_ref
@@ -151,20 +151,12 @@ def model(k, v, outputs, function=False):
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
 
 
-def session(proto, library=True):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if library:
-        options.register_custom_ops_library(qexport.get_library_path())
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def test_onnxruntime_in_place_and_not():
     k, v = cache(12)
     q = queries(12, k, 4)
     feeds = {"q": q, "k": k, "v": v, "nonpad": np.array([2100]), "key_summary": zeros(k, v)}
     expected = run(q, k, v, [2100], zeros(k, v))
-    sess = session(model(k, v, ["y", "present_key_summary"]))
+    sess = cpu_session(model(k, v, ["y", "present_key_summary"]))
     assert sess.get_outputs()[1].shape == list(zeros(k, v).shape)
     for found, wanted in zip(sess.run(None, feeds), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -184,7 +176,7 @@ def test_a_summary_that_is_only_read():
     k, v = cache(13)
     q = queries(13, k, 4)
     y, state = run(q, k, v, [2100], zeros(k, v))
-    sess = session(model(k, v, ["y"]))
+    sess = cpu_session(model(k, v, ["y"]))
     feeds = {"q": q, "k": k, "v": v, "nonpad": np.array([2100])}
     np.testing.assert_array_equal(sess.run(None, feeds | {"key_summary": state})[0], y)
     exact = run(q, k, v, [2100])[0]  # nothing is summarised: all of it is read
@@ -196,6 +188,6 @@ def test_without_the_library_the_summary_passes_through():
     q = queries(14, k, 4)
     state = np.arange(zeros(k, v).size, dtype=np.float32).reshape(zeros(k, v).shape)
     feeds = {"q": q, "k": k, "v": v, "nonpad": np.array([2100]), "key_summary": state}
-    y, present = session(model(k, v, ["y", "present_key_summary"], function=True), library=False).run(None, feeds)
+    y, present = cpu_session(model(k, v, ["y", "present_key_summary"], function=True), library=False).run(None, feeds)
     np.testing.assert_array_equal(present, state)
     assert relative(y, run(q, k, v, [2100])[0]) < 1e-5

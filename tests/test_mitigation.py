@@ -13,16 +13,15 @@ from qexport.errors import UsageError
 from qexport.noise import channels, density
 from qexport.noise.comparison import METHODS, compare_mitigation
 from qexport.noise.measured import MeasuredNoise, measured
+from qexport.noise.methods import majority, project_on_simplex
 from qexport.noise.mitigation import (
     ErrorCancellation,
     Mitigation,
     ReadoutInversion,
     RepetitionCode,
     ZeroNoiseExtrapolation,
-    majority,
     mitigated,
     parse_mitigation,
-    project_on_simplex,
 )
 from qexport.noise.model import NoiseModel, parse_noise
 from qexport.noise.quasi import quasi_probabilities

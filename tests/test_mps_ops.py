@@ -2,13 +2,12 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from attention_backends import ONNX_TYPES
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper
 
-import qexport
 from qexport import _core
 from qexport.errors import UsageError
 from qexport.mps.layout import KINDS, make_layout
@@ -60,13 +59,7 @@ def model(op, x, outputs, attributes, fallback=False):
 
 
 def run(proto, x, library=True, threads=1):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if library:
-        options.register_custom_ops_library(qexport.get_library_path())
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})
+    return cpu_session(proto, library=library, threads=threads).run(None, {"x": x})
 
 
 def encode_outputs(dtype):
@@ -169,10 +162,7 @@ def test_schemas_infer_what_the_ops_return(kind, shape):
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
         shapes = [tuple(d.dim_value for d in o.type.tensor_type.shape.dim) for o in inferred.graph.output]
         assert shapes == [value.shape for value in results]
-        options = onnxruntime.SessionOptions()
-        options.register_custom_ops_library(qexport.get_library_path())
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        assert [tuple(o.shape) for o in session.get_outputs()] == shapes
+        assert [tuple(o.shape) for o in cpu_session(proto).get_outputs()] == shapes
         assert x.dtype == np.float64
 
 

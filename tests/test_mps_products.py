@@ -4,15 +4,14 @@ import itertools
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from attention_backends import ONNX_TYPES
+from cpu_sessions import cpu_session
 from instruction_sets import ISAS, run_on
 from mps_product_cases import CASES
 from onnx import TensorProto, helper, numpy_helper
 
-import qexport
 from qexport import _core
 from qexport.errors import UsageError
 from qexport.mps.cost import METHODS, attention_cost, linear_cost
@@ -61,15 +60,6 @@ def model(op, feeds, constants, dtype, attributes, opset=21, fallback=False):
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
 
 
-def session(proto, library=True, threads=1):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if library:
-        options.register_custom_ops_library(qexport.get_library_path())
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def wide(feeds):
     return {name: x if x.dtype in (np.float32, np.float64) else x.astype(np.float32) for name, x in feeds.items()}
 
@@ -83,7 +73,7 @@ def test_attention_is_the_reference(case, method, dtype):
     want = exact(mps_attention_ref, cores, V, **attributes)
     feeds = {"cores": cores, "V": V}
     found = [_core.mps_attention(cores, V, **attributes, threads=threads) for threads in (1, 3)]
-    found += session(model("MPSAttention", feeds, {}, dtype, attributes)).run(None, wide(feeds))
+    found += cpu_session(model("MPSAttention", feeds, {}, dtype, attributes)).run(None, wide(feeds))
     assert (found[0] == found[1]).all()
     for y in found:
         assert y.shape == want.shape
@@ -100,8 +90,8 @@ def test_linear_is_the_reference(case, method, dtype):
     want = exact(mpo_linear_ref, x, cores, bias, **attributes)
     found = [_core.mpo_linear(x, cores, bias, **attributes, threads=threads) for threads in (1, 3)]
     feeds = {"x": x, "cores": cores, "bias": bias}
-    found += session(model("MPOLinear", feeds, {}, dtype, attributes)).run(None, wide(feeds))
-    constant = session(model("MPOLinear", {"x": x}, {"cores": cores, "bias": bias}, dtype, attributes))
+    found += cpu_session(model("MPOLinear", feeds, {}, dtype, attributes)).run(None, wide(feeds))
+    constant = cpu_session(model("MPOLinear", {"x": x}, {"cores": cores, "bias": bias}, dtype, attributes))
     found += [constant.run(None, wide({"x": x}))[0] for _ in range(2)]
     assert (found[0] == found[1]).all()
     for y in found:
@@ -120,7 +110,7 @@ def test_linear_runs_with_and_without_the_library(opset, with_bias):
         constants = {"cores": cores, **({"bias": bias} if with_bias else {})}
         for feeds, fixed in (({"x": x}, constants), ({"x": x, **constants}, {})):
             proto = model("MPOLinear", feeds, fixed, "float32", case.attributes(), opset, fallback=True)
-            ours, standard = (session(proto, library).run(None, feeds)[0] for library in (True, False))
+            ours, standard = (cpu_session(proto, library=library).run(None, feeds)[0] for library in (True, False))
             assert ours.shape == standard.shape
             assert relative(ours, standard) <= 1e-5
 
@@ -132,7 +122,7 @@ def test_attention_runs_with_and_without_the_library(case, opset):
     cores, V = (array.astype(np.float32) for array in case.attention())
     feeds = {"cores": cores, "V": V}
     proto = model("MPSAttention", feeds, {}, "float32", case.attributes(), opset, fallback=True)
-    ours, standard = (session(proto, library).run(None, feeds)[0] for library in (True, False))
+    ours, standard = (cpu_session(proto, library=library).run(None, feeds)[0] for library in (True, False))
     assert ours.shape == standard.shape
     assert relative(ours, standard) <= 1e-5
 
@@ -148,7 +138,7 @@ def test_constant_cores_serve_any_number_of_tokens():
         "MPOLinear", {"x": np.ones((1, case.rows), np.float32)}, {"cores": cores, "bias": bias}, "float32", attributes
     )
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "tokens"
-    shared = session(proto)
+    shared = cpu_session(proto)
     inputs = [np.random.default_rng(n).standard_normal((n, case.rows)).astype(np.float32) for n in (1, 2, 3, 5, 8, 65)]
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(lambda x: shared.run(None, {"x": x})[0], inputs * 3))
@@ -247,9 +237,9 @@ def test_schemas_and_library_infer_the_shapes(case):
     for op, feeds in (("MPSAttention", {"cores": cores, "V": V}), ("MPOLinear", {"x": x, "cores": core, "bias": bias})):
         proto = model(op, feeds, {}, "float32", attributes)
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
-        shape = session(proto).run(None, feeds)[0].shape
+        shape = cpu_session(proto).run(None, feeds)[0].shape
         assert tuple(d.dim_value for d in inferred.graph.output[0].type.tensor_type.shape.dim) == shape
-        assert tuple(session(proto).get_outputs()[0].shape) == shape
+        assert tuple(cpu_session(proto).get_outputs()[0].shape) == shape
 
 
 WRONG = [
@@ -296,6 +286,6 @@ def test_wrong_inputs():
         with pytest.raises(ValueError, match=message):
             _core.mpo_linear(*wrong, **attributes)
     feeds = {"cores": cores.astype(np.float32), "V": np.ones((8, 2), np.float32)}
-    in_session = session(model("MPSAttention", feeds, {}, "float32", attributes))
+    in_session = cpu_session(model("MPSAttention", feeds, {}, "float32", attributes))
     with pytest.raises(Exception, match="V must be"):
         in_session.run(None, feeds)

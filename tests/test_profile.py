@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from scipy import stats
 from qexport import profiling
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
-from qexport.profiling import CLASSICAL, CONVERTED, median_interval, profile
+from qexport.profiling import CLASSICAL, CONVERTED, profile
 from qexport.profiling.model_memory import model_memory
 from qexport.profiling.timeline import RssTimeline
+from qexport.profiling.timing import interleaved, median_interval
 from qexport.profiling.trace import arena_peak, node_table, op_table, peak_raises, placement, read_trace
 
 
@@ -115,11 +117,11 @@ def test_the_models_peak_grows_with_what_it_does(folder):
     assert peak(2000) - peak(1) > 2000 * 2 * 64 * 64 * 4 / 2
 
 
-def test_models_run_in_turn_and_the_order_changes():
-    calls = []
-    times = profiling.interleaved({CLASSICAL: lambda: calls.append("a"), CONVERTED: lambda: calls.append("b")}, 4, warmup=1)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
-    assert [len(t) for t in times.values()] == [4, 4]
+def test_rounds_take_turns():
+    order = []
+    times = interleaved({name: partial(order.append, name) for name in "abc"}, least=4, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 @pytest.mark.parametrize("count", [6, 7, 20, 51, 200, 3000])
@@ -246,10 +248,10 @@ def test_a_failing_child_is_one_line(folder):
 def test_one_thread_is_one_thread(folder):
     """With one intra-op thread the runtime starts no worker threads; with two it starts one."""
     code = (
-        "import os, sys; from qexport.profiling import session_options; from qexport.runtime import session; "
+        "import os, sys; from qexport.runtime import quiet_options, session; "
         "count = lambda: len(os.listdir('/proc/self/task')); "
-        f"s = session({str(folder)!r}, library=False, options=session_options(1)); one = count(); "
-        f"t = session({str(folder)!r}, library=False, options=session_options(2)); print(count() - one)"
+        f"s = session({str(folder)!r}, library=False, options=quiet_options(1)); one = count(); "
+        f"t = session({str(folder)!r}, library=False, options=quiet_options(2)); print(count() - one)"
     )
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("needs /proc to count threads")

@@ -1,4 +1,4 @@
-"""QuantumAttentionSimulator: what it measures, on which backend, in which basis, and what is refused."""
+"""QuantumAttentionSimulator: what it measures, and in which basis."""
 
 import time
 from statistics import median
@@ -7,32 +7,18 @@ import pytest
 import torch
 from noise_cases import NAMED, NAMES, name_of, parameters
 from scipy.stats import chi2
+from simulator_cases import qkv, softmax
 from torch.nn.functional import scaled_dot_product_attention
 
-from qexport.errors import UsageError
-from qexport.nn import QuantumAttentionSimulator, backend_names, simulator
-from qexport.noise import channels, density
+from qexport.nn import QuantumAttentionSimulator
+from qexport.noise import density
 from qexport.noise.channels import num_qubits
 from qexport.noise.comparison import METHODS
-from qexport.noise.measured import MeasuredNoise
 from qexport.noise.model import NoiseModel
-from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise_ref import quantum_noise_ref
 
 EXACT = 1e-12
 CASES = [pytest.param(*case, id=name_of(case)) for case in NAMED]
-
-
-def qkv(*shape, keys=None, dtype=torch.float64, seed=0):
-    """Of shape (..., q_len, d); values of 3 numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = (*shape[:-2], keys or shape[-2], shape[-1])
-    Q, K, V = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, keys, (*keys[:-1], 3)))
-    return Q.to(dtype), K.to(dtype), V.to(dtype)
-
-
-def softmax(Q, K):
-    return (Q @ K.mT / Q.shape[-1] ** 0.5).softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -283,132 +269,6 @@ def test_overlaps_are_measured_pair_by_pair():
     assert chi2.sf(float(statistic), 12) > 1e-3
     variance = found.var(0) * 50 / (exact * (1 - exact))
     assert (variance - 1).abs().max() < 0.05, "five standard errors at 20000 estimates"
-
-
-class Device:
-    """What a hardware backend looks like, with the closed forms inside."""
-
-    def __init__(self):
-        self.calls = []
-
-    def measure_rows(self, probabilities, shots, noise, *, basis="z", seed=0):
-        self.calls.append((shots, noise))
-        for model in noise:
-            probabilities, _ = quantum_noise_ref(probabilities, **model.inputs, **model.attributes, basis=basis)
-            basis = "z"
-        return quantum_measure_ref(probabilities, seed, shots=shots)
-
-
-def test_backends_that_measure(monkeypatch):
-    device = Device()
-    monkeypatch.setattr(simulator, "get_backend", lambda name: device)
-    Q, K, V = qkv(6, 8, keys=5)
-    want = QuantumAttentionSimulator(seed=4).simulate_attention(Q, K, V, 100, 0.2)[1]
-    assert torch.equal(QuantumAttentionSimulator(seed=4, backend="lab").simulate_attention(Q, K, V, 100, 0.2)[1], want)
-    device.calls.clear()
-    zne = QuantumAttentionSimulator(backend="lab", mitigation="zne")
-    zne.simulate_attention(Q, K, V, 100, 0.2)
-    assert [(shots, len(noise)) for shots, noise in device.calls] == [(43, 1), (42, 2), (15, 3)]
-    assert device.calls[0][1] == (NoiseModel("depolarizing", 0.2),)
-    leaf = Q.clone().requires_grad_()
-    output, _ = QuantumAttentionSimulator(seed=4, backend="lab").simulate_attention(leaf, K, V, 100, 0.2)
-    plain = Q.clone().requires_grad_()
-    same, _ = QuantumAttentionSimulator(seed=4).simulate_attention(plain, K, V, 100, 0.2)
-    assert torch.allclose(*(torch.autograd.grad(y.sum(), x)[0] for y, x in ((output, leaf), (same, plain))))
-    with pytest.raises(UsageError, match="backend lab measures: num_samples must be >= 1, got None"):
-        QuantumAttentionSimulator(backend="lab").simulate_attention(Q, K, V, None)
-    with pytest.raises(UsageError, match="hardware cannot do mitigation pec; take zne with whole scales, or backend auto"):
-        QuantumAttentionSimulator(backend="lab", mitigation="pec").simulate_attention(Q, K, V)
-    with pytest.raises(UsageError, match="basis overlap must have backend auto, kernel or reference"):
-        QuantumAttentionSimulator(backend="lab", basis="overlap")
-    monkeypatch.setattr(simulator, "get_backend", lambda name: lambda call: None)
-    with pytest.raises(UsageError, match="backend lab has no measure_rows and cannot measure; take backend auto"):
-        QuantumAttentionSimulator(backend="lab")
-
-
-INSTALLED = [name for name in backend_names() if name not in ("kernel", "reference")]
-
-
-@pytest.mark.parametrize("basis", ["z", "x"])
-@pytest.mark.parametrize("mitigation", ["none", "readout_inversion"])
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_installed_backends_measure_the_closed_form(backend, mitigation, basis):
-    """Chi-square of what their own simulators find with our noise. Inversion is turned back by the noise itself."""
-    noise = (NoiseModel("amplitude_damping", 0.1), NoiseModel("readout", 0.05))
-    sim = QuantumAttentionSimulator(noise, basis=basis, mitigation=mitigation, backend=backend, renormalize=False)
-    Q, K, V = qkv(3, 6, keys=8)
-    shots = 20000
-    _, weights = sim.simulate_attention(Q, K, V, shots)
-    device = MeasuredNoise(noise, 8, basis)
-    if mitigation != "none":
-        weights = channels.apply_transitions(weights, device.local("inversion"))
-    expected = shots * device.probabilities(softmax(Q, K))
-    assert chi2.sf(float(((shots * weights - expected) ** 2 / expected).sum()), 3 * 7) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"noise_model": "cosmic"}, "channel must be one of depolarizing, amplitude_damping, .*, got 'cosmic'"),
-        ({"noise_model": "bit_flip:x"}, "noise level must be a number, got 'x'"),
-        ({"noise_model": [3]}, "noise_model must be a name, a text .* or NoiseModels, got 3"),
-        ({"noise_model": "bit_flip:0.1", "T1": 2.0}, r"T1 is for noise given by its name, got T1=2\.0; write it into"),
-        ({"noise_model": "bit_flip", "T1": 2.0}, "T1 is for channel thermal_relaxation, got bit_flip; leave it out"),
-        ({"noise_model": "bit_flip", "scope": "global"}, "scope must be local with channel bit_flip, got global"),
-        ({"mitigation": "hope"}, "mitigation must be one of none, .*, got 'hope'"),
-        ({"basis": "y"}, "basis must be one of z, x, overlap, got 'y'"),
-        ({"backend": "lab"}, "backend must be one of auto, kernel, .*reference, got 'lab'"),
-        ({"basis": "overlap", "mitigation": "zne"}, "mitigation is for rows measured in basis z or x, got zne in basis"),
-        (
-            {"basis": "overlap", "noise_model": "readout"},
-            "basis overlap takes noise of states, and readout acts on outcomes",
-        ),
-        (
-            {"basis": "overlap", "noise_model": "depolarizing:0.1:scope=global,bit_flip:0.1"},
-            "basis overlap takes noise of one scope",
-        ),
-    ],
-)
-def test_what_is_refused(settings, message):
-    with pytest.raises(UsageError, match=message) as raised:
-        QuantumAttentionSimulator(**settings)
-    assert "\n" not in str(raised.value)
-
-
-Q, K, V = qkv(4, 8, keys=6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "call", "more", "message"),
-    [
-        ({}, (Q, K, V, 0), {}, "num_samples must be an int in 1 to 2147483647, or None for infinitely many, got 0"),
-        ({}, (Q, K, V, 2.5), {}, r"num_samples must be an int in 1 to .*, got 2\.5"),
-        ({}, (Q, K, V, 32, 1.5), {}, r"level must be in 0 to 1\.33333 .*, got 1\.5"),
-        ({}, (Q, K, V, 32, torch.ones(2)), {}, r"level has shape \(2,\), expected one number or \(3,\), one per qubit"),
-        (
-            {"noise_model": "thermal_relaxation", "T1": 1.0, "T2": 2.5},
-            (Q, K, V),
-            {},
-            r"T2 must be at most 2 T1 = 2, got 2\.5",
-        ),
-        ({}, (Q, K[:, :7], V), {}, r"must be \(\.\.\., q_len, d\), .*, got Q \(4, 8\), K \(6, 7\), V \(6, 3\)"),
-        ({}, (Q, K, V[:5]), {}, r"must be .*, got Q \(4, 8\), K \(6, 8\), V \(5, 3\)"),
-        ({}, (Q, K[:0], V[:0]), {}, r"n, d >= 1, got Q \(4, 8\), K \(0, 8\), V \(0, 3\)"),
-        ({}, (Q[None], K, V), {}, r"must all have the same 2 to 4 dimensions, got Q \(1, 4, 8\)"),
-        ({}, (Q.float(), K, V), {}, r"must share one float type, got torch\.float32"),
-        ({}, (Q, K, V), {"attn_mask": torch.ones(3, 6, dtype=torch.bool)}, r"must broadcast to \(4, 6\), got \(3, 6\)"),
-        ({}, (Q, K, V, 2**31), {}, "num_samples must be an int in 1 to .*, got 2147483648"),
-        ({}, (Q, K, V), {"attn_mask": torch.ones(4, 6, dtype=torch.int64)}, r"attn_mask must be bool .*, got torch\.int64"),
-        ({"mitigation": "zne"}, (Q, K, V, 2), {}, "zne with 3 scales needs at least 3 shots, got 2"),
-        ({"mitigation": "repetition", "noise_model": "phase_flip"}, (Q, K, V), {}, "repetition corrects flips"),
-        ({"basis": "overlap"}, (Q, K, V), {"scale": 0.5}, "basis overlap has no scores"),
-        ({"basis": "overlap"}, (Q, K, V), {"attn_mask": torch.zeros(4, 6)}, "basis overlap has no scores"),
-    ],
-)
-def test_calls_that_are_refused(settings, call, more, message):
-    with pytest.raises(UsageError, match=message) as raised:
-        QuantumAttentionSimulator(**settings).simulate_attention(*call, **more)
-    assert "\n" not in str(raised.value)
 
 
 def test_latency():

@@ -8,8 +8,6 @@ from scipy.stats import norm
 from qexport.nn import QuantumAttentionSimulator
 from qexport.noise.comparison import METHODS
 
-REFUSED = "repetition:3", "x"
-
 
 def leaves(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from cpu_sessions import cpu_session
 from onnx import TensorProto, helper
 
-from qexport.installed import get_library_path
 from qexport.ops.proto import make_node
 
 ROOT = Path(__file__).parent.parent
@@ -69,9 +69,7 @@ def test_the_program_runs_the_ops_that_are_in_it(program, model, tmp_path):
     done = run(program[0], model, tmp_path / "inputs", tmp_path / "output")
     assert (done.returncode, done.stderr) == (0, "")
 
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(get_library_path())
-    (expected,) = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    (expected,) = cpu_session(model.read_bytes()).run(None, feeds)
     assert (tmp_path / "output").read_bytes() == expected.tobytes()
     with pytest.raises(Exception, match=r"com\.qexport"):  # and the model needs them
         ort.InferenceSession(model, providers=["CPUExecutionProvider"])

@@ -7,12 +7,11 @@ import os
 import torch
 from onnx import TensorProto, helper
 
-from bench import common
 from bench.cuda.measure import Contender
 from qexport.installed import get_library_path, onnxruntime
 from qexport.ops import DOMAIN
 from qexport.ops.proto import make_node
-from qexport.runtime import create_session, register_library, run_bound
+from qexport.runtime import create_session, quiet_options, register_library, run_bound
 
 MICROSOFT = "com.microsoft"
 OPSET = 23
@@ -47,7 +46,7 @@ def node_model(node, feeds: dict, outputs: dict, constants: dict) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _session(model: bytes, op: str, ours: bool, device: str, stream: int, provider: tuple):
-    options = common.session_options(os.cpu_count() if device == "cpu" else 1)
+    options = quiet_options(os.cpu_count() if device == "cpu" else 1)
     if ours:
         register_library(options, get_library_path())
     if device == "cpu":

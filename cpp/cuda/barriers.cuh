@@ -1,5 +1,5 @@
 // Barriers at which some threads of a block wait for others: those that count arrivals in shared memory ("mbarrier" of the
-// PTX manual), and the numbered ones of a block. emulation.h has their twins for the CPU. Kernels that call these are
+// PTX manual), and the numbered ones of a block. emulation_units.h has their twins for the CPU. Kernels that call these are
 // started from sm_90 on.
 #pragma once
 

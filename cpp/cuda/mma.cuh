@@ -1,4 +1,4 @@
-// Matrix units and asynchronous copies as functions; emulation.h has their twins for the CPU. Fragments are laid out as
+// Matrix units and asynchronous copies as functions; emulation_units.h has their twins. Fragments are laid out as
 // "Matrix Fragments for mma.m16n8k16" of the PTX manual says: lane l holds
 //   a[0..3]: rows l/4 (a0, a2) and l/4 + 8 (a1, a3), columns 2(l%4) + {0,1} (a0, a1) and + 8 (a2, a3)
 //   b[0..1]: columns l/4, rows 2(l%4) + {0,1} (b0) and + 8 (b1)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import installed, profiling, runtime
-from qexport.bundle import Bundle, check_output, write_bundle
+from qexport.bundle import Bundle
+from qexport.bundle_writer import check_output, write_bundle
 from qexport.compression.checkpoint import Checkpoint, digest
 from qexport.compression.job import Job
 from qexport.compression.model import named_as, open_model

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from qexport import installed, runtime
-from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_files, read_manifest, seal_text, write_bundle
+from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_files, read_manifest, seal_text
+from qexport.bundle_writer import write_bundle
 from qexport.data import stored_samples
 from qexport.deployment.library import LIBRARY, check_target, copy_library, this_target
 from qexport.errors import QexportError, UsageError

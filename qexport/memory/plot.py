@@ -1,10 +1,6 @@
 """The picture of a memory report: bytes over time, and how far each block rose above its start."""
 
-from qexport._swap import whole_file
-from qexport.errors import QexportError
-from qexport.scaling.plot import check
-
-COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d9822b", "#17807e", "#7f9f3f")
+from qexport.plotting import COLOURS, check_plot, figure_in
 
 
 def draw(report: dict, file) -> None:
@@ -14,17 +10,10 @@ def draw(report: dict, file) -> None:
         UsageError: another kind of file, or a folder that is not there.
         QexportError: matplotlib is not installed, or the file cannot be written.
     """
-    check(file)
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+    check_plot(file)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(report["counters"])}
     blocks = report["blocks"]
-    with rc_context(style):
-        figure = Figure(figsize=(13, max(4.5, 1.5 + 0.25 * len(blocks) * len(colours))), layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_in(file, (13, max(4.5, 1.5 + 0.25 * len(blocks) * len(colours)))) as figure:
         over_time, rises = figure.subplots(1, 2)
         for name, line in report["timeline"].items():
             if line["bytes"]:
@@ -44,8 +33,3 @@ def draw(report: dict, file) -> None:
         for axis in (over_time, rises):
             axis.grid(alpha=0.25, lw=0.5)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
-        try:
-            with whole_file(file) as whole:
-                figure.savefig(whole, dpi=100)
-        except OSError as error:
-            raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error

@@ -39,11 +39,6 @@ def canonical(train: MatrixProduct, center: int) -> MatrixProduct:
     return replace(train, cores=tuple(cores), ranks=torch.minimum(train.ranks, bonds))
 
 
-def frobenius_norm(train: MatrixProduct) -> torch.Tensor:
-    """Frobenius norm (...) of the padded matrix that the train stands for."""
-    return canonical(train, 0).cores[0].square().sum((-4, -3, -2, -1)).sqrt()
-
-
 def entanglement_entropy(train: MatrixProduct) -> torch.Tensor:
     """Von Neumann entropy, in bits, across each of the sites - 1 bonds of the normalised state: float64 (..., sites - 1).
 

@@ -5,22 +5,19 @@ come from separate sessions, because tracing slows a run down; memory comes from
 docs/json_schema.md explains every figure of the report.
 """
 
-import math
 import os
 import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate, symbols
-from qexport.profiling import timing
 from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.model_memory import model_memory, needed
+from qexport.profiling.timing import interleaved, ratio, throughput
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
 from qexport.progress import unwatched
 from qexport.providers import full_names, provider_name, recorded
@@ -110,7 +107,7 @@ def profile(
 
     sessions = {
         which: runtime.session(
-            path, library=lib, providers=providers, options=session_options(threads), allow_fallback=allow_fallback
+            path, library=lib, providers=providers, options=runtime.quiet_options(threads), allow_fallback=allow_fallback
         )
         for which, (path, lib) in models.items()
     }
@@ -119,19 +116,19 @@ def profile(
     for i, ((b, s, _), feed) in enumerate(zip(sizes, feeds, strict=True)):
         say(f"timing batch {b}, length {s}", 0.5 * i / len(sizes))
         calls = {which: make_call(session, feed, shared) for which, session in sessions.items()}
-        times.append(interleaved(calls, runs, warmup))
+        times.append(interleaved(calls, runs, warmup=warmup))
         if memory:
             least.append({which: _least(models[which][0], session, feed, shared) for which, session in sessions.items()})
     del sessions, calls
     entries = []
-    for i, ((b, s, dims), feed) in enumerate(zip(sizes, feeds, strict=True)):
-        entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": ratio(times[i])}
+    for i, ((b, s, dims), feed, ms) in enumerate(zip(sizes, feeds, times, strict=True)):
+        entry = {"batch": b, "sequence": s, "dims": dims, "models": {}, "ratio": ratio(ms[CONVERTED], ms[CLASSICAL])}
         for j, (which, (path, lib)) in enumerate(models.items()):
             say(f"tracing the {which} model, batch {b}, length {s}", 0.5 + 0.5 * (i + j / len(models)) / len(sizes))
             tokens, classical = _tokens(opened, feed), entry["models"].get(CLASSICAL)
             figures = _figures(tokens, least[i][which], classical and classical["memory"]) if memory else None
             entry["models"][which] = {
-                **_latency(times[i][which], b, tokens),
+                **throughput(ms[which], b, tokens),
                 "memory": model_memory(path, lib, providers, threads, feed, shared, figures),
                 **_traced(path, lib, providers, threads, feed, shared, min(runs, TRACED_RUNS)),
             }
@@ -199,64 +196,10 @@ def _summarised(bundle: Bundle, session, feed: dict) -> dict:
     return feed | {past: array for (past, _), array in zip(pairs, made, strict=True)}
 
 
-def session_options(threads: int | None):
-    """Quiet session options with that many intra-op threads; the runtime's choice when None."""
-    options = runtime.quiet_options()
-    if threads:
-        options.intra_op_num_threads = threads
-    return options
-
-
-def interleaved(calls: dict, runs: int, warmup: int) -> dict[str, np.ndarray]:
-    """Seconds of each run of each model; the models run in turn, and the order changes from one round to the next."""
-    return {which: ms / 1e3 for which, ms in timing.interleaved(calls, runs, warmup=warmup).items()}
-
-
-def _latency(seconds: np.ndarray, batch: int, tokens: int | None) -> dict:
-    p50, p90, p99 = np.percentile(seconds, [50, 90, 99])
-    mean = float(seconds.mean())
-    return {
-        "latency_ms": {
-            "p50": float(p50) * 1e3,
-            "p90": float(p90) * 1e3,
-            "p99": float(p99) * 1e3,
-            "mean": mean * 1e3,
-            "min": float(seconds.min()) * 1e3,
-            "max": float(seconds.max()) * 1e3,
-        },
-        "samples_per_second": batch / mean,
-        "tokens_per_second": tokens / mean if tokens else None,
-    }
-
-
 def _tokens(bundle: Bundle, feed: dict) -> int | None:
     """Number of tokens of a feed; None for models without token ids."""
     counts = [feed[spec["name"]].size for spec in bundle.manifest["inputs"] if spec["kind"] == "token_ids"]
     return sum(counts) or None
-
-
-def ratio(seconds: dict[str, np.ndarray]) -> dict:
-    """Time of the converted model over the classical one: ratio of the medians, and the ratios of the rounds with their
-    quartiles and the 95 % confidence interval of their median."""
-    rounds = np.sort(seconds[CONVERTED] / seconds[CLASSICAL])
-    low, high = median_interval(len(rounds))
-    return {
-        "of_medians": float(np.median(seconds[CONVERTED]) / np.median(seconds[CLASSICAL])),
-        "of_rounds": {f"p{q}": float(np.percentile(rounds, q)) for q in (25, 50, 75)},
-        "median_ci95": [float(rounds[low]), float(rounds[high])] if low is not None else None,
-    }
-
-
-def median_interval(count: int) -> tuple[int | None, int | None]:
-    """Indices of the order statistics that enclose the median of `count` values with at least 95 % confidence (the binomial
-    distribution of how many lie below it); (None, None) for fewer than six."""
-    cumulated, below = 0.0, -1
-    for k in range(count):
-        cumulated += math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2))
-        if cumulated > 0.025:
-            break
-        below = k
-    return (below, count - 1 - below) if below >= 0 else (None, None)
 
 
 def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
@@ -265,7 +208,7 @@ def _traced(path, library, providers, threads, feed, shared, runs: int) -> dict:
     Memory patterns are off: with them the runtime takes one block for all nodes, and no node shows its own.
     """
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        options = session_options(threads)
+        options = runtime.quiet_options(threads)
         options.enable_profiling = True
         options.enable_mem_pattern = False
         options.profile_file_prefix = str(Path(folder) / "trace")

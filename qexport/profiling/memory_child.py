@@ -61,9 +61,7 @@ def watch(request: dict) -> dict:
 
 def _prepare(request: dict):
     """A function that opens the session, and the feed."""
-    options = quiet_options()
-    if request["threads"]:
-        options.intra_op_num_threads = request["threads"]
+    options = quiet_options(request["threads"])
     with np.load(request["feed"], allow_pickle=False) as file:
         feed = {name: file[name] for name in file.files}
     onnxruntime()  # the runtime itself belongs to "before"

@@ -21,6 +21,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
 from qexport.noise.model import NoiseModel, parse_channels
+from qexport.plotting import check_plot
 from qexport.progress import unwatched
 from qexport.providers import recorded
 from qexport.recipe_values import INFINITE
@@ -115,7 +116,7 @@ def measure_resilience(
     if not library:
         raise UsageError("library must be True or a path: without the op library there is no noise")
     if plot is not None:
-        picture.check(plot)
+        check_plot(plot)
     models = parse_channels(noise) if isinstance(noise, str) else tuple(noise)
     cells = _cells(models, levels, shots, mitigation, seeds, tolerance)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -51,7 +51,8 @@ def make_cell(mitigation: str, models: Sequence[NoiseModel], level: float, shots
     if mitigation == NO_MITIGATION:
         return Cell(mitigation, level, shots, _text(models), (Run(_checked(models, level), 1.0, shots),))
     from qexport.noise.measured import MeasuredNoise
-    from qexport.noise.mitigation import ReadoutInversion, RepetitionCode, ZeroNoiseExtrapolation, majority, parse_mitigation
+    from qexport.noise.methods import ReadoutInversion, RepetitionCode, ZeroNoiseExtrapolation, majority
+    from qexport.noise.mitigation import parse_mitigation
 
     method = parse_mitigation(mitigation)
     measured = MeasuredNoise([model.at(_checked(models, level)) for model in models], 2)

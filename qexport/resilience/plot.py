@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from qexport._swap import whole_file
-from qexport.errors import QexportError
-from qexport.scaling.plot import check
+from qexport.plotting import COLOURS, figure_in
 from qexport.words import plural
 
-COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d9822b", "#17807e", "#7f9f3f")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^v"
-
-__all__ = ["check", "draw"]
 
 
 def draw(report: dict, file) -> None:
@@ -20,14 +15,7 @@ def draw(report: dict, file) -> None:
     Raises:
         QexportError: the file cannot be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
-    with rc_context(style):
-        figure = Figure(figsize=(11, 5.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_in(file, (11, 5.2)) as figure:
         loss, attention = figure.subplots(1, 2)
         settings, name = report["settings"], report["metric"]["name"]
         for line, look in _lines(report):
@@ -46,11 +34,6 @@ def draw(report: dict, file) -> None:
         classical = f"classical {name} {report['metric']['classical']:.4g}"
         figure.suptitle(f"{settings['noise']}, {items}, {classical}; bands: 95 % over seeds", fontsize=11)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-        try:
-            with whole_file(file) as whole:
-                figure.savefig(whole, dpi=100)
-        except OSError as error:
-            raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error
 
 
 def _lines(report: dict):

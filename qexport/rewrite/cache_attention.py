@@ -27,7 +27,6 @@ from qexport.rewrite.scores import MASKED
 from qexport.rewrite.values import known_size, rank, size
 
 PAST_LENGTH = "past_len"
-_OPSET = 24
 
 
 @dataclass(frozen=True)

@@ -36,22 +36,15 @@ def fuse(node: ir.Node, opset: int) -> None:
     if causal and opset < 23:
         raise DeclinedError("it is causal, which the fallback below opset 23 cannot express")
     builder = Builder(node)
-    q, k, v = _projections(builder, given, heads)
+    q, k, v = _projections(builder, given)
     if opset < 23 or len({rank(x) for x in (q, k, v)}) > 1:
         q, k, v = (split_last(builder, x, heads) for x in (q, k, v))
-    mask = runtime_mask(
-        builder,
-        given.get("key_padding_mask"),
-        given.get("attention_bias"),
-        attribute(node, "mask_filter_value", -1e4),
-        q,
-        k,
-        past,
-    )
+    filler = attribute(node, "mask_filter_value", -1e4)
+    mask = runtime_mask(builder, given.get("key_padding_mask"), given.get("attention_bias"), filler, k, past)
     emit(builder, node, q, k, v, mask, given, heads, causal, opset)
 
 
-def _projections(builder: Builder, given: dict, heads: int) -> list[ir.Value]:
+def _projections(builder: Builder, given: dict) -> list[ir.Value]:
     """Q, K and V with their biases added; each (batch, length, heads * size) or (batch, heads, length, size)."""
     q, k, v, bias = (given.get(name) for name in ("query", "key", "value", "bias"))
     if rank(q) is None:

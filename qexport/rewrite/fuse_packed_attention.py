@@ -44,5 +44,5 @@ def fuse(node: ir.Node, opset: int) -> None:
         q, k, v = (split_last(builder, part, heads) for part in (q, k, v))
     if padding is not None and rank(padding) == 4:
         raise DeclinedError("its mask has the four axes of a fixed maximum length")
-    mask = runtime_mask(builder, padding, added, attribute(node, "mask_filter_value", -1e4), q, k, None)
+    mask = runtime_mask(builder, padding, added, attribute(node, "mask_filter_value", -1e4), k, None)
     emit(builder, node, q, k, v, mask, {}, heads, causal, opset)

@@ -17,9 +17,9 @@ def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
 
 
-def consumers(value: ir.Value, ignore: str = "Shape") -> list[ir.Node]:
+def consumers(value: ir.Value) -> list[ir.Node]:
     """The nodes that use a value, without those that only ask for its shape; each once."""
-    return list({id(use.node): use.node for use in value.uses() if not is_op(use.node, ignore)}.values())
+    return list({id(use.node): use.node for use in value.uses() if not is_op(use.node, "Shape")}.values())
 
 
 class Builder:

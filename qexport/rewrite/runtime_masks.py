@@ -12,7 +12,7 @@ from qexport.rewrite.graph import Builder
 from qexport.rewrite.values import known_size, rank
 
 
-def runtime_mask(builder: Builder, padding, bias, filler: float, q: ir.Value, k: ir.Value, past) -> ir.Value | None:
+def runtime_mask(builder: Builder, padding, bias, filler: float, k: ir.Value, past) -> ir.Value | None:
     """The attn_mask of an Attention on Q and K in 3-D or 4-D form, None when there is neither.
 
     Raises:

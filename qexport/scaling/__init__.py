@@ -17,6 +17,7 @@ from qexport import profiling
 from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
 from qexport.memory.rss import extra_rss
+from qexport.plotting import check_plot
 from qexport.profiling.timing import interleaved
 from qexport.progress import portion, unwatched
 from qexport.providers import CPU, full_names, provider_name, recorded
@@ -123,7 +124,7 @@ def sweep(
     if not (seconds > 0 and math.isfinite(seconds)):
         raise UsageError(f"seconds must be a positive number, got {seconds}")
     if plot is not None:
-        picture.check(plot)
+        check_plot(plot)
     where = {"providers": providers, "allow_fallback": allow_fallback}
     _check_room(lengths[-1], heads, head_size)
     check_start(**where)

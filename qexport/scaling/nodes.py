@@ -9,9 +9,8 @@ from onnx import TensorProto, helper
 from qexport.installed import get_library_path, onnxruntime
 from qexport.ops import DOMAIN
 from qexport.ops.proto import make_node
-from qexport.profiling import session_options
 from qexport.providers import CPU, device, full_names, provider_name
-from qexport.runtime import check_providers, create_session, device_of, register_library, run_bound
+from qexport.runtime import check_providers, create_session, device_of, quiet_options, register_library, run_bound
 
 MICROSOFT = "com.microsoft"
 _ELEMENTS = {
@@ -173,7 +172,7 @@ def _contender(node, feeds, threads, heads, flat, opset=23, shared=None, where=N
     domains = {"": opset, node.domain: {MICROSOFT: 1, DOMAIN: 1, "": opset}[node.domain]}
     graph = helper.make_graph([node], "attention", values, results)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*item) for item in domains.items()], ir_version=10)
-    options = session_options(threads)
+    options = quiet_options(threads)
     # The idle threads of one contender must not spin while another is timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     register_library(options, get_library_path())

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from qexport._swap import whole_file
-from qexport.errors import QexportError, UsageError
+from qexport.plotting import figure_in
 
-KINDS = (".png", ".svg", ".pdf")
 COLOURS = {
     "exact": "#1f4e9c",
     "default": "#000000",
@@ -27,38 +25,13 @@ MARKERS = "osD^v*"  # of the members of a family, one after the other
 SHADE = 0.8  # how far from white the next member is, relative to the one before
 
 
-def check(file) -> None:
-    """Whether a picture can be drawn to `file`, before anything is measured for it.
-
-    Raises:
-        UsageError: not a kind of picture that is drawn here, or a folder that is not there.
-        QexportError: matplotlib is not installed.
-    """
-    path = Path(file)
-    if path.suffix not in KINDS:
-        raise UsageError(f"{path}: a plot ends in {', '.join(KINDS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: no such folder {path.parent}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise QexportError("a plot needs matplotlib: pip install 'qexport[plot]'") from None
-
-
 def draw(report: dict, file) -> None:
     """Draw a report, as `ScalingReport.to_dict()` gives it, to a .png, .svg or .pdf.
 
     Raises:
         QexportError: the file cannot be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
-    with rc_context(style):
-        figure = Figure(figsize=(15, 8), layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_in(file, (15, 8)) as figure:
         time, memory, error = figure.subplots(1, 3)
         lengths, styles = report["settings"]["lengths"], _styles(report["contenders"])
         for contender in report["contenders"]:
@@ -80,11 +53,6 @@ def draw(report: dict, file) -> None:
             _scales(axis, lengths, title)
         figure.suptitle(_title(report), fontsize=12)
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        try:
-            with whole_file(file) as whole:
-                figure.savefig(whole, dpi=100)
-        except OSError as error:
-            raise QexportError(f"{file}: the plot cannot be written: {error.strerror}") from error
 
 
 def _styles(contenders: list[dict]) -> dict[str, dict]:

@@ -61,7 +61,7 @@ def open_folder(
         raise UsageError(f"a KV cache needs task causal-lm, got {task!r}")
     torch = import_torch()
     say("loading the weights", 0.2)
-    model = _load(folder, task, torch)
+    model = _load(folder, task)
     for part in model.modules():  # encoders and decoders hold configurations of their own
         config = getattr(part, "config", None)
         if hasattr(config, "use_cache"):
@@ -91,7 +91,7 @@ def open_folder(
     return source
 
 
-def _load(folder: Path, task: str, torch):
+def _load(folder: Path, task: str):
     try:
         with quiet():
             import transformers

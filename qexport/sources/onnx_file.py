@@ -53,7 +53,7 @@ def open_file(path: Path, *, opset: int) -> Source:
         infer_shapes(model)
     model = convert_opset(model, min(max(opset, present), NEWEST_OPSET) if opset >= 23 else opset, str(path))
     infer_shapes(model)
-    inputs = [spec_of(value, model) for value in model.graph.inputs]
+    inputs = [spec_of(value) for value in model.graph.inputs]
     source = Source("onnx", path.name, model, inputs, {}, limits=limits_of(model, inputs))
     make_examples(source, path)
     return source

@@ -38,7 +38,7 @@ def name_axes(model: ir.Model) -> None:
         value.shape = ir.Shape([renamed.get(name, name) for name in names[value]])
 
 
-def spec_of(value: ir.Value, model: ir.Model) -> InputSpec:
+def spec_of(value: ir.Value) -> InputSpec:
     """The spec of a graph input: type, shape with dynamic axes named, kind, and the upper bound of ids."""
     dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
     dims = list(value.shape) if value.shape is not None else []

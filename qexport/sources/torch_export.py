@@ -70,7 +70,7 @@ def export_module(
             args, kwargs = _cast((args, kwargs), getattr(torch, dtype))
         if dynamic_shapes is None:
             if axes is None:
-                args, kwargs, axes = _guess_axes(torch, args, kwargs)
+                args, kwargs, axes = _guess_axes(args, kwargs)
             dynamic_shapes = torch.utils._pytree.tree_map_only(str, lambda name: torch.export.Dim.AUTO, axes)
     say("running the module", 0.0)
     try:
@@ -99,7 +99,7 @@ def export_module(
             f"{name}: the graph has {len(model.graph.inputs)} inputs, the examples hold {len(leaves)} tensors"
         )
     name_axes(model)
-    inputs = [_describe(value, model, specs or {}) for value in model.graph.inputs]
+    inputs = [_describe(value, specs or {}) for value in model.graph.inputs]
     limits = limits_of(model, inputs) | _axis_limits(torch, dynamic_shapes)
     if is_program and not any(isinstance(d, str) for spec in inputs for d in spec.shape):
         notes.append("the archive was exported with fixed shapes; its batch and sequence cannot vary")
@@ -186,7 +186,7 @@ def _cast(tree, dtype):
     return torch.utils._pytree.tree_map(lambda t: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t, tree)
 
 
-def _guess_axes(torch, args, kwargs):
+def _guess_axes(args, kwargs):
     """Dynamic axes where the user gave none: axis 0 is the batch, axis 1 of an integer or 3-D float input the sequence.
 
     An axis of size 1 would be specialised to 1 by torch.export, so such a batch is doubled first.
@@ -242,9 +242,9 @@ def _renamed(expression: str, renames: dict[str, str]) -> str:
     return re.sub(r"[A-Za-z_]\w*", lambda match: renames.get(match[0], match[0]), expression)
 
 
-def _describe(value: ir.Value, model: ir.Model, known: dict[str, InputSpec]) -> InputSpec:
+def _describe(value: ir.Value, known: dict[str, InputSpec]) -> InputSpec:
     """The spec read off the graph, with the kind and bound that the front end knows."""
-    spec = spec_of(value, model)
+    spec = spec_of(value)
     if (told := known.get(value.name)) is not None:
         spec.kind, spec.high = told.kind, told.high
     return spec

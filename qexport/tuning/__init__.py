@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import installed, runtime
-from qexport.bundle import Bundle, check_output
+from qexport.bundle import Bundle
+from qexport.bundle_writer import check_output
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure

@@ -11,9 +11,9 @@ import onnx
 from onnx import helper
 
 from qexport.ops.proto import set_attributes
-from qexport.profiling import session_options
 from qexport.profiling.calls import make_call
 from qexport.profiling.timing import interleaved
+from qexport.runtime import quiet_options
 from qexport.validation.probes import open_probe
 
 CALLS, WARMUP = 25, 5
@@ -51,7 +51,7 @@ def node_seconds(
             alike[_alone(model, node, read).SerializeToString(deterministic=True)].append((node.name, read))
     found = {}
     for text, nodes in alike.items():
-        options, alone = session_options(threads), onnx.load_from_string(text)
+        options, alone = quiet_options(threads), onnx.load_from_string(text)
         with open_probe(alone, path, library=True, options=options, **where) as session:
             for name, read in nodes:
                 feed = dict(zip((value.name for value in alone.graph.input), read, strict=True))

@@ -20,7 +20,6 @@ from qexport.bundle import Bundle
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
 from qexport.ops.proto import set_attributes
-from qexport.profiling import session_options
 from qexport.profiling.trace import KERNEL, read_trace
 from qexport.providers import CPU, full_names, provider_name
 from qexport.tuning.device_times import expose, node_seconds
@@ -102,7 +101,7 @@ def measure(
     runs = TIMED_RUNS + 1
     steps = count + runs
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        options = session_options(threads)
+        options = runtime.quiet_options(threads)
         options.enable_profiling = on_cpu
         options.profile_file_prefix = str(Path(folder) / "trace")
         with open_probe(model, bundle.classical_path, library=True, options=options, **where) as session:

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from qexport._swap import whole_file
-from qexport.bundle import MANIFEST, MODEL, Bundle, write_bundle
+from qexport.bundle import MANIFEST, MODEL, Bundle
+from qexport.bundle_writer import write_bundle
 from qexport.errors import QexportError
 from qexport.recipe import SAMPLING, make_recipe
 from qexport.tuning.settings import Setting

@@ -11,8 +11,9 @@ from qexport.bundle import Bundle
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
 from qexport.ops.proto import set_attributes
-from qexport.profiling import CLASSICAL, CONVERTED, interleaved, ratio, session_options
+from qexport.profiling import CLASSICAL
 from qexport.profiling.calls import make_call, shared_buffers
+from qexport.profiling.timing import interleaved, ratio
 from qexport.tuning.settings import Setting
 from qexport.validation.comparison import Remembered, output_errors
 from qexport.validation.probes import open_probe
@@ -71,7 +72,7 @@ class Bench:
     ):
         self.bundle, self.sites, self.inputs, self.timed = bundle, sites, inputs, timed
         self.seeds, self.threads, self.where = seeds, threads, where or {}
-        options = session_options(threads)
+        options = runtime.quiet_options(threads)
         self.classical = runtime.session(bundle.classical_path, library=False, options=options, **self.where)
         self.remembered = Remembered(self.classical)
 
@@ -79,7 +80,7 @@ class Bench:
     def opened(self, settings):
         """A session of the converted model with these settings."""
         model = with_settings(self.bundle, self.sites, settings)
-        options = session_options(self.threads)
+        options = runtime.quiet_options(self.threads)
         with open_probe(model, self.bundle.model_path, library=True, options=options, **self.where) as session:
             yield session
 
@@ -115,7 +116,7 @@ class Bench:
                 sessions |= {i: stack.enter_context(self.opened(c.settings)) for i, c in enumerate(group)}
                 shared = shared_buffers(self.bundle.manifest)
                 calls = {which: make_call(session, self.timed, shared) for which, session in sessions.items()}
-                seconds = interleaved(calls, rounds, warmup=3)
+                times = interleaved(calls, rounds, warmup=3)
             for i, candidate in enumerate(group):
-                candidate.latency_ms = float(np.median(seconds[i])) * 1e3
-                candidate.ratio = ratio({CLASSICAL: seconds[CLASSICAL], CONVERTED: seconds[i]})
+                candidate.latency_ms = float(np.median(times[i]))
+                candidate.ratio = ratio(times[i], times[CLASSICAL])

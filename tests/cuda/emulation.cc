@@ -1,5 +1,5 @@
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
-#include "emulation.h"
+#include "emulation_threads.h"
 
 namespace emulation {
 

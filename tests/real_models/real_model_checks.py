@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import qexport
-from bench.common import session_options
 from bench.packages import RegistryAwayError, fetch
+from qexport.runtime import quiet_options
 
 
 def need(*packages):
@@ -19,8 +19,8 @@ def need(*packages):
 
 def run_both(bundle, feeds, *, library=True, seed=0):
     """Outputs by name of the classical and of the converted model of a bundle on the same inputs."""
-    classical = qexport.session(bundle / "classical.onnx", library=False, options=session_options(2))
-    model = qexport.session(bundle / "model.onnx", library=library, options=session_options(2))
+    classical = qexport.session(bundle / "classical.onnx", library=False, options=quiet_options(2))
+    model = qexport.session(bundle / "model.onnx", library=library, options=quiet_options(2))
     names = [output.name for output in classical.get_outputs()]
     assert names == [output.name for output in model.get_outputs()]
     seeded = feeds | {"seed": np.array(seed, dtype=np.int64)}

@@ -6,17 +6,18 @@ import pytest
 from real_model_checks import assert_equal, need, run_both
 
 import qexport
-from bench.common import relative_error, session_options, with_attributes
+from bench.common import relative_error, with_attributes
 from bench.data import photo
 from bench.models import minilm_dir, onnx_file
 from bench.packages import fetch
+from qexport.runtime import quiet_options
 
 pytestmark = pytest.mark.registry
 
 
 def original(path, feeds):
     """Outputs by name of a file as it came."""
-    session = qexport.session(path, library=False, options=session_options(2))
+    session = qexport.session(path, library=False, options=quiet_options(2))
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
 
 
@@ -65,7 +66,7 @@ def test_vit_error_falls_as_samples_grow(vit, tmp_path):
     errors = {}
     for samples in (16, 64):
         model = with_attributes(bundle / "model.onnx", tmp_path / f"{samples}.onnx", num_samples=[samples])
-        session = qexport.session(model, options=session_options(2))
+        session = qexport.session(model, options=quiet_options(2))
         errors[samples] = np.mean(
             [relative_error(session.run(None, feeds | {"seed": np.array(s)})[0], classical) for s in range(3)]
         )

@@ -5,9 +5,10 @@ import pytest
 from real_model_checks import need
 
 import qexport
-from bench.common import session_options, with_attributes
+from bench.common import with_attributes
 from bench.models import minilm_dir
 from bench.sts_b import PUBLISHED, pairs, spearman, tokenizer
+from qexport.runtime import quiet_options
 
 pytestmark = pytest.mark.registry
 
@@ -27,7 +28,7 @@ def test_sampling_costs_less_than_one_percent_of_the_correlation(tmp_path):
     assert np.mean([len(sequence) > 8 for sequence in sequences]) > 0.8
 
     def measure(path, seed=None):
-        return spearman(qexport.session(path, options=session_options(2)), sequences, scores, seed)
+        return spearman(qexport.session(path, options=quiet_options(2)), sequences, scores, seed)
 
     classical = measure(bundle / "classical.onnx")
     # Of a third of the pairs the correlation is known to about 2 points; python -m bench.sts_b compares all of them.

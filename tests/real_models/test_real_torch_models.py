@@ -5,10 +5,11 @@ import pytest
 from real_model_checks import assert_equal, need, run_both
 
 import qexport
-from bench.common import relative_error, session_options, with_attributes
+from bench.common import relative_error, with_attributes
 from bench.data import speech_features
 from bench.generation import WHISPER_START, greedy_story, nats_per_token, next_tokens, transcribe
 from bench.models import stories15m_vocabulary
+from qexport.runtime import quiet_options
 
 pytestmark = pytest.mark.registry
 
@@ -38,7 +39,7 @@ def stories(module_path):
 
 
 def opened(path, library=True):
-    return qexport.session(path, library=library, options=session_options(2))
+    return qexport.session(path, library=library, options=quiet_options(2))
 
 
 def test_whisper_encoder_with_a_sample_per_position_is_classical(encoder):

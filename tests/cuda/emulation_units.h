@@ -1,0 +1,131 @@
+// The twins of mma.cuh, matrix units and asynchronous copies, and of barriers.cuh.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "emulation_builtins.h"
+
+namespace qexport {
+namespace cuda {
+
+inline uint32_t join_halves(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }
+template <class T>
+float half_at(uint32_t pair, int i) {
+  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
+  T value;
+  std::memcpy(static_cast<void*>(&value), &bits, 2);
+  return static_cast<float>(value);
+}
+
+// All lanes' fragments are gathered, and every lane computes its own four elements.
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Pair {
+    uint32_t x[4];
+  };
+  float A[16][16], B[16][8];
+  Pair pair{{a[0], a[1], a[2], a[3]}};
+  const auto* left = emulation::exchange(pair);
+  for (int lane = 0; lane < 32; ++lane) {
+    const Pair p = emulation::from_slot<Pair>(left[lane]);
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < 2; ++e) A[lane / 4 + i % 2 * 8][2 * (lane % 4) + e + i / 2 * 8] = half_at<T>(p.x[i], e);
+    }
+  }
+  pair = {{b[0], b[1], 0, 0}};
+  const auto* right = emulation::exchange(pair);
+  for (int lane = 0; lane < 32; ++lane) {
+    const Pair p = emulation::from_slot<Pair>(right[lane]);
+    for (int i = 0; i < 2; ++i) {
+      for (int e = 0; e < 2; ++e) B[2 * (lane % 4) + e + i * 8][lane / 4] = half_at<T>(p.x[i], e);
+    }
+  }
+  const int self = emulation::block->now->lane;
+  for (int i = 0; i < 4; ++i) {
+    const int row = self / 4 + i / 2 * 8, column = 2 * (self % 4) + i % 2;
+    float sum = c[i];
+    for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+    c[i] = sum;
+  }
+}
+
+inline float tf32(uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); }
+// What a unit drops, of its operands and of its sums.
+inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Four {
+    uint32_t x[4];
+  };
+  double A[16][8], B[8][8];
+  const auto* left = emulation::exchange(Four{{a[0], a[1], a[2], a[3]}});
+  for (int lane = 0; lane < 32; ++lane) {
+    const Four own = emulation::from_slot<Four>(left[lane]);
+    for (int i = 0; i < 4; ++i) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(own.x[i]);
+  }
+  const auto* right = emulation::exchange(Four{{b0, b1, 0, 0}});
+  for (int lane = 0; lane < 32; ++lane) {
+    const Four own = emulation::from_slot<Four>(right[lane]);
+    for (int i = 0; i < 2; ++i) B[lane % 4 + i * 4][lane / 4] = tf32(own.x[i]);
+  }
+  const int self = emulation::block->now->lane;
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 8; ++k) sum += A[self / 4 + i / 2 * 8][k] * B[k][2 * (self % 4) + i % 2];
+    c[i] = static_cast<float>(sum);
+    if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);
+  }
+}
+
+inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+  const auto* slots = emulation::exchange(row);
+  const int self = emulation::block->now->lane;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int r_index = transposed ? 2 * (self % 4) + e : self / 4, c_index = transposed ? self / 4 : 2 * (self % 4) + e;
+      const char* base = emulation::from_slot<const char*>(slots[m * 8 + r_index]);
+      if (reinterpret_cast<uintptr_t>(base) % 16) emulation::die("ldmatrix: a row is not aligned to 16 bytes");
+      std::memcpy(&pair[e], base + 2 * c_index, 2);
+    }
+    r[m] = join_halves(pair[0], pair[1]);
+  }
+  emulation::warp_meet();  // nobody writes the rows before all have read them
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
+// Copies arrive at once: emulation does not find a missing wait.
+inline void cp_async_16(void* dst, const void* src, bool valid) {
+  if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16)
+    emulation::die("cp_async: not aligned");
+  if (valid) {
+    std::memcpy(dst, src, 16);
+  } else {
+    std::memset(dst, 0, 16);
+  }
+}
+inline void cp_async_commit() {}
+template <int>
+void cp_async_wait() {}
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
+inline void phase_init(uint64_t* barrier, int arrivals) {
+  emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);
+}
+inline void phase_arrive(uint64_t* barrier) { emulation::arrive(emulation::block->phases.at(barrier)); }
+inline void phase_arrive_after_copies(uint64_t* barrier) { phase_arrive(barrier); }
+inline void phase_wait(uint64_t* barrier, int parity) {
+  const emulation::Meeting& phases = emulation::block->phases.at(barrier);
+  if (phases.generation % 2 == static_cast<unsigned>(parity)) emulation::await(phases);
+}
+inline emulation::Meeting& numbered_barrier(int id, int threads) {
+  emulation::Meeting& barrier = emulation::block->numbered[id];
+  barrier.running = static_cast<unsigned>(threads);
+  return barrier;
+}
+inline void numbered_wait(int id, int threads) { emulation::meet(numbered_barrier(id, threads)); }
+inline void numbered_arrive(int id, int threads) { emulation::arrive(numbered_barrier(id, threads)); }
+
+}  // namespace cuda
+}  // namespace qexport
