@@ -106,6 +106,13 @@ def test_the_parents_memory_does_not_count(folder):
     assert block.nbytes > answer["peak_bytes"]
 
 
+def test_a_module_in_the_working_folder_is_not_taken_for_pythons(folder, tmp_path, monkeypatch):
+    (tmp_path / "math.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    feed = {"input_ids": np.zeros((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
+    assert model_memory(Bundle.open(folder).classical_path, None, ["CPUExecutionProvider"], 1, feed)["peak_bytes"] > 0
+
+
 def test_the_models_peak_grows_with_what_it_does(folder):
     bundle = Bundle.open(folder)
 

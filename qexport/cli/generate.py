@@ -17,7 +17,7 @@ from qexport.cli import DIR, common_options, print_json, provider_options
 @common_options
 def command(bundle, as_json, quiet, verbose, no_library, **options):
     """Continue a text with BUNDLE, which was converted with --kv-cache, token by token."""
-    from qexport.generation import generate_text
+    from qexport.text_generation import generate_text
 
     start = iter([options["prompt"]])  # shown with the first piece, when what is asked for has been had
     show = None if as_json else lambda text: click.echo(next(start, "") + text, nl=False)

@@ -56,7 +56,7 @@ def _ask(request: dict) -> tuple[dict, RssTimeline]:
     try:
         with (
             subprocess.Popen(
-                [sys.executable, "-m", "qexport.profiling.memory_child"],
+                [sys.executable, "-P", "-m", "qexport.profiling.memory_child"],
                 **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
                 text=True,
                 env=environment,

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import qexport
 from bench.models import stories15m_folder
-from qexport.generation import generate_text
+from qexport.text_generation import generate_text
 
 pytestmark = pytest.mark.registry
 
