@@ -19,8 +19,8 @@ from qexport import installed, runtime
 from qexport.cli import cli
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
-from qexport.generation import Generator
-from qexport.text_generation import choose, generate_text
+from qexport.generation import Generator, choose
+from qexport.text_generation import generate_text
 
 LENGTH = 48
 PROMPT = [5, 6, 7, 8]
