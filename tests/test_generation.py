@@ -235,7 +235,7 @@ class Pairs:
 
 @pytest.mark.parametrize("count", [6, 7])
 def test_half_a_character_waits_for_its_other_half(bundle, monkeypatch, count):
-    monkeypatch.setattr("qexport.generation.open_tokenizer", lambda bundle: (Pairs(), 0))
+    monkeypatch.setattr("qexport.text_generation.open_tokenizer", lambda bundle: (Pairs(), 0))
     pieces = []
     report = generate_text(bundle, "Hi", max_new_tokens=count, stop=[], on_text=pieces.append)
     assert len(report.text) == (count + 1) // 2
