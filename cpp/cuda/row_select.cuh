@@ -174,6 +174,8 @@ __device__ __forceinline__ void multinomial(const Row& row, int samples, bool we
     total = __shfl_sync(kFullWarp, end, kWarp - 1);
   }
   __syncwarp();
+  // Every x_i may be below float32 where their sum, of numbers that were not divided yet, is not.
+  if (total == 0) return;
   // A lane per draw: its part by bisection, its key within the part one after the other.
   const auto draw_one = [&](int draw, float* weight) {
     counter.word[3] = static_cast<uint32_t>(draw / 4);
