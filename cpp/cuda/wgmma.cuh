@@ -6,6 +6,8 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define QEXPORT_WGMMA 1
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "code for sm_90 lacks the products that a Hopper is given: set CMAKE_CUDA_ARCHITECTURES to 90a"
 #else
 #define QEXPORT_WGMMA 0
 #endif
