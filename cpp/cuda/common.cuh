@@ -43,7 +43,9 @@ __device__ __forceinline__ char* dynamic_shared_bytes() {
 }
 
 inline void check(Status& status, cudaError_t code) {
-  if (code != cudaSuccess) status.fail(cudaGetErrorString(code));
+  if (code == cudaSuccess) return;
+  status.fail(cudaGetErrorString(code));
+  cudaGetLastError();  // which the next launch of this thread would take for its own
 }
 
 // Lets a kernel have so many bytes of dynamic shared memory on the current device. What it may have grows and never shrinks:
