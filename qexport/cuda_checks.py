@@ -101,7 +101,8 @@ def plugin_obstacle(library) -> Obstacle | None:
 def explain_kernel_error(message: str, plugin: Path) -> Obstacle:
     """What a failing CUDA kernel of com.qexport says about this installation."""
     if "no kernel image" in message:
-        return Obstacle(f"{plugin} holds no code for this GPU", "build qexport here with CMAKE_CUDA_ARCHITECTURES=native")
+        mend = "build qexport without CMAKE_CUDA_ARCHITECTURES, for every GPU from compute capability 7.5 on"
+        return Obstacle(f"{plugin} holds no code for this GPU", mend)
     if "driver version is insufficient" in message:
         return Obstacle(f"{plugin} is built with a newer CUDA than the NVIDIA driver runs", "update the driver")
     return Obstacle(one_line(message), "reinstall qexport and report this")
