@@ -33,6 +33,7 @@ const Case kCases[] = {
     {"all tiles of few queries", 8, 1, 3, 1, 60, 1300, 64, 64, {0, 3, 2, 60}},
     {"all tiles of a step, joined by warps", 8, 2, 4, 2, 1, 900, 64, 56, {0, 4, 4, 2}},
     {"all tiles of a step, joined by blocks", 64, 1, 4, 2, 1, 4500, 64, 136, {0, 2, 64, 2}, true},
+    {"all tiles, some with fewer rows", 8, 1, 2, 1, 40, 300, 60, 60, {0, 4, 3, 32}},
     {"as many tiles as multiprocessors", 4, 1, 4, 4, 61, 1100, 64, 64, {4, 0, 1, 61}},
 };
 
