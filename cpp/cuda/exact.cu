@@ -1,6 +1,5 @@
 // Exact attention: tiles of queries on tensor cores or without; a row per warp for what has no tile.
 #include "exact_choice.cuh"
-#include "join_parts.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -38,7 +37,7 @@ __device__ __forceinline__ void put(State& state, int i, float unit, bool there,
   }
 }
 
-// Queries of one ExactTile per block of threads: to y, or with several parts to part_outputs and part_stats.
+// Queries of one ExactTile per block of threads: to y, or a part of its keys to part_outputs and part_stats.
 template <class Tile, template <class> class State>
 __global__ __launch_bounds__(Tile::kThreads,
                              Tile::kBlocksPerProcessor) void exact_kernel(const __grid_constant__ ExactLaunch launch) {
@@ -58,8 +57,8 @@ __global__ __launch_bounds__(Tile::kThreads,
   for (int i = 0; i < State<Tile>::kRows; ++i) {
     const int row = state.row(i);
     const bool ours = tile.ours(row), keyless = state.sum[i] == 0.0f;
-    if (launch.parts > 1) {
-      const int64_t at = tile.part_row(row);
+    if (tile.slot >= 0) {
+      const int64_t at = tile.slot + row * launch.parts;
       if (ours && state.column(0) == 0) {
         launch.part_stats[2 * at] = state.most[i], launch.part_stats[2 * at + 1] = state.sum[i];
       }
@@ -72,15 +71,22 @@ __global__ __launch_bounds__(Tile::kThreads,
   }
 }
 
-// One row per block of threads, whose warps share out the parts.
+// A row of the tiles that were cut by each team of `warps`.
 template <class T>
-__global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_constant__ ExactLaunch launch) {
+__global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_constant__ ExactLaunch launch, int warps) {
   const QuantumAttentionParams& p = launch.job.params;
-  const int64_t row = blockIdx.x, query = row % p.q_len, head = row / p.q_len % p.q_heads, b = row / p.q_len / p.q_heads;
-  if (launch.only && !launch.only[b * p.q_heads + head]) return;
-  T* const y = output_row<T>(launch.job, b, head, query);
-  const RowParts parts{launch.part_stats + 2 * row, launch.part_outputs + row * p.v_head_size, launch.parts, launch.rows()};
-  join_parts(parts, static_cast<int>(p.v_head_size), dynamic_shared<float>(),
+  const int threads = warps * kWarp, thread = static_cast<int>(threadIdx.x);
+  const int index = static_cast<int>(blockIdx.x) * (kJoinThreads / threads) + thread / threads;
+  const int among_cut = index / launch.tile_rows, row = index - among_cut * launch.tile_rows;
+  if (among_cut >= launch.cut) return;
+  const TilePlace tile = launch.tile_at(launch.whole + among_cut, launch.tile_rows);
+  if (tile.first_row + row >= launch.pack * p.q_len) return;
+  const QueryPlace place = launch.query_at(tile, row);
+  if (launch.only && !launch.only[tile.batch * p.q_heads + place.head]) return;
+  T* const y = output_row<T>(launch.job, tile.batch, place.head, place.query);
+  const int64_t at = int64_t{index} * launch.parts;
+  const RowParts parts{launch.part_stats + 2 * at, launch.part_outputs + at * p.v_head_size, launch.parts};
+  join_parts(parts, static_cast<int>(p.v_head_size), Team{thread % threads, warps},
              [&](int column, float x) { y[column] = from_float<T>(x); });
 }
 
@@ -129,21 +135,13 @@ __global__ __launch_bounds__(kWideThreads) void wide_kernel(const __grid_constan
 }
 
 template <class Tile, template <class> class State>
-int64_t parts_in(const AttentionJob& job, const Device& device, Choice<Tile, State>) {
-  return parts_of<Tile>(job, device);
-}
-template <class T>
-int64_t parts_in(const AttentionJob&, const Device&, Wide<T>) {
-  return 1;
-}
-
-template <class Tile, template <class> class State>
 void start(Status& status, ExactLaunch exact, const Device& device, void* scratch, void* stream, Choice<Tile, State>) {
   const AttentionJob& job = exact.job;
   using T = typename Tile::T;
-  exact.pack = pack_of<Tile>(job), exact.parts = parts_of<Tile>(job, device);
-  const int64_t blocks = blocks_of<Tile>(job) * exact.parts, rows = exact.rows();
-  if (std::max(rows, blocks) > INT32_MAX) return status.fail(kTooMany);
+  const Cut cut = cut_of<Tile>(job, device);
+  if (std::max(exact.rows(), cut.blocks()) > INT32_MAX) return status.fail(kTooMany);
+  exact.whole = static_cast<int>(cut.whole), exact.cut = static_cast<int>(cut.cut);
+  exact.pack = pack_of<Tile>(job), exact.parts = cut.parts, exact.tile_rows = cut.tile_rows;
   exact.by_parts = Divisor(exact.parts), exact.by_tiles = Divisor(tiles_of<Tile>(job));
   exact.by_packs = Divisor(job.params.q_heads / exact.pack), exact.by_group = Divisor(job.group);
   exact.by_queries = Divisor(job.params.q_len);
@@ -154,13 +152,12 @@ void start(Status& status, ExactLaunch exact, const Device& device, void* scratc
   exact.two_over_cap = 2.0f / job.params.softcap;
   exact.query_stride = static_cast<unsigned>(exact.pack > 1 ? job.tensors.q.head_stride : job.tensors.q.row_stride);
   exact.part_stats = static_cast<float*>(scratch);
-  exact.part_outputs = exact.part_stats + 2 * exact.parts * rows;
-  launch(status, exact_kernel<Tile, State>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+  exact.part_outputs = exact.part_stats + 2 * cut.part_rows();
+  launch(status, exact_kernel<Tile, State>, dim3(static_cast<unsigned>(cut.blocks())), dim3(Tile::kThreads),
          Choice<Tile, State>::shared_bytes(job), stream, exact);
-  if (exact.parts > 1) {
-    launch(status, join_parts_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(kJoinThreads),
-           join_shared_bytes(exact.parts), stream, exact);
-  }
+  const int warps = exact.parts > kWarpParts ? kJoinWarps : 1;
+  const int joins = ceil_div(exact.cut * exact.tile_rows, kJoinWarps / warps);
+  launch(status, join_parts_kernel<T>, dim3(static_cast<unsigned>(joins)), dim3(kJoinThreads), 0, stream, exact, warps);
 }
 template <class T>
 void start(Status& status, const ExactLaunch& exact, const Device&, void*, void* stream, Wide<T>) {
@@ -177,8 +174,8 @@ size_t exact_attention_scratch_bytes(const AttentionJob& job) {
   const Device device = current_device(status);
   size_t bytes = 0;
   choose(job, device, [&](auto choice) {
-    const int64_t parts = parts_in(job, device, choice), rows = job.params.batch * job.params.q_heads * job.params.q_len;
-    if (parts > 1) bytes = static_cast<size_t>(parts * rows * (job.params.v_head_size + 2)) * sizeof(float);
+    const Cut cut = cut_of(job, device, choice);
+    bytes = static_cast<size_t>(cut.part_rows() * (job.params.v_head_size + 2)) * sizeof(float);
   });
   return bytes;
 }
@@ -188,7 +185,7 @@ void exact_attention(Status& status, const AttentionJob& job, const int32_t* onl
   if (!status.ok()) return;
   if (job.total_len > kFar) return status.fail(kTooLong);
   ExactLaunch exact{};
-  exact.job = job, exact.only = only, exact.pack = exact.parts = 1;
+  exact.job = job, exact.only = only;
   choose(job, device, [&](auto choice) { start(status, exact, device, scratch, stream, choice); });
 }
 

@@ -1,18 +1,14 @@
-// Which tile exact attention takes, and how a call is cut for it: by sizes and by the device.
+// Which tile exact attention takes: by sizes and by the device.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
-#include "exact_tile.cuh"
+#include "exact_cut.cuh"
 #include "row_chunk.cuh"
 #include "simt.cuh"
 
 namespace qexport {
 namespace cuda {
-
-constexpr int kMostParts = 512;
-constexpr int kPartBlocks = 4;  // blocks of keys that a part has at least
 
 // 16-byte rows everywhere, so that they can be copied asynchronously, at distances of 32 bits, and what put_row asks of the
 // output.
@@ -56,39 +52,20 @@ template <class T_>
 struct Wide {
   using T = T_;
 };
-
-// Heads that share K and V share tiles too where one head leaves a tile half empty.
-template <class Tile>
-int pack_of(const AttentionJob& job) {
-  return 2 * job.params.q_len <= Tile::kQueries ? static_cast<int>(job.group) : 1;
+template <class Tile, template <class> class State>
+Cut cut_of(const AttentionJob& job, const Device& device, Choice<Tile, State>) {
+  return cut_of<Tile>(job, device);
 }
-template <class Tile>
-int64_t tiles_of(const AttentionJob& job) {
-  return ceil_div<int64_t>(pack_of<Tile>(job) * job.params.q_len, Tile::kQueries);
-}
-// Blocks of threads, for each part of the keys.
-template <class Tile>
-int64_t blocks_of(const AttentionJob& job) {
-  return tiles_of<Tile>(job) * job.params.batch * (job.params.q_heads / pack_of<Tile>(job));
-}
-// Where the queries do not give every multiprocessor a block of threads, their keys are split. Each row then takes another
-// block to be joined, so that many rows lose more than they gain (1024 queries of 8 heads on an H200: 24 us, split 54).
-template <class Tile>
-int parts_of(const AttentionJob& job, const Device& device) {
-  const QuantumAttentionParams& p = job.params;
-  const int64_t blocks = blocks_of<Tile>(job);
-  if (blocks == 0 || blocks >= device.multiprocessors) return 1;
-  if (p.batch * p.q_heads * p.q_len > int64_t{Tile::kMostJoined} * device.multiprocessors) return 1;
-  const int64_t room = Tile::kPartsPerProcessor * device.multiprocessors / blocks;
-  const int64_t most = ceil_div<int64_t>(job.total_len, kPartBlocks * Tile::kKeys);
-  return static_cast<int>(std::max<int64_t>(1, std::min({room, most, int64_t{kMostParts}})));
+template <class T>
+Cut cut_of(const AttentionJob&, const Device&, Wide<T>) {
+  return {0, 0, 1, 1};
 }
 
 // Visits the large choice where it gives every multiprocessor `waves` blocks and fits into it, else the small one.
 template <class Large, class Small, class Visit>
 void visit_choice(const AttentionJob& job, const Device& device, const Visit& visit, double waves = 1.0) {
   const bool fits = Large::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes);
-  if (fits && blocks_of<typename Large::Tile>(job) >= waves * device.multiprocessors) return visit(Large{});
+  if (fits && all_tiles<typename Large::Tile>(job) >= waves * device.multiprocessors) return visit(Large{});
   if (Small::shared_bytes(job) <= static_cast<size_t>(device.shared_bytes)) return visit(Small{});
   visit(Wide<typename Small::Tile::T>{});
 }
@@ -103,16 +80,13 @@ inline bool pipeline_applies(const AttentionJob& job, const Device& device) {
 
 // Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.45 : 0.8 : 1 of the time.
 // 0.8 and 1 were measured on an H200 at 4096 to 16384 keys; 0.45 is a guess, since the small tile has the warpgroups of the
-// middle one and half the queries. Under a causal mask tiles end one by one, so that a wave need not be full.
+// middle one and half the queries.
 template <class Small, class Middle, class Large, class Visit>
 void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& visit) {
-  const auto waves = [&](int64_t blocks) {
-    const double whole = static_cast<double>(blocks) / device.multiprocessors;
-    return job.params.is_causal ? std::max(whole, 1.0) : std::ceil(whole);
-  };
-  const double small = 0.45 * waves(blocks_of<typename Small::Tile>(job));
-  const double middle = 0.8 * waves(blocks_of<typename Middle::Tile>(job));
-  const double large = waves(blocks_of<typename Large::Tile>(job));
+  const auto keys = [&](const Cut& cut) { return keys_in_turn(job, device, cut); };
+  const double small = 0.45 * keys(cut_of<typename Small::Tile>(job, device));
+  const double middle = 0.8 * keys(cut_of<typename Middle::Tile>(job, device));
+  const double large = keys(cut_of<typename Large::Tile>(job, device));
   if (large < std::min(small, middle)) return visit(Large{});
   if (middle < small) return visit(Middle{});
   visit(Small{});
@@ -133,7 +107,7 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
     if (device.capability == 90) {  // the waves are those from which warpgroups were faster on an H200
       if (size > 32 && size <= 64) return visit_choice<Warpgroups<T, 64, 8, 2>, Flash<T, 64, 1, 3>>(job, device, visit, 1.5);
       using Large = Warpgroups<T, 128, 12, 1>;
-      if (size > 64 && blocks_of<typename Large::Tile>(job) >= 4 * device.multiprocessors) {
+      if (size > 64 && all_tiles<typename Large::Tile>(job) >= 4 * device.multiprocessors) {
         return visit_choice<Large, Flash<T, 128, 1, 2>>(job, device, visit);
       }
     }

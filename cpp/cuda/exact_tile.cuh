@@ -7,28 +7,48 @@
 namespace qexport {
 namespace cuda {
 
+struct QueryPlace {
+  int head, query;
+};
+// The rows of a tile: `first_row` on of a head, or of the heads that it is packed with, one behind the other.
+struct TilePlace {
+  int batch, first_head, first_row;
+};
+
 // What the threads of exact attention are started with. The rows of a head, or of the `pack` heads that share a kv head,
-// are one sequence, cut into `tiles`; each tile's keys are cut into `parts`, joined by join_parts_kernel.
+// are one sequence, cut into `tiles`. The keys of the first `whole` tiles are read by a block of threads each, those of the
+// `cut` others in `parts`, joined by join_parts_kernel.
 struct ExactLaunch {
   AttentionJob job;
   const int32_t* only;
-  int pack, parts;
+  int pack, whole, cut, parts;
+  int tile_rows;                                               // at most
   Divisor by_parts, by_tiles, by_packs, by_group, by_queries;  // the packs of a batch item; the queries of a head
   int past, keys;                                              // keys as far as their number and the mask's go
   int left, right;                                             // windows; < 0: none
   float two_over_cap;
   unsigned query_stride;  // between rows of a tile of one head, or of several with one query each
-  float* part_outputs;    // (parts, rows of all heads, v_head_size), not divided by the sum
-  float* part_stats;      // (parts, rows of all heads, 2): maximum of the scores, and sum
+  float* part_outputs;    // (cut, tile_rows, parts, v_head_size), not divided by the sum
+  float* part_stats;      // (cut, tile_rows, parts, 2): maximum of the scores, and sum
   __host__ __device__ int64_t rows() const { return job.params.batch * job.params.q_heads * job.params.q_len; }
+
+  __device__ __forceinline__ TilePlace tile_at(int index, int queries) const {
+    int tile, packed;
+    TilePlace at;
+    at.batch = by_packs.divide(by_tiles.divide(index, &tile), &packed);
+    // Later queries see more keys under a causal mask: the longest work first.
+    at.first_row = (by_tiles.divisor - 1 - tile) * queries, at.first_head = packed * pack;
+    return at;
+  }
+  __device__ __forceinline__ QueryPlace query_at(const TilePlace& tile, int row) const {
+    QueryPlace at;
+    at.head = tile.first_head + by_queries.divide(tile.first_row + row, &at.query);
+    return at;
+  }
 };
 
 // Keys and queries are counted in 32 bits; further away than this there is no key.
 constexpr int kFar = 1 << 30;
-
-struct QueryPlace {
-  int head, query;
-};
 
 // Without kMasked the call has no mask.
 template <class T_, int kQueries, int kKeys, bool kMasked>
@@ -48,16 +68,19 @@ class ExactTile {
     const QuantumAttentionParams& p = job.params;
     seen = reinterpret_cast<int*>(shared);
     bias = reinterpret_cast<float*>(seen + kKeys);
-    int index = exact.by_parts.divide(static_cast<int>(blockIdx.x), &part), tile, pack;
-    index = exact.by_tiles.divide(index, &tile), batch = exact.by_packs.divide(index, &pack);
-    // Later queries see more keys under a causal mask: the longest work first.
-    first_row = (exact.by_tiles.divisor - 1 - tile) * kQueries, first_head = pack * exact.pack;
+    int index = static_cast<int>(blockIdx.x), part = 0;
+    slot = -1;
+    if (index >= exact.whole) {
+      const int among_cut = exact.by_parts.divide(index - exact.whole, &part);
+      index = exact.whole + among_cut, slot = among_cut * exact.tile_rows * exact.parts + part;
+    }
+    tile = exact.tile_at(index, kQueries);
     head_size = static_cast<int>(p.head_size), v_head_size = static_cast<int>(p.v_head_size);
     scale = p.scale * kLog2E;
     if (exact.only && !any_wanted()) return false;
     key_end = exact.keys, offset = exact.past;
     if (job.tensors.nonpad_kv_seqlen) {
-      const int64_t there = given_len(job, batch);
+      const int64_t there = given_len(job, tile.batch);
       offset = static_cast<int>(max(int64_t{-kFar}, min(there - p.q_len, int64_t{kFar})));
       key_end = static_cast<int>(min(there, int64_t{exact.keys}));
     }
@@ -67,22 +90,25 @@ class ExactTile {
       __syncthreads();
     }
     const int queries = exact.by_queries.divisor;
-    rows = min(exact.pack * queries - first_row, kQueries);
+    rows = min(exact.pack * queries - tile.first_row, kQueries);
     // The first query of the tile begins and ends to see keys before the others, the last one after them. Those of several
     // heads are taken to be all.
-    const int lowest = exact.pack == 1 ? first_row : 0, highest = exact.pack == 1 ? first_row + rows - 1 : queries - 1;
+    const int lowest = exact.pack == 1 ? tile.first_row : 0,
+              highest = exact.pack == 1 ? tile.first_row + rows - 1 : queries - 1;
     const Range low = range_of(lowest), high = range_of(highest);
     all_from = high.lo, all_to = low.hi;
-    int longer;  // so many parts have a block more than the others
-    count = exact.by_parts.divide(high.hi > low.lo ? ceil_div(high.hi - low.lo, kKeys) : 0, &longer);
-    end = high.hi, first = low.lo + (part * count + min(part, longer)) * kKeys;
-    if (part < longer) ++count;
-    const int kv_head = exact.by_group.divide(first_head);
+    count = high.hi > low.lo ? ceil_div(high.hi - low.lo, kKeys) : 0, first = low.lo, end = high.hi;
+    if (slot >= 0) {
+      int longer;  // so many parts have a block more than the others
+      count = exact.by_parts.divide(count, &longer), first += (part * count + min(part, longer)) * kKeys;
+      if (part < longer) ++count;
+    }
+    const int kv_head = exact.by_group.divide(tile.first_head);
     // Where row 0 of all keys would lie in each of the two buffers; arithmetic on addresses, as it may lie before the
     // buffer.
     const auto base = [&](const HeadRows& all) {
       return reinterpret_cast<uintptr_t>(all.data) +
-             sizeof(T) * static_cast<uintptr_t>(batch * all.batch_stride + kv_head * all.head_stride);
+             sizeof(T) * static_cast<uintptr_t>(tile.batch * all.batch_stride + kv_head * all.head_stride);
     };
     key_new = key_past = base(job.tensors.k), value_new = value_past = base(job.tensors.v);
     if (exact.past) {
@@ -94,27 +120,23 @@ class ExactTile {
   }
 
   __device__ __forceinline__ bool any_wanted() const {
-    const int32_t* const only = launch->only + batch * launch->job.params.q_heads + first_head;
+    const int32_t* const only = launch->only + tile.batch * launch->job.params.q_heads + tile.first_head;
 #pragma unroll 1
     for (int i = 0; i < launch->pack; ++i) {
       if (only[i]) return true;
     }
     return false;
   }
-  __device__ __forceinline__ QueryPlace place(int row) const {
-    QueryPlace at;
-    at.head = first_head + launch->by_queries.divide(first_row + row, &at.query);
-    return at;
-  }
+  __device__ __forceinline__ QueryPlace place(int row) const { return launch->query_at(tile, row); }
   __device__ __forceinline__ bool ours(int row) const {
     if (row >= rows) return false;
-    return !launch->only || launch->only[batch * launch->job.params.q_heads + place(row).head];
+    return !launch->only || launch->only[tile.batch * launch->job.params.q_heads + place(row).head];
   }
 
   __device__ __forceinline__ const T* query(int row) const {
     if (!ours(row)) return nullptr;
     const QueryPlace at = place(row);
-    return row_of<T>(launch->job.tensors.q, batch, at.head, at.query);
+    return row_of<T>(launch->job.tensors.q, tile.batch, at.head, at.query);
   }
   __device__ __forceinline__ const T* key(int block, int row) const {
     const QuantumAttentionTensors& t = launch->job.tensors;
@@ -128,8 +150,8 @@ class ExactTile {
   __device__ __forceinline__ Run<T> query_run(int part) const {
     const int at = part * kRun;
     if (launch->pack > 1 && (launch->only || launch->by_queries.divisor > 1)) return {nullptr, 0, kUneven};
-    return {row_of<T>(launch->job.tensors.q, batch, first_head, 0) +
-                static_cast<uint64_t>(first_row + at) * launch->query_stride,
+    return {row_of<T>(launch->job.tensors.q, tile.batch, tile.first_head, 0) +
+                static_cast<uint64_t>(tile.first_row + at) * launch->query_stride,
             launch->query_stride, rows - at};
   }
   __device__ __forceinline__ Run<T> key_run(int block, int part) const {
@@ -191,18 +213,13 @@ class ExactTile {
     for (int m = 0; m < kCount; ++m) at(m) = key(m) >= lo && key(m) < hi ? at(m) : -kInf;
   }
 
-  // The row's place among the rows of all heads, for parts.
-  __device__ __forceinline__ int64_t part_row(int row) const {
-    const QueryPlace at = place(row);
-    const QuantumAttentionParams& p = launch->job.params;
-    return part * launch->rows() + (batch * p.q_heads + at.head) * p.q_len + at.query;
-  }
   __device__ __forceinline__ T* output(int row) const {
     const QueryPlace at = place(row);
-    return output_row<T>(launch->job, batch, at.head, at.query);
+    return output_row<T>(launch->job, tile.batch, at.head, at.query);
   }
 
   int count;  // of blocks of keys
+  int slot;   // of the part of row 0, launch->parts before that of row 1; < 0: the tile's keys are not cut
   int head_size, v_head_size;
   float scale;
 
@@ -225,7 +242,7 @@ class ExactTile {
     bias_step = mask.query_stride == 0 && (launch->pack == 1 || mask.head_stride == 0) ? 0 : kBiasRow;
     // A thread stays with one key.
     const int rows = bias_step ? kQueries : 1, key = static_cast<int>(threadIdx.x) % kKeys, j = first + block * kKeys + key;
-    const Mask* const start = static_cast<const Mask*>(mask.data) + batch * mask.batch_stride + j;
+    const Mask* const start = static_cast<const Mask*>(mask.data) + tile.batch * mask.batch_stride + j;
     bool any = false;
 #pragma unroll 4
     for (int row = static_cast<int>(threadIdx.x) / kKeys; row < rows; row += static_cast<int>(blockDim.x) / kKeys) {
@@ -260,7 +277,7 @@ class ExactTile {
   }
 
   const ExactLaunch* launch;
-  int batch, first_head, first_row, part;
+  TilePlace tile;
   int first, end;        // of the keys
   int all_from, all_to;  // the keys that every row sees
   int rows;              // of the tile

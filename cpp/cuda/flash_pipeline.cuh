@@ -17,7 +17,6 @@ struct PipelineTile {
   using T = T_;
   static constexpr int kHead = kHead_, kRowTiles = 1, kKeys = kKeys_, kStages = kStages_, kConsumers = kConsumers_;
   static constexpr int kGroup = 128, kThreads = kGroup * (kConsumers + 1), kCopiers = kGroup, kBlocksPerProcessor = 1;
-  static constexpr int kPartsPerProcessor = 1, kMostJoined = 0;
   static constexpr int kSplits = kSplits_, kRowGroups = kConsumers / kSplits, kQueries = 64 * kRowGroups;
   static_assert(kSplits == 1 || kConsumers == kSplits);
   static_assert(kStages >= 2 && kStages >= 2 * kSplits - 1, "a slot that nobody would free");

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kReadThreads, kReadBlocks) read_parts_kernel(c
     }
     __syncthreads();
   }
-  const int64_t at = part * decode.rows() + row;
+  const int64_t at = row * decode.parts + part;
   if (thread == 0) decode.part_stats[2 * at] = most, decode.part_stats[2 * at + 1] = sum;
   for (int x = thread; x < v_size; x += kReadThreads) decode.part_outputs[at * v_size + x] = output[x];
 }

@@ -155,12 +155,12 @@ __global__ void __launch_bounds__(kJoinThreads) settle_rows_kernel(const __grid_
   const int size = static_cast<int>(p.v_head_size), thread = static_cast<int>(threadIdx.x);
   float* const y = dynamic_shared<float>();  // (size)
   float* const parts = y + size;             // (kWarps, size)
-  float* const joining = parts + kWarps * size;
   double square = 0.0, norm = 0.0;
   for (int64_t query = 0; query < p.q_len; ++query) {
     const int64_t row = place * p.q_len + query;
-    const RowParts of_row{decode.part_stats + 2 * row, decode.part_outputs + row * size, decode.parts, decode.rows()};
-    const JoinedSum joined = join_parts(of_row, size, joining, [&](int column, float x) { y[column] = x; });
+    const int64_t at = row * decode.parts;
+    const RowParts of_row{decode.part_stats + 2 * at, decode.part_outputs + at * size, decode.parts};
+    const JoinedSum joined = join_parts(of_row, size, whole_block(), [&](int column, float x) { y[column] = x; });
     __syncthreads();
     if (decode.draws) {
       const RowError error = settle_residual<T>(decode, row, joined, y, parts, sample);
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kJoinThreads) settle_rows_kernel(const __grid_
 template <class T>
 void settle(Status& status, const DecodeLaunch& decode, void* stream) {
   const size_t rows = sizeof(float) * static_cast<size_t>((1 + kWarps) * decode.job.params.v_head_size);
-  launch(status, settle_rows_kernel<T>, dim3(static_cast<unsigned>(decode.places())), dim3(kJoinThreads),
-         rows + join_shared_bytes(decode.parts), stream, decode);
+  launch(status, settle_rows_kernel<T>, dim3(static_cast<unsigned>(decode.places())), dim3(kJoinThreads), rows, stream,
+         decode);
 }
 
 }  // namespace

@@ -101,6 +101,18 @@ def test_exact_in_full_tiles(device, dtype, times, case):
     assert_close(attention(device, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("batch", "q_heads", "queries"), [(7, 20, 60), (1, 8, 3200)])
+def test_tiles_beyond_a_full_wave(gpu, batch, q_heads, queries, dtype, size):
+    """With 132 multiprocessors the keys of the last tiles, of 60 or 192 queries, are cut, as in exact_parts_test.cc."""
+    case = Case("last_wave", batch, q_heads, q_heads // 2, queries, kv_len=2000, head_size=size, v_head_size=size)
+    feeds, attributes = rounded(case.inputs(), dtype), case.all_attributes(strategy="exact")
+    want = run_ref(feeds, dtype, 0, attributes)["Y"]
+    assert_close(attention(gpu, feeds, dtype, 0, attributes)["Y"], want, dtype, "Y")
+
+
 @on_each_tile
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("most", [15, 500])
