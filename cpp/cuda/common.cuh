@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -35,6 +36,8 @@ struct Status {
   }
 };
 
+constexpr int kSharedDeclared = 8 * 1024;  // bytes of shared memory that a kernel declares, at most; the rest is dynamic
+
 #ifndef QEXPORT_CUDA_EMULATION
 
 __device__ __forceinline__ char* dynamic_shared_bytes() {
@@ -46,6 +49,8 @@ inline void check(Status& status, cudaError_t code) {
   if (code != cudaSuccess) status.fail(cudaGetErrorString(code));
 }
 
+constexpr size_t kSharedUnasked = 48 * 1024;  // that a block may have: what its kernel declares, and dynamic memory
+
 // Lets a kernel have so many bytes of dynamic shared memory on the current device. What it may have grows and never shrinks:
 // another thread may be about to start it with more.
 inline void allow_shared(Status& status, const void* kernel, size_t bytes) {
@@ -53,8 +58,10 @@ inline void allow_shared(Status& status, const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   cudaFuncAttributes now{};
   check(status, cudaFuncGetAttributes(&now, kernel));
-  if (!status.ok() || static_cast<size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
-  check(status, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  const size_t has = static_cast<size_t>(now.maxDynamicSharedSizeBytes);
+  if (!status.ok() || now.sharedSizeBytes + bytes <= kSharedUnasked || (has > kSharedUnasked && has >= bytes)) return;
+  const int most = static_cast<int>(std::max(has, bytes));
+  check(status, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // Queues kernel<<<grid, block, shared_bytes, stream>>>(args...).
@@ -62,7 +69,8 @@ template <class... Params, class... Args>
 void launch(Status& status, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Args... args) {
   if (!status.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) allow_shared(status, reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (shared_bytes + kSharedDeclared > kSharedUnasked)
+    allow_shared(status, reinterpret_cast<const void*>(kernel), shared_bytes);
   if (!status.ok()) return;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
   check(status, cudaGetLastError());
