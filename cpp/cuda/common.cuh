@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <mutex>
 
 #include "qexport/cuda_kernels.h"
@@ -35,6 +36,17 @@ struct Status {
     if (!text) text = message;
   }
 };
+
+// The newest of the `compiled` architectures (10 * compute capability) that has code for a card: what its kernels are,
+// whatever the card could do. Those of 9.0 are for it alone (sm_90a).
+constexpr int code_for(int capability, std::initializer_list<int> compiled) {
+  int found = 0;
+  for (const int architecture : compiled) {
+    const int own = architecture / 10;
+    if (own <= capability && own > found && (own != 90 || capability == 90)) found = own;
+  }
+  return found;
+}
 
 constexpr int kSharedDeclared = 8 * 1024;  // bytes of shared memory that a kernel declares, at most; the rest is dynamic
 
@@ -80,8 +92,8 @@ inline void fill_zero(Status& status, void* data, size_t bytes, void* stream) {
   if (status.ok() && bytes) check(status, cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// Compute capability of the current device as 10 * major + minor, its number of multiprocessors, and the most shared memory
-// that a block of threads may have.
+// The compute capability, as 10 * major + minor, that the kernels of the current device were compiled for, its number of
+// multiprocessors, and the most shared memory that a block of threads may have.
 struct Device {
   int capability, multiprocessors, shared_bytes;
 };
@@ -92,7 +104,7 @@ inline Device current_device(Status& status) {
   check(status, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id));
   check(status, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id));
   check(status, cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-  return {10 * major + minor, count, shared};
+  return {code_for(10 * major + minor, {__CUDA_ARCH_LIST__}), count, shared};
 }
 
 #endif
