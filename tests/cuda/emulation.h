@@ -1,6 +1,7 @@
 // CUDA kernels on the CPU, for tests without a GPU: the threads of a block run as fibers of one thread, switching at
 // barriers and warp operations, in an order that changes from round to round so that a missing barrier shows as a wrong
-// result. Needs the headers of a CUDA toolkit (types alone), no CUDA library and no GPU.
+// result, as does an asynchronous copy that nobody waited for. Needs the headers of a CUDA toolkit (types alone), no CUDA
+// library and no GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,6 +51,11 @@ struct Meeting {
   }
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
 struct Thread {
   dim3 index;
   int lane, warp;
@@ -59,11 +65,16 @@ struct Thread {
   bool started = false, done = false;
   const Meeting* waits = nullptr;  // for this meeting to be over, the generation of which is
   uint64_t generation = 0;
+  std::vector<Copy> copies;    // that have not arrived, in order
+  std::vector<size_t> groups;  // how many of them were started when each group was closed
+
+  void finish_copies(size_t count);
 };
 
 struct Warp {
   Meeting meeting;
-  uint64_t slot[2][32][2];  // by parity of the meeting: a thread is never two of them ahead
+  const char* operation = "";  // that its lanes meet at
+  uint64_t slot[2][32][2];     // by parity of the meeting: a thread is never two of them ahead
 };
 
 struct Block {
@@ -106,16 +117,22 @@ inline void meet(Meeting& meeting) {
 
 inline void barrier() { meet(block->meeting); }
 inline Warp& own_warp() { return block->warps[static_cast<size_t>(block->now->warp)]; }
-inline void warp_meet() { meet(own_warp().meeting); }
+inline void warp_meet(const char* operation) {
+  Warp& warp = own_warp();
+  if (warp.meeting.running != 32) die("a warp operation after some lanes have ended");
+  if (warp.meeting.arrived == 0) warp.operation = operation;
+  if (std::strcmp(warp.operation, operation)) die("lanes of a warp meet at different operations");
+  meet(warp.meeting);
+}
 
 // Every lane gives 16 bytes; returns the slots of all lanes.
 template <class T>
-const uint64_t (*exchange(const T& value))[2] {
+const uint64_t (*exchange(const char* operation, const T& value))[2] {
   static_assert(sizeof(T) <= 16);
   Warp& warp = own_warp();
   auto& slots = warp.slot[warp.meeting.generation % 2];
   std::memcpy(slots[block->now->lane], &value, sizeof(T));
-  warp_meet();
+  warp_meet(operation);
   return slots;
 }
 template <class T>
@@ -128,8 +145,11 @@ inline void check_mask(unsigned mask) {
   if (mask != 0xffffffffu) die("warp operation without the full mask");
 }
 
+constexpr size_t kSharedAlign = 1024;
+constexpr char kUnwritten = static_cast<char>(0xff);  // memory that a kernel does not fill: here NaN of every type
 void run_block(const std::function<void()>& body);
 char* shared_memory();
+void check_shared(size_t bytes);  // nothing was written behind them
 
 }  // namespace emulation
 
@@ -141,7 +161,7 @@ char* shared_memory();
 inline void __syncthreads() { emulation::barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::check_mask(mask);
-  emulation::warp_meet();
+  emulation::warp_meet("__syncwarp");
 }
 inline int __syncthreads_or(int predicate) {
   static int any[2];
@@ -154,30 +174,36 @@ inline int __syncthreads_or(int predicate) {
   any[slot] = 0;
   return result;
 }
+namespace emulation {
+template <class T>
+T shuffle(const char* operation, unsigned mask, const T& value, int lane, int width) {
+  check_mask(mask);
+  const auto* slots = exchange(operation, value);
+  return from_slot<T>(slots[block->now->lane / width * width + (lane & (width - 1))]);
+}
+inline unsigned vote(const char* operation, unsigned mask, int predicate) {
+  check_mask(mask);
+  const auto* slots = exchange(operation, predicate ? 1 : 0);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= from_slot<int>(slots[i]) ? 1u << i : 0u;
+  return bits;
+}
+}  // namespace emulation
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
-  emulation::check_mask(mask);
-  const auto* slots = emulation::exchange(value);
-  const int self = emulation::block->now->lane;
-  return emulation::from_slot<T>(slots[self / width * width + (lane & (width - 1))]);
+  return emulation::shuffle("__shfl_sync", mask, value, lane, width);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other, int width = 32) {
-  return __shfl_sync(mask, value, (emulation::block->now->lane % width) ^ other, width);
+  return emulation::shuffle("__shfl_xor_sync", mask, value, emulation::block->now->lane % width ^ other, width);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int at = emulation::block->now->lane % width - static_cast<int>(delta);
-  return __shfl_sync(mask, value, at < 0 ? emulation::block->now->lane % width : at, width);
+  const int own = emulation::block->now->lane % width, at = own - static_cast<int>(delta);
+  return emulation::shuffle("__shfl_up_sync", mask, value, at < 0 ? own : at, width);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  emulation::check_mask(mask);
-  const auto* slots = emulation::exchange(predicate ? 1 : 0);
-  unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= emulation::from_slot<int>(slots[i]) ? 1u << i : 0u;
-  return bits;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulation::vote("__ballot_sync", mask, predicate); }
+inline int __any_sync(unsigned mask, int predicate) { return emulation::vote("__any_sync", mask, predicate) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
@@ -250,16 +276,17 @@ void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, 
   if (!status.ok()) return;
   if (shared_bytes > static_cast<size_t>(device_of_tests().shared_bytes)) return status.fail("too much shared memory");
   if (size.x * size.y * size.z > 1024) return status.fail("too many threads");
+  if (grid.x > INT32_MAX || std::max(grid.y, grid.z) > UINT16_MAX) return status.fail("too many blocks");
   const std::tuple<Params...> values(static_cast<Params>(args)...);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         emulation::Block block{};
         block.index = dim3(x, y, z), block.size = size, block.grid = grid;
-        // Memory that a kernel does not fill holds anything, here NaN of every type.
-        block.shared.assign(shared_bytes + 1024, static_cast<char>(0xff));
+        block.shared.assign(shared_bytes + 2 * emulation::kSharedAlign, emulation::kUnwritten);
         emulation::block = &block;
         emulation::run_block([&] { std::apply(kernel, values); });
+        emulation::check_shared(shared_bytes);
         emulation::block = nullptr;
       }
     }
@@ -291,7 +318,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   };
   float A[16][16], B[16][8];
   Pair pair{{a[0], a[1], a[2], a[3]}};
-  const auto* left = emulation::exchange(pair);
+  const auto* left = emulation::exchange("mma_16816", pair);
   for (int lane = 0; lane < 32; ++lane) {
     const Pair p = emulation::from_slot<Pair>(left[lane]);
     for (int i = 0; i < 4; ++i) {
@@ -299,7 +326,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
   }
   pair = {{b[0], b[1], 0, 0}};
-  const auto* right = emulation::exchange(pair);
+  const auto* right = emulation::exchange("mma_16816", pair);
   for (int lane = 0; lane < 32; ++lane) {
     const Pair p = emulation::from_slot<Pair>(right[lane]);
     for (int i = 0; i < 2; ++i) {
@@ -322,12 +349,12 @@ inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     uint32_t x[4];
   };
   double A[16][8], B[8][8];
-  const auto* left = emulation::exchange(Four{{a[0], a[1], a[2], a[3]}});
+  const auto* left = emulation::exchange("mma_1688", Four{{a[0], a[1], a[2], a[3]}});
   for (int lane = 0; lane < 32; ++lane) {
     const Four own = emulation::from_slot<Four>(left[lane]);
     for (int i = 0; i < 4; ++i) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(own.x[i]);
   }
-  const auto* right = emulation::exchange(Four{{b0, b1, 0, 0}});
+  const auto* right = emulation::exchange("mma_1688", Four{{b0, b1, 0, 0}});
   for (int lane = 0; lane < 32; ++lane) {
     const Four own = emulation::from_slot<Four>(right[lane]);
     for (int i = 0; i < 2; ++i) B[lane % 4 + i * 4][lane / 4] = tf32(own.x[i]);
@@ -342,7 +369,7 @@ inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
-  const auto* slots = emulation::exchange(row);
+  const auto* slots = emulation::exchange("ldmatrix", row);
   const int self = emulation::block->now->lane;
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
@@ -354,23 +381,25 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
     }
     r[m] = join_halves(pair[0], pair[1]);
   }
-  emulation::warp_meet();  // nobody writes the rows before all have read them
+  emulation::warp_meet("ldmatrix");  // nobody writes the rows before all have read them
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
-// Copies arrive at once: emulation does not find a missing wait.
+// Copies arrive when they are waited for, as late as they may.
 inline void cp_async_16(void* dst, const void* src, bool valid) {
   if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16)
     emulation::die("cp_async: not aligned");
-  if (valid) {
-    std::memcpy(dst, src, 16);
-  } else {
-    std::memset(dst, 0, 16);
-  }
+  emulation::block->now->copies.push_back({dst, valid ? src : nullptr});
 }
-inline void cp_async_commit() {}
-template <int>
-void cp_async_wait() {}
+inline void cp_async_commit() {
+  emulation::Thread& self = *emulation::block->now;
+  self.groups.push_back(self.copies.size());
+}
+template <int kPending>
+void cp_async_wait() {
+  const std::vector<size_t>& groups = emulation::block->now->groups;
+  if (groups.size() > kPending) emulation::block->now->finish_copies(groups[groups.size() - 1 - kPending]);
+}
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
@@ -378,13 +407,20 @@ inline void phase_init(uint64_t* barrier, int arrivals) {
   emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);
 }
 inline void phase_arrive(uint64_t* barrier) { emulation::arrive(emulation::block->phases.at(barrier)); }
-inline void phase_arrive_after_copies(uint64_t* barrier) { phase_arrive(barrier); }
+inline void phase_arrive_after_copies(uint64_t* barrier) {
+  emulation::Thread& self = *emulation::block->now;
+  self.finish_copies(self.copies.size());
+  phase_arrive(barrier);
+}
 inline void phase_wait(uint64_t* barrier, int parity) {
   const emulation::Meeting& phases = emulation::block->phases.at(barrier);
   if (phases.generation % 2 == static_cast<unsigned>(parity)) emulation::await(phases);
 }
 inline emulation::Meeting& numbered_barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32) emulation::die("numbered barriers are 1 to 15, of whole warps");
   emulation::Meeting& barrier = emulation::block->numbered[id];
+  if (barrier.arrived && barrier.running != static_cast<unsigned>(threads))
+    emulation::die("a numbered barrier of different numbers of threads");
   barrier.running = static_cast<unsigned>(threads);
   return barrier;
 }

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 INCLUDES = (ROOT / "cpp" / "include", ROOT / "cpp" / "cuda", ROOT / "tests" / "cuda")
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    "-DQEXPORT_CUDA_EMULATION",
+    *("-DQEXPORT_CUDA_EMULATION", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"),
 )
 
 
@@ -66,6 +66,6 @@ def build(cache: Path, program: Path | None = None) -> Path:
     result = cache / (f"{program.stem}-{key}" if program else f"libqexport_cuda_emulation-{key}.so")
     if not result.is_file():
         part = result.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *([] if program else ["-shared"]), *map(str, objects), "-o", str(part)], check=True)
+        subprocess.run([compiler, *(["-fsanitize=alignment"] if program else ["-fsanitize=alignment", "-shared"]), *map(str, objects), "-o", str(part)], check=True)
         part.replace(result)
     return result
