@@ -13,8 +13,10 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <mutex>
 
 #include "qexport/cuda_kernels.h"
@@ -35,6 +37,19 @@ struct Status {
   }
 };
 
+// The newest of the `compiled` architectures (10 * compute capability) that has code for a card: what its kernels are,
+// whatever the card could do. Those of 9.0 are for it alone (sm_90a).
+constexpr int code_for(int capability, std::initializer_list<int> compiled) {
+  int found = 0;
+  for (const int architecture : compiled) {
+    const int own = architecture / 10;
+    if (own <= capability && own > found && (own != 90 || capability == 90)) found = own;
+  }
+  return found;
+}
+
+constexpr int kSharedDeclared = 8 * 1024;  // bytes of shared memory that a kernel declares, at most; the rest is dynamic
+
 #ifndef QEXPORT_CUDA_EMULATION
 
 __device__ __forceinline__ char* dynamic_shared_bytes() {
@@ -48,6 +63,8 @@ inline void check(Status& status, cudaError_t code) {
   cudaGetLastError();  // which the next launch of this thread would take for its own
 }
 
+constexpr size_t kSharedUnasked = 48 * 1024;  // that a block may have: what its kernel declares, and dynamic memory
+
 // Lets a kernel have so many bytes of dynamic shared memory on the current device. What it may have grows and never shrinks:
 // another thread may be about to start it with more.
 inline void allow_shared(Status& status, const void* kernel, size_t bytes) {
@@ -55,8 +72,10 @@ inline void allow_shared(Status& status, const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   cudaFuncAttributes now{};
   check(status, cudaFuncGetAttributes(&now, kernel));
-  if (!status.ok() || static_cast<size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
-  check(status, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  const size_t has = static_cast<size_t>(now.maxDynamicSharedSizeBytes);
+  if (!status.ok() || now.sharedSizeBytes + bytes <= kSharedUnasked || (has > kSharedUnasked && has >= bytes)) return;
+  const int most = static_cast<int>(std::max(has, bytes));
+  check(status, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // Queues kernel<<<grid, block, shared_bytes, stream>>>(args...).
@@ -64,7 +83,8 @@ template <class... Params, class... Args>
 void launch(Status& status, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Args... args) {
   if (!status.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) allow_shared(status, reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (shared_bytes + kSharedDeclared > kSharedUnasked)
+    allow_shared(status, reinterpret_cast<const void*>(kernel), shared_bytes);
   if (!status.ok()) return;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
   check(status, cudaGetLastError());
@@ -74,8 +94,8 @@ inline void fill_zero(Status& status, void* data, size_t bytes, void* stream) {
   if (status.ok() && bytes) check(status, cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// Compute capability of the current device as 10 * major + minor, its number of multiprocessors, and the most shared memory
-// that a block of threads may have.
+// The compute capability, as 10 * major + minor, that the kernels of the current device were compiled for, its number of
+// multiprocessors, and the most shared memory that a block of threads may have.
 struct Device {
   int capability, multiprocessors, shared_bytes;
 };
@@ -86,7 +106,7 @@ inline Device current_device(Status& status) {
   check(status, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id));
   check(status, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id));
   check(status, cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-  return {10 * major + minor, count, shared};
+  return {code_for(10 * major + minor, {__CUDA_ARCH_LIST__}), count, shared};
 }
 
 #endif

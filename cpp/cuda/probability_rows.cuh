@@ -39,8 +39,7 @@ __device__ __forceinline__ bool is_distribution(double sum, double tolerance) {
 
 // What a block may have as dynamic shared memory, beside up to 8 KB that kernels declare.
 inline size_t most_shared_bytes(const Device& device) {
-  constexpr int kDeclared = 8 * 1024;
-  return device.shared_bytes > kDeclared ? static_cast<size_t>(device.shared_bytes - kDeclared) : 0;
+  return device.shared_bytes > kSharedDeclared ? static_cast<size_t>(device.shared_bytes - kSharedDeclared) : 0;
 }
 
 }  // namespace cuda

@@ -15,6 +15,7 @@ void enter() {
   (*work)();
   block->now->done = true;
   block->meeting.leave();
+  if (own_warp().meeting.arrived) die("a lane ends while others of its warp wait for it");
   own_warp().meeting.leave();
   std::longjmp(block->scheduler, 1);
 }
@@ -36,7 +37,25 @@ void yield() {
 
 char* shared_memory() {
   const uintptr_t address = reinterpret_cast<uintptr_t>(block->shared.data());
-  return reinterpret_cast<char*>((address + 1023) / 1024 * 1024);
+  return reinterpret_cast<char*>((address + kSharedAlign - 1) / kSharedAlign * kSharedAlign);
+}
+
+void check_shared(size_t bytes) {
+  const char *const end = shared_memory() + bytes, *const all = block->shared.data() + block->shared.size();
+  if (std::any_of(end, all, [](char byte) { return byte != kUnwritten; })) die("a write behind the shared memory");
+}
+
+void Thread::finish_copies(size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    if (copies[i].from) {
+      std::memcpy(copies[i].to, copies[i].from, 16);
+    } else {
+      std::memset(copies[i].to, 0, 16);
+    }
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
+  while (!groups.empty() && groups.front() <= count) groups.erase(groups.begin());
+  for (size_t& group : groups) group -= count;
 }
 
 void run_block(const std::function<void()>& body) {

@@ -1,6 +1,7 @@
 // CUDA kernels on the CPU, for tests without a GPU: the threads of a block run as fibers of one thread, switching at
 // barriers and warp operations, in an order that changes from round to round so that a missing barrier shows as a wrong
-// result. Needs the headers of a CUDA toolkit (types alone), no CUDA library and no GPU.
+// result, as does an asynchronous copy that nobody waited for. Needs the headers of a CUDA toolkit (types alone), no CUDA
+// library and no GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,16 +45,17 @@ void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, 
   if (!status.ok()) return;
   if (shared_bytes > static_cast<size_t>(device_of_tests().shared_bytes)) return status.fail("too much shared memory");
   if (size.x * size.y * size.z > 1024) return status.fail("too many threads");
+  if (grid.x > INT32_MAX || std::max(grid.y, grid.z) > UINT16_MAX) return status.fail("too many blocks");
   const std::tuple<Params...> values(static_cast<Params>(args)...);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         emulation::Block block{};
         block.index = dim3(x, y, z), block.size = size, block.grid = grid;
-        // Memory that a kernel does not fill holds anything, here NaN of every type.
-        block.shared.assign(shared_bytes + 1024, static_cast<char>(0xff));
+        block.shared.assign(shared_bytes + 2 * emulation::kSharedAlign, emulation::kUnwritten);
         emulation::block = &block;
         emulation::run_block([&] { std::apply(kernel, values); });
+        emulation::check_shared(shared_bytes);
         emulation::block = nullptr;
       }
     }

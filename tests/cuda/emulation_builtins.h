@@ -33,7 +33,7 @@
 inline void __syncthreads() { emulation::barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::check_mask(mask);
-  emulation::warp_meet();
+  emulation::warp_meet("__syncwarp");
 }
 inline int __syncthreads_or(int predicate) {
   static int any[2];
@@ -46,30 +46,36 @@ inline int __syncthreads_or(int predicate) {
   any[slot] = 0;
   return result;
 }
+namespace emulation {
+template <class T>
+T shuffle(const char* operation, unsigned mask, const T& value, int lane, int width) {
+  check_mask(mask);
+  const auto* slots = exchange(operation, value);
+  return from_slot<T>(slots[block->now->lane / width * width + (lane & (width - 1))]);
+}
+inline unsigned vote(const char* operation, unsigned mask, int predicate) {
+  check_mask(mask);
+  const auto* slots = exchange(operation, predicate ? 1 : 0);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= from_slot<int>(slots[i]) ? 1u << i : 0u;
+  return bits;
+}
+}  // namespace emulation
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
-  emulation::check_mask(mask);
-  const auto* slots = emulation::exchange(value);
-  const int self = emulation::block->now->lane;
-  return emulation::from_slot<T>(slots[self / width * width + (lane & (width - 1))]);
+  return emulation::shuffle("__shfl_sync", mask, value, lane, width);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other, int width = 32) {
-  return __shfl_sync(mask, value, (emulation::block->now->lane % width) ^ other, width);
+  return emulation::shuffle("__shfl_xor_sync", mask, value, emulation::block->now->lane % width ^ other, width);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int at = emulation::block->now->lane % width - static_cast<int>(delta);
-  return __shfl_sync(mask, value, at < 0 ? emulation::block->now->lane % width : at, width);
+  const int own = emulation::block->now->lane % width, at = own - static_cast<int>(delta);
+  return emulation::shuffle("__shfl_up_sync", mask, value, at < 0 ? own : at, width);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  emulation::check_mask(mask);
-  const auto* slots = emulation::exchange(predicate ? 1 : 0);
-  unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= emulation::from_slot<int>(slots[i]) ? 1u << i : 0u;
-  return bits;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulation::vote("__ballot_sync", mask, predicate); }
+inline int __any_sync(unsigned mask, int predicate) { return emulation::vote("__any_sync", mask, predicate) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {

@@ -12,9 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 INCLUDES = (ROOT / "cpp" / "include", ROOT / "cpp" / "cuda", ROOT / "tests" / "cuda")
+ALIGNMENT = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")  # x86 reads 16 bytes anywhere, a GPU does not
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    "-DQEXPORT_CUDA_EMULATION",
+    *("-DQEXPORT_CUDA_EMULATION", *ALIGNMENT),
 )
 
 
@@ -66,6 +67,7 @@ def build(cache: Path, program: Path | None = None) -> Path:
     result = cache / (f"{program.stem}-{key}" if program else f"libqexport_cuda_emulation-{key}.so")
     if not result.is_file():
         part = result.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *([] if program else ["-shared"]), *map(str, objects), "-o", str(part)], check=True)
+        kind = [] if program else ["-shared"]
+        subprocess.run([compiler, *ALIGNMENT, *kind, *map(str, objects), "-o", str(part)], check=True)
         part.replace(result)
     return result

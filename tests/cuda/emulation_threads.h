@@ -27,6 +27,11 @@ struct Meeting {
   }
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
 struct Thread {
   dim3 index;
   int lane, warp;
@@ -36,11 +41,16 @@ struct Thread {
   bool started = false, done = false;
   const Meeting* waits = nullptr;  // for this meeting to be over, the generation of which is
   uint64_t generation = 0;
+  std::vector<Copy> copies;    // that have not arrived, in order
+  std::vector<size_t> groups;  // how many of them were started when each group was closed
+
+  void finish_copies(size_t count);
 };
 
 struct Warp {
   Meeting meeting;
-  uint64_t slot[2][32][2];  // by parity of the meeting: a thread is never two of them ahead
+  const char* operation = "";  // that its lanes meet at
+  uint64_t slot[2][32][2];     // by parity of the meeting: a thread is never two of them ahead
 };
 
 struct Block {
@@ -83,16 +93,22 @@ inline void meet(Meeting& meeting) {
 
 inline void barrier() { meet(block->meeting); }
 inline Warp& own_warp() { return block->warps[static_cast<size_t>(block->now->warp)]; }
-inline void warp_meet() { meet(own_warp().meeting); }
+inline void warp_meet(const char* operation) {
+  Warp& warp = own_warp();
+  if (warp.meeting.running != 32) die("a warp operation after some lanes have ended");
+  if (warp.meeting.arrived == 0) warp.operation = operation;
+  if (std::strcmp(warp.operation, operation)) die("lanes of a warp meet at different operations");
+  meet(warp.meeting);
+}
 
 // Every lane gives 16 bytes; returns the slots of all lanes.
 template <class T>
-const uint64_t (*exchange(const T& value))[2] {
+const uint64_t (*exchange(const char* operation, const T& value))[2] {
   static_assert(sizeof(T) <= 16);
   Warp& warp = own_warp();
   auto& slots = warp.slot[warp.meeting.generation % 2];
   std::memcpy(slots[block->now->lane], &value, sizeof(T));
-  warp_meet();
+  warp_meet(operation);
   return slots;
 }
 template <class T>
@@ -105,7 +121,10 @@ inline void check_mask(unsigned mask) {
   if (mask != 0xffffffffu) die("warp operation without the full mask");
 }
 
+constexpr size_t kSharedAlign = 1024;
+constexpr char kUnwritten = static_cast<char>(0xff);  // memory that a kernel does not fill: here NaN of every type
 void run_block(const std::function<void()>& body);
 char* shared_memory();
+void check_shared(size_t bytes);  // nothing was written behind them
 
 }  // namespace emulation

@@ -27,7 +27,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   };
   float A[16][16], B[16][8];
   Pair pair{{a[0], a[1], a[2], a[3]}};
-  const auto* left = emulation::exchange(pair);
+  const auto* left = emulation::exchange("mma_16816", pair);
   for (int lane = 0; lane < 32; ++lane) {
     const Pair p = emulation::from_slot<Pair>(left[lane]);
     for (int i = 0; i < 4; ++i) {
@@ -35,7 +35,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
   }
   pair = {{b[0], b[1], 0, 0}};
-  const auto* right = emulation::exchange(pair);
+  const auto* right = emulation::exchange("mma_16816", pair);
   for (int lane = 0; lane < 32; ++lane) {
     const Pair p = emulation::from_slot<Pair>(right[lane]);
     for (int i = 0; i < 2; ++i) {
@@ -58,12 +58,12 @@ inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     uint32_t x[4];
   };
   double A[16][8], B[8][8];
-  const auto* left = emulation::exchange(Four{{a[0], a[1], a[2], a[3]}});
+  const auto* left = emulation::exchange("mma_1688", Four{{a[0], a[1], a[2], a[3]}});
   for (int lane = 0; lane < 32; ++lane) {
     const Four own = emulation::from_slot<Four>(left[lane]);
     for (int i = 0; i < 4; ++i) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(own.x[i]);
   }
-  const auto* right = emulation::exchange(Four{{b0, b1, 0, 0}});
+  const auto* right = emulation::exchange("mma_1688", Four{{b0, b1, 0, 0}});
   for (int lane = 0; lane < 32; ++lane) {
     const Four own = emulation::from_slot<Four>(right[lane]);
     for (int i = 0; i < 2; ++i) B[lane % 4 + i * 4][lane / 4] = tf32(own.x[i]);
@@ -78,7 +78,7 @@ inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
-  const auto* slots = emulation::exchange(row);
+  const auto* slots = emulation::exchange("ldmatrix", row);
   const int self = emulation::block->now->lane;
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
@@ -90,23 +90,25 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
     }
     r[m] = join_halves(pair[0], pair[1]);
   }
-  emulation::warp_meet();  // nobody writes the rows before all have read them
+  emulation::warp_meet("ldmatrix");  // nobody writes the rows before all have read them
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
-// Copies arrive at once: emulation does not find a missing wait.
+// Copies arrive when they are waited for, as late as they may.
 inline void cp_async_16(void* dst, const void* src, bool valid) {
   if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16)
     emulation::die("cp_async: not aligned");
-  if (valid) {
-    std::memcpy(dst, src, 16);
-  } else {
-    std::memset(dst, 0, 16);
-  }
+  emulation::block->now->copies.push_back({dst, valid ? src : nullptr});
 }
-inline void cp_async_commit() {}
-template <int>
-void cp_async_wait() {}
+inline void cp_async_commit() {
+  emulation::Thread& self = *emulation::block->now;
+  self.groups.push_back(self.copies.size());
+}
+template <int kPending>
+void cp_async_wait() {
+  const std::vector<size_t>& groups = emulation::block->now->groups;
+  if (groups.size() > kPending) emulation::block->now->finish_copies(groups[groups.size() - 1 - kPending]);
+}
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
@@ -114,13 +116,20 @@ inline void phase_init(uint64_t* barrier, int arrivals) {
   emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);
 }
 inline void phase_arrive(uint64_t* barrier) { emulation::arrive(emulation::block->phases.at(barrier)); }
-inline void phase_arrive_after_copies(uint64_t* barrier) { phase_arrive(barrier); }
+inline void phase_arrive_after_copies(uint64_t* barrier) {
+  emulation::Thread& self = *emulation::block->now;
+  self.finish_copies(self.copies.size());
+  phase_arrive(barrier);
+}
 inline void phase_wait(uint64_t* barrier, int parity) {
   const emulation::Meeting& phases = emulation::block->phases.at(barrier);
   if (phases.generation % 2 == static_cast<unsigned>(parity)) emulation::await(phases);
 }
 inline emulation::Meeting& numbered_barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32) emulation::die("numbered barriers are 1 to 15, of whole warps");
   emulation::Meeting& barrier = emulation::block->numbered[id];
+  if (barrier.arrived && barrier.running != static_cast<unsigned>(threads))
+    emulation::die("a numbered barrier of different numbers of threads");
   barrier.running = static_cast<unsigned>(threads);
   return barrier;
 }

@@ -1,0 +1,91 @@
+// What the emulation has to notice: kernels that a GPU would run wrongly, each of which must end its process or leave its
+// output unwritten.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+
+#include "barriers.cuh"
+
+namespace qexport {
+namespace cuda {
+namespace {
+
+constexpr uint32_t kNothing = 0xffffffffu;  // as shared memory holds before anything is written
+alignas(16) uint32_t output[2 * kWarp] = {}, input[2 * kWarp] = {};
+
+// A copy for each thread, of which `kPending` groups are not waited for.
+template <int kGroups, int kPending>
+__global__ void copies() {
+  uint32_t* const shared = dynamic_shared<uint32_t>();
+  for (int i = 0; i < kGroups; ++i) {
+    cp_async_16(shared + 4 * (kWarp * i + threadIdx.x), input, true);
+    cp_async_commit();
+  }
+  cp_async_wait<kPending>();
+  __syncwarp();
+  output[threadIdx.x] = shared[4 * (kWarp * (kGroups - 1) + threadIdx.x)];
+}
+__global__ void shuffle_against_vote() {
+  if (threadIdx.x % 2) {
+    output[threadIdx.x] = __shfl_sync(kFullWarp, threadIdx.x, 0);
+  } else {
+    output[threadIdx.x] = __ballot_sync(kFullWarp, 1);
+  }
+}
+__global__ void vote_of_half_a_warp() {
+  if (threadIdx.x >= kWarp / 2) return;
+  output[threadIdx.x] = __ballot_sync(kFullWarp, 1);
+}
+__global__ void write_behind_shared() { dynamic_shared<uint32_t>()[512 + threadIdx.x] = 0; }
+__global__ void misaligned_store() {
+  *reinterpret_cast<uint4*>(output + threadIdx.x) = uint4{0, 0, 0, 0};  // 4 bytes from one thread to the next
+}
+__global__ void barrier_of_two_numbers() { numbered_wait(1, threadIdx.x < kWarp ? 2 * kWarp : 3 * kWarp); }
+__global__ void barrier_that_one_warp_misses() {
+  if (threadIdx.x < kWarp) numbered_wait(1, 2 * kWarp);
+}
+
+// Whether the kernel, of so many threads and 2048 bytes of shared memory, ends the process.
+bool dies(void (*kernel)(), int threads) {
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (!std::freopen("/dev/null", "w", stderr)) _exit(2);
+    Status status;
+    launch(status, kernel, dim3(1), dim3(static_cast<unsigned>(threads)), 2048, nullptr);
+    _exit(0);
+  }
+  int how = 0;
+  return waitpid(child, &how, 0) == child && !(WIFEXITED(how) && WEXITSTATUS(how) == 0);
+}
+// What the last thread has read of its last copy.
+uint32_t copied(void (*kernel)()) {
+  Status status;
+  launch(status, kernel, dim3(1), dim3(kWarp), 2048, nullptr);
+  return output[kWarp - 1];
+}
+
+int wrong = 0;
+void expect(bool holds, const char* what) {
+  if (!holds) std::printf("not so: %s\n", what), ++wrong;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace qexport
+
+int main() {
+  using namespace qexport::cuda;
+  expect(copied(copies<1, 0>) == 0, "a copy that was waited for is there");
+  expect(copied(copies<2, 0>) == 0, "so is the last of two");
+  expect(copied(copies<1, 1>) == kNothing, "one that was not waited for is not");
+  expect(copied(copies<2, 1>) == kNothing, "nor the last of two, of which the first was");
+  expect(dies(shuffle_against_vote, kWarp), "lanes meet at different operations");
+  expect(dies(vote_of_half_a_warp, kWarp), "a vote after lanes have ended");
+  expect(dies(write_behind_shared, kWarp), "a write behind the shared memory");
+  expect(dies(misaligned_store, kWarp), "a store of 16 bytes that begins on 4");
+  expect(dies(barrier_of_two_numbers, 3 * kWarp), "threads of a barrier that disagree on their number");
+  expect(dies(barrier_that_one_warp_misses, 2 * kWarp), "a barrier that a warp never reaches");
+  return wrong;
+}
