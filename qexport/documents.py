@@ -19,7 +19,8 @@ def load_document(path) -> dict:
     try:
         document = json.loads(path.read_bytes())  # in UTF-8, or as PowerShell writes it, in UTF-16
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give what a command printed with --json") from None
+        reason = error.strerror or error
+        raise UsageError(f"{path}: cannot be read ({reason}); give what a command printed with --json") from None
     except ValueError:  # of the encoding, too
         raise UsageError(f"{path}: not a JSON document; give what a command printed with --json") from None
     if not isinstance(document, dict):
