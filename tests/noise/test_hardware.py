@@ -175,6 +175,7 @@ def test_a_device_of_qiskit():
     device = GenericBackendV2(
         7, basis_gates=["sx", "rz", "cz"], coupling_map=CouplingMap.from_line(7), noise_info=False, seed=1
     )
+    device.set_options(seed_simulator=1)  # the seed above is of the device, not of its draws
     p = torch.from_numpy(rows(3, 21))
     for basis, want in (("z", padded(p)), ("x", walsh_hadamard(padded(p).sqrt()).square())):
         found = on_qiskit.QiskitBackend(device).measure_rows(p, SHOTS, basis=basis)
