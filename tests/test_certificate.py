@@ -12,15 +12,22 @@ from qexport.validation.statistics import ESTIMATED, EXACT, SAMPLING, SYSTEMATIC
 from qexport.validation.unpadded import by_head
 
 
+def scaled_by(factor):
+    """A plant for `make_bundle`: the first attention gets another scale than the classical one."""
+
+    def plant(model):
+        node = next(n for n in model.graph.node if n.name == "layer0.attention")
+        node.attribute.append(onnx.helper.make_attribute("scale", factor / np.sqrt(8)))
+
+    return plant
+
+
 @pytest.mark.parametrize("precision", ["auto", "bf16", "int8"])
 @pytest.mark.parametrize("strategy", ["exact", "tree"])
 def test_low_precision_counts_as_rounding_at_the_sites_that_ask_for_it(tmp_path, strategy, precision):
     """A planted scale moves the outputs by more than float32 rounds and less than the precision may."""
 
-    def plant(model):
-        node = next(n for n in model.graph.node if n.name == "layer0.attention")
-        node.attribute.append(onnx.helper.make_attribute("scale", 1.0005 / np.sqrt(8)))
-
+    plant = scaled_by(1.0005)
     attention = {"strategy": strategy, "num_samples": [64], "precision": precision}
     make_bundle(tmp_path / "low", plant=plant, attention=attention | {"error_tolerance": 0.002 * (strategy == "tree")})
     report = validate(tmp_path / "low", batch=2, seq=40)
@@ -42,12 +49,8 @@ def test_the_limit_is_the_tolerance_of_the_recipe(tmp_path):
 
 
 def test_a_site_above_its_tolerance_is_noted(tmp_path):
-    def plant(model):
-        node = next(n for n in model.graph.node if n.name == "layer0.attention")
-        node.attribute.append(onnx.helper.make_attribute("scale", 1.1 / np.sqrt(8)))
-
     attention = {"strategy": "tree", "num_samples": [64], "precision": "fp32", "error_tolerance": 0.01}
-    make_bundle(tmp_path / "b", plant=plant, attention=attention)
+    make_bundle(tmp_path / "b", plant=scaled_by(1.1), attention=attention)
     notes = [note for note in validate(tmp_path / "b").notes if "above its tolerance" in note]
     assert len(notes) == 1
     assert "encoder.0.attention" in notes[0]
@@ -80,12 +83,8 @@ def test_an_estimate_of_zero_is_told_from_rounding(tmp_path, precision, said):
 
 
 def test_an_error_that_is_more_than_rounding_is_not_called_so(tmp_path):
-    def plant(model):
-        node = next(n for n in model.graph.node if n.name == "layer0.attention")
-        node.attribute.append(onnx.helper.make_attribute("scale", 1.1 / np.sqrt(8)))
-
     attention = {"strategy": "tree", "num_samples": [64], "precision": "bf16", "error_tolerance": 0.01}
-    make_bundle(tmp_path / "b", plant=plant, attention=attention)
+    make_bundle(tmp_path / "b", plant=scaled_by(1.1), attention=attention)
     assert not [note for note in validate(tmp_path / "b").notes if "rounding" in note]
 
 
