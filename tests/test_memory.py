@@ -193,10 +193,25 @@ def test_efficiency_names_what_is_divided():
     assert set(without.values()) == {None}
 
 
-def test_what_measuring_takes_is_measured_and_bounded():
-    """A block that sleeps for half a second, looked at a hundred times a second."""
-    report = profile(lambda: time.sleep(0.5))
-    assert 0 < report.overhead["seconds"] < 0.1
+def test_what_measuring_takes_is_measured_and_bounded(monkeypatch):
+    """A counter of 10 ms, looked at a hundred times a second, would take all of the second that the block sleeps."""
+    readings = []
+
+    def read():
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+        readings.append(0)
+        return 0, None
+
+    monkeypatch.setitem(counters.SOURCES, "slow", lambda: [counters.Counter("slow", counters.HOST, "nothing", read)])
+    profiler = AdvancedMemoryProfiler(sources=("slow",), overhead=0.02)
+    with profiler.profile_block("sleep"):
+        time.sleep(1)
+    within = len(readings)
+    report = profiler.generate_report()
+    assert 0.01 * within <= report.overhead["seconds"] < 0.2
+    assert 2 <= within < 20
     assert report.overhead["share"] == pytest.approx(report.overhead["seconds"] / report.seconds)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-import time
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from qexport import _core, scaling
 from qexport.cli.scaling import command
 from qexport.errors import QexportError, UsageError
 from qexport.memory.rss import extra_rss
+from qexport.profiling.timing import interleaved
 from qexport.scaling import contenders, plot, sweep
 from qexport.scaling.contenders import FAMILIES, Entry
 from qexport.scaling.fit import power_law, predicted
@@ -87,8 +88,20 @@ def test_everybody_is_measured_or_named(causal):
         assert all(row["bound"] is None for contender in report.contenders for row in contender["lengths"])
 
 
-def fake(name: str, seconds, fails_at: int | None = None) -> Entry:
-    """A contender whose call takes `seconds(n)` and returns zeros, and the lengths it was called with."""
+class Clock:
+    """What goes by in calls of `fake` contenders, and nothing else."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+def fake(name: str, seconds, fails_at: int | None = None) -> SimpleNamespace:
+    """A contender whose call takes `seconds(n)` of CLOCK and returns zeros, and the lengths it was called with."""
 
     def make(q, k, v, threads, causal):
         n = q.shape[2]
@@ -97,7 +110,7 @@ def fake(name: str, seconds, fails_at: int | None = None) -> Entry:
             if n == fails_at:
                 raise RuntimeError(f"no memory for {n}\nand a second line")
             called.append(n)
-            time.sleep(seconds(n))
+            CLOCK.now += seconds(n)
 
         return Contender(call, lambda: np.zeros_like(q))
 
@@ -108,7 +121,9 @@ def fake(name: str, seconds, fails_at: int | None = None) -> Entry:
 
 @pytest.fixture
 def rivals(monkeypatch):
-    """Puts contenders in the place of all others."""
+    """Puts contenders in the place of all others, and CLOCK in that of the system's."""
+    monkeypatch.setattr(scaling, "time", CLOCK)
+    monkeypatch.setattr(scaling, "interleaved", partial(interleaved, clock=CLOCK.perf_counter))
 
     def put(*fakes):
         monkeypatch.setattr(scaling, "entries", lambda causal, where: [one.entry for one in fakes])
@@ -118,17 +133,16 @@ def rivals(monkeypatch):
 
 def test_who_would_be_too_slow_is_not_called(rivals):
     """5 calls of (n / 64)^2 ms fit into 60 ms at n = 128 (20 ms), and would not at 512; the other one goes on."""
-    slow, quick = fake("slow", lambda n: (n / 64) ** 2 / 1e3), fake("quick", lambda n: 0.0)
+    slow, quick = fake("slow", lambda n: (n / 64) ** 2 / 1e3), fake("quick", lambda n: 1e-6)
     rivals(slow, quick)
     first, second = sweep([64, 128, 512], heads=1, seconds=0.06).contenders
     assert first["stopped"]["n"] == 512
-    assert first["stopped"]["reason"].startswith("5 calls would take 0.")
-    assert first["stopped"]["reason"].endswith("by the shorter lengths, more than 0.06 s")
+    assert first["stopped"]["reason"] == "5 calls would take 0.32 s by the shorter lengths, more than 0.06 s"
     assert [row["n"] for row in first["lengths"]] == [64, 128]
     assert set(slow.called) == {1, 64, 128}
     assert second["stopped"] is None
     assert first["fit"]["lengths"] == [64, 128]
-    assert first["fit"]["exponent"] == pytest.approx(2.0, abs=0.3)
+    assert first["fit"]["exponent"] == pytest.approx(2.0)
 
 
 def test_who_is_too_slow_at_once_is_called_once(rivals):
@@ -137,20 +151,20 @@ def test_who_is_too_slow_at_once_is_called_once(rivals):
     (found,) = sweep([64, 128], heads=1, seconds=0.05).contenders
     assert found["lengths"] == []
     assert found["fit"] is None
-    assert "a call took 0.02" in found["stopped"]["reason"]
+    assert found["stopped"]["reason"] == "a call took 0.02 s; 5 of them are more than 0.05 s"
     assert slow.called.count(64) == 1
     assert 128 not in slow.called
 
 
 def test_who_fails_is_stopped_with_the_reason(rivals):
-    rivals(fake("failing", lambda n: 0.0, fails_at=64), fake("other", lambda n: 0.0))
+    rivals(fake("failing", lambda n: 1e-6, fails_at=64), fake("other", lambda n: 1e-6))
     first, second = sweep([32, 64], heads=1).contenders
     assert first["stopped"] == {"n": 64, "reason": "no memory for 64 and a second line"}
     assert [row["n"] for row in second["lengths"]] == [32, 64]
 
 
 def test_who_would_need_too_much_memory_is_not_called(monkeypatch, rivals):
-    hungry = fake("hungry", lambda n: 0.0)
+    hungry = fake("hungry", lambda n: 1e-6)
     rivals(hungry)
     monkeypatch.setattr(scaling, "_memory", lambda *_: 10**6)
     monkeypatch.setattr(scaling.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**6))
@@ -166,7 +180,7 @@ def test_times_near_the_overhead_are_not_fitted(rivals):
     """A call of one key takes 1 ms: 3 ms at n = 32 say little of it, 20 and 80 ms do."""
     rivals(fake("a", lambda n: {1: 1, 32: 3, 64: 20, 128: 80}[n] / 1e3))
     (found,) = sweep([32, 64, 128], heads=1).contenders
-    assert found["overhead_ms"] >= 1
+    assert found["overhead_ms"] == pytest.approx(1)
     assert found["fit"]["lengths"] == [64, 128]
 
 
