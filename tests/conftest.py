@@ -2,6 +2,7 @@
 and runs the command line for tests. Where tests share the machine (`-n`), each has one thread of OpenMP:
 read before torch is."""
 
+import gc
 import os
 import shutil
 import sys
@@ -14,6 +15,14 @@ from ssh_server import pythons, server, target  # noqa: F401
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parent.parent))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_to_collect():
+    """Garbage is looked for in what a module makes, not in what others left: a million objects of torch and transformers,
+    half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,11 @@ def _memory(entry: Entry, inputs, threads: int, causal: bool) -> int | None:
     The contender is a fresh one, whose runtime holds no memory yet, and the program it runs is loaded already.
     """
     fresh = entry.make(*inputs, threads, causal)
-    gc.collect()
-    extra = extra_rss(fresh.call)
+    collects = gc.isenabled()
+    gc.disable()  # what is collected while it runs would make up for what it takes
+    try:
+        extra = extra_rss(fresh.call)
+    finally:
+        if collects:
+            gc.enable()
     return None if extra is None else max(0, extra - fresh.allocates)
