@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import IR_VERSION, make_manifest
 from qexport.progress import portion, unwatched
@@ -38,15 +39,8 @@ class ConversionReport:
     max_difference: float | None = None
 
     def to_dict(self) -> dict:
-        """Plain data for --json."""
-        return {
-            "path": str(self.path) if self.path else None,
-            "sites": self.sites,
-            "left_alone": self.left_alone,
-            "notes": self.notes,
-            "max_difference": self.max_difference,
-            "manifest": self.manifest,
-        }
+        """The report as plain data; figures that are not finite are None."""
+        return make_document("convert", self.__dict__ | {"path": str(self.path) if self.path else None})
 
 
 def convert(

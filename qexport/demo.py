@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
+from qexport.documents import make_document
 from qexport.errors import QexportError
 from qexport.progress import portion, unwatched
 
@@ -20,12 +21,8 @@ class DemoReport:
     profile: object
 
     def to_dict(self) -> dict:
-        """The three reports as JSON-ready data."""
-        return {
-            "conversion": self.conversion.to_dict(),
-            "validation": self.validation.to_dict(),
-            "profile": self.profile.to_dict(),
-        }
+        """The three reports as plain data."""
+        return make_document("demo", {step: report.to_dict() for step, report in self.__dict__.items()})
 
 
 def minilm_folder() -> Path:

@@ -1,12 +1,29 @@
-"""Reading the JSON documents that the commands print with --json."""
+"""The JSON documents that the commands print with --json: making and reading them."""
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
 from qexport.errors import UsageError
 
-VERSION = 1  # of every schema that is read here
+VERSION = 1  # of every schema
+
+
+def make_document(name: str, content: dict) -> dict:
+    """The document qexport.`name` as JSON has it: the keys that say what it is, then `content`, its figures finite."""
+    return finite({"schema": f"qexport.{name}", "schema_version": VERSION, **content})
+
+
+def finite(value):
+    """`value` with every float that is NaN or infinite replaced by None, in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def load_document(path) -> dict:

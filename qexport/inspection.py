@@ -8,13 +8,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from qexport.bundle import Bundle, sha256
+from qexport.documents import make_document
 from qexport.errors import QexportError
 from qexport.external_data import check_external_data, external_files, file_bytes, load_structure
 from qexport.ops import DOMAIN
 from qexport.ops.proto import FALLBACK_KEY
 
-SCHEMA = "qexport.inspect"
-SCHEMA_VERSION = 1
 # The first release of onnxruntime that reads an opset or IR version as official.
 RUNTIME_OF_OPSET = {
     17: "1.13",
@@ -64,9 +63,7 @@ def inspect(path) -> dict:
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     parameters, parameter_bytes = _parameters(model)
     nodes = list(_nodes(model.graph))
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
+    content = {
         "path": str(path),
         "kind": "bundle" if bundle else "model",
         "source": manifest.get("source"),
@@ -94,6 +91,7 @@ def inspect(path) -> dict:
         "sha256": sha256(file),
         "changed_files": bundle.changed_files() if bundle else None,
     }
+    return make_document("inspect", content)
 
 
 def oldest_runtime(opset: int, ir_version: int) -> str | None:

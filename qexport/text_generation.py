@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from qexport.data import open_tokenizer
+from qexport.documents import make_document
 from qexport.errors import UsageError
 from qexport.generation import Generator
 from qexport.providers import recorded
@@ -34,8 +35,8 @@ class GeneratedText:
         return (len(self.tokens) - 1) / self.steps_s if len(self.tokens) > 1 else None
 
     def to_dict(self) -> dict:
-        """Plain data for --json."""
-        return {**asdict(self), "tokens_per_s": self.tokens_per_s}
+        """The report as plain data; figures that are not finite are None."""
+        return make_document("generate", self.__dict__ | {"tokens_per_s": self.tokens_per_s})
 
 
 def generate_text(

@@ -11,6 +11,7 @@ from bundle_factory import make_bundle
 from qexport import compare, compress, inspect, measure_resilience, profile, sweep, tune, validate
 from qexport.comparison import BETTER, NOISE, SAME, UNJUDGED, WORSE, judge
 from qexport.comparison.figures import Figure
+from qexport.documents import make_document
 from qexport.errors import UsageError
 from qexport.validation.statistics import t_quantile
 
@@ -228,8 +229,8 @@ def test_memory_and_size(write, documents):
 
 def test_documents_within_documents(write, documents):
     """As report and demo print them; what one has alone is told."""
-    a = write("a.json", {"validation": documents["validate"], "profile": documents["profile"]})
-    b = write("b.json", {"schema": "qexport.report", "schema_version": 1, "parts": {"validate": documents["validate"]}})
+    a = write("a.json", make_document("demo", {"validation": documents["validate"], "profile": documents["profile"]}))
+    b = write("b.json", make_document("report", {"parts": {"validate": documents["validate"]}}))
     found = compare(a, b)
     assert {figure["part"] for figure in found.figures} == {"validate"}
     assert f"profile is in {a} alone" in found.notes
@@ -248,7 +249,7 @@ def test_what_cannot_be_compared_is_one_line(write, documents, qexport):
         for size in d["sizes"]:
             size["batch"] = 7
 
-    doctor = write("doctor.json", {"schema": "qexport.doctor", "schema_version": 1})
+    doctor = write("doctor.json", make_document("doctor", {"ok": True, "findings": []}))
     cases = (
         ("the first holds validate, the second profile", checked, timed),
         ("the first holds doctor, the second doctor", doctor, doctor),

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 import qexport
 from qexport import conversion, runtime
 from qexport.bundle import Bundle
-from qexport.compression import SCHEMA, compress
+from qexport.compression import compress
 from qexport.compression.draft import Draft
 from qexport.compression.forms import Half, Method, Seen
 from qexport.compression.layers import find_layers
@@ -59,7 +59,7 @@ def test_a_ratio_is_reached_and_every_figure_is_that_of_the_file(lm, tmp_path):
         assert (layer["method"] == "as it was") == (layer["relative_error"] == 0)
     assert bundle.manifest["compression"]["size"] == report.size
     document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert (document["schema"], document["profile"]) == (SCHEMA, None)
+    assert (document["schema"], document["profile"]) == ("qexport.compress", None)
     assert document["settings"]["ratio"] == 5
 
 

@@ -15,7 +15,6 @@ from qexport.cli import main
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.noise.model import NoiseModel, parse_channels
-from qexport.resilience import SCHEMA
 from qexport.resilience.cells import make_cell
 from qexport.resilience.threshold import ABOVE, BELOW, WITHIN, crossing, threshold
 from qexport.runtime import run
@@ -279,7 +278,7 @@ def test_the_command_its_table_and_its_picture(encoder, tmp_path, capsys):
     assert "readout_inversion, inf shots: not within the levels swept" in out
     code, out, _ = qexport(*options, "--json")
     found = json.loads(out)
-    assert (code, found["schema"], len(found["cells"])) == (0, SCHEMA, 2 * 2 * 3)
+    assert (code, found["schema"], len(found["cells"])) == (0, "qexport.resilience", 2 * 2 * 3)
     code, out, err = qexport("--levels", "0.1,2")
     assert (code, out) == (2, "")
     assert err.startswith("qexport: error: noise depolarizing at level 2 is refused:")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-SCHEMA = "qexport.attention"
-SCHEMA_VERSION = 1
+from qexport.documents import make_document
 
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -121,8 +120,6 @@ class AttentionMaps:
 
     def to_dict(self) -> dict:
         """The figures of every head as plain data; those that are not finite are None."""
-        from qexport.validation import finite
-
         items = []
         for maps in self.items:
             sites = []
@@ -131,10 +128,8 @@ class AttentionMaps:
                 figures = {key: [float(x) for x in values] for key, values in site.measures().items()}
                 sites.append({key: getattr(site, key) for key in keys} | figures)
             items.append({"sites": sites})
-        head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "bundle": self.bundle, "data": self.data}
-        head["settings"] = self.settings
-        rest = {"notes": self.notes, "files": [str(file) for file in self.files], "versions": self.versions}
-        return finite({**head, "seed": self.seed, "items": items, **rest})
+        written = {"items": items, "files": [str(file) for file in self.files]}
+        return make_document("attention", self.__dict__ | written)
 
 
 def site_labels(maps: list[SiteMap]) -> list[str]:

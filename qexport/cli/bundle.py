@@ -25,10 +25,11 @@ def command(bundle, output, target, provider, library, as_json, quiet, verbose):
     from qexport.cli.render_deployment import show_deployment
     from qexport.cli.text import progress_bar
     from qexport.deployment import pack_deployment
+    from qexport.documents import make_document
 
     with progress_bar(quiet or as_json) as progress:
         manifest = pack_deployment(bundle, output, target=target, provider=provider, library=library, progress=progress)
     if as_json:
-        print_json(manifest)
+        print_json(make_document("bundle", manifest))
     else:
         show_deployment(output, manifest)

@@ -9,11 +9,9 @@ import math
 from dataclasses import dataclass, field
 
 from qexport.comparison.figures import FIGURES, VERDICTS, Figure, Part
-from qexport.documents import load_document, parts_of, well_formed
+from qexport.documents import load_document, make_document, parts_of, well_formed
 from qexport.errors import UsageError
 
-SCHEMA = "qexport.compare"
-SCHEMA_VERSION = 1
 WORSE, BETTER, NOISE, UNJUDGED, SAME = "worse", "better", "within noise", "not judged", "same"
 
 
@@ -36,7 +34,7 @@ class Comparison:
 
     def to_dict(self) -> dict:
         """The comparison as plain data."""
-        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+        return make_document("compare", self.__dict__)
 
 
 def compare(before, after, *, threshold: float = 0.05) -> Comparison:

@@ -20,15 +20,13 @@ from qexport.compression.job import Job
 from qexport.compression.model import named_as, open_model
 from qexport.compression.settings import resolve
 from qexport.data import load_inputs
+from qexport.documents import finite, make_document
 from qexport.errors import UsageError
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
 from qexport.progress import portion, unwatched
-from qexport.validation import finite
 
-SCHEMA = "qexport.compress"
-SCHEMA_VERSION = 1
 # Every so manieth batch judges what the others were fitted to.
 JUDGING = 4
 PROFILE_RUNS = 30
@@ -66,7 +64,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
-        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+        return make_document("compress", self.__dict__)
 
 
 def compress(

@@ -17,6 +17,7 @@ from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_
 from qexport.bundle_writer import write_bundle
 from qexport.data import stored_samples
 from qexport.deployment.library import LIBRARY, check_target, copy_library, this_target
+from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import external_files, load_structure
 from qexport.failures import one_line
@@ -63,8 +64,8 @@ class VerificationReport:
         return self.run is None or self.run["passed"]
 
     def to_dict(self) -> dict:
-        """Plain data for --json."""
-        return {**self.__dict__, "passed": self.passed}
+        """The report as plain data; figures that are not finite are None."""
+        return make_document("verify-bundle", self.__dict__ | {"passed": self.passed})
 
 
 def pack_deployment(

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
+from qexport.documents import make_document
 from qexport.memory import trend
 from qexport.memory.arena import Arena
 from qexport.memory.blocks import Block
-
-SCHEMA = "qexport.memory"
-SCHEMA_VERSION = 1
 
 
 @dataclass
@@ -36,7 +34,7 @@ class MemoryReport:
 
     def to_dict(self) -> dict:
         """The report as plain data, ready for JSON."""
-        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+        return make_document("memory", self.__dict__)
 
     def block(self, *path: str) -> dict:
         """The entry of one block: its name, or the names from the outermost block to it.

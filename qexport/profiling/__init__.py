@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qexport import installed, runtime
 from qexport.bundle import Bundle
+from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.generated import dimension_sizes, generate, symbols
 from qexport.profiling.calls import make_call, shared_buffers
@@ -22,8 +23,6 @@ from qexport.profiling.trace import arena_peak, node_table, op_table, placement,
 from qexport.progress import unwatched
 from qexport.providers import full_names, provider_name, recorded
 
-SCHEMA = "qexport.profile"
-SCHEMA_VERSION = 1
 CLASSICAL, CONVERTED = "classical", "converted"
 TRACED_RUNS = 10
 
@@ -50,7 +49,7 @@ class ProfileReport:
 
     def to_dict(self) -> dict:
         """The report as plain data."""
-        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+        return make_document("profile", self.__dict__)
 
 
 def profile(

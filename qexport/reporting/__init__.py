@@ -14,15 +14,12 @@ from pathlib import Path
 from qexport import __version__
 from qexport._swap import whole_file
 from qexport.bundle import Bundle
-from qexport.documents import well_formed
+from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
 from qexport.progress import unwatched
 from qexport.providers import full_names, recorded
 from qexport.reporting.judgement import verdict
 from qexport.reporting.parts import MEASURED, Wanted, gather
-
-SCHEMA = "qexport.report"
-SCHEMA_VERSION = 1
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Report:
 
     def to_dict(self) -> dict:
         """The report as plain data."""
-        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+        return make_document("report", self.__dict__)
 
 
 def report(

@@ -17,6 +17,7 @@ import numpy as np
 from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
+from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
@@ -29,11 +30,8 @@ from qexport.resilience import plot as picture
 from qexport.resilience.cells import NO_MITIGATION, Cell, make_cell
 from qexport.resilience.runs import measure_cells
 from qexport.resilience.threshold import threshold
-from qexport.validation import finite
 from qexport.validation.statistics import confidence_interval
 
-SCHEMA = "qexport.resilience"
-SCHEMA_VERSION = 1
 LEVELS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 SHOTS = (128, 1024, INFINITE)
 TOLERANCE = 0.01
@@ -63,7 +61,7 @@ class ResilienceReport:
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
-        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+        return make_document("resilience", self.__dict__)
 
 
 def measure_resilience(

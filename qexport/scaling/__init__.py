@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from qexport import profiling
+from qexport.documents import finite, make_document
 from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
 from qexport.memory.rss import extra_rss
@@ -28,8 +29,6 @@ from qexport.scaling.contenders import FAMILIES, Entry, entries
 from qexport.scaling.fit import power_law, predicted
 from qexport.scaling.inputs import Activations, Gaussian
 
-SCHEMA = "qexport.scaling"
-SCHEMA_VERSION = 1
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 RUNS = 5  # timed runs of each contender at each length, at least
 QUICK_SECONDS = 0.2  # per contender: short lengths are run more often than RUNS for about so long
@@ -53,7 +52,7 @@ class ScalingReport:
 
     def to_dict(self) -> dict:
         """The report as plain data."""
-        return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
+        return make_document("scaling", self.__dict__)
 
 
 @dataclass
@@ -219,7 +218,11 @@ def _measure(
             continue
         errors = reference.head_errors(contender.output()[:, :, rows], expected)
         bound = reference.gaussian_bound(run.entry.keys(n), n) if bounded and run.entry.keys else None
-        found[name] = {"error_mean": _finite(errors.mean()), "error_worst": _finite(errors.max()), "bound": bound}
+        found[name] = {
+            "error_mean": finite(float(errors.mean())),
+            "error_worst": finite(float(errors.max())),
+            "bound": bound,
+        }
         calls[name] = contender.call
     say(f"length {n}: timing {len(calls)} attentions in turn", 0.5)
     times = _timed(calls)
@@ -231,11 +234,6 @@ def _measure(
         low, median, high = (float(x) for x in np.percentile(ms, [25, 50, 75]))
         row = {"n": n, "ms": median, "ms_p25": low, "ms_p75": high, "runs": len(ms)} | found[run.entry.name]
         run.rows.append(row | {"memory_bytes": None if on_device else _memory(run.entry, inputs, threads, causal)})
-
-
-def _finite(value) -> float | None:
-    """For JSON, which has no NaN: the error of a head that is 0, or of an output that is not finite."""
-    return float(value) if np.isfinite(value) else None
 
 
 class _TooMuchError(Exception):

@@ -15,6 +15,7 @@ from qexport import installed, runtime
 from qexport.bundle import Bundle
 from qexport.bundle_writer import check_output
 from qexport.data import load_inputs
+from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
@@ -26,11 +27,8 @@ from qexport.tuning.output import SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search
 from qexport.tuning.settings import grid
 from qexport.tuning.trials import Bench, Candidate
-from qexport.validation import finite
 from qexport.validation.probes import beside, ordered_sites
 
-SCHEMA = "qexport.tune"
-SCHEMA_VERSION = 1
 # More batches than this tell little more about a recipe, and every trial runs them all.
 MOST_FEEDS = 8
 SAME_SPEED = 0.01
@@ -67,7 +65,7 @@ class TuningReport:
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
-        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+        return make_document("tune", self.__dict__)
 
 
 def tune(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
+from qexport.documents import make_document
 from qexport.feeds import Inputs
 from qexport.installed import onnxruntime
 from qexport.manifest import package_version
@@ -12,10 +13,7 @@ from qexport.providers import recorded
 from qexport.tuning import MOST_FEEDS, check_measurable, site_entry, watched_sites
 from qexport.tuning.measurement import key_counts, measure
 from qexport.tuning.settings import Setting
-from qexport.validation import finite
 
-SCHEMA = "qexport.samples"
-SCHEMA_VERSION = 1
 STRATEGIES = ("tree", "hybrid", "stratified", "adaptive", "naive")
 LEAST, MOST = 4, 1024  # samples; they double
 
@@ -37,7 +35,7 @@ class SamplesReport:
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
-        return finite({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__})
+        return make_document("samples", self.__dict__)
 
 
 def budgets(keys: int) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
+from qexport.documents import make_document
 from qexport.errors import UsageError
 from qexport.installed import onnxruntime
 from qexport.manifest import package_version
@@ -18,9 +19,6 @@ from qexport.validation.certificate import IMPLAUSIBLE
 from qexport.validation.comparison import compare
 from qexport.validation.limits import limits_of, low_precision, rounding_of
 from qexport.validation.statistics import BIAS_LEVEL, ESTIMATED, EXACT, SAMPLING, SYSTEMATIC
-
-SCHEMA = "qexport.validate"
-SCHEMA_VERSION = 1
 
 
 @dataclass
@@ -58,8 +56,7 @@ class ValidationReport:
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
-        document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **self.__dict__}
-        return finite(document)
+        return make_document("validate", self.__dict__)
 
 
 def validate(
@@ -280,14 +277,3 @@ def _notes(report: ValidationReport, bundle: Bundle) -> list[str]:
     if unseen:
         notes.append(f"{unseen} sites lie inside subgraphs and are compared end to end only")
     return notes
-
-
-def finite(value):
-    """`value` with every float that is NaN or infinite replaced by None, in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
