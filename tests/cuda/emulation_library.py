@@ -1,6 +1,7 @@
 """The CUDA sources as a shared library for the CPU (emulation.h): each compiled again only when it, or a header that it
 includes, has changed."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -48,7 +49,7 @@ def _compile(source: Path, headers: Path, compiler: str, cache: Path) -> Path:
     key = hashlib.sha256("\n".join([*command, _text(source, set())]).encode()).hexdigest()[:16]
     result = cache / f"{source.stem}-{key}.o"
     if not result.is_file():
-        part = result.with_suffix(f".{os.getpid()}")
+        part = result.with_suffix(".part")
         done = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
         assert done.returncode == 0, f"{source.name} does not compile for the emulation:\n{done.stderr}"
         part.replace(result)
@@ -61,13 +62,14 @@ def build(cache: Path, program: Path | None = None) -> Path:
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
     kernels = ROOT / "cpp" / "cuda"
     sources = [*sorted(kernels.glob("*.cu")), kernels / "table.cc", ROOT / "tests" / "cuda" / "emulation.cc"]
-    with ThreadPoolExecutor(2) as pool:
+    with open(cache / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the tests that run at the same time one compiles, the others find it done
         objects = list(pool.map(lambda file: _compile(file, headers, compiler, cache), [*sources, *filter(None, [program])]))
-    key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
-    result = cache / (f"{program.stem}-{key}" if program else f"libqexport_cuda_emulation-{key}.so")
-    if not result.is_file():
-        part = result.with_suffix(f".{os.getpid()}")
-        kind = [] if program else ["-shared"]
-        subprocess.run([compiler, *ALIGNMENT, *kind, *map(str, objects), "-o", str(part)], check=True)
-        part.replace(result)
+        key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
+        result = cache / (f"{program.stem}-{key}" if program else f"libqexport_cuda_emulation-{key}.so")
+        if not result.is_file():
+            part = result.with_suffix(".part")
+            kind = [] if program else ["-shared"]
+            subprocess.run([compiler, *ALIGNMENT, *kind, *map(str, objects), "-o", str(part)], check=True)
+            part.replace(result)
     return result

@@ -97,7 +97,8 @@ inline void warp_meet(const char* operation) {
   Warp& warp = own_warp();
   if (warp.meeting.running != 32) die("a warp operation after some lanes have ended");
   if (warp.meeting.arrived == 0) warp.operation = operation;
-  if (std::strcmp(warp.operation, operation)) die("lanes of a warp meet at different operations");
+  if (warp.operation != operation && std::strcmp(warp.operation, operation))
+    die("lanes of a warp meet at different operations");
   meet(warp.meeting);
 }
 

@@ -19,59 +19,55 @@ float half_at(uint32_t pair, int i) {
   return static_cast<float>(value);
 }
 
-// All lanes' fragments are gathered, and every lane computes its own four elements.
+// Every lane computes its own four elements: of rows lane / 4 and 8 more, which four lanes hold, times two columns, each of
+// which four others hold.
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Pair {
+  struct Fragment {
     uint32_t x[4];
   };
-  float A[16][16], B[16][8];
-  Pair pair{{a[0], a[1], a[2], a[3]}};
-  const auto* left = emulation::exchange("mma_16816", pair);
-  for (int lane = 0; lane < 32; ++lane) {
-    const Pair p = emulation::from_slot<Pair>(left[lane]);
-    for (int i = 0; i < 4; ++i) {
-      for (int e = 0; e < 2; ++e) A[lane / 4 + i % 2 * 8][2 * (lane % 4) + e + i / 2 * 8] = half_at<T>(p.x[i], e);
-    }
-  }
-  pair = {{b[0], b[1], 0, 0}};
-  const auto* right = emulation::exchange("mma_16816", pair);
-  for (int lane = 0; lane < 32; ++lane) {
-    const Pair p = emulation::from_slot<Pair>(right[lane]);
-    for (int i = 0; i < 2; ++i) {
-      for (int e = 0; e < 2; ++e) B[2 * (lane % 4) + e + i * 8][lane / 4] = half_at<T>(p.x[i], e);
-    }
-  }
   const int self = emulation::block->now->lane;
+  float A[2][16], B[2][16];
+  const auto* left = emulation::exchange("mma_16816", Fragment{{a[0], a[1], a[2], a[3]}});
+  for (int j = 0; j < 4; ++j) {
+    const Fragment from = emulation::from_slot<Fragment>(left[self / 4 * 4 + j]);
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < 2; ++e) A[i % 2][2 * j + e + i / 2 * 8] = half_at<T>(from.x[i], e);
+    }
+  }
+  const auto* right = emulation::exchange("mma_16816", Fragment{{b[0], b[1], 0, 0}});
+  for (int j = 0; j < 8; ++j) {
+    const Fragment from = emulation::from_slot<Fragment>(right[self % 4 * 8 + j]);
+    for (int i = 0; i < 2; ++i) {
+      for (int e = 0; e < 2; ++e) B[j / 4][2 * (j % 4) + e + i * 8] = half_at<T>(from.x[i], e);
+    }
+  }
   for (int i = 0; i < 4; ++i) {
-    const int row = self / 4 + i / 2 * 8, column = 2 * (self % 4) + i % 2;
-    float sum = c[i];
-    for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-    c[i] = sum;
+    for (int k = 0; k < 16; ++k) c[i] += A[i / 2][k] * B[i % 2][k];
   }
 }
 
 inline float tf32(uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); }
 // What a unit drops, of its operands and of its sums.
 inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Four {
+  struct Fragment {
     uint32_t x[4];
   };
-  double A[16][8], B[8][8];
-  const auto* left = emulation::exchange("mma_1688", Four{{a[0], a[1], a[2], a[3]}});
-  for (int lane = 0; lane < 32; ++lane) {
-    const Four own = emulation::from_slot<Four>(left[lane]);
-    for (int i = 0; i < 4; ++i) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(own.x[i]);
-  }
-  const auto* right = emulation::exchange("mma_1688", Four{{b0, b1, 0, 0}});
-  for (int lane = 0; lane < 32; ++lane) {
-    const Four own = emulation::from_slot<Four>(right[lane]);
-    for (int i = 0; i < 2; ++i) B[lane % 4 + i * 4][lane / 4] = tf32(own.x[i]);
-  }
   const int self = emulation::block->now->lane;
+  double A[2][8], B[2][8];
+  const auto* left = emulation::exchange("mma_1688", Fragment{{a[0], a[1], a[2], a[3]}});
+  for (int j = 0; j < 4; ++j) {
+    const Fragment from = emulation::from_slot<Fragment>(left[self / 4 * 4 + j]);
+    for (int i = 0; i < 4; ++i) A[i % 2][j + i / 2 * 4] = tf32(from.x[i]);
+  }
+  const auto* right = emulation::exchange("mma_1688", Fragment{{b0, b1, 0, 0}});
+  for (int j = 0; j < 8; ++j) {
+    const Fragment from = emulation::from_slot<Fragment>(right[self % 4 * 8 + j]);
+    for (int i = 0; i < 2; ++i) B[j / 4][j % 4 + i * 4] = tf32(from.x[i]);
+  }
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
-    for (int k = 0; k < 8; ++k) sum += A[self / 4 + i / 2 * 8][k] * B[k][2 * (self % 4) + i % 2];
+    for (int k = 0; k < 8; ++k) sum += A[i / 2][k] * B[i % 2][k];
     c[i] = static_cast<float>(sum);
     if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);
   }
