@@ -25,6 +25,13 @@ def _nothing_old_to_collect():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _draws_of_its_own():
+    """What a test draws from torch's own generator does not depend on the tests before it."""
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def module_path(tmp_path_factory):
     """A folder for what the tests of a module share, removed behind them: real models are hundreds of megabytes."""

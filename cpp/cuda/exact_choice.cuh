@@ -149,17 +149,22 @@ void choose_float(const AttentionJob& job, const Device& device, const Visit& vi
   if (size <= 256) return visit_choice<Simt<float, 256, 2, 16, 2>, Simt<float, 256, 2, 16, 2>>(job, device, visit);
   visit(Wide<float>{});
 }
-template <class Visit>
-void choose(const AttentionJob& job, const Device& device, const Visit& visit) {
-  switch (job.params.type) {
-    case DType::f16:
-      return choose_half<__half>(job, device, visit);
-    case DType::bf16:
-      return choose_half<__nv_bfloat16>(job, device, visit);
-    default:
-      return choose_float(job, device, visit);
+template <class T, class Visit>
+void choose_of(const AttentionJob& job, const Device& device, const Visit& visit) {
+  if constexpr (sizeof(T) == 2) {
+    choose_half<T>(job, device, visit);
+  } else {
+    choose_float(job, device, visit);
   }
 }
+template <class Visit>
+void choose(const AttentionJob& job, const Device& device, const Visit& visit) {
+  visit_type(job.params.type, [&](auto element) { choose_of<decltype(element)>(job, device, visit); });
+}
+
+// Launches the kernels of one type; exact_kernel.cuh.
+template <class T>
+void start_exact(Status& status, const ExactLaunch& exact, const Device& device, void* scratch, void* stream);
 
 }  // namespace cuda
 }  // namespace qexport

@@ -1,0 +1,9 @@
+#include "exact_kernel.cuh"
+
+namespace qexport {
+namespace cuda {
+
+template void start_exact<float>(Status&, const ExactLaunch&, const Device&, void*, void*);
+
+}  // namespace cuda
+}  // namespace qexport
