@@ -10,6 +10,13 @@ from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE, QUANTUM_NOISE
 from qexport.ops.quantum_attention import BLOCKWISE
 
+SEED = 1234567890123  # both words count
+
+
+def ids(value):
+    """For `parametrize`: the name of what has one."""
+    return getattr(value, "name", None)
+
 
 def seed_on(device, seed: int):
     return device.put(np.array(seed, np.int64))

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from calls import train
+from calls import ids, train
 from devices import split
 from mps_product_cases import CASES
 from test_mps_products import ROUNDING, exact, relative, typed
@@ -31,7 +31,7 @@ def products():
 @pytest.mark.parametrize(
     ("device", "case", "dtype"),
     split(itertools.product(CASES, ("float32", "float64")), lambda case, dtype: case.name not in LARGE),
-    ids=lambda value: getattr(value, "name", None),
+    ids=ids,
     indirect=["device"],
 )
 def test_decode(device, case, dtype):

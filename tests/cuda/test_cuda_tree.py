@@ -8,7 +8,7 @@ import test_hybrid
 import test_tree
 from attention_backends import rounded, run_ref
 from attention_cases import PADDING, clustered
-from calls import attention
+from calls import attention, ids
 from devices import split
 from test_tree import attributes_of, exact, relative
 
@@ -84,10 +84,6 @@ ON_A_GPU = (
 
 def small(case):
     return case.batch * case.q_heads * case.q_len * (case.past_len + case.kv_len) <= SMALL
-
-
-def ids(value):
-    return getattr(value, "name", None)
 
 
 def cuda_tiles(x):
