@@ -1,4 +1,7 @@
-"""A block of the memory profiler around a step."""
+"""A block of the memory profiler around a step, and processes for figures that count a whole process."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from qexport import memory
 from qexport.memory import AdvancedMemoryProfiler
@@ -11,3 +14,10 @@ def profile(step, **options) -> memory.MemoryReport:
     with profiler.profile_block("step"):
         step()
     return profiler.generate_report()
+
+
+def in_a_process_of_its_own(function, *args):
+    """What `function` returns in a new process: resident pages and malloc count what every thread of a process does, and
+    what the tests before left in this one may be given back at any moment."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result(120)

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from memory_cases import MB, profile
+from memory_cases import MB, in_a_process_of_its_own, profile
 
 from qexport import memory
 from qexport.errors import QexportError, UsageError
@@ -20,19 +20,29 @@ from qexport.memory.text import size_text
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs high-water marks that can be reset")
 
 
+def step_of_200_mb(keep: bool) -> dict:
+    kept = []
+
+    def step():
+        block = np.ones(200 * MB, np.uint8)
+        if keep:
+            kept.append(block)
+
+    return profile(step).block("step")["counters"]
+
+
 def test_the_peak_of_a_block_that_gives_back_what_it_took():
-    found = profile(lambda: np.ones(200 * MB, np.uint8).any()).block("step")["counters"]
+    found = in_a_process_of_its_own(step_of_200_mb, False)
     for name in ("tracemalloc", "rss"):
-        assert found[name]["rise_bytes"] == pytest.approx(200 * MB, rel=0.1), name
+        assert found[name]["rise_bytes"] == pytest.approx(200 * MB, rel=0.01), name
         assert abs(found[name]["left_bytes"]) < 2 * MB
         assert found[name]["peak_bytes"] == found[name]["before_bytes"] + found[name]["rise_bytes"]
 
 
 def test_what_stays_is_left():
-    kept = []
-    found = profile(lambda: kept.append(np.ones(200 * MB, np.uint8))).block("step")["counters"]
+    found = in_a_process_of_its_own(step_of_200_mb, True)
     for name in {"tracemalloc", "malloc", "rss"} & set(found):
-        assert found[name]["left_bytes"] == pytest.approx(200 * MB, rel=0.1), name
+        assert found[name]["left_bytes"] == pytest.approx(200 * MB, rel=0.01), name
 
 
 def pages(size: int) -> None:
@@ -42,9 +52,7 @@ def pages(size: int) -> None:
             block[i] = 1
 
 
-@pytest.mark.parametrize(("name", "take"), [("tracemalloc", bytearray), pytest.param("rss", pages, marks=LINUX)])
-def test_nested_blocks_have_peaks_of_their_own(name, take):
-    """30 MB beside the inner blocks, then 10 and 20 inside: each inner peak is its own, the outer one the highest."""
+def nested_blocks(name: str, take) -> list[dict]:
     profiler = AdvancedMemoryProfiler(sources=(name,))
     with profiler.profile_block("outer"):
         take(30 * MB)
@@ -52,11 +60,17 @@ def test_nested_blocks_have_peaks_of_their_own(name, take):
             take(10 * MB)
         with profiler.profile_block("large"):
             take(20 * MB)
-    report = profiler.generate_report()
-    assert [entry["path"] for entry in report.blocks] == [["outer"], ["outer", "small"], ["outer", "large"]]
-    for path, expected in ((("outer",), 30), (("outer", "small"), 10), (("outer", "large"), 20)):
-        figures = report.block(*path)["counters"][name]
-        assert figures["rise_bytes"] == pytest.approx(expected * MB, abs=MB), path
+    return profiler.generate_report().blocks
+
+
+@pytest.mark.parametrize(("name", "take"), [("tracemalloc", bytearray), pytest.param("rss", pages, marks=LINUX)])
+def test_nested_blocks_have_peaks_of_their_own(name, take):
+    """30 MB beside the inner blocks, then 10 and 20 inside: each inner peak is its own, the outer one the highest."""
+    blocks = in_a_process_of_its_own(nested_blocks, name, take)
+    assert [entry["path"] for entry in blocks] == [["outer"], ["outer", "small"], ["outer", "large"]]
+    for entry, expected in zip(blocks, (30, 10, 20), strict=True):
+        figures = entry["counters"][name]
+        assert figures["rise_bytes"] == pytest.approx(expected * MB, abs=MB), entry["path"]
         assert figures["peak_is"] == "exact"
 
 
@@ -126,9 +140,7 @@ def test_many_threads_at_once():
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-@pytest.mark.skipif(counters.find(["malloc"])[1].get("malloc") is not None, reason="needs mallinfo2")
-def test_the_thread_that_samples_sees_what_has_no_mark():
-    """malloc keeps no high-water mark: what was taken and given back within a block is seen by sampling alone."""
+def step_of_malloc() -> tuple[dict, int]:
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -139,10 +151,16 @@ def test_the_thread_that_samples_sees_what_has_no_mark():
         libc.free(block)
 
     found = profile(step, sources=("malloc",), interval=0.005)
-    figures = found.block("step")["counters"]["malloc"]
-    assert figures["rise_bytes"] == pytest.approx(50 * MB, rel=0.05)
+    return found.block("step")["counters"]["malloc"], max(found.timeline["malloc"]["bytes"])
+
+
+@pytest.mark.skipif(counters.find(["malloc"])[1].get("malloc") is not None, reason="needs mallinfo2")
+def test_the_thread_that_samples_sees_what_has_no_mark():
+    """malloc keeps no high-water mark: what was taken and given back within a block is seen by sampling alone."""
+    figures, most = in_a_process_of_its_own(step_of_malloc)
+    assert figures["rise_bytes"] == pytest.approx(50 * MB, rel=0.01)
     assert figures["peak_is"] == "sampled"
-    assert max(found.timeline["malloc"]["bytes"]) == figures["peak_bytes"]
+    assert most == figures["peak_bytes"]
 
 
 def test_the_thread_ends_and_so_does_tracing(monkeypatch):

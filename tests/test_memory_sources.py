@@ -82,7 +82,7 @@ def test_cuda_devices_are_counted_apart(monkeypatch):
 
 
 def test_nvml_sees_all_processes_and_is_read_by_the_thread(monkeypatch):
-    used = iter([100 * MB, 300 * MB, 200 * MB])
+    used = [200 * MB, 300 * MB, 100 * MB]  # the last one first
     closed = []
 
     class NVMLError(Exception):
@@ -93,11 +93,17 @@ def test_nvml_sees_all_processes_and_is_read_by_the_thread(monkeypatch):
         nvmlInit=lambda: None,
         nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda i: i,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=next(used, 200 * MB)),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=used.pop() if used else 200 * MB),
         nvmlShutdown=lambda: closed.append(True),
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    report = profile(lambda: time.sleep(0.3), sources=("nvml",))
+
+    def until_all_were_read():
+        deadline = time.monotonic() + 60
+        while used and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    report = profile(until_all_were_read, sources=("nvml",))
     found = report.block("step")
     assert found["counters"]["nvml:0"]["peak_bytes"] == 300 * MB
     assert found["counters"]["nvml:0"]["leak"] is None  # another process may be the one that grows

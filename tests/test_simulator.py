@@ -271,12 +271,22 @@ def test_overlaps_are_measured_pair_by_pair():
     assert (variance - 1).abs().max() < 0.05, "five standard errors at 20000 estimates"
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_latency():
-    """64 x 64, 32 shots, far below the 2 ms that this project started from; a loaded machine may take twice the time."""
+    """64 x 64, 32 shots, far below the 2 ms that this project started from: by the clock of the thread that computes, which
+    stands while others have the processor."""
     Q, K, V = qkv(64, 64, dtype=torch.float32)
     sim, took = QuantumAttentionSimulator(noise_model="depolarizing"), []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         sim.simulate_attention(Q, K, V, num_samples=32, noise_level=0.01)
-        took.append(time.perf_counter() - start)
+        took.append(time.thread_time() - start)
     assert median(took) < 2e-3
