@@ -67,7 +67,8 @@ def extra_rss(call) -> int | None:
     and results that it allocates. None where the system cannot forget an earlier peak (it needs Linux and glibc).
 
     Pages that the allocator holds back are given to the system first: a call that found its memory there would seem to need
-    none. The counters of the kernel are exact to some hundred kB.
+    none. What other threads give back meanwhile, or the system pages out, is missing from it. The counters of the kernel are
+    exact to some hundred kB.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
