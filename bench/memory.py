@@ -5,8 +5,9 @@
 `cost`: processor time that `profile_block` adds to a call, by what is read: to one that makes and drops an array of 8 kB
 and is over in microseconds, and to one of 10 ms (a product of matrices, after 200 of them), whose share is what a user sees.
 Python's own work is slower while tracemalloc watches it; that is part of the time. Each row is a process of its own.
-`verdicts`: so many runs of 2000 calls of a program that makes, keeps for a while and drops arrays and objects of all sizes,
-as it is, and with 1 KiB a call planted in Python or in malloc: how many were called a leak, and their largest p-value.
+`verdicts`: so many runs of a program that makes, keeps for a while and drops arrays and objects of all sizes, as it is, and
+with 1 KiB a call planted in Python or in malloc: how many were called a leak, and their largest p-value. Each run is a
+process of its own.
 """
 
 import ctypes
@@ -14,6 +15,10 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 
 import numpy as np
 
@@ -21,7 +26,8 @@ from bench import common
 from qexport.memory import AdvancedMemoryProfiler
 from qexport.memory.counters import DEFAULT
 
-CALLS = 2000
+CALLS = 2000  # of which the cost is measured
+LENGTHS = (500, 2000, 20_000)
 SOURCES = {"nothing": (), "tracemalloc": ("tracemalloc",), "malloc": ("malloc",), "rss": ("rss",), "all by default": DEFAULT}
 
 
@@ -30,12 +36,12 @@ def small():
     np.ones(1000)
 
 
-def product():
+def long():
     """A call of some 10 ms."""
-    product.a @ product.a
+    matrix @ matrix
 
 
-product.a = np.ones((640, 640))
+matrix = np.ones((640, 640))
 
 
 def per_call(step, calls: int, profiler: AdvancedMemoryProfiler | None) -> float:
@@ -58,8 +64,8 @@ def cost(sources) -> dict:
     watched = min(per_call(small, CALLS, profiler) for _ in range(3))
     profiler.generate_report()
     profiler = AdvancedMemoryProfiler(sources=sources)
-    per_call(product, 200, profiler)
-    pairs = np.array([[per_call(product, 30, one) for one in (None, profiler)] for _ in range(6)])
+    per_call(long, 200, profiler)
+    pairs = np.array([[per_call(long, 30, one) for one in (None, profiler)] for _ in range(6)])
     long_plain, long_watched = np.median(pairs, axis=0)
     return {
         "small_call_us": 1e6 * plain,
@@ -69,36 +75,38 @@ def cost(sources) -> dict:
     }
 
 
+PLANTED = {
+    "none": lambda: None,
+    "1 KiB a call in Python": lambda: kept.append(bytes(1024)),
+    "1 KiB a call in malloc": lambda: libc.malloc(1024),
+}
+kept, libc = [], ctypes.CDLL(None)
+
+
 def verdicts(runs: int) -> list[dict]:
     """Rows of runs with and without a planted leak."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    kept = []
-    planted = {
-        "none": lambda: None,
-        "1 KiB a call in Python": lambda: kept.append(bytes(1024)),
-        "1 KiB a call in malloc": lambda: libc.malloc(1024),
-    }
     rows = []
-    for name, leak in planted.items():
-        found = [_verdict(np.random.default_rng(seed), leak) for seed in range(runs)]
-        leaks = [one["p_value"] for one in found if one["verdict"] == "leak"]
-        others = sorted({one["verdict"] for one in found} - {"leak"})
-        rows.append(
-            {
-                "leak": name,
-                "runs": runs,
-                "called_leak": len(leaks),
-                "largest_p": max(leaks, default=None),
-                "else": ", ".join(others),
-            }
-        )
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name, calls in product(PLANTED, LENGTHS):
+            found = list(pool.map(partial(_verdict, name, calls), range(runs)))
+            leaks = [one["p_value"] for one in found if one["verdict"] == "leak"]
+            others = sorted({one["verdict"] for one in found} - {"leak"})
+            rows.append(
+                {
+                    "leak": name,
+                    "calls": calls,
+                    "runs": runs,
+                    "called_leak": len(leaks),
+                    "largest_p": max(leaks, default=None),
+                    "else": ", ".join(others),
+                }
+            )
     return rows
 
 
-def _verdict(rng, leak) -> dict:
-    profiler, recent = AdvancedMemoryProfiler(), [None] * 20
-    sizes = rng.integers(1, 20_000, CALLS).tolist()
+def _verdict(name: str, calls: int, seed: int) -> dict:
+    profiler, recent, leak = AdvancedMemoryProfiler(), [None] * 20, PLANTED[name]
+    sizes = np.random.default_rng(seed).integers(1, 20_000, calls).tolist()
     for i, size in enumerate(sizes):
         with profiler.profile_block("step"):
             recent[i % 20] = np.empty(size, np.uint8)
@@ -118,7 +126,7 @@ def main() -> None:
         )
         rows.append({"reads": name, **json.loads(done.stdout)})
     tables = {"cost": rows, "verdicts": verdicts(arguments.runs)}
-    common.report("memory", arguments.threads, {"runs": arguments.runs, "calls": CALLS}, tables, arguments.json)
+    common.report("memory", arguments.threads, {"runs": arguments.runs}, tables, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory profiler: peaks, nesting, threads, efficiency, the report."""
+"""The memory profiler: peaks, nesting, threads, what it costs, its series."""
 
 import ctypes
 import json
@@ -9,40 +9,31 @@ import time
 
 import numpy as np
 import pytest
-from memory_cases import MB, in_a_process_of_its_own, profile
+from memory_cases import MB, alone, profile
 
 from qexport import memory
 from qexport.errors import QexportError, UsageError
 from qexport.memory import AdvancedMemoryProfiler, counters
 from qexport.memory.series import Series
-from qexport.memory.text import size_text
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs high-water marks that can be reset")
 
 
-def step_of_200_mb(keep: bool) -> dict:
-    kept = []
-
-    def step():
-        block = np.ones(200 * MB, np.uint8)
-        if keep:
-            kept.append(block)
-
-    return profile(step).block("step")["counters"]
-
-
+@alone
 def test_the_peak_of_a_block_that_gives_back_what_it_took():
-    found = in_a_process_of_its_own(step_of_200_mb, False)
+    found = profile(lambda: np.ones(200 * MB, np.uint8).any()).block("step")["counters"]
     for name in ("tracemalloc", "rss"):
-        assert found[name]["rise_bytes"] == pytest.approx(200 * MB, rel=0.01), name
-        assert abs(found[name]["left_bytes"]) < 2 * MB
-        assert found[name]["peak_bytes"] == found[name]["before_bytes"] + found[name]["rise_bytes"]
+        assert found[name]["rise_bytes"] == pytest.approx(200 * MB, rel=0.01), (name, found)
+        assert abs(found[name]["left_bytes"]) < 2 * MB, (name, found)
+        assert found[name]["peak_bytes"] == found[name]["before_bytes"] + found[name]["rise_bytes"], (name, found)
 
 
+@alone
 def test_what_stays_is_left():
-    found = in_a_process_of_its_own(step_of_200_mb, True)
+    kept = []
+    found = profile(lambda: kept.append(np.ones(200 * MB, np.uint8))).block("step")["counters"]
     for name in {"tracemalloc", "malloc", "rss"} & set(found):
-        assert found[name]["left_bytes"] == pytest.approx(200 * MB, rel=0.01), name
+        assert found[name]["left_bytes"] == pytest.approx(200 * MB, rel=0.01), (name, found)
 
 
 def pages(size: int) -> None:
@@ -52,7 +43,10 @@ def pages(size: int) -> None:
             block[i] = 1
 
 
-def nested_blocks(name: str, take) -> list[dict]:
+@pytest.mark.parametrize(("name", "take"), [("tracemalloc", bytearray), pytest.param("rss", pages, marks=LINUX)])
+@alone
+def test_nested_blocks_have_peaks_of_their_own(name, take):
+    """30 MB beside the inner blocks, then 10 and 20 inside: each inner peak is its own, the outer one the highest."""
     profiler = AdvancedMemoryProfiler(sources=(name,))
     with profiler.profile_block("outer"):
         take(30 * MB)
@@ -60,18 +54,12 @@ def nested_blocks(name: str, take) -> list[dict]:
             take(10 * MB)
         with profiler.profile_block("large"):
             take(20 * MB)
-    return profiler.generate_report().blocks
-
-
-@pytest.mark.parametrize(("name", "take"), [("tracemalloc", bytearray), pytest.param("rss", pages, marks=LINUX)])
-def test_nested_blocks_have_peaks_of_their_own(name, take):
-    """30 MB beside the inner blocks, then 10 and 20 inside: each inner peak is its own, the outer one the highest."""
-    blocks = in_a_process_of_its_own(nested_blocks, name, take)
-    assert [entry["path"] for entry in blocks] == [["outer"], ["outer", "small"], ["outer", "large"]]
-    for entry, expected in zip(blocks, (30, 10, 20), strict=True):
-        figures = entry["counters"][name]
-        assert figures["rise_bytes"] == pytest.approx(expected * MB, abs=MB), entry["path"]
-        assert figures["peak_is"] == "exact"
+    report = profiler.generate_report()
+    assert [entry["path"] for entry in report.blocks] == [["outer"], ["outer", "small"], ["outer", "large"]], report.blocks
+    for path, expected in ((("outer",), 30), (("outer", "small"), 10), (("outer", "large"), 20)):
+        figures = report.block(*path)["counters"][name]
+        assert figures["rise_bytes"] == pytest.approx(expected * MB, abs=MB), (path, figures)
+        assert figures["peak_is"] == "exact", (path, figures)
 
 
 def test_calls_of_a_block_are_one_entry():
@@ -140,7 +128,10 @@ def test_many_threads_at_once():
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def step_of_malloc() -> tuple[dict, int]:
+@pytest.mark.skipif(counters.find(["malloc"])[1].get("malloc") is not None, reason="needs mallinfo2")
+@alone
+def test_the_thread_that_samples_sees_what_has_no_mark():
+    """malloc keeps no high-water mark: what was taken and given back within a block is seen by sampling alone."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -151,16 +142,10 @@ def step_of_malloc() -> tuple[dict, int]:
         libc.free(block)
 
     found = profile(step, sources=("malloc",), interval=0.005)
-    return found.block("step")["counters"]["malloc"], max(found.timeline["malloc"]["bytes"])
-
-
-@pytest.mark.skipif(counters.find(["malloc"])[1].get("malloc") is not None, reason="needs mallinfo2")
-def test_the_thread_that_samples_sees_what_has_no_mark():
-    """malloc keeps no high-water mark: what was taken and given back within a block is seen by sampling alone."""
-    figures, most = in_a_process_of_its_own(step_of_malloc)
-    assert figures["rise_bytes"] == pytest.approx(50 * MB, rel=0.01)
-    assert figures["peak_is"] == "sampled"
-    assert most == figures["peak_bytes"]
+    figures = found.block("step")["counters"]["malloc"]
+    assert figures["rise_bytes"] == pytest.approx(50 * MB, rel=0.01), figures
+    assert figures["peak_is"] == "sampled", figures
+    assert max(found.timeline["malloc"]["bytes"]) == figures["peak_bytes"], figures
 
 
 def test_the_thread_ends_and_so_does_tracing(monkeypatch):
@@ -194,23 +179,6 @@ def test_a_report_begins_anew():
     assert profiler.generate_report().blocks == []
 
 
-def test_efficiency_names_what_is_divided():
-    profiler = AdvancedMemoryProfiler(sources=("tracemalloc",))
-    with profiler.profile_block("step", tokens=100, reference_bytes=80 * MB) as block:
-        block.minimum_bytes = 10 * MB
-        np.ones(20 * MB, np.uint8)
-    found = profiler.generate_report().block("step")["efficiency"]
-    rise = found["overhead"]["numerator"]["value"]
-    assert rise == pytest.approx(20 * MB, rel=0.01)
-    assert found["bytes_per_token"]["value"] == rise / 100
-    assert found["bytes_per_token"]["denominator"] == {"what": "tokens", "value": 100}
-    assert found["overhead"]["value"] == rise / (10 * MB)
-    assert found["overhead"]["numerator"]["what"] == "rise of tracemalloc"
-    assert found["compression_ratio"]["value"] == 80 * MB / rise
-    without = profile(lambda: None, sources=("tracemalloc",)).block("step")["efficiency"]
-    assert set(without.values()) == {None}
-
-
 def test_what_measuring_takes_is_measured_and_bounded(monkeypatch):
     """A counter of 10 ms, looked at a hundred times a second, would take all of the second that the block sleeps."""
     readings = []
@@ -231,53 +199,6 @@ def test_what_measuring_takes_is_measured_and_bounded(monkeypatch):
     assert 0.01 * within <= report.overhead["seconds"] < 0.2
     assert 2 <= within < 20
     assert report.overhead["share"] == pytest.approx(report.overhead["seconds"] / report.seconds)
-
-
-# The report.
-
-
-def test_the_report_as_json_text_and_picture(tmp_path):
-    profiler = AdvancedMemoryProfiler()
-    with profiler.profile_block("attention", tokens=32):
-        np.ones(5 * MB, np.uint8)
-        time.sleep(0.05)
-    report = profiler.generate_report()
-    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert (found["schema"], found["schema_version"]) == ("qexport.memory", 1)
-    text = report.to_text()
-    for words in ("attention: 1 call", "tracemalloc", "too few readings", "bytes per token", "measuring took"):
-        assert words in text
-    for kind in ("png", "svg"):
-        file = tmp_path / f"memory.{kind}"
-        report.plot(file)
-        assert file.stat().st_size > 5000
-    with pytest.raises(UsageError, match="a plot ends in"):
-        report.plot(tmp_path / "memory.txt")
-    with pytest.raises(KeyError):
-        report.block("nothing")
-
-
-def test_without_matplotlib_a_plot_is_one_line(tmp_path, monkeypatch):
-    report = profile(lambda: None, sources=("tracemalloc",))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(QexportError, match=r"pip install 'qexport\[plot\]'"):
-        report.plot(tmp_path / "memory.png")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (None, ""),
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 KB"),
-        (1536, "1.54 KB"),
-        (-20_000_000, "-20 MB"),
-        (3.2e12, "3200 GB"),
-    ],
-)
-def test_sizes_in_words(count, text):
-    assert size_text(count) == text
 
 
 @pytest.mark.parametrize(
@@ -305,9 +226,21 @@ def test_a_series_keeps_the_least_of_what_it_puts_together():
     series = Series(4)
     for x, y in enumerate([5, 3, 4, 9, 1, 7, 8, 8], 1):
         series.append(x, y)
-    # full after four: pairs of two; full again after eight: pairs of four
-    assert (series.pairs(), series.stride) == (([4, 8], [3, 1]), 4)
+    assert (series.pairs(), series.stride) == (([2, 4, 6, 8], [3, 4, 1, 8]), 2)
+    series.append(9, 6)  # full again: pairs become fours
+    assert (series.pairs(), series.stride) == (([4, 8, 9], [3, 1, 6]), 4)
     high = Series(4, max)
-    for x in range(1, 8):
+    for x in range(7):
         high.append(x, 10 * x)
-    assert (high.pairs(), high.stride) == (([2, 4, 6], [20, 40, 60]), 2)
+    assert (high.pairs(), high.stride) == (([1, 3, 5, 6], [10, 30, 50, 60]), 2)
+
+
+def test_a_series_keeps_what_comes_rarely_behind_what_came_densely():
+    """Merging by the number of readings would make one of many of the last ones too."""
+    series = Series(64)
+    rare = range(4096, 4096 + 32 * 200, 200)
+    for x in (*range(4096), *rare):
+        series.append(x, x)
+    xs, ys = series.pairs()
+    assert xs[-32:] == ys[-32:] == list(rare)
+    assert len(xs) <= 64

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from bundle_factory import make_bundle
+from memory_cases import alone
 
 from qexport import session
 from qexport.memory import AdvancedMemoryProfiler
@@ -46,6 +47,7 @@ def churn(rng):
 
 
 @pytest.mark.parametrize("seed", range(5))
+@alone
 def test_a_planted_leak_of_one_kibibyte_a_call(seed):
     kept, step = [], churn(np.random.default_rng(seed))
 
@@ -60,6 +62,7 @@ def test_a_planted_leak_of_one_kibibyte_a_call(seed):
 
 
 @needs("malloc")
+@alone
 def test_a_leak_that_python_does_not_see():
     """From malloc, as a library would leak it; tracemalloc has no part in it."""
     libc = ctypes.CDLL(None)
@@ -76,11 +79,28 @@ def test_a_leak_that_python_does_not_see():
         libc.free(block)
 
 
+@pytest.mark.parametrize("kept", [None, []])
+@alone
+def test_many_short_calls(kept):
+    """Most of them are not read, but every counter has readings enough."""
+    profiler, step = AdvancedMemoryProfiler(sources=("tracemalloc", "malloc")), churn(np.random.default_rng(0))
+    for i in range(20_000):
+        with profiler.profile_block("step"):
+            step(i)
+            if kept is not None:
+                kept.append(bytes(KB))
+    found = profiler.generate_report().block("step")
+    verdicts = {name: figures["leak"]["verdict"] for name, figures in found["counters"].items()}
+    assert set(verdicts.values()) == {"no leak" if kept is None else "leak"}, found
+
+
+@alone
 def test_no_false_alarm_in_twenty_clean_runs():
     found = [verdict(churn(np.random.default_rng(seed)), 500) for seed in range(20)]
     assert {one["verdict"] for one in found} == {"no leak"}, found
 
 
+@alone
 def test_a_model_that_runs_is_clean(tmp_path):
     opened = session(make_bundle(tmp_path / "bundle"), library=False)
     feed = {"input_ids": np.zeros((1, 16), np.int64), "attention_mask": np.ones((1, 16), np.int64)}
@@ -88,6 +108,7 @@ def test_a_model_that_runs_is_clean(tmp_path):
     assert verdict(lambda i: call(), 1500)["verdict"] in ("no leak", "slows down")
 
 
+@alone
 def test_a_cache_is_no_leak():
     @lru_cache(maxsize=500)
     def remembered(key):
@@ -99,11 +120,13 @@ def test_a_cache_is_no_leak():
     assert verdict(lambda i: remembered(keys[i]))["verdict"] in ("no leak", "slows down")
 
 
+@alone
 def test_a_warm_up_is_no_leak():
     kept = []
     assert verdict(lambda i: kept.append(bytes(KB)) if i < 400 else None)["verdict"] == "no leak"
 
 
+@alone
 def test_garbage_that_waits_for_the_collector_is_no_leak():
     def step(i):
         cycle = [bytes(KB)]
@@ -118,6 +141,7 @@ def test_garbage_that_waits_for_the_collector_is_no_leak():
     assert found["verdict"] == "garbage"
 
 
+@alone
 def test_the_profiler_does_not_grow():
     """Not in itself, which would be found as a leak of every block, and not with blocks that nest."""
     profiler = AdvancedMemoryProfiler(sources=("tracemalloc", "malloc"))
@@ -132,6 +156,7 @@ def test_the_profiler_does_not_grow():
     assert abs(entry["counters"]["tracemalloc"]["left_bytes"]) < 4 * KB
 
 
+@alone
 def test_too_few_calls_say_so():
     found = verdict(lambda i: None, 10)
     assert (found["verdict"], found["p_value"]) == ("too few readings", None)

@@ -127,6 +127,12 @@ def test_what_is_no_leak(name, y):
     assert leak_test(X, y, CALLS).verdict == NONE, name
 
 
+def test_growth_that_pages_alone_would_show():
+    """1 KiB a call behind the first quarter of 1000 calls is 750 KiB."""
+    y = KB * X
+    assert [leak_test(X, y, CALLS, least * KB).verdict for least in (740, 760)] == [LEAK, NONE]
+
+
 def test_a_cache_that_fills_ever_more_slowly():
     """300 keys drawn at random: the rate falls as exp(-x / 300), but the cache grows in every part."""
     rng = np.random.default_rng(8)

@@ -32,6 +32,7 @@ class Counter:
         reset: makes the bytes of now the high-water mark; whether that worked. None for marks that cannot be reset.
         every_call: whether it is read when a block begins and ends, or by the thread that samples alone.
         own_process: whether it counts this process alone.
+        least_growth: bytes that it may grow by without anybody keeping anything.
         begin, end: called when the first block opens and the last one closes.
         close: gives back what the source took.
     """
@@ -43,6 +44,7 @@ class Counter:
     reset: Callable[[], bool] | None = None
     every_call: bool = True
     own_process: bool = True
+    least_growth: int = 0
     begin: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
     close: Callable[[], None] | None = None
@@ -67,6 +69,11 @@ def _tracemalloc() -> list[Counter]:
             close=tracemalloc.stop if started else None,
         )
     ]
+
+
+# Resident pages grow while allocators use what they hold for the first time, Python's in arenas of 1 MiB (pymalloc) and
+# glibc's in steps of 128 KiB (M_TOP_PAD), and the system counts them up to some hundred kB late.
+PAGES_LEAST_GROWTH = 1 << 20
 
 
 class _MallInfo(ctypes.Structure):
@@ -96,7 +103,11 @@ def _rss() -> list[Counter]:
     if rss.current_rss() is None:
         raise AbsentError("neither /proc/self/status nor psutil is there")
     covers = "resident pages of the process: what the system counts, kept by allocators included"
-    return [Counter("rss", HOST, covers, lambda: (rss.current_rss(), rss.peak_rss()), rss.forget_peak)]
+
+    def read():
+        return rss.current_rss(), rss.peak_rss()
+
+    return [Counter("rss", HOST, covers, read, rss.forget_peak, least_growth=PAGES_LEAST_GROWTH)]
 
 
 def _uss() -> list[Counter]:
@@ -110,7 +121,11 @@ def _uss() -> list[Counter]:
     except (AttributeError, psutil.Error) as error:
         raise AbsentError(f"psutil does not tell it here: {error}") from None
     covers = "resident pages that no other process shares: what ending the process would give back"
-    return [Counter("uss", HOST, covers, lambda: (process.memory_full_info().uss, None), every_call=False)]
+
+    def read():
+        return process.memory_full_info().uss, None
+
+    return [Counter("uss", HOST, covers, read, every_call=False, least_growth=PAGES_LEAST_GROWTH)]
 
 
 def _imported_torch():

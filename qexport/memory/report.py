@@ -79,12 +79,12 @@ def make_report(*, blocks, counters, timelines, start_ns, garbage, arenas, **giv
     for name, line in timeline.items():
         fit = trend.theil_sen(line["seconds"], line["bytes"])
         trends[name] = {"bytes_per_second": fit["slope"], "ci95": fit["ci95"], "readings": fit["readings"]}
-    own = {name for name, entry in described.items() if entry["own_process"]}
+    own = {c.name: c.least_growth for c in counters if c.own_process}
     entries = [_block(block, arenas, own, garbage) for block in blocks]
     return MemoryReport(counters=described, timeline=timeline, trends=trends, blocks=entries, **given)
 
 
-def _block(block: Block, arenas: list[Arena], own: set[str], garbage: dict[str, int]) -> dict:
+def _block(block: Block, arenas: list[Arena], own: dict[str, int], garbage: dict[str, int]) -> dict:
     figures, tests = {}, {}
     for name, found in block.figures.items():
         if found.before is None:
@@ -92,7 +92,7 @@ def _block(block: Block, arenas: list[Arena], own: set[str], garbage: dict[str, 
         calls, ends = found.ends.pairs()
         fit = trend.theil_sen(calls, ends)
         if name in own:
-            tests[name] = trend.leak_test(calls, ends, block.account.calls)
+            tests[name] = trend.leak_test(calls, ends, block.account.calls, own[name])
         figures[name] = {
             "before_bytes": found.before,
             "after_bytes": found.after,

@@ -46,6 +46,8 @@ def leak_text(leak: dict) -> str:
     """The verdict in words, with its p-value and the counter that it is from."""
     if leak["p_value"] is None:
         return leak["verdict"]
+    if leak["verdict"] == "no leak" and leak["p_value"] < leak["level"]:
+        return "no leak: what grew is too little to count"
     rate = "" if leak["verdict"] == "no leak" else f", {size_text(leak['bytes_per_call'])} a call by {leak['counter']}"
     return f"{leak['verdict']}{rate} (p = {leak['p_value']:.2g})"
 

@@ -17,9 +17,10 @@ with the least-squares slope b of the minima,
     t = b / se,    se^2 = tau s^2 / sum (x - mean x)^2,    n / tau - 2 degrees of freedom, Student's t.
 
 The p-value of the claim is the largest of the four (an intersection-union test, Berger 1982): four tests need no correction
-of its level, which is far below the nominal one where the parts are independent. Two limits keep honest programs out: less
-than `LEAST_RATE` bytes a call is nobody's leak, and growth whose rate in the last quarter, or eighth, is less than half of
-that in the second quarter is a cache that fills. One that has not slowed down yet is told from a leak by more calls alone.
+of its level, which is far below the nominal one where the parts are independent. Three limits keep honest programs out: less
+than `LEAST_RATE` bytes a call is nobody's leak, nor is less in all than a counter of pages grows by while allocators use for
+the first time what they hold; and growth whose rate in the last quarter, or eighth, is less than half of that in the second
+quarter is a cache that fills. One that has not slowed down yet is told from a leak by more calls alone.
 """
 
 import math
@@ -93,9 +94,9 @@ def slope_test(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return slope, t_survival(slope / math.sqrt(variance), freedom) if variance > 0 else 0.0
 
 
-def leak_test(x, y, calls: int) -> LeakTest:
-    """Whether y (bytes in use after call number x of 1..calls) grows and does not stop; the head of this file says how that
-    is decided."""
+def leak_test(x, y, calls: int, least_growth: int = 0) -> LeakTest:
+    """Whether y (bytes in use after call number x of 1..calls) grows by `least_growth` or more behind the first quarter, and
+    does not stop; the head of this file says how that is decided."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     # by the number of the call, since not every call may have been read
     bounds = np.searchsorted(x, [calls / 4, calls / 2, 3 * calls / 4, 7 * calls / 8], side="right")
@@ -109,7 +110,7 @@ def leak_test(x, y, calls: int) -> LeakTest:
         tests.append(slope_test(*_batched(x[a:b], y[a:b], batches, np.min)))
     rates = [slope for slope, _ in tests[:3]]
     p_value = max(p for _, p in tests)
-    if p_value >= LEVEL or min(rates) < LEAST_RATE:
+    if p_value >= LEVEL or min(rates) < LEAST_RATE or float(np.mean(rates)) * 3 / 4 * calls < least_growth:
         return LeakTest(NONE, p_value, rates)
     at_end = min(slope for slope, _ in tests[2:])
     return LeakTest(SLOWING_DOWN if at_end < SLOWING * rates[0] else LEAK, p_value, rates)
