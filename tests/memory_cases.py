@@ -1,14 +1,18 @@
 """A block of the memory profiler around a step, and processes for figures that count a whole process."""
 
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import wraps
 from importlib import import_module
 from multiprocessing import get_context
 
+import pytest
+
 from qexport import memory
 from qexport.memory import AdvancedMemoryProfiler
 
 MB = 10**6
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs high-water marks that can be reset")
 
 
 def profile(step, **options) -> memory.MemoryReport:

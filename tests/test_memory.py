@@ -3,28 +3,25 @@
 import ctypes
 import json
 import mmap
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from memory_cases import MB, alone, profile
+from memory_cases import LINUX, MB, alone, profile
 
 from qexport import memory
 from qexport.errors import QexportError, UsageError
 from qexport.memory import AdvancedMemoryProfiler, counters
 from qexport.memory.series import Series
 
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs high-water marks that can be reset")
-
 
 @alone
 def test_the_peak_of_a_block_that_gives_back_what_it_took():
     found = profile(lambda: np.ones(200 * MB, np.uint8).any()).block("step")["counters"]
     for name in ("tracemalloc", "rss"):
-        assert found[name]["rise_bytes"] == pytest.approx(200 * MB, rel=0.01), (name, found)
-        assert abs(found[name]["left_bytes"]) < 2 * MB, (name, found)
+        assert found[name]["rise_bytes"] == pytest.approx(200 * MB, rel=0.02), (name, found)
+        assert abs(found[name]["left_bytes"]) < 5 * MB, (name, found)
         assert found[name]["peak_bytes"] == found[name]["before_bytes"] + found[name]["rise_bytes"], (name, found)
 
 
@@ -33,7 +30,7 @@ def test_what_stays_is_left():
     kept = []
     found = profile(lambda: kept.append(np.ones(200 * MB, np.uint8))).block("step")["counters"]
     for name in {"tracemalloc", "malloc", "rss"} & set(found):
-        assert found[name]["left_bytes"] == pytest.approx(200 * MB, rel=0.01), (name, found)
+        assert found[name]["left_bytes"] == pytest.approx(200 * MB, rel=0.02), (name, found)
 
 
 def pages(size: int) -> None:
@@ -58,7 +55,7 @@ def test_nested_blocks_have_peaks_of_their_own(name, take):
     assert [entry["path"] for entry in report.blocks] == [["outer"], ["outer", "small"], ["outer", "large"]], report.blocks
     for path, expected in ((("outer",), 30), (("outer", "small"), 10), (("outer", "large"), 20)):
         figures = report.block(*path)["counters"][name]
-        assert figures["rise_bytes"] == pytest.approx(expected * MB, abs=MB), (path, figures)
+        assert figures["rise_bytes"] == pytest.approx(expected * MB, abs=3 * MB), (path, figures)
         assert figures["peak_is"] == "exact", (path, figures)
 
 

@@ -2,12 +2,13 @@
 
 import ctypes
 import gc
+import mmap
 from functools import lru_cache
 
 import numpy as np
 import pytest
 from bundle_factory import make_bundle
-from memory_cases import alone
+from memory_cases import LINUX, alone
 
 from qexport import session
 from qexport.memory import AdvancedMemoryProfiler
@@ -118,6 +119,21 @@ def test_a_cache_is_no_leak():
     keys = np.random.default_rng(1).integers(0, 400, CALLS).tolist()
     remembered.cache_clear()
     assert verdict(lambda i: remembered(keys[i]))["verdict"] in ("no leak", "slows down")
+
+
+@LINUX
+@pytest.mark.parametrize(("calls", "expected"), [(240, "no leak"), (CALLS, "leak")])
+@alone
+def test_pages_of_old_memory_that_each_call_uses_for_the_first_time(calls, expected):
+    """Less than a MiB of them is what allocators do with what they hold; nobody but the system counts them."""
+    with mmap.mmap(-1, calls * mmap.PAGESIZE) as block:
+
+        def step(i):
+            block[i * mmap.PAGESIZE] = 1
+
+        found = verdict(step, calls)
+    assert found["verdict"] == expected, found
+    assert found["counter"] == "rss", found
 
 
 @alone

@@ -203,9 +203,9 @@ def test_extra_memory_is_what_a_call_takes_and_gives_back():
     if ours is None:
         pytest.skip("this system does not tell")
     nothing = extra_rss(lambda: None)
-    # Linux adds up what its processors count on their own a few pages at a time
-    assert 19 << 20 <= ours < 22 << 20, ours
-    assert nothing < 1 << 20, nothing
+    # Linux adds up what its processors count on their own some pages at a time, more where it has more processors
+    assert 17 << 20 <= ours < 24 << 20, ours
+    assert nothing < 3 << 20, nothing
 
 
 @alone
