@@ -8,7 +8,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from importlib import import_module
 
 import numpy as np
@@ -346,15 +345,31 @@ def test_an_existing_folder_is_not_overwritten(qexport, classical, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+# The command, which says when the new bundle lies half-written beside the old one, and waits there.
+SLOW_CONVERT = """
+import time
+from qexport import conversion
+from qexport.cli import main
+write_models = conversion.write_models
+
+def slow(*args):
+    write_models(*args)
+    print("half", flush=True)
+    time.sleep(600)
+
+conversion.write_models = slow
+main()
+"""
+
+
 def test_interrupt_leaves_the_old_bundle(classical, tmp_path):
     """Ctrl-C while a bundle is being replaced: exit code 130, the old one byte for byte, nothing beside it."""
     target = make_bundle(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
-    command = [sys.executable, "-P", "-m", "qexport", "convert", classical, "-o", target]
+    command = [sys.executable, "-P", "-c", SLOW_CONVERT, "convert", classical, "-o", target]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(os.listdir(tmp_path)) == 1 and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)  # until the new bundle's folder appears beside the old one
+    assert running.stdout.readline() == "half\n", running.communicate()[1]
+    assert len(os.listdir(tmp_path)) == 2
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGINT, out + err
