@@ -5,6 +5,7 @@ read before torch is."""
 import gc
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ssh_server import pythons, server, target  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `&` starts it: Ctrl-C would not reach what is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.append(str(Path(__file__).parent.parent))
 
 

@@ -16,6 +16,7 @@ from qexport.remote import Target
 
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 PACKAGES = ("numpy", "onnxruntime", "onnx", "google", "ml_dtypes", "typing_extensions")
+PATIENCE = 60  # seconds; what is waited for takes less than one, unless the machine has more to do
 
 
 class Server:
@@ -53,10 +54,12 @@ class Server:
                 self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", file], stderr=log)
             if self._listens():
                 return
+            self.stop()
         pytest.fail(f"sshd does not start: {(self.folder / 'log').read_text()}")
 
     def _listens(self) -> bool:
-        for _ in range(100):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
             if self.process.poll() is not None:
                 return False
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
@@ -67,7 +70,7 @@ class Server:
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
 
     @property
     def url(self) -> str:
@@ -88,9 +91,8 @@ class Server:
 
     def left(self) -> list[str]:
         """What logins left behind, after a while to clean up."""
-        for _ in range(100):
-            if not (found := sorted(p.name for p in self.temporary.iterdir())):
-                break
+        end = time.monotonic() + PATIENCE
+        while (found := sorted(p.name for p in self.temporary.iterdir())) and time.monotonic() < end:
             time.sleep(0.1)
         return found
 

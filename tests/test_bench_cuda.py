@@ -51,7 +51,9 @@ def test_every_call_takes_the_next_set():
     warm_up = 2 * 3
     places = [place for _, place in seen[warm_up:]]
     assert places == [i % 3 for i in range(len(places))]
-    assert len(times["a"].device) == len(times["b"].waited) == measure.ROUNDS[1]
+    counts = {len(of) for name in "ab" for of in (times[name].device, times[name].waited)}
+    assert len(counts) == 1  # what takes turns has as many of them
+    assert measure.ROUNDS[0] <= counts.pop() <= measure.ROUNDS[1]
 
 
 def test_who_fails_or_is_wrong_has_a_row_and_no_time():

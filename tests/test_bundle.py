@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +110,7 @@ from test_bundle import MINIMAL
 with write_bundle({folder!r}) as writer:
     (writer.path / "model.onnx").write_bytes(b"half of it")
     print("half", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -125,10 +124,8 @@ def test_a_signal_half_way(tmp_path, number, existing):
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "half\n", child.communicate()[1]
     assert digest(tmp_path) != before  # the half-written one is there
-    start = time.monotonic()
     child.send_signal(number)
-    child.communicate(timeout=30)
-    assert time.monotonic() - start < 20
+    child.communicate(timeout=60)  # the writer would wait for ten times as long
     assert child.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
     assert digest(tmp_path) == before
 
@@ -148,7 +145,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
     assert names[-1] == "out"
     assert [f".{children[1].pid}." in name for name in names[:-1]] == [True]
     children[1].send_signal(signal.SIGINT)
-    children[1].communicate(timeout=30)
+    children[1].communicate(timeout=60)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

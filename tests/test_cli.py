@@ -1,22 +1,17 @@
-"""The command line as a user meets it: exit codes, one-line errors, clean JSON, quick help."""
+"""The command line as a user meets it: exit codes, clean JSON, quick help, Ctrl-C."""
 
 import json
 import os
-import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import time
-from importlib import import_module
 
-import numpy as np
-import onnx
 import pytest
-from bundle_factory import build_model, make_bundle
+from bundle_factory import make_bundle
+from test_completion import processor_time
 
-from qexport.cli import COMMANDS, Place
+from qexport.cli import COMMANDS
 from qexport.cli.render import show_sites
 
 
@@ -26,20 +21,8 @@ def bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classical(tmp_path_factory):
-    """A classical .onnx file with two attentions."""
-    path = tmp_path_factory.mktemp("cli") / "encoder.onnx"
-    onnx.save(build_model(quantum=False), path)
-    return path
-
-
-def assert_one_line(code, out, err, *words, expected=1):
-    assert code == expected, err
-    assert out == ""
-    assert err.count("\n") == 1, err
-    assert err.startswith("qexport: error: ")
-    for word in words:
-        assert word in err
+def classical(bundle):
+    return bundle / "classical.onnx"
 
 
 def test_help_of_every_command(qexport):
@@ -52,80 +35,9 @@ def test_help_of_every_command(qexport):
         assert "--json" in text or name == "completion"  # whose answer is a script
 
 
-def processor_time(call):
-    """Median of five, in seconds, of what the processes that a call starts compute: what else runs here is not in it."""
-    times = []
-    for _ in range(5):
-        before = os.times()
-        call()
-        after = os.times()
-        times.append(sum(after[2:4]) - sum(before[2:4]))  # of children, in their code and in the system's
-    return statistics.median(times)
-
-
 def test_help_is_quick():
     command = [sys.executable, "-P", "-m", "qexport", "--help"]
     assert 0 < processor_time(lambda: subprocess.run(command, check=True, capture_output=True)) < 0.3
-
-
-def complete(*words):
-    """What bash is offered for the last word: [(kind, value)]."""
-    env = os.environ | {
-        "_QEXPORT_COMPLETE": "bash_complete",
-        "COMP_WORDS": shlex.join(["qexport", *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    code = "from qexport.cli import main; main()"
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
-    return [tuple(line.split(",", 1)) for line in done.stdout.splitlines()]
-
-
-def test_the_shell_completes_commands_options_choices_and_paths():
-    assert complete("") == [("plain", name) for name in COMMANDS]
-    assert complete("comp") == [("plain", "compress"), ("plain", "compare"), ("plain", "completion")]
-    assert complete("--ver") == [("plain", "--version")]
-    assert complete("convert", "m", "--error") == [("plain", "--error-tolerance")]
-    assert complete("convert", "m", "--strategy", "st") == [("plain", "stratified")]
-    assert complete("completion", "") == [("plain", shell) for shell in ("bash", "zsh", "fish")]
-    assert complete("validate", "some/fol") == [("dir", "some/fol")]
-    assert complete("validate", "d", "--data", "te") == [("file", "te")]
-
-
-def test_every_path_of_every_command_is_completed():
-    """Parameters that are shown as a file or a folder, or hold one, are of a type that the shell knows."""
-    shown = {"DIR", "FILE", "FOLDER", "PATH", "OUT"}
-    named = {"bundle", "deployment", "model", "path", "data", "output"}
-    for name in COMMANDS:
-        for param in import_module(f"qexport.cli.{name.replace('-', '_')}").command.params:
-            if param.metavar in shown or param.type.name in shown or param.name in named:
-                assert isinstance(param.type, Place), f"{name} {param.name}"
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash on this machine")
-def test_the_script_of_bash_works_in_bash(qexport, tmp_path):
-    code, script, _ = qexport("completion", "bash")
-    assert code == 0
-    (tmp_path / "qexport").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m qexport "$@"\n')
-    (tmp_path / "qexport").chmod(0o755)
-    script += (
-        "\ncomplete -p qexport; COMP_WORDS=(qexport con); COMP_CWORD=1; _qexport_completion qexport; echo ${COMPREPLY[@]}"
-    )
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[0].endswith("-F _qexport_completion qexport"), done.stderr
-    assert done.stdout.splitlines()[1] == "convert"
-    for shell in ("zsh", "fish"):
-        code, script, _ = qexport("completion", shell)
-        assert code == 0
-        assert f"_QEXPORT_COMPLETE={shell}_complete" in script
-
-
-@pytest.mark.parametrize("words", [("co",), ("convert", "m", "--strategy", ""), ("scaling", "--")])
-def test_completion_is_quick(words):
-    """A user waits for it at every tab."""
-    assert complete(*words)
-    assert 0 < processor_time(lambda: complete(*words)) < 0.3
 
 
 def test_convert_validate_profile_inspect(qexport, classical, tmp_path):
@@ -214,147 +126,31 @@ def test_dry_run_writes_nothing(qexport, classical, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["no-such-command"], ["no command 'no-such-command'", "convert"]),
-        (["convert", "model.onnx"], ["-o DIR"]),
-        (["convert", "model.onnx", "-o", "x", "--num-samples", "0"], ["must be >= 1, got 0"]),
-        (["convert", "model.onnx", "-o", "x", "--num-samples", "-3"], ["must be >= 1, got -3"]),
-        (["convert", "model.onnx", "-o", "x", "--num-samples", "some"], ["'some' is not a whole number"]),
-        (["convert", "model.onnx", "-o", "x", "--strategy", "best"], ["'best'", "stratified"]),
-        (["convert", "model.onnx", "-o", "x", "--precision", "fp8"], ["'fp8'", "bf16"]),
-        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "5"], ["error_tolerance", "5", "0.01 for 1 %"]),
-        (
-            ["convert", "m.onnx", "-o", "x", "--strategy", "naive", "--error-tolerance", "0.1"],
-            ["naive", "needs strategy tree"],
-        ),
-        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "some"], ["'some'", "0.01 or 1%"]),
-        (["tune", "x"], ["--max-error"]),
-        (["tune", "x", "--max-error", "nan"], ["max_error", "nan", "0.01 for 1 %"]),
-        (["tune", "x", "--max-error", "1%", "--time", "0"], ["time", "0.0"]),
-        (["convert", "model.onnx", "-o", "x", "--opset", "11"], ["11", "17"]),
-        (["profile", "x", "--runs", "0"], ["0", "1"]),
-        (["validate", "x", "--seeds", "many"], ["many"]),
-    ],
-)
-def test_wrong_usage_is_exit_code_2(qexport, argv, words):
-    code, out, err = qexport(*argv)
-    assert code == 2
-    assert out == ""
-    for word in words:
-        assert word in err
+# The command, which says when the new bundle lies half-written beside the old one, and waits there.
+SLOW_CONVERT = """
+import time
+from qexport import conversion
+from qexport.cli import main
+write_models = conversion.write_models
 
+def slow(*args):
+    write_models(*args)
+    print("half", flush=True)
+    time.sleep(600)
 
-def damaged(kind, tmp_path, classical):
-    """A file that is wrong in the way of `kind`, and what the error must say."""
-    path = tmp_path / f"{kind}.onnx"
-    if kind == "missing":
-        return path, ["no such"]
-    if kind == "text":
-        path.write_text("this is not a model\n")
-        return path, ["not an ONNX"]
-    if kind == "empty":
-        path.write_bytes(b"")
-        return path, ["not an ONNX"]
-    if kind == "truncated":
-        path.write_bytes(classical.read_bytes()[:-3000])
-        return path, ["cut short"]
-    model = onnx.load(classical)
-    if kind == "unknown_op":
-        model.graph.node[-1].domain = "com.nobody"
-        model.graph.node[-1].op_type = "Mystery"
-        model.opset_import.append(onnx.helper.make_opsetid("com.nobody", 1))
-        words = ["com.nobody", "Mystery"]
-    elif kind == "no_attention":
-        model = onnx.parser.parse_model(
-            '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
-        )
-        words = ["no attention found"]
-    elif kind == "external_missing":
-        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
-        (tmp_path / "weights.bin").unlink()
-        return path, ["weights.bin"]
-    elif kind == "external_outside":
-        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
-        model = onnx.load(path, load_external_data=False)
-        for tensor in model.graph.initializer:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = "../outside.bin"
-        (tmp_path.parent / "outside.bin").write_bytes((tmp_path / "weights.bin").read_bytes())
-        path.write_bytes(model.SerializeToString())
-        return path, ["outside"]
-    path.write_bytes(model.SerializeToString())
-    return path, words
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["missing", "text", "empty", "truncated", "unknown_op", "no_attention", "external_missing", "external_outside"],
-)
-def test_convert_of_a_bad_file(qexport, kind, tmp_path, classical):
-    path, words = damaged(kind, tmp_path, classical)
-    assert_one_line(*qexport("convert", path, "-o", tmp_path / "out"), path.name, *words)
-    assert not (tmp_path / "out").exists()
-    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-@pytest.mark.parametrize(
-    ("arrays", "words"),
-    [
-        ({"input_ids": np.zeros((1, 5), np.float32), "attention_mask": np.ones((1, 5), np.int64)}, ["input_ids", "float32"]),
-        ({"input_ids": np.zeros((1, 65), np.int64), "attention_mask": np.ones((1, 65), np.int64)}, ["65", "64"]),
-        ({"input_ids": np.zeros((0, 5), np.int64), "attention_mask": np.ones((0, 5), np.int64)}, ["empty"]),
-        ({"input_ids": np.full((1, 5), 50), "attention_mask": np.ones((1, 5), np.int64)}, ["input_ids", "50"]),
-        ({"ids": np.zeros((1, 5), np.int64)}, ["ids", "input_ids"]),
-    ],
-)
-def test_validate_with_bad_data(qexport, bundle, tmp_path, arrays, words):
-    np.savez(tmp_path / "data.npz", **arrays)
-    assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.npz"), *words)
-
-
-def test_data_of_an_unknown_kind(qexport, bundle, tmp_path):
-    (tmp_path / "data.csv").write_text("1,2\n")
-    assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.csv"), ".npz", expected=2)
-
-
-@pytest.mark.parametrize("command", ["validate", "profile", "inspect", "tune --max-error 1%"])
-def test_no_bundle_there(qexport, command, tmp_path):
-    assert_one_line(*qexport(*command.split(), tmp_path / "nothing"), "no such")
-
-
-def test_sequence_longer_than_the_model(qexport, bundle):
-    code, out, err = qexport("profile", bundle, "--seq", "65")
-    assert_one_line(code, out, err, "65", "64", expected=code)
-    assert code in (1, 2)
-
-
-def test_recipe_errors_name_the_file_and_the_key(qexport, classical, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("strategy: stratified\nsamples: 3\n")
-    code, out, err = qexport("convert", classical, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
-    assert_one_line(code, out, err, "recipe.yaml", "samples", expected=2)
-
-
-def test_an_existing_folder_is_not_overwritten(qexport, classical, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    code, out, err = qexport("convert", classical, "-o", tmp_path / "mine")
-    assert_one_line(code, out, err, "mine", expected=code)
-    assert code in (1, 2)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+conversion.write_models = slow
+main()
+"""
 
 
 def test_interrupt_leaves_the_old_bundle(classical, tmp_path):
     """Ctrl-C while a bundle is being replaced: exit code 130, the old one byte for byte, nothing beside it."""
     target = make_bundle(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
-    command = [sys.executable, "-P", "-m", "qexport", "convert", classical, "-o", target]
+    command = [sys.executable, "-P", "-c", SLOW_CONVERT, "convert", classical, "-o", target]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(os.listdir(tmp_path)) == 1 and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)  # until the new bundle's folder appears beside the old one
+    assert running.stdout.readline() == "half\n", running.communicate()[1]
+    assert len(os.listdir(tmp_path)) == 2
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGINT, out + err

@@ -119,7 +119,7 @@ def test_every_kind_of_document(write, tmp_path):
     bundle = make_bundle(tmp_path / "bundle", hidden=512)  # with weights worth compressing
     made = {
         "scaling": (
-            sweep((16, 32), heads=1, head_size=8, strategies=["exact", "naive"], seconds=0.5),
+            sweep((16, 32), heads=1, head_size=8, strategies=["exact", "naive"], seconds=60.0),
             "error of naive 32, length 32",
         ),
         "tune": (tune(bundle, max_error=0.1, trials=2, seeds=2, threads=1), "time ratio of the best recipe"),
@@ -299,7 +299,7 @@ def test_errors_on_other_providers_are_not_judged(write, documents):
 
 def test_memory_on_other_providers_is_not_judged(write, documents):
     """Beside a GPU that of the process is not the model's."""
-    swept = sweep((16,), heads=1, head_size=8, strategies=["exact"], seconds=0.5).to_dict()
+    swept = sweep((16,), heads=1, head_size=8, strategies=["exact"], seconds=60.0).to_dict()
     swept["contenders"][0]["lengths"][0]["memory_bytes"] = 2**22
 
     def profiled_larger(d):

@@ -40,7 +40,7 @@ def folder(module_path):
 
 def run(example, folder):
     command = [sys.executable, str(example), *ARGUMENTS.get(example.name[:2], [])]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

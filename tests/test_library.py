@@ -6,6 +6,8 @@ import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -115,19 +117,19 @@ def runtime_folder(version):
     if (folder / "onnxruntime").is_dir():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
-    done = subprocess.run([*command, f"onnxruntime=={version}"], capture_output=True, text=True, timeout=300, check=False)
-    wheels = list(folder.glob(f"onnxruntime-{version}-*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        pytest.skip(f"pip cannot get onnxruntime {version} for this Python: {reason}")
-    partial = folder / f"partial-{os.getpid()}"
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extractall(partial)
-    try:
-        (partial / "onnxruntime").rename(folder / "onnxruntime")
-    except OSError:
-        assert (folder / "onnxruntime").is_dir()  # another process was faster
+    with TemporaryDirectory(dir=folder) as own:  # other processes may be at it, too
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", own]
+        done = subprocess.run([*pip, f"onnxruntime=={version}"], capture_output=True, text=True, timeout=300, check=False)
+        wheels = list(Path(own).glob(f"onnxruntime-{version}-*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            pytest.skip(f"pip cannot get onnxruntime {version} for this Python: {reason}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            archive.extractall(own)
+        try:
+            Path(own, "onnxruntime").rename(folder / "onnxruntime")
+        except OSError:
+            assert (folder / "onnxruntime").is_dir()  # another process was faster
     return folder
 
 

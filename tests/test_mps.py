@@ -16,6 +16,7 @@ from qexport.mps.train import apply, decode, unpack
 from qexport.mps.tt_svd import NOISE, encode, error_limits, tt_svd
 
 EXACT = 1e-12
+REPEATABLE = settings(deadline=None, derandomize=True, database=None)  # the same examples at every run
 
 
 def gaussian(*shape, seed=0):
@@ -42,6 +43,7 @@ def whole(train):
     return result.reshape(train.layout.padded)
 
 
+@settings(REPEATABLE)
 @given(n=st.integers(1, 5000))
 def test_lengths_are_padded_to_the_next_smooth_number(n):
     factors = prime_factors(n)
@@ -54,7 +56,7 @@ def test_lengths_are_padded_to_the_next_smooth_number(n):
         assert between > 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(REPEATABLE, max_examples=40)
 @given(rows=st.integers(1, 40), cols=st.integers(1, 40), kind=st.sampled_from(KINDS), bond_dim=st.integers(1, 12))
 def test_error_is_the_true_one_and_within_its_limits(rows, cols, kind, bond_dim):
     """The error of the padded matrix, which cropping can only make smaller, lies between the two limits of any train."""

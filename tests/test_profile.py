@@ -16,7 +16,6 @@ from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.profiling import CLASSICAL, CONVERTED, profile
 from qexport.profiling.model_memory import model_memory
-from qexport.profiling.timeline import RssTimeline
 from qexport.profiling.timing import interleaved, median_interval
 from qexport.profiling.trace import arena_peak, node_table, op_table, peak_raises, placement, read_trace
 
@@ -287,22 +286,3 @@ def test_memory_over_time(folder):
         assert all(0 <= at <= timeline["done"] for at in timeline["seconds"])
         # the kernel's counters lag by some pages
         assert all(0.9 * memory["before_bytes"] <= size <= 1.01 * memory["peak_bytes"] for size in timeline["bytes"])
-
-
-def test_a_timeline_sees_what_another_process_takes():
-    """64 MiB that are taken and given back show as a step up and one down; equal figures are left out."""
-    program = (
-        "import sys, time\nprint('open', time.monotonic(), flush=True)\ntime.sleep(.2)\nx = bytearray(b'1') * 2**26\n"
-        "time.sleep(.5)\ndel x\ntime.sleep(.5)\nprint('done', time.monotonic(), flush=True)"
-    )
-    with (
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child,
-        RssTimeline(child.pid) as timeline,
-    ):
-        marks = {name: (float(at), None) for name, at in (line.split() for line in child.stdout)}
-    found = timeline.to_dict(marks)
-    first, most, last = found["bytes"][0], max(found["bytes"]), found["bytes"][-1]
-    assert most - first > 60 * 2**20
-    assert last - first < 10 * 2**20
-    assert all(len(set(three)) > 1 for three in zip(found["bytes"], found["bytes"][1:], found["bytes"][2:], strict=False))
-    assert found["done"] == marks["done"][0] - marks["open"][0]

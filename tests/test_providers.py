@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from bundle_factory import make_text_bundle
 from fake_gpu import CPU, CUDA
-from test_cli import assert_one_line, complete
+from test_cli_errors import assert_one_line
+from test_completion import complete
 
 import qexport as package
 from qexport import cuda_checks, deployment, profiling, providers, runtime, validation

@@ -55,6 +55,7 @@ def test_backends_that_measure(monkeypatch):
         QuantumAttentionSimulator(backend="lab")
 
 
+LEVEL = 1e-6  # the draws of other packages change with their versions: one false alarm in a million
 INSTALLED = [name for name in backend_names() if name not in ("kernel", "reference")]
 
 
@@ -72,4 +73,4 @@ def test_installed_backends_measure_the_closed_form(backend, mitigation, basis):
     if mitigation != "none":
         weights = channels.apply_transitions(weights, device.local("inversion"))
     expected = shots * device.probabilities(softmax(Q, K))
-    assert chi2.sf(float(((shots * weights - expected) ** 2 / expected).sum()), 3 * 7) > 1e-3
+    assert chi2.sf(float(((shots * weights - expected) ** 2 / expected).sum()), 3 * 7) > LEVEL

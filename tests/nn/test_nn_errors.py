@@ -1,6 +1,7 @@
 """What qexport.nn refuses: torch's exception types where torch has the check, one line that names the argument elsewhere."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -222,6 +223,7 @@ def installed(tmp_path, monkeypatch):
         "test_missing = qexport_no_such_module:attention\ntest_typo = qexport_test_device:attend\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "qexport_test_device", raising=False)  # of the test before
     yield __import__("qexport_test_device")
     from qexport.nn.backends import get_backend
 

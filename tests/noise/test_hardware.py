@@ -36,15 +36,15 @@ def total_variation(found: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 
 
 def statistical_bound(p: torch.Tensor, shots: int, samples: int = 1) -> torch.Tensor:
-    """What the total variation of frequencies from p stays below, 4 standard deviations above its mean; with two samples,
-    that of one from the other. Their differences are near to normal; the absolute values of two normal numbers of
-    correlation r have the covariance 2 / pi (r asin r + sqrt(1 - r^2) - 1) sigma sigma'."""
+    """What the total variation of frequencies from p stays below, 5 standard deviations above its mean, as the draws change
+    with the packages; with two samples, that of one from the other. Their differences are near to normal; the absolute
+    values of two normal numbers of correlation r have the covariance 2 / pi (r asin r + sqrt(1 - r^2) - 1) sigma sigma'."""
     covariance = (torch.diag_embed(p) - p[..., :, None] * p[..., None, :]) * samples / shots
     sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     products = sigma[..., :, None] * sigma[..., None, :]
     r = (covariance / products.clamp(min=1e-30)).clamp(-1, 1)
     variance = (2 / np.pi * (r * torch.asin(r) + (1 - r * r).sqrt() - 1) * products).sum((-1, -2)) / 4
-    return (2 / np.pi) ** 0.5 * sigma.sum(-1) / 2 + 4 * variance.sqrt()
+    return (2 / np.pi) ** 0.5 * sigma.sum(-1) / 2 + 5 * variance.sqrt()
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 16, 21, 50, 64, 100, 200])
@@ -100,7 +100,7 @@ def test_both_packages_measure_the_closed_form(name, basis):
             leak, wanted_leak = 1 - f.sum(-1), want[:, n:].sum(-1)
             assert ((leak - wanted_leak).abs() <= 5 * (wanted_leak * (1 - wanted_leak) / SHOTS).sqrt() + 1e-9).all()
         between = statistical_bound(want, SHOTS, samples=2)
-        assert between.max() < 0.02
+        assert between.max() < 0.025
         assert (total_variation(*found) <= between).all()
 
 

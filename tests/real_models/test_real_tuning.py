@@ -4,11 +4,26 @@ import pytest
 
 import qexport
 from qexport.demo import SENTENCES, minilm_folder
+from qexport.tuning import SAME_SPEED
+from qexport.tuning.trials import Bench
 
 SEQ, MAX_ERROR = 192, 0.01
 
 
-def test_minilm_within_one_percent(tmp_path):
+@pytest.fixture
+def timed(monkeypatch):
+    """Labels of the recipes of each timing: only times that were taken together compare."""
+    groups, try_time = [], Bench.try_time
+
+    def watched(bench, candidates, rounds):
+        groups.append({c.label for c in candidates})
+        try_time(bench, candidates, rounds)
+
+    monkeypatch.setattr(Bench, "try_time", watched)
+    return groups
+
+
+def test_minilm_within_one_percent(tmp_path, timed):
     """The tuned recipe holds the tolerance where validate looks at it, and errors add up as the allocation supposes."""
     lines = SENTENCES.read_text(encoding="utf-8").splitlines()
     texts = [" ".join(lines[i:] + lines[:i]) for i in range(0, 16, 4)]  # some 300 tokens each, cut to SEQ
@@ -23,6 +38,7 @@ def test_minilm_within_one_percent(tmp_path):
             assert candidate["predicted_error"] == pytest.approx(candidate["error"], rel=0.6)
     exact = next(c for c in report.candidates if c["label"] == "exact")
     assert exact["error"] < 1e-5
-    assert report.best["ratio"]["of_medians"] <= exact["ratio"]["of_medians"]
+    together = [c["ratio"]["of_medians"] for c in report.candidates if c["within"] and c["label"] in timed[-1]]
+    assert report.best["ratio"]["of_medians"] <= (1 + SAME_SPEED) * min(together)
     checked = qexport.validate(tmp_path / "tuned", texts, seq=SEQ, max_error=MAX_ERROR, seeds=3)
     assert checked.passed, checked.reasons
