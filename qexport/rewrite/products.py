@@ -6,11 +6,12 @@ Einsum("bihd,bjhd->bhij")       any two-operand equation without repeated letter
 """
 
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.graph import attribute, is_op, shown
 from qexport.rewrite.values import rank
 
 
@@ -98,13 +99,13 @@ def _matmul(node: ir.Node) -> tuple[int, float, bool, bool]:
         known = [r for r in (*ranks, rank(node.outputs[0])) if r is not None]
         ranks = [r if r is not None else max(known, default=None) for r in ranks]
     if None in ranks:
-        raise DeclinedError(f"the number of axes of {node.name!r} is unknown")
+        raise DeclinedError(f"the number of axes of {shown(node)} is unknown")
     if ranks[0] != ranks[1] or ranks[0] not in (3, 4):
         raise DeclinedError(
-            f"{node.name!r} multiplies tensors of {ranks[0]} and {ranks[1]} axes; 4 and 4 or 3 and 3 are known"
+            f"{shown(node)} multiplies tensors of {ranks[0]} and {ranks[1]} axes; 4 and 4 or 3 and 3 are known"
         )
     if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-        raise DeclinedError(f"{node.name!r} transposes its batch axes")
+        raise DeclinedError(f"{shown(node)} transposes its batch axes")
     return (
         ranks[0],
         attribute(node, "alpha", 1.0),
@@ -121,7 +122,7 @@ def _perm(n: int, flipped: bool) -> list[int]:
 
 
 def _equation(node: ir.Node) -> tuple[list[str], list[str], list[str]]:
-    text = attribute(node, "equation", "").replace(" ", "")
+    text = _without_ellipsis(attribute(node, "equation", "").replace(" ", ""), rank(node.outputs[0]))
     inputs, _, out = text.partition("->")
     parts = inputs.split(",")
     if len(parts) != 2 or not out or "." in text or any(len(set(p)) != len(p) for p in (*parts, out)):
@@ -129,6 +130,15 @@ def _equation(node: ir.Node) -> tuple[list[str], list[str], list[str]]:
     if {len(parts[0]), len(parts[1]), len(out)} - {3, 4} or len({len(parts[0]), len(parts[1]), len(out)}) != 1:
         raise DeclinedError(f"the Einsum {text!r} has no 3 or 4 axes on every side")
     return list(parts[0]), list(parts[1]), list(out)
+
+
+def _without_ellipsis(text: str, axes: int | None) -> str:
+    """An equation with letters for the "..." of every term, the same axes in all; `axes` of its output."""
+    terms = text.replace("->", ",").split(",")
+    if axes is None or not all("..." in term for term in terms):
+        return text
+    unused = sorted(set(ascii_lowercase) - set(text))
+    return text.replace("...", "".join(unused[: axes - len(terms[-1]) + 3]))
 
 
 def _order(have: list[str], want: list[str]) -> list[int]:

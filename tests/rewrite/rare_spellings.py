@@ -1,0 +1,104 @@
+"""Attention as it is spelled more rarely, in the form of spellings.py."""
+
+from spellings import BIAS, HALF, HEADS, JOINED, KT, LOW, SCALE, SOFT, Spelling
+
+HALVES = HEADS.replace("float", "float16")
+
+FUSED = {
+    "scores in float32 of a float16 model": Spelling(
+        "q1 = Cast<to=1>(q) k1 = Cast<to=1>(k) kt = Transpose<perm=[0,1,3,2]>(k1) s1 = MatMul(q1, kt) s2 = Div(s1, c) "
+        "p0 = Softmax<axis=-1>(s2) p = Cast<to=10>(p0) y = MatMul(p, v)",
+        inputs=HALVES,
+        constants=SCALE,
+        output="float16[b,4,l,8] y",
+    ),
+    "scores in float32, batched over heads": Spelling(
+        "q1 = Cast<to=1>(q) k1 = Cast<to=1>(k) kt = Transpose<perm=[0,2,1]>(k1) s2 = MatMul(q1, kt) "
+        "p0 = Softmax<axis=-1>(s2) p = Cast<to=10>(p0) y = MatMul(p, v)",
+        inputs=JOINED.replace("float", "float16"),
+        output="float16[n,l,8] y",
+    ),
+    "values in float32 of float16 scores": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Cast<to=1>(s0) " + SOFT,
+        inputs="float16[b,4,l,8] q, float16[b,4,s,8] k, float[b,4,s,8] v",
+    ),
+    "a scale per head": Spelling(
+        KT + "s0 = MatMul(q, kt) e = Exp(t) s1 = Mul(s0, e) s2 = Add(s1, bias) " + SOFT,
+        inputs=HEADS + BIAS + ", float[4,1,1] t",
+    ),
+    "a divisor per query": Spelling(
+        KT + "s0 = MatMul(q, kt) e = Exp(t) s2 = Div(s0, e) " + SOFT, inputs=HEADS + ", float[b,1,l,1] t"
+    ),
+    "a negative scale": Spelling(
+        KT + "s0 = MatMul(q, kt) s1 = Mul(s0, n) s2 = Mul(s1, h) " + SOFT,
+        inputs=HEADS,
+        constants=HALF + ", float n = {-1.5}",
+    ),
+    "a negative scale on q": Spelling(
+        KT + "q1 = Mul(q, n) s2 = MatMul(q1, kt) " + SOFT, inputs=HEADS, constants="float n = {-0.5}"
+    ),
+    "einsum with an ellipsis": Spelling(
+        's2 = Einsum<equation="...id, ...jd -> ...ij">(q, k) p = Softmax<axis=-1>(s2) '
+        'y = Einsum<equation="...ij, ...jd -> ...id">(p, v)'
+    ),
+    "clipped to the range of float16": Spelling(
+        KT + "s0 = MatMul(q, kt) s1 = Clip(s0, low, high) s2 = Clip(s1, , high) " + SOFT,
+        constants="float low = {-65504}, float high = {65504}",
+    ),
+    "einsum in other letters": Spelling(
+        's0 = Einsum<equation="Zhqx,ZhKx->ZhqK">(q, k) s2 = Mul(s0, h) p = Softmax<axis=3>(s2) '
+        'y = Einsum<equation="apqr,aprt->apqt">(p, v)',
+        constants=HALF,
+    ),
+}
+
+DECLINED = {
+    "a floor that scores reach": (
+        Spelling(KT + "s0 = MatMul(q, kt) s2 = Max(s0, low) " + SOFT, constants="float low = {100000}"),
+        "Max that changes them",
+    ),
+    "a ceiling that scores reach": (
+        Spelling(KT + "s0 = MatMul(q, kt) s2 = Clip(s0, low, high) " + SOFT, constants=LOW[2:] + ", float high = {1}"),
+        "Clip that changes them",
+    ),
+    "a sink beside the keys": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Concat<axis=-1>(s0, sink) p0 = Softmax<axis=-1>(s2) "
+            "p = Slice(p0, zero, minus, three) y = MatMul(p, v)",
+            inputs=HEADS + ", float[b,4,l,1] sink",
+            constants="int64[1] zero = {0}, int64[1] minus = {-1}, int64[1] three = {3}",
+        ),
+        "pass Slice",
+    ),
+    "a mask of more heads": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
+            inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v, float[1,4,l,s] rel",
+        ),
+        "1 of the 4 heads",
+    ),
+    "a factor of more batches": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
+            inputs="float[1,4,l,8] q, float[1,4,s,8] k, float[1,4,s,8] v, float[2,1,1,1] t",
+            output="float[2,4,l,8] y",
+        ),
+        "1 of the 2 batches",
+    ),
+    "a scale per head of joined heads": (
+        Spelling(
+            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
+            inputs=JOINED + ", float[n,1,1] t",
+            output="float[n,l,8] y",
+        ),
+        "no axis of their own",
+    ),
+    "double precision of the values": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Cast<to=11>(s0) " + SOFT,
+            inputs="float[b,4,l,8] q, float[b,4,s,8] k, double[b,4,s,8] v",
+            output="double[b,4,l,8] y",
+        ),
+        "double",
+    ),
+}
