@@ -147,7 +147,8 @@ def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list
     builder = Builder(product)
     q, scale = _peel_scale(keys.left, scores.scale * keys.alpha)
     k, scale = _peel_scale(keys.right, scale)
-    heads = split_heads(builder, scores, keys, n)
+    behind = [node for value in way if is_op(node := value.producer(), "Reshape")]
+    heads = split_heads(builder, [*scores.reshapes, *behind], keys, n)
     q4, k4, v4 = (heads.split(x) for x in (_ordered(builder, q), _ordered(builder, k), _ordered(builder, values.right)))
     q4, k4, v4 = _of_one_type(builder, [q4, k4, v4])
     for factor, divides in scores.factors:

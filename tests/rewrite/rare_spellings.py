@@ -70,6 +70,25 @@ DECLINED = {
         ),
         "pass Slice",
     ),
+    "groups that were rows of the queries": (
+        Spelling(
+            KT + "s2 = MatMul(q, kt) p0 = Softmax<axis=-1>(s2) p = Reshape(p0, four) y = MatMul(p, v)",
+            inputs="float[b,2,10,8] q, float[b,2,7,8] k, float[b,4,7,8] v",
+            constants="int64[4] four = {0, 4, 5, 7}",
+            output="float[b,4,5,8] y",
+        ),
+        "reshaped between the products",
+    ),
+    "heads that were rows of the queries": (
+        Spelling(
+            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s1 = Reshape(s0, four) s2 = Add(s1, row) "
+            "p0 = Softmax<axis=-1>(s2) p = Reshape(p0, three) y = MatMul(p, v)",
+            inputs="float[b,20,8] q, float[b,5,8] k, float[b,5,8] v, float[5,1,5] row",
+            constants="int64[4] four = {-1, 5, 4, 5}, int64[3] three = {-1, 20, 5}",
+            output="float[b,20,8] y",
+        ),
+        "reshaped between the products",
+    ),
     "a mask of more heads": (
         Spelling(
             KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
