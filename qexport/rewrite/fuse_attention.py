@@ -11,7 +11,7 @@ from qexport.rewrite import DeclinedError, LeftAlone
 from qexport.rewrite.graph import Builder, attribute, consumers, is_op, shown
 from qexport.rewrite.heads import split_heads
 from qexport.rewrite.masks import attention_mask
-from qexport.rewrite.products import Operand, Product, scores_product, values_product
+from qexport.rewrite.products import Operand, Product, flips, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_from_name, site_name
 from qexport.rewrite.values import constant, is_single, known_size, rank, scalar, size
@@ -54,19 +54,20 @@ def _module_around(product: ir.Node) -> str:
     return ""
 
 
-def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, list[ir.Value]] | None:
+def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, bool, list[ir.Value]] | None:
     """Walk on from a Softmax to the product with the values.
 
     Returns:
-        (product node, its operand that holds the probabilities, the values on the way), or None when the softmax weighs
-        no values.
+        (product node, its operand that holds the probabilities, whether transposed, the values on the way up to there), or
+        None when the softmax weighs no values.
 
     Raises:
         DeclinedError: it does, but the probabilities are used elsewhere too or pass an op that Attention lacks.
     """
-    value, way = softmax.outputs[0], []
+    value, way, flipped = softmax.outputs[0], [], False
     for _ in range(12):
-        way.append(value)
+        if not flipped:
+            way.append(value)
         users = consumers(value)
         guard = _nan_guard(value, users)
         if guard is not None:
@@ -86,13 +87,14 @@ def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, list[ir.Value]] | 
             return None
         user = users[0]
         if is_product(user):
-            return (user, value, way) if not _weighs_constant(user, value) else None
+            return (user, value, flipped, way) if not _weighs_constant(user, value) else None
         if is_op(user, "Dropout") and not inference_dropout(user):
             raise DeclinedError("its probabilities pass a Dropout in training mode; export the model in eval mode")
-        if is_op(user, "Cast", "Identity", "Dropout", "Reshape"):
+        if is_op(user, "Cast", "Identity", "Dropout") or (not flipped and (flips(user) or is_op(user, "Reshape"))):
+            flipped |= flips(user)
             value = user.outputs[0]
             continue
-        if _meets_product(user, 2) and is_op(user, "Mul", "Add", "Sub", "Div", "Where", "Transpose", "Slice"):
+        if _meets_product(user, 2) and is_op(user, "Mul", "Add", "Sub", "Div", "Where", "Transpose", "Reshape", "Slice"):
             raise DeclinedError(f"its probabilities pass {user.op_type} {shown(user)} before they weigh the values")
         return None
     return None
@@ -125,8 +127,10 @@ def _weighs_constant(product: ir.Node, probabilities: ir.Value) -> bool:
     return other.const_value is not None or constant(other, limit=1 << 40, depth=0) is not None
 
 
-def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list[ir.Value], opset: int) -> None:
-    values = values_product(product, probabilities)
+def _fuse(
+    softmax: ir.Node, product: ir.Node, probabilities: ir.Value, flipped: bool, way: list[ir.Value], opset: int
+) -> None:
+    values = values_product(product, probabilities, flipped)
     n = values.rank
     _check_axis(softmax, n)
     scores = find_scores(softmax)

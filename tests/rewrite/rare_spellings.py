@@ -37,6 +37,25 @@ FUSED = {
     "a negative scale on q": Spelling(
         KT + "q1 = Mul(q, n) s2 = MatMul(q1, kt) " + SOFT, inputs=HEADS, constants="float n = {-0.5}"
     ),
+    "values and probabilities transposed": Spelling(
+        KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) "
+        "vt = Transpose<perm=[0,1,3,2]>(v) o = MatMul(vt, pt) y = Transpose<perm=[0,1,3,2]>(o)",
+    ),
+    "images as columns": Spelling(
+        "qt = Transpose<perm=[0,2,1]>(q) s1 = MatMul(qt, k) s2 = Mul(s1, h) p = Softmax<axis=2>(s2) sh = Shape(p) "
+        "pt = Transpose<perm=[0,2,1]>(p) pt1 = Identity(pt) y = MatMul(v, pt1)",
+        inputs="float[b,8,l] q, float[b,8,s] k, float[b,8,s] v",
+        constants=HALF,
+        output="float[b,8,l] y, int64[3] sh",
+    ),
+    "transposed by the runtime's product": Spelling(
+        KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = com.microsoft.FusedMatMul<transA=1, transB=1>(v, p)",
+        output="float[b,4,8,l] y",
+    ),
+    "transposed for an einsum": Spelling(
+        KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) "
+        'y = Einsum<equation="bhsl,bhsd->bhld">(pt, v)',
+    ),
     "einsum with an ellipsis": Spelling(
         's2 = Einsum<equation="...id, ...jd -> ...ij">(q, k) p = Softmax<axis=-1>(s2) '
         'y = Einsum<equation="...ij, ...jd -> ...id">(p, v)'
@@ -88,6 +107,26 @@ DECLINED = {
             output="float[b,20,8] y",
         ),
         "reshaped between the products",
+    ),
+    "queries weighed instead of keys": (
+        Spelling(
+            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) y = MatMul(pt, v)",
+            inputs=HEADS.replace("float[b,4,s,8] v", "float[b,4,l,8] v"),
+            output="float[b,4,s,8] y",
+        ),
+        "weigh no values",
+    ),
+    "probabilities of another order": (
+        Spelling(
+            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[1,0,2,3]>(p) y = MatMul(pt, v)",
+            inputs="float[4,4,l,8] q, float[4,4,s,8] k, float[4,4,s,8] v",
+            output="float[4,4,l,8] y",
+        ),
+        "pass Transpose",
+    ),
+    "a negative scale of the runtime's product": (
+        Spelling("s2 = com.microsoft.FusedMatMul<transB=1, alpha=-0.35>(q, k) " + SOFT),
+        "scaled by -0.35",
     ),
     "a mask of more heads": (
         Spelling(
