@@ -39,7 +39,8 @@ FUSED = {
     ),
     "values and probabilities transposed": Spelling(
         KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) "
-        "vt = Transpose<perm=[0,1,3,2]>(v) o = MatMul(vt, pt) y = Transpose<perm=[0,1,3,2]>(o)",
+        "sh = Shape(pt) vt = Transpose<perm=[0,1,3,2]>(v) o = MatMul(vt, pt) y = Transpose<perm=[0,1,3,2]>(o)",
+        output="float[b,4,l,8] y, int64[4] sh",
     ),
     "images as columns": Spelling(
         "qt = Transpose<perm=[0,2,1]>(q) s1 = MatMul(qt, k) s2 = Mul(s1, h) p = Softmax<axis=2>(s2) sh = Shape(p) "
