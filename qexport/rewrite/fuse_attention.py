@@ -130,9 +130,9 @@ def _weighs_constant(product: ir.Node, probabilities: ir.Value) -> bool:
 def _fuse(
     softmax: ir.Node, product: ir.Node, probabilities: ir.Value, flipped: bool, way: list[ir.Value], opset: int
 ) -> None:
+    _check_axis(softmax, rank(softmax.outputs[0]) or rank(product.outputs[0]))
     values = values_product(product, probabilities, flipped)
     n = values.rank
-    _check_axis(softmax, n)
     scores = find_scores(softmax)
     keys = scores_product(scores.product)
     if keys.rank != n:
@@ -196,10 +196,10 @@ def _of_one_type(builder: Builder, operands: list[ir.Value]) -> list[ir.Value]:
     return [x if x.dtype == whole else builder.node("Cast", x, to=whole.value, dtype=whole, shape=x.shape) for x in operands]
 
 
-def _check_axis(softmax: ir.Node, n: int) -> None:
+def _check_axis(softmax: ir.Node, n: int | None) -> None:
     axis = attribute(softmax, "axis", -1)
-    if axis not in (-1, n - 1):
-        raise DeclinedError(f"its Softmax runs over axis {axis} of {n}, not over the keys")
+    if axis != -1 and axis + 1 != n:
+        raise DeclinedError(f"its Softmax runs over axis {axis} of {n or 'unknown'}, not over the keys")
 
 
 def _peel_scale(operand, scale: float):

@@ -57,6 +57,13 @@ FUSED = {
         KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) "
         'y = Einsum<equation="bhsl,bhsd->bhld">(pt, v)',
     ),
+    "softmax over the fourth axis of joined heads": Spelling(
+        "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s1 = Reshape(s0, four) s2 = Add(s1, bias) "
+        "p0 = Softmax<axis=3>(s2) p = Reshape(p0, three) y = MatMul(p, v)",
+        inputs="float[8,5,8] q, float[8,7,8] k, float[8,7,8] v, float[2,1,1,7] bias",
+        constants="int64[4] four = {-1, 4, 5, 7}, int64[3] three = {-1, 5, 7}",
+        output="float[8,5,8] y",
+    ),
     "einsum with an ellipsis": Spelling(
         's2 = Einsum<equation="...id, ...jd -> ...ij">(q, k) p = Softmax<axis=-1>(s2) '
         'y = Einsum<equation="...ij, ...jd -> ...id">(p, v)'
@@ -108,6 +115,14 @@ DECLINED = {
             output="float[b,20,8] y",
         ),
         "reshaped between the products",
+    ),
+    "keys before queries": (
+        Spelling(
+            "s2 = MatMul(k, q) p = Softmax<axis=1>(s2) y = MatMul(v, p)",
+            inputs="float[b,8,l] q, float[b,s,8] k, float[b,8,s] v",
+            output="float[b,8,l] y",
+        ),
+        "axis 1 of 3",
     ),
     "queries weighed instead of keys": (
         Spelling(
