@@ -88,9 +88,10 @@ def allowed_difference(source: Source) -> float:
 
 
 def _types(source: Source) -> set[str]:
-    """Names of the element types of the inputs and weights."""
-    weights = source.model.graph.initializers.values()
-    return {spec.dtype for spec in source.inputs} | {v.dtype.numpy().name for v in weights if v.dtype is not None}
+    """Names of the element types of the inputs, the weights and what is computed from them."""
+    values = [*source.model.graph.initializers.values(), *(x for n in source.model.graph.all_nodes() for x in n.outputs)]
+    known = {value.dtype for value in values} - {None}
+    return {spec.dtype for spec in source.inputs} | {dtype.name.lower() for dtype in known}
 
 
 class Runner:

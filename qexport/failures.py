@@ -33,7 +33,7 @@ def _load_failure(path, message: str, runtime: str, library: bool) -> str:
     if match := re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", message):
         return f"IR version {match[1]} is newer than {runtime} reads ({match[2]}); upgrade it or write IR 10"
     if match := re.search(r"Opset (\d+) is under development", message):
-        return f"opset {match[1]} is newer than {runtime} knows; upgrade it or convert with a lower --opset"
+        return f"opset {match[1]} is newer than {runtime} knows; upgrade it, or export or convert the model at a lower opset"
     if match := re.search(r"Fatal error: (\S+?):(\w+)\(-?\d+\) is not a registered function/op", message):
         domain, op = match[1], match[2]
         if domain == "com.qexport" and not library:

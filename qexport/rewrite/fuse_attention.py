@@ -8,13 +8,13 @@
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError, LeftAlone
-from qexport.rewrite.graph import Builder, attribute, consumers, is_op
+from qexport.rewrite.graph import Builder, attribute, consumers, is_op, shown
 from qexport.rewrite.heads import split_heads
 from qexport.rewrite.masks import attention_mask
-from qexport.rewrite.products import Operand, Product, scores_product, values_product
+from qexport.rewrite.products import Operand, Product, flips, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_from_name, site_name
-from qexport.rewrite.values import constant, known_size, rank, scalar, size
+from qexport.rewrite.values import constant, is_single, known_size, rank, scalar, size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -54,19 +54,20 @@ def _module_around(product: ir.Node) -> str:
     return ""
 
 
-def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, list[ir.Value]] | None:
+def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, bool, list[ir.Value]] | None:
     """Walk on from a Softmax to the product with the values.
 
     Returns:
-        (product node, its operand that holds the probabilities, the values on the way), or None when the softmax weighs
-        no values.
+        (product node, its operand that holds the probabilities, whether transposed, the values on the way up to there), or
+        None when the softmax weighs no values.
 
     Raises:
         DeclinedError: it does, but the probabilities are used elsewhere too or pass an op that Attention lacks.
     """
-    value, way = softmax.outputs[0], []
+    value, way, flipped = softmax.outputs[0], [], False
     for _ in range(12):
-        way.append(value)
+        if not flipped:
+            way.append(value)
         users = consumers(value)
         guard = _nan_guard(value, users)
         if guard is not None:
@@ -80,20 +81,21 @@ def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, list[ir.Value]] | 
         if len(users) > 1 or value.is_graph_output():
             if not products and not any(_meets_product(u, 3) for u in users):
                 return None
-            other = [f"{u.op_type} {u.name!r}" for u in users if u not in products[:1]]
+            other = [f"{u.op_type} {shown(u)}" for u in users if u not in products[:1]]
             raise DeclinedError(f"its probabilities are also used by {other[0] if other else 'an output of the graph'}")
         if not users:
             return None
         user = users[0]
         if is_product(user):
-            return (user, value, way) if not _weighs_constant(user, value) else None
+            return (user, value, flipped, way) if not _weighs_constant(user, value) else None
         if is_op(user, "Dropout") and not inference_dropout(user):
             raise DeclinedError("its probabilities pass a Dropout in training mode; export the model in eval mode")
-        if is_op(user, "Cast", "Identity", "Dropout", "Reshape"):
+        if is_op(user, "Cast", "Identity", "Dropout") or (not flipped and (flips(user) or is_op(user, "Reshape"))):
+            flipped |= flips(user)
             value = user.outputs[0]
             continue
-        if _meets_product(user, 2) and is_op(user, "Mul", "Add", "Sub", "Div", "Where", "Transpose"):
-            raise DeclinedError(f"its probabilities pass {user.op_type} {user.name!r} before they weigh the values")
+        if _meets_product(user, 2) and is_op(user, "Mul", "Add", "Sub", "Div", "Where", "Transpose", "Reshape", "Slice"):
+            raise DeclinedError(f"its probabilities pass {user.op_type} {shown(user)} before they weigh the values")
         return None
     return None
 
@@ -125,10 +127,12 @@ def _weighs_constant(product: ir.Node, probabilities: ir.Value) -> bool:
     return other.const_value is not None or constant(other, limit=1 << 40, depth=0) is not None
 
 
-def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list[ir.Value], opset: int) -> None:
-    values = values_product(product, probabilities)
+def _fuse(
+    softmax: ir.Node, product: ir.Node, probabilities: ir.Value, flipped: bool, way: list[ir.Value], opset: int
+) -> None:
+    _check_axis(softmax, rank(softmax.outputs[0]) or rank(product.outputs[0]))
+    values = values_product(product, probabilities, flipped)
     n = values.rank
-    _check_axis(softmax, n)
     scores = find_scores(softmax)
     keys = scores_product(scores.product)
     if keys.rank != n:
@@ -136,19 +140,24 @@ def _fuse(softmax: ir.Node, product: ir.Node, probabilities: ir.Value, way: list
     for operand, what in ((keys.left, "queries"), (keys.right, "keys")):
         if operand.value.const_value is not None:
             raise DeclinedError(f"its {what} are constants of the model, so there is nothing to attend over")
-    dtype = keys.left.value.dtype or values.right.value.dtype
-    if dtype is not None and dtype not in _SAMPLED_TYPES:
+    operands = [keys.left, keys.right, values.right]
+    for dtype in {x.value.dtype for x in operands} - {None, *_SAMPLED_TYPES}:
         raise DeclinedError(f"its type is {dtype.name.lower()}; QuantumAttention takes float32, float16 and bfloat16")
-    _check_broadcast([keys.left, keys.right, values.right], n)
+    _check_broadcast(operands, n)
+    _check_masks(scores, keys.left, n)
     if scores.softcap and opset < 23:
         raise DeclinedError("its scores have a soft cap, which the fallback below opset 23 cannot express")
 
     builder = Builder(product)
     q, scale = _peel_scale(keys.left, scores.scale * keys.alpha)
     k, scale = _peel_scale(keys.right, scale)
-    heads = split_heads(builder, scores, keys, n)
+    behind = [node for value in way if is_op(node := value.producer(), "Reshape")]
+    heads = split_heads(builder, [*scores.reshapes, *behind], keys, n)
     q4, k4, v4 = (heads.split(x) for x in (_ordered(builder, q), _ordered(builder, k), _ordered(builder, values.right)))
+    q4, k4, v4 = _of_one_type(builder, [q4, k4, v4])
     for factor, divides in scores.factors:
+        if not heads.joined and not is_single(factor):
+            raise DeclinedError("its scores are multiplied by a number per row, and its heads are no axis of their own")
         q4 = builder.node(
             "Div" if divides else "Mul", q4, builder.node("CastLike", factor, q4, like=q4), like=q4, shape=q4.shape
         )
@@ -168,10 +177,29 @@ def _check_broadcast(operands: list[Operand], n: int) -> None:
             raise DeclinedError(f"its queries, keys and values have {', '.join(str(h or 'any') for h in heads)} heads")
 
 
-def _check_axis(softmax: ir.Node, n: int) -> None:
+def _check_masks(scores, queries: Operand, n: int) -> None:
+    """What meets the scores may broadcast them to more batches or heads than the queries have; Attention does not."""
+    met = [(value, rank(value)) for value, _ in scores.factors]
+    met += [(value, where) for value, _, where in (*scores.biases, *scores.masks)]
+    for value, where in met:
+        for axis, what in ((0, "batches"), (1, "heads"))[: n - 2]:
+            count = known_size(value, axis - n) or 1
+            if where == n and count > 1 and known_size(queries.value, queries.perm[axis]) == 1:
+                raise DeclinedError(f"its queries have 1 of the {count} {what} of a mask or factor of its scores")
+
+
+def _of_one_type(builder: Builder, operands: list[ir.Value]) -> list[ir.Value]:
+    """Q, K and V as Attention takes them: in float32 where half-precision models compute the scores or values in it."""
+    if len({x.dtype for x in operands} - {None}) < 2:
+        return operands
+    whole = ir.DataType.FLOAT
+    return [x if x.dtype == whole else builder.node("Cast", x, to=whole.value, dtype=whole, shape=x.shape) for x in operands]
+
+
+def _check_axis(softmax: ir.Node, n: int | None) -> None:
     axis = attribute(softmax, "axis", -1)
-    if axis not in (-1, n - 1):
-        raise DeclinedError(f"its Softmax runs over axis {axis} of {n}, not over the keys")
+    if axis != -1 and axis + 1 != n:
+        raise DeclinedError(f"its Softmax runs over axis {axis} of {n or 'unknown'}, not over the keys")
 
 
 def _peel_scale(operand, scale: float):
@@ -200,7 +228,7 @@ def _is_scaled(value: ir.Value) -> tuple[ir.Value, float] | None:
         pairs.append((node.inputs[1], node.inputs[0]))
     for inner, other in pairs:
         factor = scalar(other)
-        if factor and inner.const_value is None and rank(inner) == rank(value):
+        if factor is not None and factor > 0 and inner.const_value is None and rank(inner) == rank(value):
             return inner, factor if node.op_type == "Mul" else 1.0 / factor
     return None
 
@@ -234,7 +262,7 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Prod
     if scores.cast:
         attributes["softmax_precision"] = int(ir.DataType.FLOAT)
     q_heads = known_size(q4, 1) or known_size(scores.product.outputs[0], 1)
-    y = ir.Value(type=out.type, shape=ir.Shape([size(q4, 0), q_heads, size(q4, 2), known_size(v4, 3)]))
+    y = ir.Value(type=q4.type or out.type, shape=ir.Shape([size(q4, 0), q_heads, size(q4, 2), known_size(v4, 3)]))
     node = ir.Node(
         "",
         "Attention",
@@ -250,6 +278,8 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Prod
     result = y if plain else heads.join(y)
     if values.out_perm is not None:
         result = builder.transpose(result, values.out_perm)
+    if v4.dtype != values.right.value.dtype:
+        result = builder.node("CastLike", result, values.right.value, like=values.right.value, shape=result.shape)
     name = out.name
     out.replace_all_uses_with(result, replace_graph_outputs=True)
     out.name = f"{name}/qexport_replaced"

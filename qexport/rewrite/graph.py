@@ -22,6 +22,11 @@ def consumers(value: ir.Value) -> list[ir.Node]:
     return list({id(use.node): use.node for use in value.uses() if not is_op(use.node, "Shape")}.values())
 
 
+def shown(node: ir.Node) -> str:
+    """A node as messages name it: by its own name, or by that of its output where it has none."""
+    return repr(node.name or node.outputs[0].name)
+
+
 class Builder:
     """Adds nodes right before an anchor node, with names derived from it that are unique in the model."""
 

@@ -64,13 +64,16 @@ class Heads:
         return self.builder.concat(both, self.builder.axes(q4, 2, 3), self.builder.axes(k4, 2, 3))
 
 
-def split_heads(builder: Builder, scores, keys, n: int) -> Heads:
+def split_heads(builder: Builder, reshapes: list[ir.Node], keys, n: int) -> Heads:
     """How the operands of a product of rank `n` become 4-D.
 
+    Args:
+        reshapes: what lies between the two products, before the softmax and behind it.
+
     Raises:
-        DeclinedError: the scores are reshaped on their way to the softmax in a way that is not a split of the heads.
+        DeclinedError: the scores are reshaped in a way that is not a split of the heads.
     """
-    shapes = [(rank(node.inputs[0]), rank(node.outputs[0])) for node in scores.reshapes]
+    shapes = [(rank(node.inputs[0]), rank(node.outputs[0])) for node in reshapes]
     if n == 4:
         if any(pair != (4, 4) for pair in shapes):
             axes = next(r for pair in shapes for r in pair if r != 4)
@@ -80,13 +83,19 @@ def split_heads(builder: Builder, scores, keys, n: int) -> Heads:
         return Heads(builder, joined=True)
     if not shapes:
         return Heads(builder, joined=False, count=_heads_before(keys.left.value) or _heads_before(keys.right.value) or 1)
-    if any(set(pair) != {3, 4} for pair in shapes):
+    if any(set(pair) != {3, 4} for pair in shapes) or any(_moves_rows(node) for node in reshapes):
         raise DeclinedError("its scores are reshaped between the products, and not only to split the heads")
-    opened = next(node for node, pair in zip(scores.reshapes, shapes, strict=True) if pair == (3, 4))
+    opened = next(node for node, pair in zip(reshapes, shapes, strict=True) if pair == (3, 4))
     count = known_size(opened.outputs[0], 1)
     if count is None:
         raise DeclinedError("the number of its heads is computed by the graph")
     return Heads(builder, joined=False, count=count)
+
+
+def _moves_rows(reshape: ir.Node) -> bool:
+    """Whether queries or keys are known to be others behind a Reshape, as where the heads were rows of the queries."""
+    pairs = [[known_size(value, axis) for value in (reshape.inputs[0], reshape.outputs[0])] for axis in (-2, -1)]
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
 
 def _heads_before(value: ir.Value) -> int | None:

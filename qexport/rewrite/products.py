@@ -6,11 +6,12 @@ Einsum("bihd,bjhd->bhij")       any two-operand equation without repeated letter
 """
 
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.graph import attribute, is_op, shown
 from qexport.rewrite.values import rank
 
 
@@ -59,11 +60,22 @@ def scores_product(node: ir.Node) -> Product:
             len(out),
         )
     n, alpha, flip_a, flip_b = _matmul(node)
+    if alpha <= 0:
+        raise DeclinedError(f"its scores are scaled by {alpha:g} in {shown(node)}; the scale of Attention is above 0")
     return Product(Operand(node.inputs[0], _perm(n, flip_a)), Operand(node.inputs[1], _perm(n, not flip_b)), n, alpha)
 
 
-def values_product(node: ir.Node, probabilities: ir.Value) -> Product:
-    """P V as operands P (.., i, j) and V (.., j, d); P must be `probabilities`.
+def flips(node: ir.Node | None) -> bool:
+    """Whether a node is a Transpose that swaps rows and columns and nothing else."""
+    perm = list(attribute(node, "perm", ())) if is_op(node, "Transpose") else []
+    return len(perm) > 1 and perm == _perm(len(perm), True)
+
+
+def values_product(node: ir.Node, probabilities: ir.Value, flipped: bool) -> Product:
+    """P V as operands P (.., i, j) and V (.., j, d), also where it is spelled (P V)^T = V^T P^T.
+
+    Args:
+        probabilities: the operand of `node` that is P, or P^T when `flipped`.
 
     Raises:
         DeclinedError: as `scores_product`, or the probabilities stand on the wrong side.
@@ -72,7 +84,7 @@ def values_product(node: ir.Node, probabilities: ir.Value) -> Product:
         a, b, out = _equation(node)
         left = 0 if node.inputs[0] is probabilities else 1
         p, v = (a, b)[left], (a, b)[1 - left]
-        i, j, batch = p[-2], p[-1], p[:-2]
+        i, j, batch = p[-1 if flipped else -2], p[-2 if flipped else -1], p[:-2]
         rest = [letter for letter in out if letter not in [*batch, i]]
         if len(rest) != 1 or j not in v or j in out or i in v:
             raise DeclinedError(f"its result is the Einsum {attribute(node, 'equation')!r}, no product with values")
@@ -83,12 +95,16 @@ def values_product(node: ir.Node, probabilities: ir.Value) -> Product:
             len(p),
             out_perm=_order([*batch, i, d], list(out)),
         )
-    if node.inputs[0] is not probabilities:
-        raise DeclinedError("its probabilities are the right factor of the product, so they weigh no values")
     n, alpha, flip_a, flip_b = _matmul(node)
-    if flip_a or alpha != 1.0:
-        raise DeclinedError("its probabilities are transposed or scaled before they weigh the values")
-    return Product(Operand(probabilities, _perm(n, False)), Operand(node.inputs[1], _perm(n, flip_b)), n)
+    on_right = node.inputs[0] is not probabilities
+    if alpha != 1.0:
+        raise DeclinedError("its probabilities are scaled before they weigh the values")
+    if on_right != (flipped != (flip_b if on_right else flip_a)):
+        raise DeclinedError("its probabilities meet the other factor with their queries, so they weigh no values")
+    p = Operand(probabilities, _perm(n, flipped))
+    if on_right:
+        return Product(p, Operand(node.inputs[0], _perm(n, not flip_a)), n, out_perm=_perm(n, True))
+    return Product(p, Operand(node.inputs[1], _perm(n, flip_b)), n)
 
 
 def _matmul(node: ir.Node) -> tuple[int, float, bool, bool]:
@@ -98,13 +114,13 @@ def _matmul(node: ir.Node) -> tuple[int, float, bool, bool]:
         known = [r for r in (*ranks, rank(node.outputs[0])) if r is not None]
         ranks = [r if r is not None else max(known, default=None) for r in ranks]
     if None in ranks:
-        raise DeclinedError(f"the number of axes of {node.name!r} is unknown")
+        raise DeclinedError(f"the number of axes of {shown(node)} is unknown")
     if ranks[0] != ranks[1] or ranks[0] not in (3, 4):
         raise DeclinedError(
-            f"{node.name!r} multiplies tensors of {ranks[0]} and {ranks[1]} axes; 4 and 4 or 3 and 3 are known"
+            f"{shown(node)} multiplies tensors of {ranks[0]} and {ranks[1]} axes; 4 and 4 or 3 and 3 are known"
         )
     if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-        raise DeclinedError(f"{node.name!r} transposes its batch axes")
+        raise DeclinedError(f"{shown(node)} transposes its batch axes")
     return (
         ranks[0],
         attribute(node, "alpha", 1.0),
@@ -121,7 +137,7 @@ def _perm(n: int, flipped: bool) -> list[int]:
 
 
 def _equation(node: ir.Node) -> tuple[list[str], list[str], list[str]]:
-    text = attribute(node, "equation", "").replace(" ", "")
+    text = _without_ellipsis(attribute(node, "equation", "").replace(" ", ""), rank(node.outputs[0]))
     inputs, _, out = text.partition("->")
     parts = inputs.split(",")
     if len(parts) != 2 or not out or "." in text or any(len(set(p)) != len(p) for p in (*parts, out)):
@@ -129,6 +145,15 @@ def _equation(node: ir.Node) -> tuple[list[str], list[str], list[str]]:
     if {len(parts[0]), len(parts[1]), len(out)} - {3, 4} or len({len(parts[0]), len(parts[1]), len(out)}) != 1:
         raise DeclinedError(f"the Einsum {text!r} has no 3 or 4 axes on every side")
     return list(parts[0]), list(parts[1]), list(out)
+
+
+def _without_ellipsis(text: str, axes: int | None) -> str:
+    """An equation with letters for the "..." of every term, the same axes in all; `axes` of its output."""
+    terms = text.replace("->", ",").split(",")
+    if axes is None or not all("..." in term for term in terms):
+        return text
+    unused = sorted(set(ascii_lowercase) - set(text))
+    return text.replace("...", "".join(unused[: axes - len(terms[-1]) + 3]))
 
 
 def _order(have: list[str], want: list[str]) -> list[int]:

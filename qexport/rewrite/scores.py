@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import attribute, consumers, is_op
-from qexport.rewrite.values import constant, is_single, rank, scalar
+from qexport.rewrite.graph import attribute, consumers, is_op, shown
+from qexport.rewrite.values import constant, is_single, known_size, rank, scalar
 
 QUANTISED = (
     "MatMulInteger",
@@ -33,8 +33,8 @@ class Scores:
 
     `product` is the node of Q K^T; the scores are `scale` times it, through `softcap` (0: none), plus `biases` (value,
     factor, rank of the scores where it was added), kept where all of `masks` (value, keep when true, rank) say so.
-    `factors` are one-element values that multiply the scores (or divide them, when true). `chain` holds the values in
-    between, `reshapes` the Reshape nodes among them; `cast` says that the type changes on the way.
+    `factors` are values, one for all or one per row, that multiply the scores (or divide them, when true). `chain` holds
+    the values in between, `reshapes` the Reshape nodes among them; `cast` says that the type changes on the way.
     """
 
     product: ir.Node
@@ -102,13 +102,20 @@ def _step(node: ir.Node, scale: float, found: Scores) -> tuple[ir.Value, float, 
         _nothing_inside(found, "a mask")
         return *_masked(node, scale, found), node
     if op in ("Max", "Clip"):
-        floor = [scalar(x) for x in node.inputs[1:] if x is not None]
-        if floor and all(f is not None and (f <= MASKED or f >= -MASKED) for f in floor):
+        if _changes_nothing(node):
             return node.inputs[0], scale, node
         raise DeclinedError(f"its scores pass a {op} that changes them")
     if op == "Tanh":
         raise DeclinedError("its scores pass a Tanh that is no soft cap")
-    raise DeclinedError(f"its scores come from {node.op_type} {node.name!r}, not from a product of queries and keys")
+    raise DeclinedError(f"its scores come from {node.op_type} {shown(node)}, not from a product of queries and keys")
+
+
+def _changes_nothing(node: ir.Node) -> bool:
+    """Whether the floor of a Max or Clip, and the ceiling of a Clip, lie beyond every score."""
+    bounds = [(x, sign) for x, sign in zip(node.inputs[1:], (1, -1), strict=False) if x is not None]
+    if node.op_type == "Max" and len(node.inputs) != 2:
+        return False
+    return all((bound := scalar(x)) is not None and sign * bound <= MASKED for x, sign in bounds)
 
 
 def _nothing_inside(found: Scores, what: str) -> None:
@@ -128,23 +135,26 @@ def inference_dropout(node: ir.Node) -> bool:
 
 
 def _scaled(node: ir.Node, op: str, scale: float, found: Scores) -> tuple[ir.Value, float, ir.Node]:
-    """Mul or Div: by a number (scale, or the outer half of a soft cap), or by a computed single number."""
+    """Mul or Div: by a number (scale, or the outer half of a soft cap), or by what can multiply the queries instead.
+
+    That is one number per row, head or batch, computed or not, and a number that is no scale, since a scale is above 0.
+    """
     left, right = node.inputs[0], node.inputs[1]
     pairs = ((left, right),) if op == "Div" else ((left, right), (right, left))
     for inner, other in pairs:
         factor = scalar(other)
-        if factor is None:
+        if factor is None or factor <= 0:
             continue
         if op == "Mul" and is_op(inner.producer(), "Tanh"):
             return _soft_capped(inner, factor, scale, found)
         return inner, scale * factor if op == "Mul" else scale / factor, node
     for inner, other in pairs:
-        if is_single(other) and _distance(inner) is not None:
+        if (is_single(other) or known_size(other, -1) == 1) and _distance(inner) is not None:
             found.factors.append((other, op == "Div"))
             return inner, scale, node
     if any(_reaches_quantised(x) for x in (left, right)):
         raise DeclinedError("its scores are computed in quantised arithmetic (MatMulInteger); give the float model")
-    raise DeclinedError(f"its scores are multiplied element by element in {node.name!r}")
+    raise DeclinedError(f"its scores are multiplied element by element in {shown(node)}")
 
 
 def _soft_capped(capped: ir.Value, cap: float, scale: float, found: Scores) -> tuple[ir.Value, float, ir.Node]:
@@ -167,7 +177,7 @@ def _masked(node: ir.Node, scale: float, found: Scores) -> tuple[ir.Value, float
             raise DeclinedError(f"its masked scores are set to {level:g}, which still leaves them weight")
         found.masks.append((condition, keep, rank(node.outputs[0])))
         return inner, scale
-    raise DeclinedError(f"its scores pass a Where ({node.name!r}) whose other branch is no constant")
+    raise DeclinedError(f"its scores pass a Where ({shown(node)}) whose other branch is no constant")
 
 
 def _fill(value: ir.Value) -> float | None:
@@ -188,7 +198,7 @@ def _split(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     if distances[0] is None and distances[1] is None:
         if _reaches_quantised(left) or _reaches_quantised(right):
             raise DeclinedError("its scores are computed in quantised arithmetic (MatMulInteger); give the float model")
-        raise DeclinedError(f"neither operand of {node.name!r} comes from a product of queries and keys")
+        raise DeclinedError(f"neither operand of {shown(node)} comes from a product of queries and keys")
     if None not in distances:
         raise DeclinedError(
             "its scores are the sum of two products (a position term computed from the queries or keys); as an attn_mask it "
@@ -221,4 +231,4 @@ def _reaches_quantised(value: ir.Value, depth: int = 8) -> bool:
 
 
 def _names(nodes) -> str:
-    return ", ".join(f"{node.op_type} {node.name!r}" for node in nodes[:2])
+    return ", ".join(f"{node.op_type} {shown(node)}" for node in nodes[:2])

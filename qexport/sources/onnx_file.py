@@ -8,6 +8,7 @@ import onnx_ir.passes.common as passes
 
 from qexport.errors import QexportError
 from qexport.external_data import check_external_data, load_structure
+from qexport.manifest import IR_VERSION
 from qexport.ops import DOMAIN
 from qexport.rewrite.convert_opset import convert_opset
 from qexport.sources.examples import make_examples
@@ -47,6 +48,7 @@ def open_file(path: Path, *, opset: int) -> Source:
     name_modules(model)
     name_axes(model)
     passes.RemoveInitializersFromInputsPass()(model)
+    model.ir_version = max(model.ir_version, IR_VERSION)  # before version 4 they had to be inputs
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     present = model.opset_imports.get("", opset)
     if present < 13:  # what Softmax means below depends on the number of axes

@@ -2,8 +2,12 @@
 
 import onnx
 import pytest
+import rare_spellings
+import spellings
 from harness import Rewritten, assert_same, feeds, parse, run
-from spellings import DECLINED, FUSED
+
+FUSED = spellings.FUSED | rare_spellings.FUSED
+DECLINED = spellings.DECLINED | rare_spellings.DECLINED
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -45,6 +49,14 @@ def test_declines_with_the_reason(name):
     assert done.left_alone[0].name == "/block/attention/Attention_" + done.left_alone[0].name.rpartition("_")[2]
     assert done.left_alone[0].module == "block.attention"
     assert_same(run(source, inputs), run(done.sampled, inputs))
+
+
+def test_a_reason_names_a_nameless_node_by_its_output():
+    source = parse(DECLINED["a sink beside the keys"][0].text)
+    for node in source.graph.node:
+        node.name = ""
+    done = Rewritten(source)
+    assert "pass Slice 'p'" in done.left_alone[0].reason
 
 
 def test_soft_cap_declines_below_opset_23():

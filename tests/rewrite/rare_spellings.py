@@ -1,0 +1,178 @@
+"""Attention as it is spelled more rarely, in the form of spellings.py."""
+
+from spellings import BIAS, HALF, HEADS, JOINED, KT, LOW, SCALE, SOFT, Spelling
+
+HALVES = HEADS.replace("float", "float16")
+
+FUSED = {
+    "scores in float32 of a float16 model": Spelling(
+        "q1 = Cast<to=1>(q) k1 = Cast<to=1>(k) kt = Transpose<perm=[0,1,3,2]>(k1) s1 = MatMul(q1, kt) s2 = Div(s1, c) "
+        "p0 = Softmax<axis=-1>(s2) p = Cast<to=10>(p0) y = MatMul(p, v)",
+        inputs=HALVES,
+        constants=SCALE,
+        output="float16[b,4,l,8] y",
+    ),
+    "scores in float32, batched over heads": Spelling(
+        "q1 = Cast<to=1>(q) k1 = Cast<to=1>(k) kt = Transpose<perm=[0,2,1]>(k1) s2 = MatMul(q1, kt) "
+        "p0 = Softmax<axis=-1>(s2) p = Cast<to=10>(p0) y = MatMul(p, v)",
+        inputs=JOINED.replace("float", "float16"),
+        output="float16[n,l,8] y",
+    ),
+    "values in float32 of float16 scores": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Cast<to=1>(s0) " + SOFT,
+        inputs="float16[b,4,l,8] q, float16[b,4,s,8] k, float[b,4,s,8] v",
+    ),
+    "a scale per head": Spelling(
+        KT + "s0 = MatMul(q, kt) e = Exp(t) s1 = Mul(s0, e) s2 = Add(s1, bias) " + SOFT,
+        inputs=HEADS + BIAS + ", float[4,1,1] t",
+    ),
+    "a divisor per query": Spelling(
+        KT + "s0 = MatMul(q, kt) e = Exp(t) s2 = Div(s0, e) " + SOFT, inputs=HEADS + ", float[b,1,l,1] t"
+    ),
+    "a negative scale": Spelling(
+        KT + "s0 = MatMul(q, kt) s1 = Mul(s0, n) s2 = Mul(s1, h) " + SOFT,
+        inputs=HEADS,
+        constants=HALF + ", float n = {-1.5}",
+    ),
+    "a negative scale on q": Spelling(
+        KT + "q1 = Mul(q, n) s2 = MatMul(q1, kt) " + SOFT, inputs=HEADS, constants="float n = {-0.5}"
+    ),
+    "values and probabilities transposed": Spelling(
+        KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) "
+        "sh = Shape(pt) vt = Transpose<perm=[0,1,3,2]>(v) o = MatMul(vt, pt) y = Transpose<perm=[0,1,3,2]>(o)",
+        output="float[b,4,l,8] y, int64[4] sh",
+    ),
+    "images as columns": Spelling(
+        "qt = Transpose<perm=[0,2,1]>(q) s1 = MatMul(qt, k) s2 = Mul(s1, h) p = Softmax<axis=2>(s2) sh = Shape(p) "
+        "pt = Transpose<perm=[0,2,1]>(p) pt1 = Identity(pt) y = MatMul(v, pt1)",
+        inputs="float[b,8,l] q, float[b,8,s] k, float[b,8,s] v",
+        constants=HALF,
+        output="float[b,8,l] y, int64[3] sh",
+    ),
+    "transposed by the runtime's product": Spelling(
+        KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = com.microsoft.FusedMatMul<transA=1, transB=1>(v, p)",
+        output="float[b,4,8,l] y",
+    ),
+    "transposed for an einsum": Spelling(
+        KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) "
+        'y = Einsum<equation="bhsl,bhsd->bhld">(pt, v)',
+    ),
+    "softmax over the fourth axis of joined heads": Spelling(
+        "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s1 = Reshape(s0, four) s2 = Add(s1, bias) "
+        "p0 = Softmax<axis=3>(s2) p = Reshape(p0, three) y = MatMul(p, v)",
+        inputs="float[8,5,8] q, float[8,7,8] k, float[8,7,8] v, float[2,1,1,7] bias",
+        constants="int64[4] four = {-1, 4, 5, 7}, int64[3] three = {-1, 5, 7}",
+        output="float[8,5,8] y",
+    ),
+    "einsum with an ellipsis": Spelling(
+        's2 = Einsum<equation="...id, ...jd -> ...ij">(q, k) p = Softmax<axis=-1>(s2) '
+        'y = Einsum<equation="...ij, ...jd -> ...id">(p, v)'
+    ),
+    "clipped to the range of float16": Spelling(
+        KT + "s0 = MatMul(q, kt) s1 = Clip(s0, low, high) s2 = Clip(s1, , high) " + SOFT,
+        constants="float low = {-65504}, float high = {65504}",
+    ),
+    "einsum in other letters": Spelling(
+        's0 = Einsum<equation="Zhqx,ZhKx->ZhqK">(q, k) s2 = Mul(s0, h) p = Softmax<axis=3>(s2) '
+        'y = Einsum<equation="apqr,aprt->apqt">(p, v)',
+        constants=HALF,
+    ),
+}
+
+DECLINED = {
+    "a floor that scores reach": (
+        Spelling(KT + "s0 = MatMul(q, kt) s2 = Max(s0, low) " + SOFT, constants="float low = {100000}"),
+        "Max that changes them",
+    ),
+    "a ceiling that scores reach": (
+        Spelling(KT + "s0 = MatMul(q, kt) s2 = Clip(s0, low, high) " + SOFT, constants=LOW[2:] + ", float high = {1}"),
+        "Clip that changes them",
+    ),
+    "a sink beside the keys": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Concat<axis=-1>(s0, sink) p0 = Softmax<axis=-1>(s2) "
+            "p = Slice(p0, zero, minus, three) y = MatMul(p, v)",
+            inputs=HEADS + ", float[b,4,l,1] sink",
+            constants="int64[1] zero = {0}, int64[1] minus = {-1}, int64[1] three = {3}",
+        ),
+        "pass Slice",
+    ),
+    "groups that were rows of the queries": (
+        Spelling(
+            KT + "s2 = MatMul(q, kt) p0 = Softmax<axis=-1>(s2) p = Reshape(p0, four) y = MatMul(p, v)",
+            inputs="float[b,2,10,8] q, float[b,2,7,8] k, float[b,4,7,8] v",
+            constants="int64[4] four = {0, 4, 5, 7}",
+            output="float[b,4,5,8] y",
+        ),
+        "reshaped between the products",
+    ),
+    "heads that were rows of the queries": (
+        Spelling(
+            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s1 = Reshape(s0, four) s2 = Add(s1, row) "
+            "p0 = Softmax<axis=-1>(s2) p = Reshape(p0, three) y = MatMul(p, v)",
+            inputs="float[b,20,8] q, float[b,5,8] k, float[b,5,8] v, float[5,1,5] row",
+            constants="int64[4] four = {-1, 5, 4, 5}, int64[3] three = {-1, 20, 5}",
+            output="float[b,20,8] y",
+        ),
+        "reshaped between the products",
+    ),
+    "keys before queries": (
+        Spelling(
+            "s2 = MatMul(k, q) p = Softmax<axis=1>(s2) y = MatMul(v, p)",
+            inputs="float[b,8,l] q, float[b,s,8] k, float[b,8,s] v",
+            output="float[b,8,l] y",
+        ),
+        "axis 1 of 3",
+    ),
+    "queries weighed instead of keys": (
+        Spelling(
+            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[0,1,3,2]>(p) y = MatMul(pt, v)",
+            inputs=HEADS.replace("float[b,4,s,8] v", "float[b,4,l,8] v"),
+            output="float[b,4,s,8] y",
+        ),
+        "weigh no values",
+    ),
+    "probabilities of another order": (
+        Spelling(
+            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pt = Transpose<perm=[1,0,2,3]>(p) y = MatMul(pt, v)",
+            inputs="float[4,4,l,8] q, float[4,4,s,8] k, float[4,4,s,8] v",
+            output="float[4,4,l,8] y",
+        ),
+        "pass Transpose",
+    ),
+    "a negative scale of the runtime's product": (
+        Spelling("s2 = com.microsoft.FusedMatMul<transB=1, alpha=-0.35>(q, k) " + SOFT),
+        "scaled by -0.35",
+    ),
+    "a mask of more heads": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
+            inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v, float[1,4,l,s] rel",
+        ),
+        "1 of the 4 heads",
+    ),
+    "a factor of more batches": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
+            inputs="float[1,4,l,8] q, float[1,4,s,8] k, float[1,4,s,8] v, float[2,1,1,1] t",
+            output="float[2,4,l,8] y",
+        ),
+        "1 of the 2 batches",
+    ),
+    "a scale per head of joined heads": (
+        Spelling(
+            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
+            inputs=JOINED + ", float[n,1,1] t",
+            output="float[n,l,8] y",
+        ),
+        "no axis of their own",
+    ),
+    "double precision of the values": (
+        Spelling(
+            KT + "s0 = MatMul(q, kt) s2 = Cast<to=11>(s0) " + SOFT,
+            inputs="float[b,4,l,8] q, float[b,4,s,8] k, double[b,4,s,8] v",
+            output="double[b,4,l,8] y",
+        ),
+        "double",
+    ),
+}
