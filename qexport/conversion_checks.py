@@ -49,7 +49,7 @@ def check_fallback(source: Source, path: Path, outputs: dict) -> None:
     if not difference <= allowed_difference(source):
         raise QexportError(
             f"{source.name}: the converted model without the op library differs from the classical one by {difference:.2g} "
-            "of the largest output; please report the model"
+            "of the largest output; if its masks leave every query a key to see on any input, please report the model"
         )
 
 
