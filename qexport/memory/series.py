@@ -15,33 +15,32 @@ class Series:
 
     def __init__(self, capacity: int = 2048, merge=min):
         self._xs, self._ys = array("q", bytes(8 * capacity)), array("q", bytes(8 * capacity))
-        self._merge, self._count, self._first = merge, 0, 0
+        self._merge, self._count = merge, 0
+        self._first, self._end = None, 0  # the first x, and where the last pair's stretch of x ends
         self.stride = 1
 
     def append(self, x: int, y: int) -> None:
         """One more reading."""
-        if self._count == 0:
-            self._first = x
-        if not self._put(x, y):
-            while (x - self._first) // self.stride >= len(self._xs):
-                self.stride *= 2
-            stored = zip(*self.pairs(), strict=True)
-            self._count = 0
-            for pair in stored:
-                self._put(*pair)
-            self._put(x, y)
-
-    def _put(self, x: int, y: int) -> bool:
-        """Whether there was room."""
         last = self._count - 1
-        if last >= 0 and (x - self._first) // self.stride == (self._xs[last] - self._first) // self.stride:
+        if x < self._end:
             self._xs[last], self._ys[last] = x, self._merge(self._ys[last], y)
-            return True
-        if self._count == len(self._xs):
-            return False
-        self._xs[self._count], self._ys[self._count] = x, y
-        self._count += 1
-        return True
+        elif last + 1 < len(self._xs):
+            if self._first is None:
+                self._first = x
+            self._xs[last + 1], self._ys[last + 1] = x, y
+            self._count += 1
+            self._end = x + self.stride - (x - self._first) % self.stride
+        else:
+            self._make_room(x)
+            self.append(x, y)
+
+    def _make_room(self, x: int) -> None:
+        while (x - self._first) // self.stride >= len(self._xs):
+            self.stride *= 2
+        stored = zip(*self.pairs(), strict=True)
+        self._count = self._end = 0
+        for pair in stored:
+            self.append(*pair)
 
     def pairs(self) -> tuple[list[int], list[int]]:
         """All stored x, and all y."""
