@@ -57,9 +57,9 @@ def test_a_planted_leak_of_one_kibibyte_a_call(seed):
         kept.append(bytes(KB))
 
     found = verdict(leaky)
-    assert found["verdict"] == "leak"
-    assert found["p_value"] < found["level"]
-    assert found["bytes_per_call"] == pytest.approx(KB, rel=0.5)
+    assert found["verdict"] == "leak", found
+    assert found["p_value"] < found["level"], found
+    assert found["bytes_per_call"] == pytest.approx(KB, rel=0.8), found  # of 500 calls, beside ups and downs of 200 KB
 
 
 @needs("malloc")
@@ -75,7 +75,7 @@ def test_a_leak_that_python_does_not_see():
         blocks[i] = libc.malloc(KB)
 
     found = verdict(leaky)
-    assert (found["verdict"], found["counter"]) == ("leak", "malloc")
+    assert (found["verdict"], found["counter"]) == ("leak", "malloc"), found
     for block in blocks:
         libc.free(block)
 
@@ -154,7 +154,7 @@ def test_garbage_that_waits_for_the_collector_is_no_leak():
         found = verdict(step, sources=("tracemalloc",))
     finally:
         gc.enable()
-    assert found["verdict"] == "garbage"
+    assert found["verdict"] == "garbage", found
 
 
 @alone
@@ -175,4 +175,4 @@ def test_the_profiler_does_not_grow():
 @alone
 def test_too_few_calls_say_so():
     found = verdict(lambda i: None, 10)
-    assert (found["verdict"], found["p_value"]) == ("too few readings", None)
+    assert (found["verdict"], found["p_value"]) == ("too few readings", None), found
