@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from bundle_factory import HEADS, TEXT, TOKENS, make_bundle, make_text_bundle
+from cli_cases import assert_one_line
 
 import qexport
 from qexport.attention import MEASURES, SiteMap, figures, map_attention
@@ -192,21 +193,12 @@ def test_stored_samples_without_data(run, bundle, tmp_path):
     ],
 )
 def test_errors_of_the_command(run, bundle, tmp_path, argv, code, words):
-    assert_one_line(run(bundle, "-o", tmp_path, *argv), words, code)
-
-
-def assert_one_line(result, words, code=1):
-    got, out, err = result
-    assert got == code, err
-    assert out == ""
-    assert err.startswith("qexport: error: ")
-    assert err.count("\n") == 1
-    assert words in err
+    assert_one_line(*run(bundle, "-o", tmp_path, *argv), words, expected=code)
 
 
 def test_a_text_that_is_too_long(run, text_bundle, tmp_path):
     argv = (text_bundle, "-o", tmp_path, "--text", "cat " * 63)
-    assert_one_line(run(*argv), "65 tokens, the model takes at most 64; shorten it or cut with --seq 64")
+    assert_one_line(*run(*argv), "65 tokens, the model takes at most 64; shorten it or cut with --seq 64")
     code, out, _ = run(*argv, "--seq", "10", "--no-pictures", "--json")
     assert code == 0
     assert len(json.loads(out)["items"][0]["sites"][0]["queries"]) == 10
@@ -216,12 +208,12 @@ def test_maps_that_are_too_large(run, text_bundle, tmp_path, monkeypatch):
     """2 models x 2 layers x 2 heads x 8 x 8 floats are 2048 bytes, 1024 with one head; a layer computes 512."""
     argv = (text_bundle, "-o", tmp_path, "--no-pictures", "--text", TEXT)
     monkeypatch.setattr(sizes_module, "MEMORY_LIMIT", 2047)
-    assert_one_line(run(*argv), "shorten the input (--seq) or choose with --layers and --heads")
+    assert_one_line(*run(*argv), "shorten the input (--seq) or choose with --layers and --heads")
     assert run(*argv, "--heads", "1")[0] == 0
     monkeypatch.setattr(sizes_module, "MEMORY_LIMIT", 2048)
     assert run(*argv)[0] == 0
     monkeypatch.setattr(sizes_module, "MEMORY_LIMIT", 511)
-    assert_one_line(run(*argv, "--heads", "1", "--layers", "0"), "the limit is")
+    assert_one_line(*run(*argv, "--heads", "1", "--layers", "0"), "the limit is")
 
 
 def test_no_sites(run, tmp_path):
@@ -229,15 +221,15 @@ def test_no_sites(run, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["sites"] = []
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert_one_line(run(folder, "-o", tmp_path / "out"), "has no attention that can be observed")
+    assert_one_line(*run(folder, "-o", tmp_path / "out"), "has no attention that can be observed")
 
 
 def test_folders_that_cannot_be_written(run, bundle, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_line(run(bundle, "-o", tmp_path / "file"), "a file is there already", 2)
-    assert_one_line(run(bundle, "-o", tmp_path / "file" / "below"), "cannot be written")
+    assert_one_line(*run(bundle, "-o", tmp_path / "file"), "a file is there already", expected=2)
+    assert_one_line(*run(bundle, "-o", tmp_path / "file" / "below"), "cannot be written")
     (tmp_path / "full" / "attention.html").mkdir(parents=True)  # what root is refused too
-    assert_one_line(run(bundle, "-o", tmp_path / "full", "--no-pictures"), "cannot be written (Is a directory)")
+    assert_one_line(*run(bundle, "-o", tmp_path / "full", "--no-pictures"), "cannot be written (Is a directory)")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["attention.html"]
 
 
@@ -256,14 +248,14 @@ def test_a_failure_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
 
 def test_without_matplotlib(run, bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert_one_line(run(bundle, "-o", tmp_path / "a"), "pip install 'qexport[plot]', or leave them out with --no-pictures")
+    assert_one_line(*run(bundle, "-o", tmp_path / "a"), "pip install 'qexport[plot]', or leave them out with --no-pictures")
     assert run(bundle, "-o", tmp_path / "a", "--no-pictures")[0] == 0
 
 
 def test_too_many_inputs_for_pictures(run, bundle, tmp_path):
     np.savez(tmp_path / "many.npz", input_ids=np.zeros((17, 3), np.int64))
     assert_one_line(
-        run(bundle, "-o", tmp_path, "--data", tmp_path / "many.npz"), "17 inputs are given, at most 16 are drawn"
+        *run(bundle, "-o", tmp_path, "--data", tmp_path / "many.npz"), "17 inputs are given, at most 16 are drawn"
     )
     assert len(map_attention(bundle, tmp_path / "many.npz").items) == 17
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from bundle_factory import make_bundle
-from test_completion import processor_time
+from cli_cases import processor_time
 
 from qexport.cli import COMMANDS
 from qexport.cli.render import show_sites

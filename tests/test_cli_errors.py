@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from bundle_factory import make_bundle
+from cli_cases import assert_one_line
 
 
 @pytest.fixture(scope="module")
@@ -14,15 +15,6 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classical(bundle):
     return bundle / "classical.onnx"
-
-
-def assert_one_line(code, out, err, *words, expected=1):
-    assert code == expected, err
-    assert out == ""
-    assert err.count("\n") == 1, err
-    assert err.startswith("qexport: error: ")
-    for word in words:
-        assert word in err
 
 
 @pytest.mark.parametrize(

@@ -3,25 +3,14 @@
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
+from cli_cases import processor_time
 
 from qexport.cli import COMMANDS, Place
-
-
-def processor_time(call):
-    """Median of five, in seconds, of what the processes that a call starts compute: what else runs here is not in it."""
-    times = []
-    for _ in range(5):
-        before = os.times()
-        call()
-        after = os.times()
-        times.append(sum(after[2:4]) - sum(before[2:4]))  # of children, in their code and in the system's
-    return statistics.median(times)
 
 
 def complete(*words):

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 from bundle_factory import make_text_bundle
+from cli_cases import assert_one_line
 from fake_gpu import CPU, CUDA
-from test_cli_errors import assert_one_line
 from test_completion import complete
 
 import qexport as package
