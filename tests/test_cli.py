@@ -20,11 +20,6 @@ def bundle(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("cli") / "bundle")
 
 
-@pytest.fixture(scope="module")
-def classical(bundle):
-    return bundle / "classical.onnx"
-
-
 def test_help_of_every_command(qexport):
     code, out, _ = qexport("--help")
     assert code == 0
@@ -40,9 +35,9 @@ def test_help_is_quick():
     assert 0 < processor_time(lambda: subprocess.run(command, check=True, capture_output=True)) < 0.3
 
 
-def test_convert_validate_profile_inspect(qexport, classical, tmp_path):
+def test_convert_validate_profile_inspect(qexport, bundle, tmp_path):
     target = tmp_path / "bundle"
-    code, out, err = qexport("convert", classical, "-o", target, "--error-tolerance", "2%", "--json")
+    code, out, err = qexport("convert", bundle / "classical.onnx", "-o", target, "--error-tolerance", "2%", "--json")
     assert code == 0, err
     report = json.loads(out)
     assert [(site["strategy"], site["error_tolerance"]) for site in report["sites"]] == [("tree", 0.02)] * 2
@@ -119,8 +114,8 @@ def test_out_of_tolerance_is_exit_code_3(qexport, bundle):
     assert err == ""
 
 
-def test_dry_run_writes_nothing(qexport, classical, tmp_path):
-    code, out, err = qexport("convert", classical, "--dry-run", "-o", tmp_path / "never")
+def test_dry_run_writes_nothing(qexport, bundle, tmp_path):
+    code, out, err = qexport("convert", bundle / "classical.onnx", "--dry-run", "-o", tmp_path / "never")
     assert code == 0, err
     assert "2 of 2 attentions would be converted" in out
     assert list(tmp_path.iterdir()) == []
@@ -143,11 +138,11 @@ main()
 """
 
 
-def test_interrupt_leaves_the_old_bundle(classical, tmp_path):
+def test_interrupt_leaves_the_old_bundle(bundle, tmp_path):
     """Ctrl-C while a bundle is being replaced: exit code 130, the old one byte for byte, nothing beside it."""
     target = make_bundle(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
-    command = [sys.executable, "-P", "-c", SLOW_CONVERT, "convert", classical, "-o", target]
+    command = [sys.executable, "-P", "-c", SLOW_CONVERT, "convert", bundle / "classical.onnx", "-o", target]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout.readline() == "half\n", running.communicate()[1]
     assert len(os.listdir(tmp_path)) == 2

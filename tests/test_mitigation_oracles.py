@@ -48,8 +48,8 @@ def test_quasi_probabilities_are_mitiqs(level):
 
 @pytest.mark.parametrize("distance", [3, 5, 7, 9])
 def test_repetition_code_is_stims(distance):
-    """A million shots of a depolarized code word, decoded by majority, and as many draws of ours: within five standard
-    deviations, as Stim's draws change with its version."""
+    """A million shots of a depolarized code word, decoded by majority: within five standard deviations, as Stim's draws
+    change with its version; and as many draws of ours, within three."""
     stim = pytest.importorskip("stim")
     error, shots = 0.15, 1_000_000
     noise = MeasuredNoise([NoiseModel("depolarizing", error, convention="error")], 2)
@@ -63,4 +63,4 @@ def test_repetition_code_is_stims(distance):
         assert abs(wrong - rate) < 5 * np.sqrt(rate * (1 - rate) / shots)
         truth = torch.eye(2, dtype=torch.float64)[state : state + 1]
         ours = float(mitigated(RepetitionCode(distance), noise, truth, shots, seed=distance)[0, 1 - state])
-        assert abs(ours - rate) < 5 * np.sqrt(rate * (1 - rate) / shots)
+        assert abs(ours - rate) < 3 * np.sqrt(rate * (1 - rate) / shots)

@@ -71,11 +71,6 @@ def _tracemalloc() -> list[Counter]:
     ]
 
 
-# Resident pages grow while allocators use what they hold for the first time, Python's in arenas of 1 MiB (pymalloc) and
-# glibc's in steps of 128 KiB (M_TOP_PAD), and the system counts them up to some hundred kB late.
-PAGES_LEAST_GROWTH = 1 << 20
-
-
 class _MallInfo(ctypes.Structure):
     """struct mallinfo2 of malloc.h."""
 
@@ -97,6 +92,11 @@ def _malloc() -> list[Counter]:
         return found.uordblks + found.hblkhd, None
 
     return [Counter("malloc", HOST, "what glibc's malloc gave out to everybody, Python's small objects excepted", read)]
+
+
+# Resident pages grow while allocators use what they hold for the first time, Python's in arenas of 1 MiB (pymalloc) and
+# glibc's in steps of 128 KiB (M_TOP_PAD), and the system counts them up to some hundred kB late.
+PAGES_LEAST_GROWTH = 1 << 20
 
 
 def _rss() -> list[Counter]:
