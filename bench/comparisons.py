@@ -1,4 +1,4 @@
-"""The README's figures on other approximations of attention: in a real model, and against the length; on training; and on
+"""The figures on other approximations of attention: in a real model, and against the length; on training; and on
 noise beside other packages."""
 
 from bench.markdown import load, paragraph, source, table, times
@@ -19,7 +19,8 @@ def training() -> str:
     ]
     parameters = results["parameters"]
     return paragraph(f"""
-    **Trained with sampling.** A classifier of film reviews by two encoder layers, trained on {parameters["reviews"]} reviews
+    ## Trained with sampling
+    A classifier of film reviews by two encoder layers, trained on {parameters["reviews"]} reviews
     of {parameters["tokens"]} tokens and judged on {parameters["judged"]} others with the attention that it was trained with:
     keys read, accuracy, what is lost relative to the classical one (mean of {parameters["seeds"]} seeds, pairs of equal
     seed, 95 % intervals) and processor time of a training step of {parameters["batch"]} {source("training", results)}.
@@ -51,7 +52,8 @@ def baselines() -> str:
     header = ("attention", "head", "STS-B", "cosine", "accuracy", "time", "classical takes", "memory")
     parameters = results["parameters"]
     return paragraph(f"""
-    **Other approximations in the same model.** all-MiniLM-L6-v2 with one attention in the place of all six, nothing
+    ## Other approximations in the same model
+    all-MiniLM-L6-v2 with one attention in the place of all six, nothing
     retrained: mean error of a head on reviews of {parameters["tokens"]} tokens; Spearman × 100 on STS-B (14 tokens: with 32
     keys and more all is exact; {parameters["seeds"]} seeds with the 95 % interval); on {parameters["reviews"]} reviews of
     {parameters["tokens"]} tokens the cosine with the classical embedding and the accuracy of a probe (a few points are
@@ -88,13 +90,14 @@ def scaling() -> str:
     where = f"{results['machine']['processor']}, {threads}, onnxruntime {results['versions']['onnxruntime']}"
     header = ("attention", "exponent", "last two", "longest", "time", "memory", "error", "bound")
     return paragraph(f"""
-    **Against the length.** The exponent a of time ~ n^a with its 95 % interval, and between the last two lengths alone:
+    ## Against the length
+    The exponent a of time ~ n^a with its 95 % interval, and between the last two lengths alone:
     {settings["heads"]} heads of {settings["head_size"]}, {settings["lengths"][0]} to {settings["lengths"][-1]} tokens,
     Gaussian inputs; and at the longest length that was run the time, the memory beside inputs and output, and the error
     beside the least one of whoever reads as many values and nothing else ({where}, `qexport scaling`). What changes its way
     with the length has a wide interval: exact attention is linear work in good part on short inputs. Gaussian inputs are
     the hardest case for whoever leaves keys out; `--activations` takes others. The picture:
-    [bench/results/scaling.png](bench/results/scaling.png).
+    [bench/results/scaling.png](../bench/results/scaling.png).
     """) + table(header, rows)
 
 
@@ -113,7 +116,8 @@ def noise() -> str:
     sizes = [f"{row['rows']} rows of {row['n']}" for row in next(iter(by_package.values())).values()]
     header = ("", *(title for size in sizes for title in (size, "longer", "error")))
     return paragraph(f"""
-    **The same noisy probabilities.** Rows of attention behind depolarizing noise of {results["parameters"]["level"]:g} on
+    ## The same noisy probabilities
+    Rows of attention behind depolarizing noise of {results["parameters"]["level"]:g} on
     each of their qubits, measured in the Z basis: QuantumNoise by its closed form, the others from density matrices, each
     with all rows in one job or call where it can, in single precision where it has that, circuits made beforehand
     {source("noise", results)}. Median times of calls that take turns, how many times as long they are as QuantumNoise's, and
@@ -138,12 +142,13 @@ def compression() -> str:
             size = f"{row['bytes'] / 1e6:.2f} MB", f"{row['ratio']:.2f} ×"
             rows.append((title, row["contender"], *size, loss(row), times(speed[model, row["contender"]]["x_classical"])))
     return paragraph(f"""
-    **Smaller weights.** `qexport compress`, with `--products int8` where it says so, beside onnxruntime's dynamic int8:
+    ## Smaller weights
+    `qexport compress`, with `--products int8` where it says so, beside onnxruntime's dynamic int8:
     bytes of the file, how many times smaller than the float32 file, what is lost on data that nothing was fitted to (cosine
     with the embeddings of the original and loss of the correlation on the STS-B test split; nats per character of
     WikiText-2; cosine of the output map on other photos), and how many times as long the float32 model takes at batch 1, the
     longest inputs {source("compress", results)}. All run in a stock onnxruntime. The picture:
-    [bench/results/compress.png](bench/results/compress.png).
+    [bench/results/compress.png](../bench/results/compress.png).
     """) + table(("model", "stored by", "file", "smaller", "lost", "float32 takes"), rows)
 
 

@@ -1,32 +1,42 @@
-"""The README's figures, from the committed results: prints them, or with --write puts them between the README's markers.
+"""docs/figures.md, every figure that was measured, and what the README says of them: from the committed results.
 
-python -m bench.figures [--write README.md]
+python -m bench.figures writes both files.
 """
 
-import argparse
 from pathlib import Path
 
-from bench import comparisons
-from bench.attention.goals import judged
+from bench import comparisons, summary
+from bench.attention import figures as attention
 from bench.cuda import figures as cuda
-from bench.markdown import load, paragraph, percent, source, table, times
+from bench.markdown import load, paragraph, percent, source, table
 
+ROOT = Path(__file__).parents[1]
 START, END = "<!-- figures -->\n", "<!-- /figures -->"
 
 
-def markdown() -> str:
+def page() -> str:
     """All figures, as Markdown."""
-    sections = (sts_b(), comparisons.training(), comparisons.baselines(), seed_table(), minilm_error())
-    sections += (
+    sections = (
+        "# Figures\n",
+        "Each table names its machine and the command that makes it again. What the columns mean, and how to read them:\n"
+        "[bench/README.md](../bench/README.md). Written by `python -m bench.figures`.\n",
+        sts_b(),
+        comparisons.training(),
+        comparisons.baselines(),
+        seed_table(),
+        minilm_error(),
         generation(),
         comparisons.scaling(),
-        attention(),
+        attention.exact(),
+        attention.tree(),
+        attention.decode(),
         kv_cache(),
         comparisons.noise(),
         comparisons.compression(),
-        cuda.section(),
+        attention.goals(),
+        cuda.gpu(),
     )
-    return "\n".join(section for section in sections if section)
+    return "\n".join(part for part in sections if part)
 
 
 def sts_b() -> str:
@@ -47,7 +57,8 @@ def sts_b() -> str:
     ]
     parameters = results["parameters"]
     return paragraph(f"""
-    **A task.** STS-B {parameters["split"]}, {parameters["pairs"]} sentence pairs, all-MiniLM-L6-v2: Spearman × 100 over
+    ## A task
+    STS-B {parameters["split"]}, {parameters["pairs"]} sentence pairs, all-MiniLM-L6-v2: Spearman × 100 over
     {parameters["seeds"]} seeds with the 95 % interval, and the loss relative to the classical model
     {source("sts_b", results)}. Sentences average {parameters["mean_tokens"]:.0f} tokens: the last column is the share
     that is longer than the samples, all others are computed exactly.
@@ -77,7 +88,8 @@ def seed_table() -> str:
         if strategy == "stratified"
     )
     first = paragraph(f"""
-    **The table this project started from.** 32 queries and keys, 64-D, Gaussian, one head: relative Frobenius error and
+    ## The table this project started from
+    32 queries and keys, 64-D, Gaussian, one head: relative Frobenius error and
     median latency of the op in a session, beside the original claims {source("seed_table", results)}. With a sample per key
     nothing is left to estimate; sampling starts below.
     """)
@@ -127,7 +139,8 @@ def minilm_error() -> str:
     ]
     parameters = results["parameters"]
     return paragraph(f"""
-    **Trained activations.** The {parameters["heads"]} heads of MiniLM on {parameters["texts"]} film reviews of 512 tokens,
+    ## Trained activations
+    The {parameters["heads"]} heads of MiniLM on {parameters["texts"]} film reviews of 512 tokens,
     {parameters["draws"]} draws: relative Frobenius error of a head's output, mean and worst head, and the cosine of the
     pooled embedding when all six attentions are sampled {source("minilm_error", results)}.
     """) + table(("strategy", "samples", "mean", "worst head", "cosine"), rows)
@@ -149,116 +162,12 @@ def generation() -> str:
     parameters = results["parameters"]
     header = ("keys read per query", "encoder error", "same tokens", "story, nats per token")
     return paragraph(f"""
-    **Speech and stories.** Whisper tiny.en on ten seconds of speech, all 12 attentions over up to 1500 positions sampled:
+    ## Speech and stories
+    Whisper tiny.en on ten seconds of speech, all 12 attentions over up to 1500 positions sampled:
     error of the encoder's states, and share of the transcript's tokens that stay the most likely. stories15M on its own
     greedy text of {parameters["story_tokens"]} tokens: nats per token. {parameters["seeds"]} seeds
     {source("generation", results)}.
     """) + table(header, rows)
-
-
-def attention() -> str:
-    results = load("attention")
-    parts = (_exact(results), _tree(results), _decode(results), _goals(results))
-    return "\n".join(parts)
-
-
-def _exact(results: dict) -> str:
-    by_place = {}
-    for row in results["prefill"]:
-        by_place.setdefault((row["causal"], row["threads"], row["n"]), {})[row["contender"]] = row
-    rows = [
-        (
-            n,
-            "causal" if causal else "",
-            threads,
-            f"{found['exact fp32']['ms']:.3g} ms",
-            times(found["exact fp32"]["x_mha"]),
-            times(found["exact fp32, 4-D"]["x_attention"]),
-            times(found["exact fp32, 4-D"]["x_sdpa"]),
-            times(found["exact bf16"]["x_mha"]),
-            times(found["exact int8"]["x_mha"]),
-        )
-        for (causal, threads, n), found in by_place.items()
-        if n in (128, 512, 2048, 4096, 16384)
-    ]
-    header = ("n", "", "threads", "fp32", "MultiHeadAttention", "Attention", "torch SDPA", "bf16", "int8")
-    return paragraph(f"""
-    **Without sampling.** Strategy `exact` on heads of 64 ({results["parameters"]["isa"]}): median time in float32, and how
-    many times as long onnxruntime's MultiHeadAttention and Attention and torch's scaled_dot_product_attention take on the
-    same inputs, calls interleaved; under bf16 and int8 how many times as long MultiHeadAttention takes as that precision
-    {source("attention", results)}.
-    """) + table(header, rows)
-
-
-def _tree(results: dict) -> str:
-    shown = (
-        "default",
-        "exact bf16",
-        "tree 1/16",
-        "tree 1/8",
-        "tree 1/4",
-        "tree, tolerance 0.1",
-        "stratified 64",
-        "top 64 and mean V",
-    )
-    shown += ("uniform 1/2", "Performer", "Linformer 256")
-    rows = [
-        (
-            row["data"],
-            row["contender"],
-            f"{100 * row['error_mean']:.2g} %",
-            f"{100 * row['error_worst']:.2g} %",
-            f"{row['ms']:.3g} ms",
-            times(row["x_mha"]),
-        )
-        for row in results["activations"]
-        if row["data"] in ("minilm-2048", "minilm-4096", "whisper-1500") and row["contender"] in shown
-    ]
-    return paragraph("""
-    **Speed and error on trained activations**: all heads of a model in one call, relative error of a head's output, mean and
-    worst head, and how many times as long MultiHeadAttention takes (clustering counted). `tree 1/8` reads an eighth of the
-    keys exactly. Performer and Linformer come from their packages with random features and projections, since these heads
-    were trained without them; top-k and uniform sampling are torch programs.
-    """) + table(("activations", "attention", "mean", "worst head", "time", "MultiHeadAttention"), rows)
-
-
-def _decode(results: dict) -> str:
-    most = max(row["threads"] for row in results["decode"])
-    rows = [
-        (
-            f"{row['past'] // 1024}k",
-            row["contender"],
-            f"{row['ms']:.3g} ms",
-            times(row["x_mha"]),
-            times(row["x_gqa"]),
-            f"{row['percent_of_bandwidth']:.0f} %" if row["percent_of_bandwidth"] else "",
-        )
-        for row in results["decode"]
-        if row["threads"] == most and row["past"] in (1024, 16384, 65536) and row["data"] == "gaussian"
-    ]
-    header = ("past", "attention", "time", "MultiHeadAttention", "GroupQueryAttention", "of the bandwidth")
-    return paragraph(f"""
-    **Decoding**: one new token over a past, 8 heads of 64, {most} threads; how many times as long MultiHeadAttention with
-    past and GroupQueryAttention with a shared buffer take, and what reading the cache once at the measured speed of the
-    memory would be of the time.
-    """) + table(header, rows)
-
-
-def _goals(results: dict) -> str:
-    rows = [
-        (
-            row["goal"],
-            row["limit"],
-            f"{row['measured']:.3g}" if row["measured"] is not None else "",
-            row["verdict"],
-            row["decided_by"],
-        )
-        for row in judged(results, results["parameters"]["isa"])
-        if row["command"] != "python -m bench.cuda"  # a GPU has its own table
-    ]
-    return paragraph("""
-    **Goals** (`bench/goals.toml`), each with what decides it.
-    """) + table(("goal", "limit", "measured", "", "where"), rows)
 
 
 def kv_cache() -> str:
@@ -270,7 +179,8 @@ def kv_cache() -> str:
     ]
     header = ("past", "exact", "tree, 512 keys", "no library", "past joined")
     return paragraph(f"""
-    **Token by token.** stories15M's own greedy text of {results["parameters"]["new_tokens"]} tokens, per second:
+    ## Token by token
+    stories15M's own greedy text of {results["parameters"]["new_tokens"]} tokens, per second:
     {story["in place"]} with a cache that is appended in place and exact attention, {story["joined"]} when onnxruntime's
     Attention joins past and new keys, {story["without"]} without a cache. One step of a Llama of the same sizes behind a
     longer past: caches in place with the library (exact, and the tree with summaries, whose error docs/math.md tells) and
@@ -288,13 +198,9 @@ def put(text: str, figures: str) -> str:
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("--write", metavar="FILE", type=Path, help="put the figures into this file")
-    file = arguments.parse_args().write
-    if file is None:
-        print(markdown())
-    else:
-        file.write_text(put(file.read_text(encoding="utf-8"), markdown()), encoding="utf-8")
+    (ROOT / "docs" / "figures.md").write_text(page(), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(put(readme.read_text(encoding="utf-8"), summary.markdown()), encoding="utf-8")
 
 
 if __name__ == "__main__":

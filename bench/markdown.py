@@ -1,4 +1,4 @@
-"""Pieces of Markdown that the README's figures are made of."""
+"""Pieces of Markdown that the figures are made of."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,17 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def table(header: tuple, rows: list[tuple]) -> str:
-    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
+def table(header: tuple, rows: list[tuple], words: bool = False) -> str:
+    """A table of numbers behind a first column of names; `words`: its other columns are read, not compared."""
+    lines = [header, ("---",) + ("---" if words else "---:",) * (len(header) - 1), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def paragraph(text: str) -> str:
-    """Wrapped source text as one Markdown paragraph."""
+    """Wrapped source text as one Markdown paragraph, below a heading where its first line is one."""
+    first, _, rest = text.strip().partition("\n")
+    if first.startswith("#"):
+        return f"{first}\n\n" + (paragraph(rest) if rest else "")
     return " ".join(text.split()) + "\n\n"
 
 

@@ -11,7 +11,7 @@ from attention_cases import CASES
 from noise_cases import CHANNELS, ELEMENTS, rows, run_node
 from noise_cases import one_node_model as rows_model
 
-from bench import figures
+from bench import figures, summary
 from qexport import _core
 from qexport.errors import UsageError
 from qexport.ops import DOMAIN, OPS, QUANTUM_ATTENTION, QUANTUM_NOISE, VERSION
@@ -60,7 +60,12 @@ def test_op_page_is_up_to_date():
     assert (ROOT / "docs" / "ops.md").read_text() == markdown_page(), "run: qexport ops --markdown > docs/ops.md"
 
 
-@pytest.mark.parametrize(("marks", "content"), [("ops", readme_table), ("figures", figures.markdown)])
+def test_figures_page_is_up_to_date():
+    """Each table of it is made from the committed results."""
+    assert (ROOT / "docs" / "figures.md").read_text() == figures.page(), "run: python -m bench.figures"
+
+
+@pytest.mark.parametrize(("marks", "content"), [("ops", readme_table), ("figures", summary.markdown)])
 def test_readme_is_up_to_date(marks, content):
     """The README's op table is the table's, and its figures are those of the committed results."""
     text = (ROOT / "README.md").read_text()

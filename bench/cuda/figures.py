@@ -1,11 +1,11 @@
-"""The README's figures of a GPU, where there are any: nothing without a run."""
+"""The figures of a GPU, where there are any: nothing without a run."""
 
 from bench.markdown import RESULTS, load, paragraph, table, times
 
 OURS = "exact, onnxruntime"
 
 
-def section() -> str:
+def gpu() -> str:
     """Markdown from the committed results; "" where there are none."""
     if not (RESULTS / "cuda.json").is_file():
         return ""
@@ -61,7 +61,8 @@ def _exact(results: dict) -> str:
     rivals = ("MultiHeadAttention", "its call", "own flash", "torch flash")
     header = ("n", "d", "", "type", "device", "call", *rivals, "of a product")
     return paragraph(f"""
-    **On a GPU.** {card["card"]}, driver {card["driver"]}, CUDA {card["cuda"]}, onnxruntime {card["onnxruntime"]}, torch
+    ## On a GPU
+    {card["card"]}, driver {card["driver"]}, CUDA {card["cuda"]}, onnxruntime {card["onnxruntime"]}, torch
     {card["torch"]} (`python -m bench.cuda`), which in the same run copies {card["copy_gb_per_s"]:.0f} GB/s (read and
     written) and multiplies large matrices at {card["float16_tflops"]:.0f} TFLOP/s in float16. Strategy `exact`, 8 heads,
     through onnxruntime: time on the device, until a caller has the result, how many times as long onnxruntime's
@@ -90,8 +91,9 @@ def _tree(results: dict) -> str:
     if not rows:
         return ""
     return paragraph("""
-    Long inputs of trained models (float16; weights rounded to 8 bits; positions stretched, so optimistic; bench/README.md):
-    error of a head, mean and worst, and how many times as long onnxruntime's MultiHeadAttention takes.
+    ## On a GPU: long inputs of trained models
+    In float16; weights rounded to 8 bits; positions stretched, so optimistic (bench/README.md): error of a head, mean
+    and worst, and how many times as long onnxruntime's MultiHeadAttention takes.
     """) + _filled(("activations", "n", "attention", "mean", "worst head", "time", "MultiHeadAttention", "own flash"), rows)
 
 
@@ -111,6 +113,7 @@ def _decode(results: dict) -> str:
     if not rows:
         return ""
     return paragraph("""
+    ## On a GPU: decoding
     One new token over a past, 8 heads of 64 in float16: how many times as long onnxruntime's GroupQueryAttention with a
     shared buffer takes, and what reading the cache once at the speed of the copy would be of the time.
     """) + table(("past", "kv heads", "attention", "time", "GroupQueryAttention", "of the copy"), rows)
@@ -138,7 +141,8 @@ def _others(results: dict) -> str:
     if not rows:
         return ""
     return paragraph("""
-    The other ops in float32: time on the device, what copying the rows would be of it, and how many times as long torch
+    ## On a GPU: the other ops
+    In float32: time on the device, what copying the rows would be of it, and how many times as long torch
     takes core by core or with the matrix at hand.
     """) + table(("op", "", "time", "of the copy", "torch"), rows)
 
@@ -148,4 +152,4 @@ def _goals(results: dict) -> str:
         (row["goal"], row["limit"], f"{row['measured']:.3g}" if row["measured"] is not None else "", row["verdict"])
         for row in results["goals"]
     ]
-    return table(("goal", "limit", "measured", ""), rows) if rows else ""
+    return paragraph("## On a GPU: goals") + table(("goal", "limit", "measured", ""), rows) if rows else ""
