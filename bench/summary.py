@@ -42,8 +42,8 @@ def _answers(goals: dict[str, float]) -> str:
         ),
         (
             "Is attention faster on a CPU?",
-            f"the default {never_slower('default recipe')} or more; `exact` in float32 {never_slower('exact fp32')} or more, "
-            f"and causal from 2048 tokens on {ratio('exact fp32, causal, against MultiHeadAttention, n >= 2048')}",
+            f"the default {never_slower('default recipe')} or more; `exact` in float32 {never_slower('exact fp32')} or "
+            f"more, and causal from 2048 tokens on {ratio('exact fp32, causal, against MultiHeadAttention, n >= 2048')}",
             "Without sampling",
         ),
         (
