@@ -94,10 +94,11 @@ def test_numbers_beyond_float16_are_clipped_and_none_is_nan(recwarn):
         assert not quantize(W, 4, 32).dense().any()
 
 
-def test_error_passing_is_the_factor_of_the_inverse():
-    G = gram(correlated(300, 40))
+@pytest.mark.parametrize("size", [1, 40, 64, 129])  # in one piece, in halves, in halves of halves that differ
+def test_error_passing_is_the_factor_of_the_inverse(size):
+    G = gram(correlated(300, size))
     U = error_passing(G).astype(np.float64)
-    damped = G + DAMPING * np.trace(G) / 40 * np.eye(40)
+    damped = G + DAMPING * np.trace(G) / size * np.eye(size)
     np.testing.assert_allclose(U.T @ U, np.linalg.inv(damped), rtol=0, atol=1e-5 / np.linalg.eigvalsh(damped).min())
     assert np.abs(np.tril(U, -1)).max() < 1e-9 * np.abs(U).max()
     assert np.isfinite(error_passing(np.zeros((4, 4)))).all()
