@@ -32,7 +32,10 @@ def pip(python, *arguments):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """The one that QEXPORT_TEST_WHEEL names, or one built here."""
     folder = tmp_path_factory.mktemp("wheel")
+    if built := os.environ.get("QEXPORT_TEST_WHEEL"):
+        return Path(shutil.copy(built, folder))
     pip(sys.executable, "wheel", "-q", "--no-deps", "-w", folder, ROOT)
     (path,) = folder.glob("*.whl")
     return path
