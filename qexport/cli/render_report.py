@@ -65,4 +65,4 @@ def _change(figure: dict) -> str:
     change = figure["change"]
     if change is None or figure["unit"] == "verdict":
         return ""
-    return f"{100 * change:+.1f} %" if change < 10 else f"{1 + change:.3g} x"
+    return f"{100 * change:+.1f} %" if change < 10 else f"{1 + change:.0f} x"
