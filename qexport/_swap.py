@@ -1,5 +1,5 @@
-"""What makes the last step of writing safe: exchanging two folders, files that are whole, and signals that wait or become
-exceptions."""
+"""What makes writing safe: a look at the place before, files that are whole, exchanging two folders, and signals that wait
+or become exceptions."""
 
 import ctypes
 import os
@@ -8,6 +8,8 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+
+from qexport.errors import QexportError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -57,6 +59,17 @@ def whole_file(target):
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def check_writable(target) -> None:
+    """Find out before anything runs whether `target` may be put where it is to lie; missing folders will be made.
+
+    Raises:
+        QexportError: the folder takes no new files.
+    """
+    folder = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.exists(parent))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise QexportError(f"{target}: cannot be written, {folder} is no folder to write to; choose another place")
 
 
 def _in_main_thread() -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qexport._swap import deferred_signals, exchange, terminate_as_exception
+from qexport._swap import check_writable, deferred_signals, exchange, terminate_as_exception
 from qexport.bundle import BUNDLE, MANIFEST, SCHEMA_VERSION, SEAL, Kind, own_files, read_manifest, seal_text, sha256
 from qexport.errors import QexportError, UsageError
 
@@ -75,8 +75,10 @@ def check_output(target, kind: Kind = BUNDLE) -> None:
 
     Raises:
         UsageError: a file is there, or a folder holding files that are not of its kind.
+        QexportError: the folder that it would lie in takes no files.
     """
     target = Path(target)
+    check_writable(target)
     if not os.path.exists(target):  # of a name that is too long as well, which Path.exists raises
         return
     if not target.is_dir():

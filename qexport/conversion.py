@@ -152,6 +152,7 @@ def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None,
         recipe: None leaves attention classical; the converted model then equals the classical one.
     """
     from qexport.conversion_checks import check_fallback, check_library, run_classical
+    from qexport.rewrite.part_transposes import part_transposes
     from qexport.rewrite.sample_attention import attach_fallback, sample_attention
     from qexport.rewrite.summarize_cache import summarize_cache
 
@@ -160,6 +161,7 @@ def write_models(folder: Path, source, recipe, opset: int, kv_cache: int | None,
     if opset >= 23:  # below, Attention does not exist: the baseline stays as it came
         say("finding attention", 0.0)
         left_alone = _to_classical(source, opset, kv_cache, recipe)
+    part_transposes(source.model)
     attach_fallback(source.model)  # of noise that the model brought along
     say("writing the classical model", 0.2)
     classical = folder / "classical.onnx"

@@ -71,12 +71,13 @@ def check_feed(bundle: Bundle, arrays: dict[str, np.ndarray], source: str) -> tu
     for name, spec in specs.items():
         if name not in feed:
             feed[name] = _filled(spec, sizes, source, list(specs))
-            notes.append(f"input {name!r} was not given and is filled with {FILLERS[spec['kind']]}")
+            what = "the KV cache" if spec["kind"] == "cache" else f"input {name!r}"  # which has two inputs per layer
+            notes.append(f"{what} was not given and is filled with {FILLERS[spec['kind']]}")
     masks = [name for name, spec in specs.items() if spec["kind"] == "mask" and feed[name].ndim == 2]
     if masks and not any(kept(feed[name]).any() for name in masks):
         raise QexportError(f"{source}: input {masks[0]!r} keeps no position; mark those that count")
     _check_room(bundle, feed, source)
-    return {name: feed[name] for name in specs}, notes
+    return {name: feed[name] for name in specs}, list(dict.fromkeys(notes))
 
 
 def _check_room(bundle: Bundle, feed: dict[str, np.ndarray], source: str) -> None:

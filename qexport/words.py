@@ -33,7 +33,8 @@ def recipe_text(
     if error_tolerance:
         parts.append(f"error up to {percent(error_tolerance)}")
     elif strategy not in ("", "exact"):
-        parts.append(f"{samples_text(num_samples)} {'keys' if strategy == 'tree' else 'samples'}")
+        counted = "key" if strategy == "tree" else "sample"
+        parts.append(f"{samples_text(num_samples)} {counted if set(num_samples) == {1} else counted + 's'}")
     if precision not in ("", "fp32"):
         parts.append("auto precision" if precision == "auto" else precision)
     return ", ".join(parts)
@@ -45,7 +46,7 @@ def percent(value: float | None) -> str:
         return "not finite"
     if value == 0:
         return "0"
-    if value >= 1:
+    if value >= 0.995:  # two digits of it are 100 %
         return f"{100 * value:.0f} %"
     return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"
 

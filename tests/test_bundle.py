@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from bundle_factory import make_bundle
 
 from qexport.bundle import MANIFEST, Bundle
-from qexport.bundle_writer import write_bundle
+from qexport.bundle_writer import check_output, write_bundle
 from qexport.errors import QexportError, UsageError
 
 MINIMAL = {"sites": [], "left_alone": [], "inputs": [], "limits": {}, "opset": 23, "seed_input": "seed"}
@@ -244,7 +245,17 @@ def test_an_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(QexportError) as error, write_bundle(tmp_path / "file" / "out"):
         pass
-    assert str(tmp_path / "file") in one_line(error)
+    target = tmp_path / "file" / "out"
+    assert f"{target}: cannot be written, {tmp_path / 'file'} is no folder to write to" in one_line(error)
+
+
+def test_a_folder_without_permission_is_named_before_anything_runs(tmp_path, monkeypatch):
+    """root may write anywhere, so the system's answer is planted."""
+    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) != tmp_path)
+    for target in (tmp_path / "out", tmp_path / "new" / "out"):
+        with pytest.raises(QexportError) as error:
+            check_output(target)
+        assert f"{target}: cannot be written, {tmp_path} is no folder" in one_line(error)
 
 
 def test_refuses_what_it_would_destroy(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,6 +113,12 @@ def test_out_of_tolerance_is_exit_code_3(qexport, bundle):
     assert "FAILED: output 'hidden' with the library" in out
     assert "first site over the limit: encoder.0.attention" in out
     assert err == ""
+
+
+def test_the_next_command_can_be_pasted(qexport, bundle, tmp_path):
+    target = tmp_path / "my bundle"
+    _, out, _ = qexport("convert", bundle / "classical.onnx", "-o", target)
+    assert shlex.split(out.splitlines()[-1]) == ["next:", "qexport", "validate", str(target)]
 
 
 def test_dry_run_writes_nothing(qexport, bundle, tmp_path):

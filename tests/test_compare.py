@@ -150,6 +150,18 @@ def test_a_larger_error_is_worse(write, documents, qexport):
     assert qexport("compare", b, a)[0] == 0
 
 
+def test_what_compressed_weights_may_lose_is_no_rounding(write, documents, qexport):
+    """Their limit without the library is 1.5 times their loss, which hides no loss of another file."""
+
+    def compressed(d):
+        d["max_error"] |= {"fallback": 10.0, "sites": None}
+        scaled(d["outputs"]["library"]["hidden"], 30)
+
+    a, b = write("a.json", documents["validate"]), write("b.json", documents["validate"], compressed)
+    assert verdicts(compare(a, b)) == {"error of output hidden": WORSE}
+    assert " 30 x " in qexport("compare", a, b)[1]  # and not +2900.0 %
+
+
 def test_an_error_within_its_interval_is_noise(write, documents):
     a = write("a.json", documents["validate"])
     metrics = documents["validate"]["outputs"]["library"]["hidden"]

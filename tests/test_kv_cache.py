@@ -177,7 +177,9 @@ def test_missing_caches_are_empty_and_too_many_tokens_one_line(made):
     bundle = Bundle.open(made("Llama")[2])
     inputs = load_inputs(bundle, {"input_ids": np.full((2, 6), 7)})
     assert not inputs.feeds[0]["past_len"].any()
-    assert "'past_len' was not given and is filled with zeros" in " ".join(inputs.notes)
+    assert inputs.notes == [
+        f"{what} was not given and is filled with zeros" for what in ("input 'past_len'", "the KV cache")
+    ]
     with pytest.raises(QexportError, match="6 tokens behind a past of 43 do not fit into the cache of 48") as error:
         load_inputs(bundle, {"input_ids": np.full((2, 6), 7), "past_len": np.array([43, 0])})
     assert "\n" not in str(error.value)

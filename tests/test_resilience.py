@@ -92,7 +92,9 @@ def test_a_mitigation_has_its_own_runs():
         ("repetition:4", "depolarizing", 0.1, 9, r"must be an odd number in 1 to 999, got 4"),
         ("readout_inversion", "amplitude_damping,readout", 0.1, 9, r"takes one noise model here, or several of"),
         ("pec", "depolarizing", 0.1, 9, r"mitigation pec is not swept in models; give none, zne"),
-        ("magic", "depolarizing", 0.1, 9, r"mitigation must be one of .*, got 'magic'"),
+        ("readout_inversion:project", "readout", 0.1, 9, r"mitigation readout_inversion:project is not swept in models"),
+        ("magic", "depolarizing", 0.1, 9, r"mitigation magic is not swept in models; give none, zne"),
+        ("zne:x", "depolarizing", 0.1, 9, r"mitigation must be one of .*, got 'zne:x'"),
     ],
 )
 def test_what_a_cell_refuses(mitigation, noise, level, shots, message):

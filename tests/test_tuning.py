@@ -10,10 +10,12 @@ from click.testing import CliRunner
 
 import qexport
 from qexport.bundle import Bundle
+from qexport.cli.render_tuning import show_tuning
 from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
+from qexport.profiling.timing import ratio
 from qexport.recipe import make_recipe
 from qexport.runtime import session
 from qexport.tuning import measurement, tune
@@ -130,7 +132,7 @@ def test_the_fastest_are_timed_once_more_and_together(bundle, monkeypatch):
     def try_time(bench, candidates, rounds):
         groups.append([c.label for c in candidates])
         for i, c in enumerate(candidates if len(groups) == 1 else reversed(candidates)):
-            c.latency_ms, c.ratio = 1.0 + i, {"of_medians": 1.0 + i, "median_ci95": None}
+            c.latency_ms, c.ratio = 1.0 + i, {"of_rounds": {"p50": 1.0 + i}, "median_ci95": None}
 
     monkeypatch.setattr(Bench, "try_time", try_time)
     report = tune(bundle, max_error=0.3, batch=2, seq=60, trials=7, threads=1)
@@ -139,6 +141,25 @@ def test_the_fastest_are_timed_once_more_and_together(bundle, monkeypatch):
     assert len(groups[1]) > 1
     assert groups[1] == within[:4]
     assert report.best["label"] == groups[1][-1]
+
+
+def test_the_ratio_that_is_shown_and_judged_lies_in_its_interval(bundle, monkeypatch, capsys):
+    """On a machine that slows down half-way the medians of the models may be of different halves."""
+    drift = np.repeat([1.0, 2.0], [10, 11])
+    times = {"classical": drift, "ours": np.where(np.arange(21) == 10, 1.0, drift) * 0.9}
+    found = ratio(times["ours"], times["classical"])
+    assert not found["median_ci95"][0] <= found["of_medians"] <= found["median_ci95"][1]
+
+    def try_time(bench, candidates, rounds):
+        for c in candidates:
+            c.latency_ms, c.ratio = 1.0, found
+
+    monkeypatch.setattr(Bench, "try_time", try_time)
+    report = tune(bundle, max_error=0.3, batch=2, seq=60, trials=2, threads=1)
+    show_tuning(report, verbose=False)
+    shown = capsys.readouterr().out
+    assert "0.90 x   0.90 to 0.90" in shown
+    assert "1.11 times as fast" in shown
 
 
 def test_a_tolerance_below_rounding_is_said_to_be_out_of_reach(bundle, tmp_path):

@@ -4,10 +4,10 @@ Per site and head: the attention as a map of queries x keys, its entropy H, the 
 sampling moves both the head's output and, behind earlier layers, the attention itself; as arrays, pictures and an HTML page.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
+from qexport._swap import check_writable
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
@@ -110,9 +110,7 @@ def _check_output(folder: Path, pictures: bool) -> None:
         matplotlib()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: a file is there already; choose another folder for the maps")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise QexportError(f"{folder}: cannot be written, {nearest} is no folder that may be written; choose another one")
+    check_writable(folder / PAGE)
 
 
 def _write(maps: AttentionMaps, folder: Path, pictures: bool, say) -> list[Path]:

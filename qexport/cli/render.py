@@ -1,5 +1,7 @@
 """Reports as text for people."""
 
+from shlex import quote
+
 import click
 
 from qexport.cli.render_memory import show_memory
@@ -40,7 +42,7 @@ def show_conversion(report, verbose: bool) -> None:
             f"{report.path}: {size / 1e6:.1f} MB, opset {manifest['opset']}, "
             f"for onnxruntime {manifest['min_onnxruntime']} and newer"
         )
-        click.echo(f"next: qexport validate {report.path}")
+        click.echo(f"next: qexport validate {quote(str(report.path))}")
 
 
 def _measured(found: dict) -> str:
@@ -241,4 +243,6 @@ def show_demo(report, verbose: bool) -> None:
     if verbose:
         show_sites(checked["sites"], verbose)
     _show_verdict(checked)
-    click.echo(f"next: qexport validate {conversion.path} --seq 256 --batch 4, or qexport convert YOUR_MODEL -o DIR")
+    click.echo(
+        f"next: qexport validate {quote(str(conversion.path))} --seq 256 --batch 4, or qexport convert YOUR_MODEL -o DIR"
+    )

@@ -1,6 +1,7 @@
 """The report of `compress` as text for people."""
 
 from collections import Counter
+from shlex import quote
 
 import click
 
@@ -29,7 +30,7 @@ def show_compression(report, verbose: bool) -> None:
     table("Against the classical model", ("", "classical", "compressed", ""), rows)
     if not found["passed"]:
         click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
-    click.echo(f"next: qexport validate {found['path']}")
+    click.echo(f"next: qexport validate {quote(found['path'])}")
 
 
 def _loss(loss: float | None) -> str:

@@ -1,5 +1,7 @@
 """Deployments as text for people."""
 
+from shlex import quote
+
 import click
 
 from qexport.words import plural
@@ -12,7 +14,7 @@ def show_deployment(output, manifest: dict) -> None:
         f"{output}: {plural(len(manifest['files']), 'file')}, {size / 1e6:.1f} MB, for {manifest['target']} "
         f"({manifest['provider']}) with onnxruntime {manifest['min_onnxruntime']} and newer"
     )
-    click.echo(f"next: qexport verify-bundle {output}; there: python3 run.py, or build cpp/ with CMake")
+    click.echo(f"next: qexport verify-bundle {quote(str(output))}; there: python3 run.py, or build cpp/ with CMake")
 
 
 def show_verification(report) -> None:

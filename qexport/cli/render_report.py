@@ -63,4 +63,6 @@ def _figure(value: float | None, interval: list | None, unit: str) -> str:
 def _change(figure: dict) -> str:
     """By how much of itself a figure changed; blank where that says nothing."""
     change = figure["change"]
-    return "" if change is None or figure["unit"] == "verdict" else f"{100 * change:+.1f} %"
+    if change is None or figure["unit"] == "verdict":
+        return ""
+    return f"{100 * change:+.1f} %" if change < 10 else f"{1 + change:.0f} x"

@@ -1,6 +1,7 @@
 """The report of `tune` as text for people."""
 
 from collections import Counter
+from shlex import quote
 
 import click
 
@@ -27,7 +28,7 @@ def show_tuning(report, verbose: bool) -> None:
     for note in found["data"]["notes"] + found["notes"]:
         click.echo(f"note: {note}")
     shown = [c for c in found["candidates"] if verbose or c["on_front"] or not c["label"].startswith("tuned")]
-    shown.sort(key=lambda c: (c["ratio"] or {}).get("of_medians") or float("inf"))
+    shown.sort(key=lambda c: _time_ratio(c) or float("inf"))
     rows = [_candidate_row(c, c["label"] == found["best"]["label"] and found["passed"]) for c in shown]
     header = ("recipe", "error", "time", "time ratio", "95 %", "")
     table("Time, and its ratio to the classical model", header, rows)
@@ -36,28 +37,28 @@ def show_tuning(report, verbose: bool) -> None:
         click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
         return
     best = found["best"]
-    faster = 1 / best["ratio"]["of_medians"]
+    faster = 1 / _time_ratio(best)
     click.echo(f"BEST: {best['label']}, error {percent(best['error'])}, {faster:.2f} times as fast as the classical model")
     if found["output"]:
-        is_recipe = found["output"].endswith((".yaml", ".yml"))
-        following = (
-            f"qexport convert MODEL -o DIR --config {found['output']}"
-            if is_recipe
-            else f"qexport validate {found['output']}"
-        )
+        place, is_recipe = quote(found["output"]), found["output"].endswith((".yaml", ".yml"))
+        following = f"qexport convert MODEL -o DIR --config {place}" if is_recipe else f"qexport validate {place}"
         click.echo(f"written to {found['output']}; next: {following}")
     else:
         click.echo("keep it with -o DIR (a bundle) or -o recipe.yaml")
 
 
+def _time_ratio(candidate: dict) -> float | None:
+    """The figure that `median_ci95` is the interval of; None where the recipe was not timed."""
+    return candidate["ratio"] and candidate["ratio"]["of_rounds"]["p50"]
+
+
 def _candidate_row(candidate: dict, best: bool) -> tuple[str, ...]:
-    timing = candidate["ratio"]
-    interval = (timing or {}).get("median_ci95")
+    ratio, interval = _time_ratio(candidate), (candidate["ratio"] or {}).get("median_ci95")
     return (
         candidate["label"],
         percent(candidate["error"]),
         f"{candidate['latency_ms']:.2f} ms" if candidate["latency_ms"] else "",
-        f"{timing['of_medians']:.2f} x" if timing else "",
+        f"{ratio:.2f} x" if ratio else "",
         f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
         "best" if best else "" if candidate["within"] else "over the limit",
     )

@@ -41,11 +41,13 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
         The names of the modules whose attention is sampled now.
 
     Raises:
-        UsageError: a wrong recipe or backend, or a model that has neither kind of attention.
+        UsageError: a wrong recipe or backend, a recipe with noise, or a model that has neither kind of attention.
     """
     from qexport.recipe import make_recipe
 
     recipe = make_recipe(recipe)
+    if recipe.has_noise:
+        raise UsageError("noise is for converted models: leave it out here and give it to qexport.convert")
     if backend != "auto":
         get_backend(backend)
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]

@@ -6,13 +6,12 @@ the command that makes them.
 """
 
 import datetime
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import __version__
-from qexport._swap import whole_file
+from qexport._swap import check_writable, whole_file
 from qexport.bundle import Bundle
 from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
@@ -125,8 +124,7 @@ def _check_output(output) -> Path:
     folder = target.absolute().parent
     if target.is_dir() or not folder.is_dir():
         raise UsageError(f"{target}: {'a folder is there' if target.is_dir() else f'there is no folder {folder}'}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise QexportError(f"{target}: cannot be written, {folder} may not be written to; choose another folder")
+    check_writable(target)
     return target
 
 

@@ -46,7 +46,7 @@ def _accuracy(checked: dict) -> str:
 def speed(timed: dict) -> str:
     """How the times of the two models compare at the largest size, with the confidence interval of the ratio."""
     size = timed["sizes"][-1]
-    ratio, interval = size["ratio"]["of_medians"], size["ratio"]["median_ci95"]
+    ratio, interval = size["ratio"]["of_rounds"]["p50"], size["ratio"]["median_ci95"]
     where = f"At batch {size['batch']}" + (f" and length {size['sequence']}" if size["sequence"] else "")
     if interval and interval[0] <= 1 <= interval[1]:
         return f"{where} it is as fast as the classical model, as far as {timed['settings']['runs']} runs can tell"

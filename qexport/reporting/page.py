@@ -103,7 +103,7 @@ def _tiles(report: dict, manifest: dict) -> list[tuple[str, str, str]]:
         models, length = last["models"], f", length {last['sequence']}" if last["sequence"] else ""
         p50 = {which: f"{model['latency_ms']['p50']:.3g} ms" for which, model in models.items()}
         against = f"{p50[CONVERTED]}, classical {p50[CLASSICAL]}{length}"
-        found.append(("Time against classical", f"{last['ratio']['of_medians']:.2f} ×", against))
+        found.append(("Time against classical", f"{last['ratio']['of_rounds']['p50']:.2f} ×", against))
         peaks = {which: (model["memory"] or {}).get("peak_bytes") for which, model in models.items()}
         if all(peaks.values()):
             where = "host memory" if parts["profile"]["settings"]["providers"][0] == CUDA else "memory"

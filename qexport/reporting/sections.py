@@ -73,7 +73,8 @@ def latency(timed: dict) -> str:
     rows = []
     for size in timed["sizes"]:
         interval = size["ratio"]["median_ci95"]
-        ratio = f"{size['ratio']['of_medians']:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+        ratio = f"{size['ratio']['of_rounds']['p50']:.2f}"
+        ratio += f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
         for which, model in size["models"].items():
             times = (f"{model['latency_ms'][p]:.3g}" for p in ("p50", "p90", "p99"))
             where = (which, size["batch"], size["sequence"] or "fixed")

@@ -10,8 +10,10 @@ from qexport.noise.model import NoiseModel
 from qexport.recipe_values import INFINITE
 
 NO_MITIGATION = "none"
+SWEPT = ("zne", "repetition", "readout_inversion")
 # Channels that flip a measured qubit either way at one rate, so that several of them are one flip.
 FLIPS = ("depolarizing", "bit_flip", "readout")
+_NOT_SWEPT = f"is not swept in models; give {NO_MITIGATION}, zne, repetition:3 or readout_inversion"
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ def make_cell(mitigation: str, models: Sequence[NoiseModel], level: float, shots
     """
     if mitigation == NO_MITIGATION:
         return Cell(mitigation, level, shots, _text(models), (Run(_checked(models, level), 1.0, shots),))
+    if mitigation.partition(":")[0] not in SWEPT:
+        raise UsageError(f"mitigation {mitigation} {_NOT_SWEPT}")
     from qexport.noise.measured import MeasuredNoise
-    from qexport.noise.methods import ReadoutInversion, RepetitionCode, ZeroNoiseExtrapolation, majority
+    from qexport.noise.methods import RepetitionCode, ZeroNoiseExtrapolation, majority
     from qexport.noise.mitigation import parse_mitigation
 
     method = parse_mitigation(mitigation)
@@ -64,16 +68,14 @@ def make_cell(mitigation: str, models: Sequence[NoiseModel], level: float, shots
     if isinstance(method, RepetitionCode):
         rate = majority(measured.local(mitigation)[0, 1, 0], method.distance)
         return Cell(mitigation, level, shots, "bit_flip:1", (Run(float(rate), 1.0, shots),))
-    if isinstance(method, ReadoutInversion) and not method.project:
-        if len(models) == 1:
-            return Cell(mitigation, level, shots, _text(models), (Run(level, 1.0, shots),), invert=True)
-        if all(model.channel in FLIPS and model.scope == "local" for model in models):
-            rate = float(measured.local(mitigation)[0, 1, 0])
-            return Cell(mitigation, level, shots, "bit_flip:1", (Run(rate, 1.0, shots),), invert=True)
-        raise UsageError(f"{mitigation} takes one noise model here, or several of {', '.join(FLIPS)}; give one")
-    raise UsageError(
-        f"mitigation {mitigation} is not swept in models; give {NO_MITIGATION}, zne, repetition:3 or readout_inversion"
-    )
+    if method.project:
+        raise UsageError(f"mitigation {mitigation} {_NOT_SWEPT}")
+    if len(models) == 1:
+        return Cell(mitigation, level, shots, _text(models), (Run(level, 1.0, shots),), invert=True)
+    if all(model.channel in FLIPS and model.scope == "local" for model in models):
+        rate = float(measured.local(mitigation)[0, 1, 0])
+        return Cell(mitigation, level, shots, "bit_flip:1", (Run(rate, 1.0, shots),), invert=True)
+    raise UsageError(f"{mitigation} takes one noise model here, or several of {', '.join(FLIPS)}; give one")
 
 
 def _text(models: Sequence[NoiseModel]) -> str:

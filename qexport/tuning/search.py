@@ -139,7 +139,7 @@ class Search:
         self.say(f"timing {len(finite_ones)} recipes", 0.85)
         seconds = _median_seconds(self.bench)
         self.bench.try_time(finite_ones, int(np.clip(TIMING_SECONDS / seconds, 5, 25)))
-        within = sorted((c for c in finite_ones if c.error <= self.max_error), key=lambda c: c.ratio["of_medians"])
+        within = sorted((c for c in finite_ones if c.error <= self.max_error), key=lambda c: c.ratio["of_rounds"]["p50"])
         self.finalists = within[:TIMED_AT_ONCE]
         if len(within) > 1:
             self.say("timing the fastest ones", 0.93)

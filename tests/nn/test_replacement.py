@@ -205,6 +205,7 @@ def test_transformers_inside_a_torch_module_beside_multihead_attention():
         (lambda: nn_zoo.encoder()[0], {"recipe": {"samples": 3}}, "samples"),
         (lambda: nn_zoo.encoder()[0], {"recipe": {"num_samples": [1, 2]}}, "num_samples .*2.*4"),
         (lambda: hf_zoo.build("bert"), {"recipe": {"num_samples": [1, 2]}}, "num_samples .*2.*4"),
+        (lambda: nn_zoo.encoder()[0], {"recipe": {"noise": "depolarizing:0.1"}}, "noise is for converted models"),
         (lambda: nn_zoo.encoder()[0], {"backend": "qpu"}, "backend must be one of auto, .*'qpu'"),
     ],
     ids=lambda value: "model" if callable(value) else str(value),
