@@ -166,7 +166,7 @@ def show_profile(report, verbose: bool) -> None:
     for size in found["sizes"]:
         for which, model in size["models"].items():
             latency = model["latency_ms"]
-            ratio = size["ratio"]["of_medians"] if which == "converted" else None
+            ratio = size["ratio"]["of_rounds"]["p50"] if which == "converted" else None
             rows.append(
                 (
                     which,
@@ -237,7 +237,7 @@ def show_demo(report, verbose: bool) -> None:
         ("error without the library", percent(without)),
         ("worst attention", f"{site_label(worst)}, {percent(worst['relative_error'])} by itself"),
         (f"latency, batch 1, {size['sequence']} tokens", f"classical {classical:.2f} ms, converted {converted:.2f} ms"),
-        ("time ratio", f"{size['ratio']['of_medians']:.2f} x (below 1 is faster than classical)"),
+        ("time ratio", f"{size['ratio']['of_rounds']['p50']:.2f} x (below 1 is faster than classical)"),
     ]
     table(f"all-MiniLM-L6-v2 as {conversion.path}/model.onnx", ("", ""), rows, text_columns=2)
     if verbose:

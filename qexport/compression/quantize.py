@@ -97,7 +97,7 @@ def error_passing(gram: np.ndarray) -> np.ndarray:
 
 
 def _inverse(lower: np.ndarray) -> np.ndarray:
-    """The inverse of a lower triangular matrix, by halves: a fifth of the time that numpy takes, which does not know zeros."""
+    """The inverse of a lower triangular matrix, by halves: a fifth of numpy's time, which does not know zeros."""
     half = len(lower) // 2
     if half < 32:
         return np.linalg.inv(lower)
