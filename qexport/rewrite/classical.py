@@ -5,9 +5,9 @@ import onnx_ir.passes.common as passes
 
 from qexport.rewrite import DeclinedError, LeftAlone, fuse_multi_head_attention, fuse_packed_attention
 from qexport.rewrite.fuse_attention import fuse_attention, module_of
-from qexport.rewrite.heads import ungroup_attention
 from qexport.rewrite.masks import expand_masks, float_masks
 from qexport.rewrite.restore_attention import restore_attention
+from qexport.rewrite.ungroup_attention import ungroup_attention
 
 RUNTIME_DOMAIN = "com.microsoft"
 RUNTIME_RULES = {rule.OP_TYPE: rule.fuse for rule in (fuse_multi_head_attention, fuse_packed_attention)}

@@ -159,14 +159,6 @@ DECLINED = {
         ),
         "1 of the 2 batches",
     ),
-    "a scale per head of joined heads": (
-        Spelling(
-            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
-            inputs=JOINED + ", float[n,1,1] t",
-            output="float[n,l,8] y",
-        ),
-        "no axis of their own",
-    ),
     "double precision of the values": (
         Spelling(
             KT + "s0 = MatMul(q, kt) s2 = Cast<to=11>(s0) " + SOFT,

@@ -1,13 +1,14 @@
 """fuse_attention fires on every spelling, declines with its reason, and stays equal."""
 
+import axes_spellings
 import onnx
 import pytest
 import rare_spellings
 import spellings
 from harness import Rewritten, assert_same, feeds, parse, run
 
-FUSED = spellings.FUSED | rare_spellings.FUSED
-DECLINED = spellings.DECLINED | rare_spellings.DECLINED
+FUSED = spellings.FUSED | rare_spellings.FUSED | axes_spellings.FUSED
+DECLINED = spellings.DECLINED | rare_spellings.DECLINED | axes_spellings.DECLINED
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -22,7 +23,8 @@ def test_fires_and_stays_equal(name):
     onnx.checker.check_model(done.classical, full_check=True)
     expected = run(source, inputs)
     assert_same(expected, run(done.classical, inputs))
-    assert_same(expected, run(done.sampled, inputs))
+    for library in (False, True):  # fewer keys than num_samples: exact
+        assert_same(expected, run(done.sampled, inputs, library))
 
 
 @pytest.mark.parametrize("name", [name for name, spelling in FUSED.items() if spelling.opset <= 17])
@@ -83,6 +85,12 @@ def test_grouped_heads_are_not_repeated():
     done = Rewritten(parse(FUSED["grouped heads, repeated"].text))
     assert (done.sites[0].q_heads, done.sites[0].kv_heads, done.sites[0].head_size) == (4, 2, 8)
     assert "Expand" not in done.ops()
+
+
+@pytest.mark.parametrize("name", [name for name in axes_spellings.FUSED if "groups" in name and "open" not in name])
+def test_groups_in_an_axis_of_their_own_share_a_key_head(name):
+    site = Rewritten(parse(FUSED[name].text)).sites[0]
+    assert (site.q_heads, site.kv_heads, site.head_size) == (6, 2, 8)
 
 
 PADDING = FUSED["padding as a bias"].text.replace("s1 = Add(s0, rel) s2 = Add(s1, bias)", "s2 = Add(s0, bias)")
