@@ -13,7 +13,7 @@ from qexport.rewrite.heads import Heads, find_heads
 from qexport.rewrite.masks import attention_mask
 from qexport.rewrite.products import Operand, Weighed, flips, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
-from qexport.rewrite.sites import module_from_name, site_name
+from qexport.rewrite.sites import module_of, site_name
 from qexport.rewrite.values import constant, known_size, rank, scalar, size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -39,11 +39,6 @@ def fuse_attention(model: ir.Model, opset: int) -> list[LeftAlone]:
             name = site_name(softmax)
             left_alone.append(LeftAlone(name, module_of(softmax), str(reason)))
     return left_alone
-
-
-def module_of(node: ir.Node) -> str:
-    """The torch module name of a node, from the exporter's metadata or from a path-like node name."""
-    return node.metadata_props.get("qexport.module") or module_from_name(node.name or "")
 
 
 def _module_around(product: ir.Node) -> str:

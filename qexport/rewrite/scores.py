@@ -221,6 +221,11 @@ def _distance(value: ir.Value, depth: int = 12) -> int | None:
     return min(found) + 1 if found else None
 
 
+def follows_product(value: ir.Value) -> bool:
+    """Whether a value comes from a product through ops that scores pass."""
+    return _distance(value) is not None
+
+
 def _reaches_quantised(value: ir.Value, depth: int = 8) -> bool:
     node = value.producer()
     if node is None or depth == 0:
