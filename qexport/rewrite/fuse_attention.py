@@ -14,7 +14,7 @@ from qexport.rewrite.masks import attention_mask
 from qexport.rewrite.products import Operand, Weighed, flips, scores_product, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_of, site_name
-from qexport.rewrite.values import constant, known_size, rank, scalar, size
+from qexport.rewrite.values import constant, known_size, many, rank, scalar, size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -144,8 +144,8 @@ def _fuse(
     keys.keys, scale = _peel_scale(keys.keys, scale)
     behind = [node for value in way if is_op(node := value.producer(), "Reshape")]
     heads = find_heads(builder, [*scores.reshapes, *behind], keys, values)
-    _check_masks(scores, heads)
-    q4, k4, v4 = _of_one_type(builder, [heads.split(x) for x in (keys.queries, keys.keys, values.values)])
+    operands = _of_one_type(builder, [heads.split(x) for x in (keys.queries, keys.keys, values.values)])
+    q4, k4, v4 = _broadcast(builder, scores, heads, operands)
     for factor, divides, where in scores.factors:
         if rank(factor):
             factor = heads.aligned(factor, where)
@@ -157,14 +157,25 @@ def _fuse(
     _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)
 
 
-def _check_masks(scores, heads: Heads) -> None:
-    """What meets the scores may broadcast them to more batches or heads than the queries have; Attention does not."""
+def _broadcast(builder: Builder, scores, heads: Heads, operands: list[ir.Value]) -> list[ir.Value]:
+    """Q, K and V, with Q repeated where what meets the scores has more batches or heads than the one of the queries.
+
+    The products broadcast their scores to it, which Attention does not.
+    """
+    n = len(heads.order)
     for value, _, where in (*scores.factors, *scores.biases, *scores.masks):
-        for place, axis in enumerate(heads.order[:-2]):
-            count = known_size(value, axis - len(heads.order)) or 1
-            if where == len(heads.order) and count > 1 and heads.scores.queries.known_size(axis) == 1:
-                what = "batches" if place < heads.batch else "heads"
-                raise DeclinedError(f"its queries have 1 of the {count} {what} of a mask or factor of its scores")
+        for axis in heads.order[:-2]:
+            count = many(value, axis - n)
+            if where != n or count is None or heads.scores.queries.known_size(axis) != 1:
+                continue
+            if not heads.plain:
+                raise DeclinedError(f"its queries have 1 of the {count} batches or heads of a mask or factor of its scores")
+            own = axis - n + rank(value)
+            target = builder.concat(*([1] * axis), builder.axes(value, own, own + 1), *([1] * (3 - axis)))
+            for i in range(3 if axis == 0 else 1):  # all have the same batch; a key head serves many query heads
+                shape = [count if a == axis else size(operands[i], a) for a in range(4)]
+                operands[i] = builder.node("Expand", operands[i], target, like=operands[i], shape=shape)
+    return operands
 
 
 def _of_one_type(builder: Builder, operands: list[ir.Value]) -> list[ir.Value]:

@@ -165,4 +165,12 @@ DECLINED = {
         ),
         "reshaped to 6 axes",
     ),
+    "a mask of more batches over windows": (
+        Spelling(
+            FLIPPED + "s2 = Add(s0, bias) " + SOFT,
+            inputs="float[1,3,4,l,8] q, float[1,3,4,s,8] k, float[1,3,4,s,8] v, float[b,1,1,1,s] bias",
+            output="float[b,3,4,l,8] y",
+        ),
+        "1 of the b batches or heads",
+    ),
 }

@@ -1,6 +1,6 @@
 """Attention as it is spelled more rarely, in the form of spellings.py."""
 
-from spellings import BIAS, HALF, HEADS, JOINED, KT, LOW, SCALE, SOFT, Spelling
+from spellings import BIAS, HALF, HEADS, JOINED, KEEP, KT, LOW, SCALE, SOFT, Spelling
 
 HALVES = HEADS.replace("float", "float16")
 
@@ -77,6 +77,19 @@ FUSED = {
         'y = Einsum<equation="apqr,aprt->apqt">(p, v)',
         constants=HALF,
     ),
+    "a mask of more heads": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
+        inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v, float[1,4,l,s] rel",
+    ),
+    "a mask of more batches, and their number open": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Add(s0, bias) " + SOFT,
+        inputs="float[1,4,l,8] q, float[1,4,s,8] k, float[1,4,s,8] v" + BIAS,
+    ),
+    "factors and masks of more batches and heads": Spelling(
+        KT + "s0 = MatMul(q, kt) s1 = Mul(s0, t) s3 = Add(s1, rel) s2 = Where(keep, s3, low) " + SOFT,
+        inputs="float[1,1,l,8] q, float[1,1,s,8] k, float[1,1,s,8] v, float[2,1,1,1] t, float[4,l,s] rel" + KEEP,
+        constants=LOW[2:],
+    ),
 }
 
 DECLINED = {
@@ -143,21 +156,6 @@ DECLINED = {
     "a negative scale of the runtime's product": (
         Spelling("s2 = com.microsoft.FusedMatMul<transB=1, alpha=-0.35>(q, k) " + SOFT),
         "scaled by -0.35",
-    ),
-    "a mask of more heads": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
-            inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v, float[1,4,l,s] rel",
-        ),
-        "1 of the 4 heads",
-    ),
-    "a factor of more batches": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
-            inputs="float[1,4,l,8] q, float[1,4,s,8] k, float[1,4,s,8] v, float[2,1,1,1] t",
-            output="float[2,4,l,8] y",
-        ),
-        "1 of the 2 batches",
     ),
     "double precision of the values": (
         Spelling(
