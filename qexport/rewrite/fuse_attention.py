@@ -162,13 +162,13 @@ def _broadcast(builder: Builder, scores, heads: Heads, operands: list[ir.Value])
 
     The products broadcast their scores to it, which Attention does not.
     """
-    n = len(heads.order)
+    n = len(heads.form.order)
     for value, _, where in (*scores.factors, *scores.biases, *scores.masks):
-        for axis in heads.order[:-2]:
+        for axis in heads.form.order[:-2]:
             count = many(value, axis - n)
             if where != n or count is None or heads.scores.queries.known_size(axis) != 1:
                 continue
-            if not heads.plain:
+            if not heads.form.plain:
                 raise DeclinedError(f"its queries have 1 of the {count} batches or heads of a mask or factor of its scores")
             own = axis - n + rank(value)
             target = builder.concat(*([1] * axis), builder.axes(value, own, own + 1), *([1] * (3 - axis)))
@@ -247,7 +247,7 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads: Heads, value
         attributes["softcap"] = float(scores.softcap)
     if scores.cast:
         attributes["softmax_precision"] = int(ir.DataType.FLOAT)
-    q_heads = known_size(q4, 1) or (known_size(scores.product.outputs[0], 1) if heads.plain else None)
+    q_heads = known_size(q4, 1) or (known_size(scores.product.outputs[0], 1) if heads.form.plain else None)
     y = ir.Value(type=q4.type or out.type, shape=ir.Shape([size(q4, 0), q_heads, size(q4, 2), known_size(v4, 3)]))
     node = ir.Node(
         "",

@@ -1,10 +1,4 @@
-"""From the axes of the two products to (batch, heads, rows, columns), as Attention takes them, and back.
-
-(n, i, d)                  n = batch * heads, split where the graph tells how many heads there are
-(b, h, i, d)               as it is
-(b, w, h, i, d)            windows and the like: w joins the batch
-(b, h, g, i, d)            K and V (b, h, 1, j, d): groups of query heads that share a key head, wherever g lies
-"""
+"""From the axes of the two products to (batch, heads, rows, columns), as Attention takes them, and back."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +6,8 @@ from math import prod
 
 import onnx_ir as ir
 
-from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, is_op
+from qexport.rewrite.forms import Form, form_of, joined_heads, reshaped_form
+from qexport.rewrite.graph import Builder, is_op
 from qexport.rewrite.products import Operand, Scores, Weighed
 from qexport.rewrite.values import known_size, rank, size
 
@@ -22,20 +16,15 @@ from qexport.rewrite.values import known_size, rank, size
 class Heads:
     """How operands with the axes of the scores become (batch, heads, rows, columns).
 
-    `order` names the axes of the scores: the `batch` ones that make the batch, those that make the heads, queries, keys.
+    `form` is the shape of the scores at the products, `other` the one that they are reshaped to in between, where they are.
     `count` heads are split off the batch where there is no axis for them; 1 makes every slice a batch item of one head.
     """
 
     builder: Builder
     scores: Scores
-    order: list[int]
-    batch: int
+    form: Form
+    other: Form | None = None
     count: int = 1
-
-    @property
-    def plain(self) -> bool:
-        """Whether the operands are (batch, heads, rows, columns) from the start."""
-        return self.order == [0, 1, 2, 3] and self.batch == 1
 
     @cached_property
     def queries(self) -> ir.Value:
@@ -50,30 +39,30 @@ class Heads:
         value = self.queries if operand is self.scores.queries else self._ordered(operand)
         if rank(value) == 3 and self.count > 1 and (source := self._before_joining(value)) is not None:
             return source
-        return self._folded(value, self.count)
+        return self._folded(value, self.form.batch, self.count)
 
     def _ordered(self, operand: Operand) -> ir.Value:
-        perm = [operand.perm[axis] for axis in self.order]
+        perm = [operand.perm[axis] for axis in self.form.order]
         value = self.builder.transpose(operand.value, [own for own in perm if own is not None])
-        for place in [i for i, own in enumerate(perm[: self.batch]) if own is None]:
+        for place in [i for i, own in enumerate(perm[: self.form.batch]) if own is None]:
             shape = [1 if i == place else size(value, i - (i > place)) for i in range(rank(value) + 1)]
             value = self.builder.node("Unsqueeze", value, [place], like=value, shape=shape)
         return value
 
-    def _folded(self, value: ir.Value, count: int = 1) -> ir.Value:
-        """A value whose axes are in this order with each group of axes made one; it may lack heads."""
+    def _folded(self, value: ir.Value, batch: int, count: int) -> ir.Value:
+        """A value of the axes batch, heads, rows, columns, with each group of axes made one; it may lack heads."""
         axes = rank(value)
         rows, columns = size(value, axes - 2), size(value, axes - 1)
-        batch = size(value, 0) if self.batch == 1 and count == 1 else None
-        if self.batch == 1 and axes == 4:
+        first = size(value, 0) if batch == 1 and count == 1 else None
+        if batch == 1 and axes == 4:
             return value
-        if self.batch == 1 and axes == 3 and count == 1:
-            return self.builder.node("Unsqueeze", value, [1], like=value, shape=[batch, 1, rows, columns])
-        sizes = [known_size(value, axis) for axis in range(self.batch, axes - 2)]
+        if batch == 1 and axes == 3 and count == 1:
+            return self.builder.node("Unsqueeze", value, [1], like=value, shape=[first, 1, rows, columns])
+        sizes = [known_size(value, axis) for axis in range(batch, axes - 2)]
         heads = prod(sizes) * count if None not in sizes else None
-        some = heads or self._product(self.builder.axes(value, self.batch, axes - 2))
+        some = heads or self._product(self.builder.axes(value, batch, axes - 2))
         target = self.builder.concat(-1, some, self.builder.axes(value, axes - 2, axes))
-        return self.builder.node("Reshape", value, target, like=value, shape=[batch, heads, rows, columns])
+        return self.builder.node("Reshape", value, target, like=value, shape=[first, heads, rows, columns])
 
     def _product(self, sizes: ir.Value) -> ir.Value:
         return self.builder.node("ReduceProd", sizes, keepdims=1, dtype=ir.DataType.INT64, shape=[1])
@@ -89,53 +78,61 @@ class Heads:
 
     def join(self, value: ir.Value) -> ir.Value:
         """(batch, heads, rows, columns) with the axes of the scores again."""
-        if len(self.order) == 3 and self.count == 1:
+        order = self.form.order
+        if len(order) == 3 and self.count == 1:
             value = self.builder.node("Squeeze", value, [1], like=value)
-        elif len(self.order) != 4 or self.batch != 1:
-            value = self.builder.node("Reshape", value, self._opened(value), like=value, shape=[None] * len(self.order))
-        return self.builder.transpose(value, [self.order.index(axis) for axis in range(len(self.order))])
+        elif len(order) != 4 or self.form.batch != 1:
+            sizes = list(self.form.sizes)
+            if None in sizes:
+                sizes[sizes.index(None)] = -1
+            sizes = [x or self._size(self.form, i) for i, x in enumerate(sizes)]
+            target = self.builder.concat(*sizes, self.builder.axes(value, 2, 4))
+            value = self.builder.node("Reshape", value, target, like=value, shape=[None] * len(order))
+        return self.builder.transpose(value, [order.index(axis) for axis in range(len(order))])
 
-    def _opened(self, value: ir.Value) -> ir.Value:
-        """Sizes of the axes in this order of a folded value: as numbers where known, with a -1 for the first that is not."""
-        sizes = [known_size(self.queries, axis) for axis in range(len(self.order) - 2)]
-        if None in sizes:
-            sizes[sizes.index(None)] = -1
-        sizes = [self.builder.axes(self.queries, i, i + 1) if x is None else x for i, x in enumerate(sizes)]
-        return self.builder.concat(*sizes, self.builder.axes(value, 2, 4))
+    def _size(self, form: Form, place: int) -> int | ir.Value:
+        """The size of an axis of the batch or heads of a form, by its place in the order: a number or a vector of one."""
+        if form.sizes[place] is not None:
+            return form.sizes[place]
+        parts = max(len(form.order) - len(self.form.order), 0) + 1  # of the first axis
+        if parts == 1 or place >= parts:
+            return self.builder.axes(self.queries, place - parts + 1, place - parts + 2)
+        others = prod(x for i, x in enumerate(form.sizes[:parts]) if i != place)
+        return self.builder.node("Div", self.builder.axes(self.queries, 0, 1), [others], dtype=ir.DataType.INT64, shape=[1])
 
     def scores_shape(self, q4: ir.Value, k4: ir.Value, value: ir.Value) -> ir.Value:
-        """Sizes of the scores as `value` holds them: with their own axes, or with four where joined heads were split."""
+        """Sizes of the scores as `value` holds them: in either form."""
         ends = [self.builder.axes(x, 2, 3) for x in (q4, k4)]
-        if self.plain or rank(value) != len(self.order):
+        form = next(f for f in (self.other, self.form) if f is self.form or (f is not None and len(f.order) == rank(value)))
+        if form.plain:
             return self.builder.concat(self.builder.axes(q4, 0, 2), *ends)
-        parts = [self.builder.axes(self.queries, i, i + 1) for i in range(len(self.order) - 2)] + ends
-        return self.builder.concat(*(parts[self.order.index(axis)] for axis in range(len(self.order))))
+        parts = [self._size(form, i) for i in range(len(form.sizes))] + ends
+        return self.builder.concat(*(parts[form.order.index(axis)] for axis in range(len(form.order))))
 
     def aligned(self, value: ir.Value, where: int | None) -> ir.Value:
         """What met scores of `where` axes, broadcastable to (batch, heads, rows, columns).
 
         Axes that become one are broadcast among each other first, unless all are 1.
         """
-        n = len(self.order)
-        if self.plain or where != n or (self.order[-2:] == [n - 2, n - 1] and rank(value) <= 2):
+        form = next((f for f in (self.form, self.other) if f is not None and len(f.order) == where), None)
+        if form is None or form.plain or (form.order[-2:] == [where - 2, where - 1] and rank(value) <= 2):
             return value
-        if missing := n - rank(value):
-            shape = [1] * missing + list(value.shape or [None] * (n - missing))
+        if missing := where - rank(value):
+            shape = [1] * missing + list(value.shape or [None] * (where - missing))
             value = self.builder.node("Unsqueeze", value, list(range(missing)), like=value, shape=shape)
-        value = self.builder.transpose(value, self.order)
-        sizes, full = ([known_size(x, axis) for axis in range(n - 2)] for x in (value, self.queries))
-        target = [1] * n
-        count = self.count if sizes[0] != 1 else 1
-        for group in (range(self.batch), range(self.batch, n - 2)):
-            own = [sizes[axis] for axis in group]
-            if (len(own) > 1 or count > 1) and set(own) != {1} and (None in own or own != [full[axis] for axis in group]):
-                for axis in group:
-                    target[axis] = full[axis] or self.builder.axes(self.queries, axis, axis + 1)
-        if target != [1] * n:
-            found = [full[axis] if target[axis] != 1 else sizes[axis] for axis in range(n - 2)]
-            shape = [*found, size(value, n - 2), size(value, n - 1)]
+        value = self.builder.transpose(value, form.order)
+        sizes, target = [known_size(value, i) for i in range(where - 2)], [1] * where
+        count = self.count if where == 3 and sizes[0] != 1 else 1
+        for group in (range(form.batch), range(form.batch, where - 2)):
+            own, full = ([of[i] for i in group] for of in (sizes, form.sizes))
+            if (len(own) > 1 or count > 1) and set(own) != {1} and (None in own or own != full):
+                for i in group:
+                    target[i] = self._size(form, i)
+        if target != [1] * where:
+            found = [form.sizes[i] if target[i] != 1 else sizes[i] for i in range(where - 2)]
+            shape = [*found, size(value, where - 2), size(value, where - 1)]
             value = self.builder.node("Expand", value, self.builder.concat(*target), like=value, shape=shape)
-        return self._folded(value, count)
+        return self._folded(value, form.batch, count)
 
 
 def find_heads(builder: Builder, reshapes: list[ir.Node], scores: Scores, weighed: Weighed) -> Heads:
@@ -145,73 +142,12 @@ def find_heads(builder: Builder, reshapes: list[ir.Node], scores: Scores, weighe
         reshapes: what lies between the two products, before the softmax and behind it.
 
     Raises:
-        DeclinedError: the scores are reshaped in a way that is not a split of the heads, or the operands are broadcast as
-            Attention does not.
+        DeclinedError: as `form_of` and `reshaped_form`.
     """
-    n = scores.rank
-    axes = [axis for axis in range(n - 1) if axis != scores.rows]
-    groups = [a for a in axes[1:] if scores.keys.known_size(a) == weighed.values.known_size(a) == 1]
-    own = [axis for axis in axes if axis not in groups]
-    batch = max(len(own) - 1, 1)
-    heads = Heads(builder, scores, [*own, *groups, scores.rows, n - 1], batch)
-    _check_broadcast([scores.queries, scores.keys, weighed.values], own[:batch], own[batch:])
-    heads.count = _joined_heads(reshapes, scores)
+    heads = Heads(builder, scores, form_of(scores, weighed))
+    if reshapes:
+        heads.other = reshaped_form(reshapes, heads.form, scores)
+    if scores.rank == 3:
+        known = joined_heads(scores.queries.value) or joined_heads(scores.keys.value)
+        heads.count = heads.other.sizes[1] if reshapes else known or 1
     return heads
-
-
-def _check_broadcast(operands: list[Operand], batch: list[int], heads: list[int]) -> None:
-    """Products broadcast batches and heads of 1; Attention has one batch, and shares key heads among query heads only."""
-    for axis in batch:
-        sizes = [x.known_size(axis) for x in operands]
-        if 1 in sizes and any(s != 1 for s in sizes):
-            raise DeclinedError(f"its queries, keys and values have batches of {', '.join(str(s or 'any') for s in sizes)}")
-    for axis in heads:
-        q, k, v = (x.known_size(axis) for x in operands)
-        lacks = operands[0].perm[axis] is None
-        if (q == 1 and k not in ((1,) if lacks else (1, None))) or (k != v and 1 in (k, v)):
-            raise DeclinedError(f"its queries, keys and values have {', '.join(str(s or 'any') for s in (q, k, v))} heads")
-
-
-def _joined_heads(reshapes: list[ir.Node], scores: Scores) -> int:
-    """Number of heads joined with the batch in axis 0 of the scores; 1 where they have an axis or none is known."""
-    shapes = [(rank(node.inputs[0]), rank(node.outputs[0])) for node in reshapes]
-    n = scores.rank
-    if n > 3:
-        if any(pair != (n, n) for pair in shapes):
-            axes = next(r for pair in shapes for r in pair if r != n)
-            raise DeclinedError(f"its scores are reshaped to {axes or 'unknown'} axes on their way to the Softmax (windows)")
-        if shapes:
-            raise DeclinedError("its scores are reshaped between the products")
-        return 1
-    if not shapes:
-        return _heads_before(scores.queries.value) or _heads_before(scores.keys.value) or 1
-    if any(set(pair) != {3, 4} for pair in shapes) or any(_moves_rows(node) for node in reshapes):
-        raise DeclinedError("its scores are reshaped between the products, and not only to split the heads")
-    opened = next(node for node, pair in zip(reshapes, shapes, strict=True) if pair == (3, 4))
-    count = known_size(opened.outputs[0], 1)
-    if count is None:
-        raise DeclinedError("the number of its heads is computed by the graph")
-    return count
-
-
-def _moves_rows(reshape: ir.Node) -> bool:
-    """Whether queries or keys are known to be others behind a Reshape, as where the heads were rows of the queries."""
-    pairs = [[known_size(value, axis) for value in (reshape.inputs[0], reshape.outputs[0])] for axis in (-2, -1)]
-    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
-
-
-def _heads_before(value: ir.Value) -> int | None:
-    """Number of heads of (batch * heads, rows, columns), from the 4-D value that was joined to it."""
-    for _ in range(6):
-        node = value.producer()
-        if is_op(node, "Reshape") and rank(node.inputs[0]) == 4:
-            return known_size(node.inputs[0], 1)
-        if is_op(node, "Transpose") and rank(node.inputs[0]) == 3 and list(attribute(node, "perm", ())) == [1, 0, 2]:
-            # nn.MultiheadAttention: (rows, batch * heads, columns), reshaped from (rows, batch, heads * columns)
-            inner = node.inputs[0].producer()
-            width, columns = known_size(inner.inputs[0], 2) if is_op(inner, "Reshape") else None, known_size(value, 2)
-            return width // columns if width and columns and width % columns == 0 else None
-        if not is_op(node, "Transpose", "Mul", "Div", "Identity", "Cast"):
-            return None
-        value = node.inputs[0] if rank(node.inputs[0]) == 3 else node.inputs[-1]
-    return None

@@ -106,6 +106,29 @@ FUSED = {
         inputs="float[b,t,l,8] q, float[b,t,s,8] k, float[b,t,s,8] v",
         output="float[b,t,l,8] y",
     ),
+    "groups of heads joined between the products": Spelling(
+        SHARED + "s1 = Reshape(s0, four) s3 = Add(s1, bias) s4 = Mul(s3, h) s2 = Where(keep, s4, no) sh = Shape(s2) "
+        "p0 = Softmax<axis=-1>(s2) p = Reshape(p0, five) y = MatMul(p, v1)",
+        inputs=GROUPED.replace("l,", "5,").replace("s,", "7,") + ", float[6,5,7] bias, bool[b,1,1,7] keep",
+        constants=f"{HALF}, {TWO}, float no = {{-3.0e38}}, int64[4] four = {{-1, 6, 5, 7}}, "
+        "int64[5] five = {0, 2, 3, 5, 7}",
+        output=GROUPED_OUT.replace("l,", "5,") + ", int64[4] sh",
+    ),
+    "groups of heads joined behind the queries": Spelling(
+        's0 = Einsum<equation="btkgh,bskh->btkgs">(q, k) s1 = Reshape(s0, four) s2 = Where(keep, s1, no) '
+        "p0 = Softmax<axis=-1>(s2) p = Reshape(p0, five) "
+        'y = Einsum<equation="btkgs,bskh->btkgh">(p, v)',
+        inputs=LAST.replace("b,l,", "b,5,").replace("b,s,", "b,7,") + ", bool[b,5,1,7] keep",
+        constants="float no = {-3.0e38}, int64[4] four = {0, 5, 6, 7}, int64[5] five = {0, 0, 2, 3, 7}",
+        output="float[b,5,2,3,8] y",
+    ),
+    "windows in the batch, masked each by itself": Spelling(
+        "kt = Transpose<perm=[0,1,3,2]>(k) s0 = MatMul(q, kt) s1 = Add(s0, head) s3 = Reshape(s1, five) s4 = Add(s3, moved) "
+        "sh = Shape(s4) s2 = Reshape(s4, four) " + SOFT,
+        inputs="float[n,4,6,8] q, float[n,4,6,8] k, float[n,4,6,8] v, float[4,6,6] head, float[1,2,1,6,6] moved",
+        constants="int64[5] five = {-1, 2, 4, 6, 6}, int64[4] four = {-1, 4, 6, 6}",
+        output="float[n,4,6,8] y, int64[5] sh",
+    ),
     "a scale per head of joined heads": Spelling(
         "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
         inputs=JOINED + ", float[n,1,1] t",
@@ -163,7 +186,42 @@ DECLINED = {
             constants="int64[6] six = {-1, 2, 3, 4, 5, 7}, int64[5] five = {-1, 6, 4, 5, 7}",
             output="float[b,6,4,5,8] y",
         ),
-        "reshaped to 6 axes",
+        "not only to split batches or join heads",
+    ),
+    "windows of open numbers in the batch": (
+        Spelling(
+            "kt = Transpose<perm=[0,1,3,2]>(k) s0 = MatMul(q, kt) sh = Shape(moved) count = Slice(sh, i1, i2) "
+            "five = Concat<axis=0>(minus, count, rest) s3 = Reshape(s0, five) s4 = Add(s3, moved) s2 = Reshape(s4, four) "
+            + SOFT,
+            inputs="float[n,4,6,8] q, float[n,4,6,8] k, float[n,4,6,8] v, float[1,t,1,6,6] moved",
+            constants="int64[4] four = {-1, 4, 6, 6}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] minus = {-1}, "
+            "int64[3] rest = {4, 6, 6}",
+            output="float[n,4,6,8] y",
+        ),
+        "batches whose numbers the graph computes",
+    ),
+    "heads in rows of the queries": (
+        Spelling(
+            "kt = Transpose<perm=[0,2,1]>(k) sh = Shape(q) b0 = Slice(sh, i0, i1) l0 = Slice(sh, i1, i2) "
+            "q1 = Reshape(q, rows) s0 = MatMul(q1, kt) full = Shape(s0) j0 = Slice(full, i2, i3) "
+            "to = Concat<axis=0>(b0, l0, i4, j0) s1 = Reshape(s0, to) "
+            "s2 = Where(keep, s1, no) p0 = Softmax<axis=-1>(s2) p = Reshape(p0, full) y = MatMul(p, v)",
+            inputs="float[b,l,32] q, float[b,s,8] k, float[b,s,8] v, bool[b,l,1,s] keep",
+            constants="int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i3 = {3}, int64[1] i4 = {4}, "
+            "int64[3] rows = {0, -1, 8}, float no = {-3.0e38}",
+            output="float[b,r,8] y",
+        ),
+        "rows of its queries (multi-query attention)",
+    ),
+    "heads of a number that is computed": (
+        Spelling(
+            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) sh = Shape(bias) four = Concat<axis=0>(sh, five) "
+            "s1 = Reshape(s0, four) s2 = Mul(s1, half) p0 = Softmax<axis=-1>(s2) p = Reshape(p0, three) y = MatMul(p, v)",
+            inputs="float[6,5,8] q, float[6,7,8] k, float[6,7,8] v, float[b,t] bias",
+            constants="int64[3] three = {6, 5, 7}, int64[2] five = {5, 7}, float half = {0.5}",
+            output="float[6,5,8] y",
+        ),
+        "number of its heads is computed",
     ),
     "a mask of more batches over windows": (
         Spelling(

@@ -127,7 +127,7 @@ DECLINED = {
             constants="int64[4] four = {-1, 5, 4, 5}, int64[3] three = {-1, 20, 5}",
             output="float[b,20,8] y",
         ),
-        "reshaped between the products",
+        "rows of its queries (multi-query attention)",
     ),
     "keys before queries": (
         Spelling(

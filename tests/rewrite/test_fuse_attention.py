@@ -1,6 +1,7 @@
 """fuse_attention fires on every spelling, declines with its reason, and stays equal."""
 
 import axes_spellings
+import declined_spellings
 import hand_spellings
 import onnx
 import pytest
@@ -9,7 +10,7 @@ import spellings
 from harness import Rewritten, assert_same, feeds, parse, run
 
 FUSED = spellings.FUSED | rare_spellings.FUSED | axes_spellings.FUSED | hand_spellings.FUSED
-DECLINED = spellings.DECLINED | rare_spellings.DECLINED | axes_spellings.DECLINED | hand_spellings.DECLINED
+DECLINED = declined_spellings.DECLINED | rare_spellings.DECLINED | axes_spellings.DECLINED | hand_spellings.DECLINED
 
 
 @pytest.mark.parametrize("name", FUSED)
