@@ -13,11 +13,12 @@ from qexport.rewrite.ungroup_attention import ungroup_attention
 
 RUNTIME_DOMAIN = "com.microsoft"
 RUNTIME_RULES = {rule.OP_TYPE: rule.fuse for rule in (fuse_multi_head_attention, fuse_packed_attention)}
+_SHARED_BUFFER = "it appends to a shared buffer of keys and values; convert what it was exported from, with --kv-cache N"
 # Attention ops of onnxruntime that no rule takes.
 RUNTIME_REASONS = {
-    "GroupQueryAttention": "it keeps keys and values in a shared buffer that it appends to",
-    "DecoderMaskedMultiHeadAttention": "it keeps keys and values in a shared buffer that it appends to",
-    "DecoderMaskedSelfAttention": "it keeps keys and values in a shared buffer that it appends to",
+    "GroupQueryAttention": _SHARED_BUFFER,
+    "DecoderMaskedMultiHeadAttention": _SHARED_BUFFER,
+    "DecoderMaskedSelfAttention": _SHARED_BUFFER,
     "DecoderAttention": "it projects and caches by itself",
     "PackedAttention": "its batch is packed without padding",
     "PackedMultiHeadAttention": "its batch is packed without padding",
