@@ -40,28 +40,25 @@ def form_of(scores: Scores, weighed: Weighed) -> Form:
     """The form of the scores at the products.
 
     Raises:
-        DeclinedError: the operands are broadcast as Attention does not.
+        DeclinedError: the operands are broadcast as Attention does not, and in more axes than it has.
     """
     axes = [axis for axis in range(scores.rank - 1) if axis != scores.rows]
     groups = [a for a in axes[1:] if scores.keys.known_size(a) == weighed.values.known_size(a) == 1]
     own = [axis for axis in axes if axis not in groups]
     batch = max(len(own) - 1, 1)
-    _check_broadcast([scores.queries, scores.keys, weighed.values], own[:batch], own[batch:])
     sizes = [scores.queries.known_size(axis) for axis in (*own, *groups)]
-    return Form([*own, *groups, scores.rows, scores.rank - 1], batch, sizes)
+    form = Form([*own, *groups, scores.rows, scores.rank - 1], batch, sizes)
+    if not form.plain:
+        _check_broadcast([scores.queries, scores.keys, weighed.values], own[:batch], own[batch:])
+    return form
 
 
 def _check_broadcast(operands: list[Operand], batch: list[int], heads: list[int]) -> None:
     """Products broadcast batches and heads of 1; Attention has one batch, and shares key heads among query heads only."""
-    for axis in batch:
+    for what, axis in [*(("batches", a) for a in batch), *(("heads", a) for a in heads)]:
         sizes = [x.known_size(axis) for x in operands]
         if 1 in sizes and any(s != 1 for s in sizes):
-            raise DeclinedError(f"its queries, keys and values have batches of {', '.join(str(s or 'any') for s in sizes)}")
-    for axis in heads:
-        q, k, v = (x.known_size(axis) for x in operands)
-        lacks = operands[0].perm[axis] is None
-        if (q == 1 and k not in ((1,) if lacks else (1, None))) or (k != v and 1 in (k, v)):
-            raise DeclinedError(f"its queries, keys and values have {', '.join(str(s or 'any') for s in (q, k, v))} heads")
+            raise DeclinedError(f"its queries, keys and values have {', '.join(str(s or 'any') for s in sizes)} {what}")
 
 
 def reshaped_form(reshapes: list[ir.Node], own: Form, scores: Scores) -> Form:

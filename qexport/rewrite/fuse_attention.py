@@ -158,23 +158,27 @@ def _fuse(
 
 
 def _broadcast(builder: Builder, scores, heads: Heads, operands: list[ir.Value]) -> list[ir.Value]:
-    """Q, K and V, with Q repeated where what meets the scores has more batches or heads than the one of the queries.
+    """Q, K and V, repeated where products and what meets the scores broadcast a batch or head of 1, as Attention does not.
 
-    The products broadcast their scores to it, which Attention does not.
+    Key heads are not repeated for those of the queries, which they serve.
     """
-    n = len(heads.form.order)
-    for value, _, where in (*scores.factors, *scores.biases, *scores.masks):
-        for axis in heads.form.order[:-2]:
-            count = many(value, axis - n)
-            if where != n or count is None or heads.scores.queries.known_size(axis) != 1:
-                continue
-            if not heads.form.plain:
+    met = [(value, where) for value, _, where in (*scores.factors, *scores.biases, *scores.masks)]
+    if not heads.form.plain:
+        n = len(heads.form.order)
+        for value, axis in ((value, axis) for value, where in met if where == n for axis in heads.form.order[:-2]):
+            if (count := many(value, axis - n)) is not None and heads.scores.queries.known_size(axis) == 1:
                 raise DeclinedError(f"its queries have 1 of the {count} batches or heads of a mask or factor of its scores")
-            own = axis - n + rank(value)
+        return operands
+    for axis in (0, 1):
+        single = [known_size(x, axis) == 1 for x in operands]
+        wide = [(x, axis) for x, one in zip(operands, single, strict=True) if not one][:1]
+        wide += [(x, axis - 4 + rank(x)) for x, where in met if where == 4 and many(x, axis - 4) is not None]
+        if axis == 1:  # Q by all, K and V by one another
+            single = [single[0], single[1] and not single[2], single[2] and not single[1]]
+        for (value, own), i in ((source, i) for source in wide for i in range(3) if single[i]):
             target = builder.concat(*([1] * axis), builder.axes(value, own, own + 1), *([1] * (3 - axis)))
-            for i in range(3 if axis == 0 else 1):  # all have the same batch; a key head serves many query heads
-                shape = [count if a == axis else size(operands[i], a) for a in range(4)]
-                operands[i] = builder.node("Expand", operands[i], target, like=operands[i], shape=shape)
+            shape = [size(value, own) if a == axis else size(operands[i], a) for a in range(4)]
+            operands[i] = builder.node("Expand", operands[i], target, like=operands[i], shape=shape)
     return operands
 
 

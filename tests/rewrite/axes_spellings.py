@@ -1,6 +1,6 @@
 """Attention whose products have other axes than (batch, heads, rows, columns), in the form of spellings.py."""
 
-from spellings import HALF, JOINED, Spelling
+from spellings import BIAS, HALF, JOINED, KT, Spelling
 
 GROUPED = "float[b,2,3,l,8] q, float[b,2,s,8] k, float[b,2,s,8] v"
 GROUPED_OUT = "float[b,2,3,l,8] y"
@@ -129,6 +129,23 @@ FUSED = {
         constants="int64[5] five = {-1, 2, 4, 6, 6}, int64[4] four = {-1, 4, 6, 6}",
         output="float[n,4,6,8] y, int64[5] sh",
     ),
+    "one query batch for all": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Add(s0, bias) " + SOFT,
+        inputs="float[1,4,l,8] q, float[b,4,s,8] k, float[b,4,s,8] v" + BIAS,
+    ),
+    "one query head and batch of an einsum": Spelling(
+        's2 = Einsum<equation="id,bhjd->bhij">(q, k) p = Softmax<axis=-1>(s2) y = Einsum<equation="bhij,bhjd->bhid">(p, v)',
+        inputs="float[l,8] q, float[b,t,s,8] k, float[b,t,s,8] v",
+        output="float[b,t,l,8] y",
+    ),
+    "keys for all batches and values of one head": Spelling(
+        KT + "s2 = MatMul(q, kt) " + SOFT,
+        inputs="float[b,4,l,8] q, float[1,4,s,8] k, float[b,1,s,8] v",
+    ),
+    "one head of queries and keys for many values": Spelling(
+        KT + "s2 = MatMul(q, kt) " + SOFT,
+        inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[1,4,s,8] v",
+    ),
     "a scale per head of joined heads": Spelling(
         "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
         inputs=JOINED + ", float[n,1,1] t",
@@ -161,22 +178,23 @@ DECLINED = {
         ),
         "along axis 1 of the scores and along axis 3",
     ),
-    "one query batch of an einsum for all": (
+    "one query batch for all windows": (
         Spelling(
-            's2 = Einsum<equation="hid,bhjd->bhij">(q, k) p = Softmax<axis=-1>(s2) '
-            'y = Einsum<equation="bhij,bhjd->bhid">(p, v)',
-            inputs="float[4,l,8] q, float[b,4,s,8] k, float[b,4,s,8] v",
+            FLIPPED + "s2 = Mul(s0, h) " + SOFT,
+            inputs=WINDOWS.replace("float[b,t,4,l,8] q", "float[1,t,4,l,8] q"),
+            constants=HALF,
+            output=WINDOWS_OUT,
         ),
-        "batches of 1, any, any",
+        "have 1, any, any batches",
     ),
-    "one query head of an einsum for an open number": (
+    "one query head for the key heads of windows": (
         Spelling(
-            's2 = Einsum<equation="bid,bhjd->bhij">(q, k) p = Softmax<axis=-1>(s2) '
-            'y = Einsum<equation="bhij,bhjd->bhid">(p, v)',
-            inputs="float[b,l,8] q, float[b,t,s,8] k, float[b,t,s,8] v",
-            output="float[b,t,l,8] y",
+            FLIPPED + "s2 = Mul(s0, h) " + SOFT,
+            inputs=WINDOWS.replace("float[b,t,4,l,8] q", "float[b,t,1,l,8] q"),
+            constants=HALF,
+            output=WINDOWS_OUT,
         ),
-        "have 1, any, any heads",
+        "have 1, 4, 4 heads",
     ),
     "windows opened again between the products": (
         Spelling(

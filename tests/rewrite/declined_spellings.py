@@ -86,14 +86,6 @@ DECLINED = {
         ),
         "double",
     ),
-    "one query batch for all": (
-        Spelling(KT + "s2 = MatMul(q, kt) " + SOFT, inputs=HEADS.replace("float[b,4,l,8] q", "float[1,4,l,8] q")),
-        "batches of 1, any, any",
-    ),
-    "one query head for many keys": (
-        Spelling(KT + "s2 = MatMul(q, kt) " + SOFT, inputs=HEADS.replace("float[b,4,l,8] q", "float[b,1,l,8] q")),
-        "have 1, 4, 4 heads",
-    ),
     "attention over a constant table": (
         Spelling(
             "s2 = MatMul(q, table) " + SOFT,
