@@ -146,6 +146,13 @@ FUSED = {
         KT + "s2 = MatMul(q, kt) " + SOFT,
         inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[1,4,s,8] v",
     ),
+    "joined heads, one bias for all": Spelling(
+        "q1 = Reshape(q, join) k1 = Reshape(k, join) v1 = Reshape(v, join) kt = Transpose<perm=[0,2,1]>(k1) "
+        "s0 = MatMul(q1, kt) s2 = Add(s0, bias) p = Softmax<axis=-1>(s2) o = MatMul(p, v1) y = Reshape(o, last)",
+        inputs="float[b,4,6,8] q, float[b,4,6,8] k, float[b,4,6,8] v, float[1,6,6] bias",
+        constants="int64[3] join = {-1, 6, 8}, int64[4] last = {-1, 4, 6, 8}",
+        output="float[b,4,6,8] y",
+    ),
     "a scale per head of joined heads": Spelling(
         "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
         inputs=JOINED + ", float[n,1,1] t",
@@ -169,6 +176,38 @@ DECLINED = {
             output="float[l,8] y",
         ),
         "which leaves no batch",
+    ),
+    "an einsum that sums over an axis of the queries": (
+        Spelling(
+            's2 = Einsum<equation="bhid,bhj->bhij">(q, k) ' + SOFT,
+            inputs="float[b,4,l,8] q, float[b,4,s] k, float[b,4,s,8] v",
+        ),
+        "no product of queries and keys",
+    ),
+    "an einsum that sums over an axis of the values": (
+        Spelling(
+            KT + 's2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = Einsum<equation="bhij,bhjdt->bhid">(p, v)',
+            inputs="float[b,4,l,8] q, float[b,4,s,8] k, float[b,4,s,8,t] v",
+        ),
+        "no product with values",
+    ),
+    "an einsum that sums over the heads": (
+        Spelling(
+            KT + 's2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = Einsum<equation="bhij,bhjd->bid">(p, v)',
+            output="float[b,l,8] y",
+        ),
+        "no product with values",
+    ),
+    "groups before the heads, joined between the products": (
+        Spelling(
+            's0 = Einsum<equation="bghid,bhjd->bghij">(q, k) s1 = Reshape(s0, four) s2 = Add(s1, bias) '
+            "p0 = Softmax<axis=-1>(s2) p = Reshape(p0, five) "
+            'y = Einsum<equation="bghij,bhjd->bghid">(p, v)',
+            inputs="float[b,3,2,5,8] q, float[b,2,7,8] k, float[b,2,7,8] v, float[6,5,7] bias",
+            constants="int64[4] four = {0, 6, 5, 7}, int64[5] five = {0, 3, 2, 5, 7}",
+            output="float[b,3,2,5,8] y",
+        ),
+        "not only to split batches or join heads",
     ),
     "queries along another axis at the second product": (
         Spelling(

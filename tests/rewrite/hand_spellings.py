@@ -8,6 +8,9 @@ EXP = TOP + "d = Sub(x, m) e = Exp(d) "
 SUM = "t = ReduceSum(e, last) "
 LASTS = "int64[1] last = {-1}"
 DIV = "p = Div(e, t) y = MatMul(p, v)"
+# of one size, so that axes may be taken for one another
+CUBES = "float[4,4,4,8] q, float[4,4,4,8] k, float[4,4,4,8] v"
+CUBE = "float[4,4,4,8] y"
 
 FUSED = {
     "a softmax by hand": Spelling(EXP + SUM + DIV, constants=LASTS),
@@ -57,6 +60,32 @@ DECLINED = {
             KT + "x = MatMul(q, kt) e = Exp(x) " + SUM + "t1 = Add(t, tiny) p = Div(e, t1) y = MatMul(p, v)",
             constants=LASTS + ", float tiny = {1e-9}",
         ),
+        "not divided by their sum",
+    ),
+    "a small number in a sum beside another maximum": (
+        Spelling(
+            KT + "x = MatMul(q, kt) m = ReduceMax<axes=[-1]>(bias) d = Sub(x, m) e = Exp(d) " + SUM + "t1 = Add(t, tiny) "
+            "p = Div(e, t1) y = MatMul(p, v)",
+            inputs=HEADS + ", float[b,1,1,s] bias",
+            constants=LASTS + ", float tiny = {1e-9}",
+        ),
+        "not divided by their sum",
+    ),
+    "a sum without its axis": (
+        Spelling(EXP + "t = ReduceSum<keepdims=0>(e, last) " + DIV, inputs=CUBES, constants=LASTS, output=CUBE),
+        "not divided by their sum",
+    ),
+    "a sum expanded along other axes": (
+        Spelling(
+            EXP + "t0 = ReduceSum<keepdims=0>(e, last) sh = Shape(e) t = Expand(t0, sh) " + DIV,
+            inputs=CUBES,
+            constants=LASTS,
+            output=CUBE,
+        ),
+        "not divided by their sum",
+    ),
+    "a sum over its exponentials": (
+        Spelling(EXP + SUM + "p = Div(t, e) y = MatMul(p, v)", constants=LASTS),
         "not divided by their sum",
     ),
     "a sum over the queries": (

@@ -95,6 +95,22 @@ def test_groups_in_an_axis_of_their_own_share_a_key_head(name):
     assert (site.q_heads, site.kv_heads, site.head_size) == (6, 2, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "heads"), [("one key head for all", (4, 1)), ("groups of heads of an open number", (None, 2))]
+)
+def test_key_heads_are_not_repeated_for_those_of_the_queries(name, heads):
+    site = Rewritten(parse(FUSED[name].text)).sites[0]
+    assert (site.q_heads, site.kv_heads) == heads
+
+
+def test_queries_are_not_repeated_for_a_mask_of_which_nothing_is_known():
+    spelling = FUSED["a mask of more batches, and their number open"]
+    text = spelling.text.replace("float[b,1,1,s] bias", "float[b,1,1,s] bias0, int64[4] to")
+    done = Rewritten(parse(text.replace("s0 =", "bias = Reshape(bias0, to) s0 =")))
+    attention = next(node for node in done.classical.graph.node if node.op_type == "Attention")
+    assert attention.input[0] == "q"
+
+
 PADDING = FUSED["padding as a bias"].text.replace("s1 = Add(s0, rel) s2 = Add(s1, bias)", "s2 = Add(s0, bias)")
 
 
