@@ -11,7 +11,7 @@ from qexport.rewrite import DeclinedError, LeftAlone
 from qexport.rewrite.graph import Builder, attribute, consumers, is_op, shown
 from qexport.rewrite.heads import Heads, find_heads
 from qexport.rewrite.masks import attention_mask
-from qexport.rewrite.products import Operand, Weighed, flips, scores_product, values_product
+from qexport.rewrite.products import Operand, Weighed, flips, scores_product, unflipped, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
 from qexport.rewrite.sites import module_of, site_name
 from qexport.rewrite.values import constant, known_size, many, rank, scalar, size
@@ -142,6 +142,7 @@ def _fuse(
     builder = Builder(product)
     keys.queries, scale = _peel_scale(keys.queries, scores.scale * keys.alpha)
     keys.keys, scale = _peel_scale(keys.keys, scale)
+    keys.keys = unflipped(keys.keys)
     behind = [node for value in way if is_op(node := value.producer(), "Reshape")]
     heads = find_heads(builder, [*scores.reshapes, *behind], keys, values)
     operands = _of_one_type(builder, [heads.split(x) for x in (keys.queries, keys.keys, values.values)])

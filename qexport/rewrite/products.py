@@ -52,6 +52,24 @@ class Weighed:
     out_perm: list[int]
 
 
+def unflipped(operand: Operand) -> Operand:
+    """An operand without a swap of its last axes by way of three, Reshape(Transpose(Reshape(x))), as torch spells K^T."""
+    closed = operand.value.producer()
+    flip = closed.inputs[0].producer() if is_op(closed, "Reshape") else None
+    opened = flip.inputs[0].producer() if flips(flip) else None
+    if not is_op(opened, "Reshape") or rank(flip.inputs[0]) != 3:
+        return operand
+    source, value, middle = opened.inputs[0], operand.value, flip.inputs[0]
+    if rank(source) != 4 or rank(value) != 4:
+        return operand
+    heads = {known_size(source, 1), known_size(value, 1)}
+    columns = {known_size(source, 3), known_size(middle, 2), known_size(value, 2)}
+    rows = {known_size(source, 2), known_size(middle, 1), known_size(value, 3)} - {None}
+    if None in heads | columns or len(heads) > 1 or len(columns) > 1 or len(rows) > 1:
+        return operand
+    return Operand(source, [None if own is None else [0, 1, 3, 2][own] for own in operand.perm])
+
+
 def scores_product(node: ir.Node) -> Scores:
     """Q K^T.
 

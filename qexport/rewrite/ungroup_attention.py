@@ -1,11 +1,13 @@
 """ungroup_attention: Attention reads the key and value heads before they were repeated for groups of query heads.
 
-Attention(Q, repeat(K), repeat(V))  ->  Attention(Q, K, V)
+    Attention(Q, repeat(K), repeat(V))  ->  Attention(Q, K, V)
+
+Heads are repeated by Unsqueeze, Expand or Tile, and Reshape, before or behind the Transpose that brings them to their axis.
 """
 
 import onnx_ir as ir
 
-from qexport.rewrite.graph import attribute, is_op
+from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.values import constant, known_size, rank
 
 
@@ -14,35 +16,40 @@ def ungroup_attention(model: ir.Model) -> None:
     for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention") and not attribute(n, "q_num_heads")]:
         if any(x is not None for x in node.inputs[4:6]):
             continue  # past heads are as many as the repeated ones
-        for index, value in zip((1, 2), ungrouped(*node.inputs[:3]), strict=True):
-            node.replace_input_with(index, value)
+        found = [_before_repeat(x) for x in node.inputs[1:3]]
+        if None in found:
+            continue
+        (k, k_perm), (v, v_perm) = found
+        kv_heads, q_heads = known_size(k, k_perm[1]), known_size(node.inputs[0], 1) or known_size(node.inputs[1], 1)
+        if kv_heads == known_size(v, v_perm[1]) and q_heads and q_heads % kv_heads == 0:
+            for index, (value, perm) in enumerate(found, 1):
+                node.replace_input_with(index, Builder(node).transpose(value, perm))
 
 
-def ungrouped(q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """K and V before they were repeated for groups of query heads (Unsqueeze, Expand, Reshape), where that is certain."""
-    pairs = [_before_repeat(x) for x in (k, v)]
-    if None in pairs or known_size(pairs[0], 1) != known_size(pairs[1], 1):
-        return k, v
-    q_heads, kv_heads = known_size(q, 1) or known_size(k, 1), known_size(pairs[0], 1)
-    return tuple(pairs) if q_heads and kv_heads and q_heads % kv_heads == 0 else (k, v)
-
-
-def _before_repeat(value: ir.Value) -> ir.Value | None:
-    reshape = value.producer()
-    expand = reshape.inputs[0].producer() if is_op(reshape, "Reshape") else None
-    unsqueeze = expand.inputs[0].producer() if is_op(expand, "Expand") else None
-    if not is_op(unsqueeze, "Unsqueeze") or rank(unsqueeze.inputs[0]) != 4:
+def _before_repeat(value: ir.Value) -> tuple[ir.Value, list[int]] | None:
+    """The heads that a value repeats, with the permutation of their axes; None where that is not certain."""
+    node, perm = value.producer(), [0, 1, 2, 3]
+    if is_op(node, "Transpose") and "perm" in node.attributes:
+        node, perm = node.inputs[0].producer(), list(node.attributes["perm"].as_ints())
+    repeat = node.inputs[0].producer() if is_op(node, "Reshape") else None
+    unsqueeze = repeat.inputs[0].producer() if is_op(repeat, "Expand", "Tile") else None
+    if not is_op(unsqueeze, "Unsqueeze") or rank(unsqueeze.inputs[0]) != 4 or len(perm) != 4 or len(unsqueeze.inputs) < 2:
         return None
-    axes = constant(unsqueeze.inputs[1]) if len(unsqueeze.inputs) > 1 else None
-    source = unsqueeze.inputs[0]
-    heads, total = known_size(source, 1), known_size(value, 1)
+    source, heads, axes = unsqueeze.inputs[0], perm[1], constant(unsqueeze.inputs[1])
+    own, total = known_size(source, heads), known_size(node.outputs[0], heads)
+    if is_op(repeat, "Tile"):
+        times = constant(repeat.inputs[1])
+        if own is None or times is None or times.size != 5 or [*times[: heads + 1], *times[heads + 2 :]] != [1] * 4:
+            return None
+        total = total or own * int(times[heads + 1])
+    size = known_size(source, 3)
     certain = (
         axes is not None
-        and list(axes) == [2]
-        and heads is not None
+        and axes.reshape(-1).tolist() == [heads + 1]
+        and own is not None
         and total is not None
-        and total % heads == 0
-        and known_size(value, 3) is not None
-        and known_size(value, 3) == known_size(source, 3)
+        and total % own == 0
+        and size is not None
+        and size == known_size(node.outputs[0], 3)
     )
-    return source if certain else None
+    return (source, perm) if certain else None

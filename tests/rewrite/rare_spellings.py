@@ -90,6 +90,31 @@ FUSED = {
         inputs="float[1,1,l,8] q, float[1,1,s,8] k, float[1,1,s,8] v, float[2,1,1,1] t, float[4,l,s] rel" + KEEP,
         constants=LOW[2:],
     ),
+    "keys transposed by way of three axes": Spelling(
+        "k1 = Reshape(k, three) k2 = Transpose<perm=[0,2,1]>(k1) k3 = Reshape(k2, four) k4 = Mul(k3, h) s2 = MatMul(q, k4) "
+        + SOFT,
+        inputs="float[b,4,l,8] q, float[b,4,7,8] k, float[b,4,7,8] v",
+        constants=HALF + ", int64[3] three = {-1, 7, 8}, int64[4] four = {-1, 4, 8, 7}",
+    ),
+    "keys in another order by way of three axes": Spelling(
+        "k1 = Reshape(k, three) k2 = Transpose<perm=[0,2,1]>(k1) k3 = Reshape(k2, four) s2 = MatMul(q, k3) " + SOFT,
+        inputs="float[b,4,l,8] q, float[b,4,7,8] k, float[b,4,7,8] v",
+        constants="int64[3] three = {-1, 14, 8}, int64[4] four = {-1, 4, 8, 7}",
+    ),
+    "grouped heads, repeated by Tile before the transpose": Spelling(
+        "k1 = Unsqueeze(k, three) k2 = Tile(k1, rep) k3 = Reshape(k2, heads) kt = Transpose<perm=[0,2,3,1]>(k3) "
+        "v1 = Unsqueeze(v, three) v2 = Tile(v1, rep) v3 = Reshape(v2, heads) v4 = Transpose<perm=[0,2,1,3]>(v3) "
+        "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = MatMul(p, v4)",
+        inputs="float[b,4,l,8] q, float[b,s,2,8] k, float[b,s,2,8] v",
+        constants="int64 three = {3}, int64[5] rep = {1, 1, 1, 2, 1}, int64[4] heads = {0, 0, -1, 8}",
+    ),
+    "heads repeated as a whole by Tile": Spelling(
+        "k1 = Unsqueeze(k, one) k2 = Tile(k1, rep) k3 = Reshape(k2, heads) kt = Transpose<perm=[0,1,3,2]>(k3) "
+        "v1 = Unsqueeze(v, one) v2 = Tile(v1, rep) v3 = Reshape(v2, heads) s2 = MatMul(q, kt) "
+        "p = Softmax<axis=-1>(s2) y = MatMul(p, v3)",
+        inputs="float[b,4,l,8] q, float[b,2,s,8] k, float[b,2,s,8] v",
+        constants="int64[1] one = {1}, int64[5] rep = {1, 2, 1, 1, 1}, int64[4] heads = {0, 4, -1, 8}",
+    ),
 }
 
 DECLINED = {

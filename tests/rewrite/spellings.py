@@ -205,6 +205,13 @@ FUSED = {
         inputs="float[b,4,l,8] q, float[b,2,s,8] k, float[b,2,s,8] v",
         constants="int64[1] two = {2}, int64[5] rep = {1, 1, 2, 1, 1}, int64[4] heads = {0, 4, -1, 8}",
     ),
+    "grouped heads, repeated before the transpose": Spelling(
+        "k1 = Unsqueeze(k, three) k2 = Expand(k1, rep) k3 = Reshape(k2, heads) kt = Transpose<perm=[0,2,3,1]>(k3) "
+        "v1 = Unsqueeze(v, three) v2 = Expand(v1, rep) v3 = Reshape(v2, heads) v4 = Transpose<perm=[0,2,1,3]>(v3) "
+        "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = MatMul(p, v4)",
+        inputs="float[b,4,l,8] q, float[b,s,2,8] k, float[b,s,2,8] v",
+        constants="int64[1] three = {3}, int64[5] rep = {1, 1, 1, 2, 1}, int64[4] heads = {0, 0, 4, 8}",
+    ),
     "one key head for all": Spelling(
         KT + "s1 = MatMul(q, kt) s2 = Div(s1, c) " + SOFT,
         inputs="float[b,4,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v",
