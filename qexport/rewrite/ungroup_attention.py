@@ -36,20 +36,16 @@ def _before_repeat(value: ir.Value) -> tuple[ir.Value, list[int]] | None:
     if not is_op(unsqueeze, "Unsqueeze") or rank(unsqueeze.inputs[0]) != 4 or len(perm) != 4 or len(unsqueeze.inputs) < 2:
         return None
     source, heads, axes = unsqueeze.inputs[0], perm[1], constant(unsqueeze.inputs[1])
-    own, total = known_size(source, heads), known_size(node.outputs[0], heads)
+    own, total, size = known_size(source, heads), known_size(node.outputs[0], heads), known_size(source, 3)
+    if own is None or size is None or axes is None or axes.reshape(-1).tolist() != [heads + 1]:
+        return None
     if is_op(repeat, "Tile"):
         times = constant(repeat.inputs[1])
-        if own is None or times is None or times.size != 5 or [*times[: heads + 1], *times[heads + 2 :]] != [1] * 4:
+        if times is None or times.size != 5 or [*times[: heads + 1], *times[heads + 2 :]] != [1] * 4:
             return None
-        total = total or own * int(times[heads + 1])
-    size = known_size(source, 3)
-    certain = (
-        axes is not None
-        and axes.reshape(-1).tolist() == [heads + 1]
-        and own is not None
-        and total is not None
-        and total % own == 0
-        and size is not None
-        and size == known_size(node.outputs[0], 3)
-    )
+        total = own * int(times[heads + 1])
+    one_batch, all_batches = (known_size(x, perm[0]) == 1 for x in (source, node.outputs[0]))
+    if one_batch and not all_batches:  # which Expand repeats, too
+        return None
+    certain = total is not None and total % own == 0 and size == known_size(node.outputs[0], 3)
     return (source, perm) if certain else None
