@@ -2,7 +2,7 @@
 
     MatMul(Softmax(scale * Q K^T + bias), V)  ->  Attention(Q, K, V, bias; scale)
 
-3-D products over batch * heads become 4-D ones around the node. The value that the second product made keeps its name.
+Products over other axes become 4-D ones around the node. The value that the second product made keeps its name.
 """
 
 import onnx_ir as ir

@@ -28,7 +28,7 @@ class Heads:
 
     @cached_property
     def queries(self) -> ir.Value:
-        """Q in this order, before its axes are folded: it has every batch and head."""
+        """Q with its axes in the order of the form, before they are folded: it has every batch and head."""
         return self._ordered(self.scores.queries)
 
     def split(self, operand: Operand) -> ir.Value:
@@ -60,12 +60,11 @@ class Heads:
             return self.builder.node("Unsqueeze", value, [1], like=value, shape=[first, 1, rows, columns])
         sizes = [known_size(value, axis) for axis in range(batch, axes - 2)]
         heads = prod(sizes) * count if None not in sizes else None
-        some = heads or self._product(self.builder.axes(value, batch, axes - 2))
+        some = heads or self.builder.node(
+            "ReduceProd", self.builder.axes(value, batch, axes - 2), keepdims=1, dtype=ir.DataType.INT64, shape=[1]
+        )
         target = self.builder.concat(-1, some, self.builder.axes(value, axes - 2, axes))
         return self.builder.node("Reshape", value, target, like=value, shape=[first, heads, rows, columns])
-
-    def _product(self, sizes: ir.Value) -> ir.Value:
-        return self.builder.node("ReduceProd", sizes, keepdims=1, dtype=ir.DataType.INT64, shape=[1])
 
     def _before_joining(self, value: ir.Value) -> ir.Value | None:
         """The 4-D value that a Reshape joined into `value`, when its sizes prove that rows and columns stayed."""
