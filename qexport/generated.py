@@ -12,8 +12,8 @@ from qexport.feeds import Inputs, dim_size
 def generate(
     bundle: Bundle, *, batch: int = 1, seq: int | None = None, ragged: bool = False, seed: int = 0, dims: dict | None = None
 ) -> Inputs:
-    """Inputs of given sizes: token ids uniform in [0, high), standard normal for continuous inputs, masks of ones. With a KV
-    cache the tokens are the last that fit into it.
+    """Inputs of given sizes: token ids uniform in [0, high), standard normal for continuous inputs, masks of ones, lengths
+    of the longest axis. With a KV cache the tokens are the last that fit into it.
 
     Args:
         batch, seq: sizes of the symbolic dimensions; `seq` is 128, or the model's limit when that is less, when None.
@@ -31,7 +31,11 @@ def generate(
     feed, lengths = {}, {}
     for spec in manifest["inputs"]:
         shape = tuple(dim_size(dim, sizes) for dim in spec["shape"])
-        feed[spec["name"]] = _generated(spec, shape, rng, ragged, lengths, bundle)
+        if spec["kind"] == "lengths":
+            axes = [sizes[name] for name, is_batch in symbols(manifest).items() if not is_batch]
+            feed[spec["name"]] = np.full(shape, max(axes, default=1), spec["dtype"])
+        else:
+            feed[spec["name"]] = _generated(spec, shape, rng, ragged, lengths, bundle)
     if (cache := manifest.get("kv_cache")) is not None:
         feed[cache["past_length"]][...] = cache["length"] - feed[cache["token_ids"]].shape[1]
     words = ", ".join(f"{name} {size}" for name, size in sizes.items())

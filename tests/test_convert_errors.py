@@ -189,6 +189,14 @@ def test_an_input_whose_range_nothing_tells(tmp_path, write):
     assert_fails(write(model), tmp_path, "'level'", "no table")
 
 
+def test_an_integer_input_of_an_attention_that_is_left_alone(tmp_path, write):
+    text = """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+    g (float[b,l,32] q, float[b,l,16] k, float[b,l,16] v, int32[b] seqlens_k, int32 total) => (float[b,l,32] y) {
+        y = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2>(q, k, v, , , seqlens_k, total)
+    }"""
+    assert_fails(write(parser.parse_model(text)), tmp_path, "'seqlens_k' goes to GroupQueryAttention", "--kv-cache")
+
+
 def test_output_is_a_file(tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(UsageError, match="taken: a file is there already"):

@@ -2,10 +2,14 @@
 
 import numpy as np
 import onnx
+import pytest
 from decomposed import encoder, feeds
 from onnx import helper
 
+from qexport.bundle import Bundle
 from qexport.conversion import convert
+from qexport.data import stored_samples
+from qexport.generated import generate
 from qexport.runtime import session
 
 HALF_STEP = 2e-3  # two steps of a float16 near 1
@@ -38,3 +42,24 @@ def test_float16_inside_a_float32_model_has_the_rounding_of_float16(tmp_path):
     onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
     report = convert(tmp_path / "m.onnx", tmp_path / "b", strategy="exact")
     assert report.max_difference < HALF_STEP
+
+
+@pytest.mark.parametrize(("padding", "kind", "made"), [("b", "lengths", 64), ("b,l", "mask", 1)])
+def test_padding_of_the_runtimes_attention_is_made_up(tmp_path, padding, kind, made):
+    text = f"""<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+    g (float[b,l,32] x, int32[{padding}] keys) => (float[b,l,32] y) {{
+        y = com.microsoft.MultiHeadAttention<num_heads=4>(x, x, x, , keys)
+    }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    convert(tmp_path / "m.onnx", tmp_path / "b", strategy="exact")
+    bundle = Bundle.open(tmp_path / "b")
+    assert next(spec["kind"] for spec in bundle.manifest["inputs"] if spec["name"] == "keys") == kind
+    assert (stored_samples(bundle).feeds[0]["keys"] == made).all()
+    inputs = generate(bundle, batch=2, seq=40).feeds[0]
+    if kind == "lengths":
+        assert (inputs["keys"] == 40).all()
+    inputs["keys"][1:] = np.arange(40) < 7 if kind == "mask" else 7
+    expected = outputs(tmp_path / "m.onnx", inputs, False)
+    for library in (False, True):
+        for a, b in zip(expected, outputs(tmp_path / "b" / "model.onnx", inputs, library), strict=True):
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())

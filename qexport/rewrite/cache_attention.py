@@ -20,10 +20,10 @@ import onnx_ir as ir
 from qexport.errors import QexportError
 from qexport.rewrite import DeclinedError, LeftAlone
 from qexport.rewrite.classical import tidy
-from qexport.rewrite.fuse_attention import module_of
 from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.masks import depends
 from qexport.rewrite.scores import MASKED
+from qexport.rewrite.sites import module_of
 from qexport.rewrite.values import known_size, rank, size
 
 PAST_LENGTH = "past_len"

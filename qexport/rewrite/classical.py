@@ -4,18 +4,21 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from qexport.rewrite import DeclinedError, LeftAlone, fuse_multi_head_attention, fuse_packed_attention
-from qexport.rewrite.fuse_attention import fuse_attention, module_of
-from qexport.rewrite.heads import ungroup_attention
+from qexport.rewrite.fuse_attention import fuse_attention
+from qexport.rewrite.fuse_softmax import fuse_softmax
 from qexport.rewrite.masks import expand_masks, float_masks
 from qexport.rewrite.restore_attention import restore_attention
+from qexport.rewrite.sites import module_of
+from qexport.rewrite.ungroup_attention import ungroup_attention
 
 RUNTIME_DOMAIN = "com.microsoft"
 RUNTIME_RULES = {rule.OP_TYPE: rule.fuse for rule in (fuse_multi_head_attention, fuse_packed_attention)}
+_SHARED_BUFFER = "it appends to a shared buffer of keys and values; convert what it was exported from, with --kv-cache N"
 # Attention ops of onnxruntime that no rule takes.
 RUNTIME_REASONS = {
-    "GroupQueryAttention": "it keeps keys and values in a shared buffer that it appends to",
-    "DecoderMaskedMultiHeadAttention": "it keeps keys and values in a shared buffer that it appends to",
-    "DecoderMaskedSelfAttention": "it keeps keys and values in a shared buffer that it appends to",
+    "GroupQueryAttention": _SHARED_BUFFER,
+    "DecoderMaskedMultiHeadAttention": _SHARED_BUFFER,
+    "DecoderMaskedSelfAttention": _SHARED_BUFFER,
     "DecoderAttention": "it projects and caches by itself",
     "PackedAttention": "its batch is packed without padding",
     "PackedMultiHeadAttention": "its batch is packed without padding",
@@ -39,7 +42,7 @@ def to_classical(model: ir.Model, opset: int) -> list[LeftAlone]:
         The attention-like sites that no rule could take, with the reason.
     """
     restore_attention(model)
-    left_alone = fuse_runtime_ops(model, opset) + fuse_attention(model, opset)
+    left_alone = fuse_runtime_ops(model, opset) + fuse_softmax(model) + fuse_attention(model, opset)
     ungroup_attention(model)
     if opset >= 23:
         expand_masks(model)

@@ -2,19 +2,19 @@
 
     MatMul(Softmax(scale * Q K^T + bias), V)  ->  Attention(Q, K, V, bias; scale)
 
-3-D products over batch * heads become 4-D ones around the node. The value that the second product made keeps its name.
+Products over other axes become 4-D ones around the node. The value that the second product made keeps its name.
 """
 
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError, LeftAlone
 from qexport.rewrite.graph import Builder, attribute, consumers, is_op, shown
-from qexport.rewrite.heads import split_heads
+from qexport.rewrite.heads import Heads, find_heads
 from qexport.rewrite.masks import attention_mask
-from qexport.rewrite.products import Operand, Product, flips, scores_product, values_product
+from qexport.rewrite.products import Operand, Weighed, flips, scores_product, unflipped, values_product
 from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
-from qexport.rewrite.sites import module_from_name, site_name
-from qexport.rewrite.values import constant, is_single, known_size, rank, scalar, size
+from qexport.rewrite.sites import module_of, site_name
+from qexport.rewrite.values import constant, known_size, many, rank, scalar, size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -39,11 +39,6 @@ def fuse_attention(model: ir.Model, opset: int) -> list[LeftAlone]:
             name = site_name(softmax)
             left_alone.append(LeftAlone(name, module_of(softmax), str(reason)))
     return left_alone
-
-
-def module_of(node: ir.Node) -> str:
-    """The torch module name of a node, from the exporter's metadata or from a path-like node name."""
-    return node.metadata_props.get("qexport.module") or module_from_name(node.name or "")
 
 
 def _module_around(product: ir.Node) -> str:
@@ -131,61 +126,61 @@ def _fuse(
     softmax: ir.Node, product: ir.Node, probabilities: ir.Value, flipped: bool, way: list[ir.Value], opset: int
 ) -> None:
     _check_axis(softmax, rank(softmax.outputs[0]) or rank(product.outputs[0]))
-    values = values_product(product, probabilities, flipped)
-    n = values.rank
     scores = find_scores(softmax)
     keys = scores_product(scores.product)
-    if keys.rank != n:
-        raise DeclinedError(f"its scores have {keys.rank} axes at the first product and {n} at the second")
-    for operand, what in ((keys.left, "queries"), (keys.right, "keys")):
+    values = values_product(product, probabilities, keys.rows, flipped)
+    if keys.rank != values.rank:
+        raise DeclinedError(f"its scores have {keys.rank} axes at the first product and {values.rank} at the second")
+    for operand, what in ((keys.queries, "queries"), (keys.keys, "keys")):
         if operand.value.const_value is not None:
             raise DeclinedError(f"its {what} are constants of the model, so there is nothing to attend over")
-    operands = [keys.left, keys.right, values.right]
-    for dtype in {x.value.dtype for x in operands} - {None, *_SAMPLED_TYPES}:
+    for dtype in {x.value.dtype for x in (keys.queries, keys.keys, values.values)} - {None, *_SAMPLED_TYPES}:
         raise DeclinedError(f"its type is {dtype.name.lower()}; QuantumAttention takes float32, float16 and bfloat16")
-    _check_broadcast(operands, n)
-    _check_masks(scores, keys.left, n)
     if scores.softcap and opset < 23:
         raise DeclinedError("its scores have a soft cap, which the fallback below opset 23 cannot express")
 
     builder = Builder(product)
-    q, scale = _peel_scale(keys.left, scores.scale * keys.alpha)
-    k, scale = _peel_scale(keys.right, scale)
+    keys.queries, scale = _peel_scale(keys.queries, scores.scale * keys.alpha)
+    keys.keys, scale = _peel_scale(keys.keys, scale)
+    keys.keys = unflipped(keys.keys)
     behind = [node for value in way if is_op(node := value.producer(), "Reshape")]
-    heads = split_heads(builder, [*scores.reshapes, *behind], keys, n)
-    q4, k4, v4 = (heads.split(x) for x in (_ordered(builder, q), _ordered(builder, k), _ordered(builder, values.right)))
-    q4, k4, v4 = _of_one_type(builder, [q4, k4, v4])
-    for factor, divides in scores.factors:
-        if not heads.joined and not is_single(factor):
-            raise DeclinedError("its scores are multiplied by a number per row, and its heads are no axis of their own")
+    heads = find_heads(builder, [*scores.reshapes, *behind], keys, values)
+    operands = _of_one_type(builder, [heads.split(x) for x in (keys.queries, keys.keys, values.values)])
+    q4, k4, v4 = _broadcast(builder, scores, heads, operands)
+    for factor, divides, where in scores.factors:
+        if rank(factor):
+            factor = heads.aligned(factor, where)
         q4 = builder.node(
             "Div" if divides else "Mul", q4, builder.node("CastLike", factor, q4, like=q4), like=q4, shape=q4.shape
         )
-    mask = attention_mask(builder, scores, keys, heads, q4, k4)
+    mask = attention_mask(builder, scores, heads, q4, k4)
     _replace_shapes(builder, [*scores.chain, *way], heads, q4, k4)
     _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)
 
 
-def _check_broadcast(operands: list[Operand], n: int) -> None:
-    """MatMul broadcasts batches and heads of 1; Attention has one batch, and shares key heads among query heads only."""
-    batches = [known_size(x.value, x.perm[0]) for x in operands]
-    if 1 in batches and any(b != 1 for b in batches):
-        raise DeclinedError(f"its queries, keys and values have batches of {', '.join(str(b or 'any') for b in batches)}")
-    if n == 4:
-        heads = [known_size(x.value, x.perm[1]) for x in operands]
-        if (heads[0] == 1 and heads[1] not in (1, None)) or (heads[1] != heads[2] and 1 in heads[1:]):
-            raise DeclinedError(f"its queries, keys and values have {', '.join(str(h or 'any') for h in heads)} heads")
+def _broadcast(builder: Builder, scores, heads: Heads, operands: list[ir.Value]) -> list[ir.Value]:
+    """Q, K and V, repeated where products and what meets the scores broadcast a batch or head of 1, as Attention does not.
 
-
-def _check_masks(scores, queries: Operand, n: int) -> None:
-    """What meets the scores may broadcast them to more batches or heads than the queries have; Attention does not."""
-    met = [(value, rank(value)) for value, _ in scores.factors]
-    met += [(value, where) for value, _, where in (*scores.biases, *scores.masks)]
-    for value, where in met:
-        for axis, what in ((0, "batches"), (1, "heads"))[: n - 2]:
-            count = known_size(value, axis - n) or 1
-            if where == n and count > 1 and known_size(queries.value, queries.perm[axis]) == 1:
-                raise DeclinedError(f"its queries have 1 of the {count} {what} of a mask or factor of its scores")
+    Key heads are not repeated for those of the queries, which they serve.
+    """
+    met = [(value, where) for value, _, where in (*scores.factors, *scores.biases, *scores.masks)]
+    if not heads.form.plain:
+        n = len(heads.form.order)
+        for value, axis in ((value, axis) for value, where in met if where == n for axis in heads.form.order[:-2]):
+            if (count := many(value, axis - n)) is not None and heads.scores.queries.known_size(axis) == 1:
+                raise DeclinedError(f"its queries have 1 of the {count} batches or heads of a mask or factor of its scores")
+        return operands
+    for axis in (0, 1):
+        single = [known_size(x, axis) == 1 for x in operands]
+        wide = [(x, axis) for x, one in zip(operands, single, strict=True) if not one][:1]
+        wide += [(x, axis - 4 + rank(x)) for x, where in met if where == 4 and many(x, axis - 4) is not None]
+        if axis == 1:  # Q by all, K and V by one another
+            single = [single[0], single[1] and not single[2], single[2] and not single[1]]
+        for (value, own), i in ((source, i) for source in wide for i in range(3) if single[i]):
+            target = builder.concat(*([1] * axis), builder.axes(value, own, own + 1), *([1] * (3 - axis)))
+            shape = [size(value, own) if a == axis else size(operands[i], a) for a in range(4)]
+            operands[i] = builder.node("Expand", operands[i], target, like=operands[i], shape=shape)
+    return operands
 
 
 def _of_one_type(builder: Builder, operands: list[ir.Value]) -> list[ir.Value]:
@@ -202,14 +197,14 @@ def _check_axis(softmax: ir.Node, n: int | None) -> None:
         raise DeclinedError(f"its Softmax runs over axis {axis} of {n or 'unknown'}, not over the keys")
 
 
-def _peel_scale(operand, scale: float):
+def _peel_scale(operand: Operand, scale: float) -> tuple[Operand, float]:
     """Move a number that multiplies Q or K into the scale; the operand without it."""
     value, perm = operand.value, operand.perm
     for _ in range(4):
         node = value.producer()
         if is_op(node, "Transpose") and "perm" in node.attributes and _is_scaled(node.inputs[0]):
             inner = node.attributes["perm"].as_ints()
-            value, perm = node.inputs[0], [inner[p] for p in perm]
+            value, perm = node.inputs[0], [None if own is None else inner[own] for own in perm]
             continue
         if not _is_scaled(value):
             break
@@ -233,10 +228,6 @@ def _is_scaled(value: ir.Value) -> tuple[ir.Value, float] | None:
     return None
 
 
-def _ordered(builder: Builder, operand) -> ir.Value:
-    return builder.transpose(operand.value, operand.perm)
-
-
 def _replace_shapes(builder: Builder, values: list[ir.Value], heads, q4: ir.Value, k4: ir.Value) -> None:
     """Sizes that the graph asks of the scores or probabilities, taken from Q and K instead, so that no one computes them."""
     for value in values:
@@ -254,14 +245,14 @@ def _replace_shapes(builder: Builder, values: list[ir.Value], heads, q4: ir.Valu
             shape.graph.remove(shape, safe=True)
 
 
-def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Product, softmax) -> None:
+def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads: Heads, values: Weighed, softmax) -> None:
     out = product.outputs[0]
     attributes = {"scale": float(scale)}
     if scores.softcap:
         attributes["softcap"] = float(scores.softcap)
     if scores.cast:
         attributes["softmax_precision"] = int(ir.DataType.FLOAT)
-    q_heads = known_size(q4, 1) or known_size(scores.product.outputs[0], 1)
+    q_heads = known_size(q4, 1) or (known_size(scores.product.outputs[0], 1) if heads.form.plain else None)
     y = ir.Value(type=q4.type or out.type, shape=ir.Shape([size(q4, 0), q_heads, size(q4, 2), known_size(v4, 3)]))
     node = ir.Node(
         "",
@@ -274,12 +265,9 @@ def _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values: Prod
     if module := module_of(softmax) or _module_around(product):
         node.metadata_props["qexport.module"] = module
     builder.anchor.graph.insert_before(builder.anchor, node)
-    plain = heads.joined and (values.out_perm is None or values.out_perm == list(range(values.rank)))
-    result = y if plain else heads.join(y)
-    if values.out_perm is not None:
-        result = builder.transpose(result, values.out_perm)
-    if v4.dtype != values.right.value.dtype:
-        result = builder.node("CastLike", result, values.right.value, like=values.right.value, shape=result.shape)
+    result = builder.transpose(heads.join(y), values.out_perm)
+    if v4.dtype != values.values.value.dtype:
+        result = builder.node("CastLike", result, values.values.value, like=values.values.value, shape=result.shape)
     name = out.name
     out.replace_all_uses_with(result, replace_graph_outputs=True)
     out.name = f"{name}/qexport_replaced"

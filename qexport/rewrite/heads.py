@@ -1,39 +1,70 @@
-"""From products over (batch * heads, rows, columns) to (batch, heads, rows, columns) and back, and grouped heads."""
+"""From the axes of the two products to (batch, heads, rows, columns), as Attention takes them, and back."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import onnx_ir as ir
 
-from qexport.rewrite import DeclinedError
-from qexport.rewrite.graph import Builder, attribute, is_op
-from qexport.rewrite.values import constant, known_size, rank, size
+from qexport.rewrite.forms import Form, form_of, joined_heads, reshaped_form
+from qexport.rewrite.graph import Builder, is_op
+from qexport.rewrite.products import Operand, Scores, Weighed
+from qexport.rewrite.values import known_size, rank, size
 
 
 @dataclass
 class Heads:
-    """How 3-D operands become 4-D ones: `count` heads split off axis 0; 1 makes every slice a batch item of one head.
+    """How operands with the axes of the scores become (batch, heads, rows, columns).
 
-    `joined` is true when the operands are 4-D from the start and nothing has to be done.
+    `form` is the shape of the scores at the products, `other` the one that they are reshaped to in between, where they are.
+    `count` heads are split off the batch where there is no axis for them; 1 makes every slice a batch item of one head.
     """
 
     builder: Builder
-    joined: bool
+    scores: Scores
+    form: Form
+    other: Form | None = None
     count: int = 1
 
-    def split(self, value: ir.Value) -> ir.Value:
-        """(batch * heads, rows, columns) -> (batch, heads, rows, columns); 4-D values pass.
+    @cached_property
+    def queries(self) -> ir.Value:
+        """Q with its axes in the order of the form, before they are folded: it has every batch and head."""
+        return self._ordered(self.scores.queries)
 
-        Any split of axis 0 is right, since its slices are independent; the true one gives heads their meaning.
+    def split(self, operand: Operand) -> ir.Value:
+        """An operand as (batch, heads, rows, columns); what is 1 in it stays 1.
+
+        Any split of joined heads is right, since slices of axis 0 are independent; the true one gives heads their meaning.
         """
-        if self.joined:
-            return value
-        rows, columns = size(value, 1), known_size(value, 2)
-        if self.count == 1:
-            return self.builder.node("Unsqueeze", value, [1], like=value, shape=[size(value, 0), 1, rows, columns])
-        if (source := self._before_joining(value)) is not None:
+        value = self.queries if operand is self.scores.queries else self._ordered(operand)
+        if rank(value) == 3 and self.count > 1 and (source := self._before_joining(value)) is not None:
             return source
-        target = self.builder.concat([-1, self.count], self.builder.axes(value, 1, 3))
-        return self.builder.node("Reshape", value, target, like=value, shape=[None, self.count, rows, columns])
+        return self._folded(value, self.form.batch, self.count)
+
+    def _ordered(self, operand: Operand) -> ir.Value:
+        perm = [operand.perm[axis] for axis in self.form.order]
+        value = self.builder.transpose(operand.value, [own for own in perm if own is not None])
+        for place in [i for i, own in enumerate(perm[: self.form.batch]) if own is None]:
+            shape = [1 if i == place else size(value, i - (i > place)) for i in range(rank(value) + 1)]
+            value = self.builder.node("Unsqueeze", value, [place], like=value, shape=shape)
+        return value
+
+    def _folded(self, value: ir.Value, batch: int, count: int) -> ir.Value:
+        """A value of the axes batch, heads, rows, columns, with each group of axes made one; it may lack heads."""
+        axes = rank(value)
+        rows, columns = size(value, axes - 2), size(value, axes - 1)
+        first = size(value, 0) if batch == 1 and count == 1 else None
+        if batch == 1 and axes == 4:
+            return value
+        if batch == 1 and axes == 3 and count == 1:
+            return self.builder.node("Unsqueeze", value, [1], like=value, shape=[first, 1, rows, columns])
+        sizes = [known_size(value, axis) for axis in range(batch, axes - 2)]
+        heads = prod(sizes) * count if None not in sizes else None
+        some = heads or self.builder.node(
+            "ReduceProd", self.builder.axes(value, batch, axes - 2), keepdims=1, dtype=ir.DataType.INT64, shape=[1]
+        )
+        target = self.builder.concat(-1, some, self.builder.axes(value, axes - 2, axes))
+        return self.builder.node("Reshape", value, target, like=value, shape=[first, heads, rows, columns])
 
     def _before_joining(self, value: ir.Value) -> ir.Value | None:
         """The 4-D value that a Reshape joined into `value`, when its sizes prove that rows and columns stayed."""
@@ -45,110 +76,77 @@ class Heads:
         return source if same else None
 
     def join(self, value: ir.Value) -> ir.Value:
-        """(batch, heads, rows, columns) -> (batch * heads, rows, columns)."""
-        if self.joined:
-            return value
-        if self.count == 1:
-            return self.builder.node("Squeeze", value, [1], like=value)
-        return self.builder.node("Reshape", value, self.builder.concat([-1], self.builder.axes(value, 2, 4)), like=value)
+        """(batch, heads, rows, columns) with the axes of the scores again."""
+        order = self.form.order
+        if len(order) == 3 and self.count == 1:
+            value = self.builder.node("Squeeze", value, [1], like=value)
+        elif len(order) != 4 or self.form.batch != 1:
+            sizes = list(self.form.sizes)
+            if None in sizes:
+                sizes[sizes.index(None)] = -1
+            sizes = [x or self._size(self.form, i) for i, x in enumerate(sizes)]
+            target = self.builder.concat(*sizes, self.builder.axes(value, 2, 4))
+            value = self.builder.node("Reshape", value, target, like=value, shape=[None] * len(order))
+        return self.builder.transpose(value, [order.index(axis) for axis in range(len(order))])
+
+    def _size(self, form: Form, place: int) -> int | ir.Value:
+        """The size of an axis of the batch or heads of a form, by its place in the order: a number or a vector of one."""
+        if form.sizes[place] is not None:
+            return form.sizes[place]
+        parts = max(len(form.order) - len(self.form.order), 0) + 1  # of the first axis
+        if parts == 1 or place >= parts:
+            return self.builder.axes(self.queries, place - parts + 1, place - parts + 2)
+        others = prod(x for i, x in enumerate(form.sizes[:parts]) if i != place)
+        return self.builder.node("Div", self.builder.axes(self.queries, 0, 1), [others], dtype=ir.DataType.INT64, shape=[1])
 
     def scores_shape(self, q4: ir.Value, k4: ir.Value, value: ir.Value) -> ir.Value:
-        """Sizes of the scores as `value` holds them: (batch, heads, q_len, kv_len), or joined when `value` is 3-D."""
-        if self.joined or rank(value) == 4:
-            return self.builder.concat(self.builder.axes(q4, 0, 3), self.builder.axes(k4, 2, 3))
-        return self.joined_shape(q4, k4)
+        """Sizes of the scores as `value` holds them: in either form."""
+        ends = [self.builder.axes(x, 2, 3) for x in (q4, k4)]
+        form = next(f for f in (self.other, self.form) if f is self.form or (f is not None and len(f.order) == rank(value)))
+        if form.plain:
+            return self.builder.concat(self.builder.axes(q4, 0, 2), *ends)
+        parts = [self._size(form, i) for i in range(len(form.sizes))] + ends
+        return self.builder.concat(*(parts[form.order.index(axis)] for axis in range(len(form.order))))
 
-    def joined_shape(self, q4: ir.Value, k4: ir.Value) -> ir.Value:
-        """Sizes (batch * heads, q_len, kv_len) of the joined scores."""
-        both = self.builder.node("ReduceProd", self.builder.axes(q4, 0, 2), keepdims=1, dtype=ir.DataType.INT64)
-        return self.builder.concat(both, self.builder.axes(q4, 2, 3), self.builder.axes(k4, 2, 3))
+    def aligned(self, value: ir.Value, where: int | None) -> ir.Value:
+        """What met scores of `where` axes, broadcastable to (batch, heads, rows, columns).
+
+        Axes that become one are broadcast among each other first, unless all are 1.
+        """
+        form = next((f for f in (self.form, self.other) if f is not None and len(f.order) == where), None)
+        if form is None or form.plain or (form.order[-2:] == [where - 2, where - 1] and rank(value) <= 2):
+            return value
+        if missing := where - rank(value):
+            shape = [1] * missing + list(value.shape or [None] * (where - missing))
+            value = self.builder.node("Unsqueeze", value, list(range(missing)), like=value, shape=shape)
+        value = self.builder.transpose(value, form.order)
+        sizes, target = [known_size(value, i) for i in range(where - 2)], [1] * where
+        count = self.count if where == 3 and sizes[0] != 1 else 1
+        for group in (range(form.batch), range(form.batch, where - 2)):
+            own, full = ([of[i] for i in group] for of in (sizes, form.sizes))
+            if (len(own) > 1 or count > 1) and set(own) != {1} and (None in own or own != full):
+                for i in group:
+                    target[i] = self._size(form, i)
+        if target != [1] * where:
+            found = [form.sizes[i] if target[i] != 1 else sizes[i] for i in range(where - 2)]
+            shape = [*found, size(value, where - 2), size(value, where - 1)]
+            value = self.builder.node("Expand", value, self.builder.concat(*target), like=value, shape=shape)
+        return self._folded(value, form.batch, count)
 
 
-def split_heads(builder: Builder, reshapes: list[ir.Node], keys, n: int) -> Heads:
-    """How the operands of a product of rank `n` become 4-D.
+def find_heads(builder: Builder, reshapes: list[ir.Node], scores: Scores, weighed: Weighed) -> Heads:
+    """How the operands of the two products become 4-D.
 
     Args:
         reshapes: what lies between the two products, before the softmax and behind it.
 
     Raises:
-        DeclinedError: the scores are reshaped in a way that is not a split of the heads.
+        DeclinedError: as `form_of` and `reshaped_form`.
     """
-    shapes = [(rank(node.inputs[0]), rank(node.outputs[0])) for node in reshapes]
-    if n == 4:
-        if any(pair != (4, 4) for pair in shapes):
-            axes = next(r for pair in shapes for r in pair if r != 4)
-            raise DeclinedError(f"its scores are reshaped to {axes or 'unknown'} axes on their way to the Softmax (windows)")
-        if shapes:
-            raise DeclinedError("its scores are reshaped between the products")
-        return Heads(builder, joined=True)
-    if not shapes:
-        return Heads(builder, joined=False, count=_heads_before(keys.left.value) or _heads_before(keys.right.value) or 1)
-    if any(set(pair) != {3, 4} for pair in shapes) or any(_moves_rows(node) for node in reshapes):
-        raise DeclinedError("its scores are reshaped between the products, and not only to split the heads")
-    opened = next(node for node, pair in zip(reshapes, shapes, strict=True) if pair == (3, 4))
-    count = known_size(opened.outputs[0], 1)
-    if count is None:
-        raise DeclinedError("the number of its heads is computed by the graph")
-    return Heads(builder, joined=False, count=count)
-
-
-def _moves_rows(reshape: ir.Node) -> bool:
-    """Whether queries or keys are known to be others behind a Reshape, as where the heads were rows of the queries."""
-    pairs = [[known_size(value, axis) for value in (reshape.inputs[0], reshape.outputs[0])] for axis in (-2, -1)]
-    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
-
-
-def _heads_before(value: ir.Value) -> int | None:
-    """Number of heads of (batch * heads, rows, columns), from the 4-D value that was joined to it."""
-    for _ in range(6):
-        node = value.producer()
-        if is_op(node, "Reshape") and rank(node.inputs[0]) == 4:
-            return known_size(node.inputs[0], 1)
-        if is_op(node, "Transpose") and rank(node.inputs[0]) == 3 and list(attribute(node, "perm", ())) == [1, 0, 2]:
-            # nn.MultiheadAttention: (rows, batch * heads, columns), reshaped from (rows, batch, heads * columns)
-            inner = node.inputs[0].producer()
-            width, columns = known_size(inner.inputs[0], 2) if is_op(inner, "Reshape") else None, known_size(value, 2)
-            return width // columns if width and columns and width % columns == 0 else None
-        if not is_op(node, "Transpose", "Mul", "Div", "Identity", "Cast"):
-            return None
-        value = node.inputs[0] if rank(node.inputs[0]) == 3 else node.inputs[-1]
-    return None
-
-
-def ungroup_attention(model: ir.Model) -> None:
-    """Let Attention nodes with heads of their own axis read the key and value heads before these were repeated."""
-    for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention") and not attribute(n, "q_num_heads")]:
-        if any(x is not None for x in node.inputs[4:6]):
-            continue  # past heads are as many as the repeated ones
-        for index, value in zip((1, 2), ungrouped(*node.inputs[:3]), strict=True):
-            node.replace_input_with(index, value)
-
-
-def ungrouped(q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """K and V before they were repeated for groups of query heads (Unsqueeze, Expand, Reshape), where that is certain."""
-    pairs = [_before_repeat(x) for x in (k, v)]
-    if None in pairs or known_size(pairs[0], 1) != known_size(pairs[1], 1):
-        return k, v
-    q_heads, kv_heads = known_size(q, 1) or known_size(k, 1), known_size(pairs[0], 1)
-    return tuple(pairs) if q_heads and kv_heads and q_heads % kv_heads == 0 else (k, v)
-
-
-def _before_repeat(value: ir.Value) -> ir.Value | None:
-    reshape = value.producer()
-    expand = reshape.inputs[0].producer() if is_op(reshape, "Reshape") else None
-    unsqueeze = expand.inputs[0].producer() if is_op(expand, "Expand") else None
-    if not is_op(unsqueeze, "Unsqueeze") or rank(unsqueeze.inputs[0]) != 4:
-        return None
-    axes = constant(unsqueeze.inputs[1]) if len(unsqueeze.inputs) > 1 else None
-    source = unsqueeze.inputs[0]
-    heads, total = known_size(source, 1), known_size(value, 1)
-    certain = (
-        axes is not None
-        and list(axes) == [2]
-        and heads is not None
-        and total is not None
-        and total % heads == 0
-        and known_size(value, 3) is not None
-        and known_size(value, 3) == known_size(source, 3)
-    )
-    return source if certain else None
+    heads = Heads(builder, scores, form_of(scores, weighed))
+    if reshapes:
+        heads.other = reshaped_form(reshapes, heads.form, scores)
+    if scores.rank == 3:
+        known = joined_heads(scores.queries.value) or joined_heads(scores.keys.value)
+        heads.count = heads.other.sizes[1] if reshapes else known or 1
+    return heads

@@ -21,13 +21,13 @@ _LOWEST = {
 }
 
 
-def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Value) -> ir.Value | None:
+def attention_mask(builder: Builder, scores, heads, q: ir.Value, k: ir.Value) -> ir.Value | None:
     """The attn_mask of an Attention on Q and K (4-D), None when every key counts.
 
     Raises:
         DeclinedError: a bias is computed from the queries or keys themselves, or cannot be aligned with the heads.
     """
-    origin = _origins(keys.left.value) | _origins(keys.right.value)
+    origin = _origins(heads.scores.queries.value) | _origins(heads.scores.keys.value)
     for value, _, _ in scores.biases:
         if depends(value, origin):
             raise DeclinedError(
@@ -40,7 +40,7 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
         if (flag := _padding_flag(value, factor)) is not None:
             masks.append((flag, True, where))
             continue
-        term = _aligned(builder, value, where, heads, q, k)
+        term = _aligned(builder, value, where, heads, k)
         if factor != 1.0:
             term = builder.node(
                 "Mul", term, builder.const(_number(factor, value.dtype or dtype)), like=term, shape=term.shape
@@ -53,7 +53,7 @@ def attention_mask(builder: Builder, scores, keys, heads, q: ir.Value, k: ir.Val
             value if value.dtype in (ir.DataType.BOOL, None) else builder.node("Cast", value, to=9, dtype=ir.DataType.BOOL)
         )
         flag = flag if keeps else _negated(builder, flag)
-        flag = _aligned(builder, flag, where, heads, q, k)
+        flag = _aligned(builder, flag, where, heads, k)
         keep = flag if keep is None else builder.node("And", keep, flag, dtype=ir.DataType.BOOL)
     if keep is not None and bias is not None:
         return builder.node("Where", keep, bias, number_like(builder, _LOWEST[dtype], q), like=q)
@@ -98,22 +98,16 @@ def _typed(builder: Builder, value: ir.Value, q: ir.Value, dtype: ir.DataType) -
     return builder.node("CastLike", value, q, like=q, shape=value.shape)
 
 
-def _aligned(builder: Builder, value: ir.Value, where: int | None, heads, q: ir.Value, k: ir.Value) -> ir.Value:
+def _aligned(builder: Builder, value: ir.Value, where: int | None, heads, k: ir.Value) -> ir.Value:
     """A bias or mask that met scores of `where` axes, broadcastable to (batch, heads, q_len, kv_len)."""
     axes = rank(value)
     if axes is None:
         raise DeclinedError("the number of axes of its mask is unknown")
-    if axes > 4:
-        raise DeclinedError(f"its mask has {axes} axes")
     if axes < 2:  # runtimes want at least (q_len, kv_len)
         value = builder.node(
             "Unsqueeze", value, list(range(2 - axes)), like=value, shape=[1] * (2 - axes) + list(value.shape or [])
         )
-    if where == 3 and axes == 3 and not heads.joined:
-        if known_size(value, 0) == 1:
-            return builder.node("Unsqueeze", value, [0], like=value)
-        full = builder.node("Expand", value, heads.joined_shape(q, k), like=value, shape=[None, None, None])
-        return heads.split(full)
+    value = heads.aligned(value, where)
     if known_size(value, -1) == 1 and known_size(k, 2) != 1:
         value = builder.node("Expand", value, builder.concat([1, 1, 1], builder.axes(k, 2, 3)), like=value)
     return value

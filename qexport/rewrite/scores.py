@@ -33,14 +33,14 @@ class Scores:
 
     `product` is the node of Q K^T; the scores are `scale` times it, through `softcap` (0: none), plus `biases` (value,
     factor, rank of the scores where it was added), kept where all of `masks` (value, keep when true, rank) say so.
-    `factors` are values, one for all or one per row, that multiply the scores (or divide them, when true). `chain` holds
-    the values in between, `reshapes` the Reshape nodes among them; `cast` says that the type changes on the way.
+    `factors` are values (value, divides, rank), one for all or one per row, that multiply the scores or divide them. `chain`
+    holds the values in between, `reshapes` the Reshape nodes among them; `cast` says that the type changes on the way.
     """
 
     product: ir.Node
     scale: float = 1.0
     softcap: float = 0.0
-    factors: list[tuple[ir.Value, bool]] = field(default_factory=list)
+    factors: list[tuple[ir.Value, bool, int | None]] = field(default_factory=list)
     biases: list[tuple[ir.Value, float, int | None]] = field(default_factory=list)
     masks: list[tuple[ir.Value, bool, int | None]] = field(default_factory=list)
     chain: list[ir.Value] = field(default_factory=list)
@@ -150,7 +150,7 @@ def _scaled(node: ir.Node, op: str, scale: float, found: Scores) -> tuple[ir.Val
         return inner, scale * factor if op == "Mul" else scale / factor, node
     for inner, other in pairs:
         if (is_single(other) or known_size(other, -1) == 1) and _distance(inner) is not None:
-            found.factors.append((other, op == "Div"))
+            found.factors.append((other, op == "Div", rank(node.outputs[0])))
             return inner, scale, node
     if any(_reaches_quantised(x) for x in (left, right)):
         raise DeclinedError("its scores are computed in quantised arithmetic (MatMulInteger); give the float model")
@@ -219,6 +219,11 @@ def _distance(value: ir.Value, depth: int = 12) -> int | None:
     operands = node.inputs if node.op_type in ("Add", "Sub", "Mul", "Div", "Where") else node.inputs[:1]
     found = [d for x in operands if x is not None and (d := _distance(x, depth - 1)) is not None]
     return min(found) + 1 if found else None
+
+
+def follows_product(value: ir.Value) -> bool:
+    """Whether a value comes from a product through ops that scores pass."""
+    return _distance(value) is not None
 
 
 def _reaches_quantised(value: ir.Value, depth: int = 8) -> bool:

@@ -19,3 +19,8 @@ def module_from_name(name: str) -> str:
     if not name.startswith("/") or name.count("/") < 2:
         return ""
     return ".".join(name.strip("/").split("/")[:-1])
+
+
+def module_of(node: ir.Node) -> str:
+    """The torch module name of a node, from the exporter's metadata or from a path-like node name."""
+    return node.metadata_props.get("qexport.module") or module_from_name(node.name or "")

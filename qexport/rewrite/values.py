@@ -37,6 +37,7 @@ _FOLDABLE = {
     "Sub",
     "Unsqueeze",
 }
+_INFERRED = "unk__"  # how onnx's shape inference calls axes of which it knows nothing
 _CACHE = "qexport.sizes"  # of known_size, in the metadata of a value
 _SAME_SHAPE = ("Cast", "Identity", "Dropout", "Softmax", "Neg", "Sigmoid", "Tanh", "LayerNormalization")
 _BROADCAST = ("Add", "Sub", "Mul", "Div", "Where", "Pow")
@@ -147,6 +148,13 @@ def size(value: ir.Value | None, axis: int) -> int | str | None:
         return None
     dim = value.shape[axis]
     return dim if isinstance(dim, int) else dim.value
+
+
+def many(value: ir.Value, axis: int) -> int | str | None:
+    """Size of one axis where it is above 1, or the name that the model gives it; None when it is 1 or unknown."""
+    found = known_size(value, axis) or size(value, axis)
+    made_up = isinstance(found, str) and found.startswith(_INFERRED)
+    return None if found == 1 or made_up else found
 
 
 def known_size(value: ir.Value | None, axis: int) -> int | None:

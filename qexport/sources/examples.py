@@ -8,6 +8,7 @@ from qexport.bundle import Bundle
 from qexport.conversion_checks import Runner
 from qexport.errors import QexportError
 from qexport.generated import dimension_sizes, generate
+from qexport.rewrite.classical import RUNTIME_DOMAIN, RUNTIME_REASONS
 from qexport.rewrite.graph import is_op
 from qexport.sources.source import Source
 from qexport.sources.specs import tables
@@ -58,14 +59,23 @@ def _is_dynamic(source: Source) -> bool:
 def _generate(source: Source, batch: int, sequence: int) -> dict[str, np.ndarray]:
     for spec in source.inputs:
         if spec.kind in ("token_ids", "integer") and not spec.high:
-            raise QexportError(
-                f"{source.name}: the values that the integer input {spec.name!r} may have are not told by the graph (it "
-                "picks from no table); export it as a constant or convert the torch module"
-            )
+            raise QexportError(f"{source.name}: {_why_unknown(source, spec.name)}")
     manifest = {"inputs": [spec.to_dict() for spec in source.inputs], "limits": source.limits}
     lengths = {name: size for name, size in source.limits.items() if size < sequence}
     sizes = dimension_sizes(manifest, batch, sequence, lengths)
     return generate(Bundle(Path(source.name), manifest), batch=batch, seq=sequence, dims=sizes).feeds[0]
+
+
+def _why_unknown(source: Source, name: str) -> str:
+    """Why an integer input cannot be made up, and what to do."""
+    value = next(value for value in source.model.graph.inputs if value.name == name)
+    for op in (use.node.op_type for use in value.uses() if use.node.domain == RUNTIME_DOMAIN):
+        if op in RUNTIME_REASONS:
+            return f"the integer input {name!r} goes to {op}, which is left alone: {RUNTIME_REASONS[op]}"
+    return (
+        f"the values that the integer input {name!r} may have are not told by the graph (it picks from no table); export it "
+        "as a constant or convert the torch module"
+    )
 
 
 def _measure_limit(source: Source, runner: Runner) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 class InputSpec:
     """One graph input as the manifest describes it.
 
-    `shape` holds sizes and names of dynamic axes; `kind` is one of token_ids, mask, token_types, position_ids,
+    `shape` holds sizes and names of dynamic axes; `kind` is one of token_ids, mask, lengths, token_types, position_ids,
     continuous, boolean, integer, and of a KV cache past_length and cache; `high` is the exclusive upper bound of integers,
     None when unknown.
     """

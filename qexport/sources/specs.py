@@ -5,6 +5,7 @@ import re
 import numpy as np
 import onnx_ir as ir
 
+from qexport.rewrite.classical import RUNTIME_DOMAIN
 from qexport.rewrite.graph import is_op
 from qexport.rewrite.values import constant, known_size
 from qexport.sources.kinds import kind_of
@@ -14,6 +15,7 @@ _PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Sl
 # A number, a name or a sum of those: what `qexport.feeds.dim_size` knows the size of.
 _TERM = r"\s*(?:[A-Za-z_]\w*|\d+)\s*"
 _SUM = re.compile(rf"{_TERM}(?:\+{_TERM})*", re.ASCII)
+_PADDING_INPUT = {"MultiHeadAttention": 4, "Attention": 3}
 # A table of position ids below this length is no position table.
 _SHORTEST_TABLE = 8
 
@@ -43,13 +45,21 @@ def spec_of(value: ir.Value) -> InputSpec:
     dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
     dims = list(value.shape) if value.shape is not None else []
     shape = [d if isinstance(d, int) else d.value for d in dims]
-    kind = kind_of(value.name, dtype)
+    kind = _runtime_kind(value) or kind_of(value.name, dtype)
     high = None
     if dtype.startswith(("int", "uint")):
         high = 2 if kind == "mask" else picked_rows(value)
         if kind == "integer" and high is not None and high > 2:
             kind = "token_ids"
     return InputSpec(value.name, dtype, shape, kind, high)
+
+
+def _runtime_kind(value: ir.Value) -> str | None:
+    """The kind of an input that onnxruntime's attention reads as its padding: a mask, or the numbers of keys that count."""
+    for node, index in ((use.node, use.idx) for use in value.uses()):
+        if _PADDING_INPUT.get(node.op_type) == index and node.domain == RUNTIME_DOMAIN:
+            return "mask" if len(value.shape) > 1 else "lengths"
+    return None
 
 
 def picked_rows(value: ir.Value, depth: int = 6) -> int | None:

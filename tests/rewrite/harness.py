@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from qexport.installed import get_library_path
 from qexport.recipe import Recipe
 from qexport.rewrite.classical import to_classical
 from qexport.rewrite.convert_opset import convert_opset
@@ -46,11 +47,13 @@ def feeds(model: onnx.ModelProto, seed: int = 0) -> dict[str, np.ndarray]:
     return result
 
 
-def run(model: onnx.ModelProto, inputs: dict) -> list[np.ndarray]:
+def run(model: onnx.ModelProto, inputs: dict, library: bool = False) -> list[np.ndarray]:
     """Outputs on the CPU provider, without graph optimisations that would hide a wrong node."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    if library:
+        options.register_custom_ops_library(get_library_path())
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, inputs)
 
 

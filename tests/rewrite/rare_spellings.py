@@ -1,8 +1,22 @@
 """Attention as it is spelled more rarely, in the form of spellings.py."""
 
-from spellings import BIAS, HALF, HEADS, JOINED, KT, LOW, SCALE, SOFT, Spelling
+from spellings import BIAS, HALF, HEADS, JOINED, KEEP, KT, LOW, SCALE, SOFT, Spelling
 
 HALVES = HEADS.replace("float", "float16")
+
+
+def repeated(op, times, v_times="", *, axis, inputs="", heads="{0, 4, -1, 8}", output="float[u,4,l,8] y"):
+    """Key and value heads, 2 by default, repeated along a new axis by Expand or Tile."""
+    each = "{x}1 = Unsqueeze({x}, at) {x}2 = {op}({x}1, {x}_times) {x}3 = Reshape({x}2, heads) "
+    return Spelling(
+        "".join(each.format(x=x, op=op) for x in "kv")
+        + "kt = Transpose<perm=[0,1,3,2]>(k3) s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = MatMul(p, v3)",
+        inputs=inputs or "float[b,4,l,8] q, float[b,2,s,8] k, float[b,2,s,8] v",
+        constants=f"int64[1] at = {{{axis}}}, int64[5] k_times = {times}, int64[5] v_times = {v_times or times}, "
+        f"int64[4] heads = {heads}",
+        output=output,
+    )
+
 
 FUSED = {
     "scores in float32 of a float16 model": Spelling(
@@ -77,6 +91,71 @@ FUSED = {
         'y = Einsum<equation="apqr,aprt->apqt">(p, v)',
         constants=HALF,
     ),
+    "a mask of more heads": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
+        inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v, float[1,4,l,s] rel",
+    ),
+    "a mask of more batches, and their number open": Spelling(
+        KT + "s0 = MatMul(q, kt) s2 = Add(s0, bias) " + SOFT,
+        inputs="float[1,4,l,8] q, float[1,4,s,8] k, float[1,4,s,8] v" + BIAS,
+    ),
+    "factors and masks of more batches and heads": Spelling(
+        KT + "s0 = MatMul(q, kt) s1 = Mul(s0, t) s3 = Add(s1, rel) s2 = Where(keep, s3, low) " + SOFT,
+        inputs="float[1,1,l,8] q, float[1,1,s,8] k, float[1,1,s,8] v, float[2,1,1,1] t, float[4,l,s] rel" + KEEP,
+        constants=LOW[2:],
+    ),
+    "keys transposed by way of three axes": Spelling(
+        "k1 = Reshape(k, three) k2 = Transpose<perm=[0,2,1]>(k1) k3 = Reshape(k2, four) k4 = Mul(k3, h) s2 = MatMul(q, k4) "
+        + SOFT,
+        inputs="float[b,4,l,8] q, float[b,4,7,8] k, float[b,4,7,8] v",
+        constants=HALF + ", int64[3] three = {-1, 7, 8}, int64[4] four = {-1, 4, 8, 7}",
+    ),
+    "keys in another order by way of three axes": Spelling(
+        "k1 = Reshape(k, three) k2 = Transpose<perm=[0,2,1]>(k1) k3 = Reshape(k2, four) s2 = MatMul(q, k3) " + SOFT,
+        inputs="float[b,4,l,8] q, float[b,4,7,8] k, float[b,4,7,8] v",
+        constants="int64[3] three = {-1, 14, 8}, int64[4] four = {-1, 4, 8, 7}",
+    ),
+    "keys of other heads by way of three axes": Spelling(
+        "k1 = Reshape(k, three) k2 = Transpose<perm=[0,2,1]>(k1) k3 = Reshape(k2, four) s2 = MatMul(q, k3) " + SOFT,
+        inputs="float[4,2,l,8] q, float[2,4,7,8] k, float[4,2,7,8] v",
+        constants="int64[3] three = {-1, 7, 8}, int64[4] four = {-1, 2, 8, 7}",
+        output="float[4,2,l,8] y",
+    ),
+    "keys of other columns by way of three axes": Spelling(
+        "k1 = Reshape(k, three) k2 = Transpose<perm=[0,2,1]>(k1) k3 = Reshape(k2, four) s2 = MatMul(q, k3) " + SOFT,
+        constants="int64[3] three = {8, -1, 4}, int64[4] four = {-1, 4, 8, 7}",
+    ),
+    "grouped heads, repeated by Tile": repeated("Tile", "{1, 1, 2, 1, 1}", axis=2),
+    "grouped heads, repeated by Tile before the transpose": Spelling(
+        "k1 = Unsqueeze(k, three) k2 = Tile(k1, rep) k3 = Reshape(k2, heads) kt = Transpose<perm=[0,2,3,1]>(k3) "
+        "v1 = Unsqueeze(v, three) v2 = Tile(v1, rep) v3 = Reshape(v2, heads) v4 = Transpose<perm=[0,2,1,3]>(v3) "
+        "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = MatMul(p, v4)",
+        inputs="float[b,4,l,8] q, float[b,s,2,8] k, float[b,s,2,8] v",
+        constants="int64 three = {3}, int64[5] rep = {1, 1, 1, 2, 1}, int64[4] heads = {0, 0, -1, 8}",
+    ),
+    "heads repeated as a whole": repeated("Tile", "{1, 2, 1, 1, 1}", axis=1),
+    "heads repeated as a whole by Expand": repeated("Expand", "{1, 2, 1, 1, 1}", axis=1),
+    "heads and batches repeated": repeated(
+        "Tile", "{2, 1, 2, 1, 1}", axis=2, inputs="float[4,4,l,8] q, float[2,2,s,8] k, float[2,2,s,8] v"
+    ),
+    "heads and batches repeated by Expand": repeated(
+        "Expand", "{3, 1, 2, 1, 1}", axis=2, inputs="float[3,4,l,8] q, float[1,2,s,8] k, float[1,2,s,8] v"
+    ),
+    "heads repeated and cut in halves": repeated(
+        "Expand",
+        "{1, 1, 2, 1, 1}",
+        axis=2,
+        inputs="float[b,8,l,4] q, float[b,2,s,8] k, float[b,2,s,8] v",
+        heads="{0, 8, -1, 4}",
+        output="float[b,8,l,4] y",
+    ),
+    "keys and values in other groups": repeated(
+        "Tile",
+        "{1, 1, 2, 1, 1}",
+        "{1, 1, 4, 1, 1}",
+        axis=2,
+        inputs="float[b,4,l,8] q, float[b,2,s,8] k, float[b,1,s,8] v",
+    ),
 }
 
 DECLINED = {
@@ -114,7 +193,7 @@ DECLINED = {
             constants="int64[4] four = {-1, 5, 4, 5}, int64[3] three = {-1, 20, 5}",
             output="float[b,20,8] y",
         ),
-        "reshaped between the products",
+        "rows of its queries (multi-query attention)",
     ),
     "keys before queries": (
         Spelling(
@@ -143,29 +222,6 @@ DECLINED = {
     "a negative scale of the runtime's product": (
         Spelling("s2 = com.microsoft.FusedMatMul<transB=1, alpha=-0.35>(q, k) " + SOFT),
         "scaled by -0.35",
-    ),
-    "a mask of more heads": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s2 = Add(s0, rel) " + SOFT,
-            inputs="float[b,1,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v, float[1,4,l,s] rel",
-        ),
-        "1 of the 4 heads",
-    ),
-    "a factor of more batches": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
-            inputs="float[1,4,l,8] q, float[1,4,s,8] k, float[1,4,s,8] v, float[2,1,1,1] t",
-            output="float[2,4,l,8] y",
-        ),
-        "1 of the 2 batches",
-    ),
-    "a scale per head of joined heads": (
-        Spelling(
-            "kt = Transpose<perm=[0,2,1]>(k) s0 = MatMul(q, kt) s2 = Mul(s0, t) " + SOFT,
-            inputs=JOINED + ", float[n,1,1] t",
-            output="float[n,l,8] y",
-        ),
-        "no axis of their own",
     ),
     "double precision of the values": (
         Spelling(

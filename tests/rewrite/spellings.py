@@ -205,6 +205,13 @@ FUSED = {
         inputs="float[b,4,l,8] q, float[b,2,s,8] k, float[b,2,s,8] v",
         constants="int64[1] two = {2}, int64[5] rep = {1, 1, 2, 1, 1}, int64[4] heads = {0, 4, -1, 8}",
     ),
+    "grouped heads, repeated before the transpose": Spelling(
+        "k1 = Unsqueeze(k, three) k2 = Expand(k1, rep) k3 = Reshape(k2, heads) kt = Transpose<perm=[0,2,3,1]>(k3) "
+        "v1 = Unsqueeze(v, three) v2 = Expand(v1, rep) v3 = Reshape(v2, heads) v4 = Transpose<perm=[0,2,1,3]>(v3) "
+        "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = MatMul(p, v4)",
+        inputs="float[b,4,l,8] q, float[b,s,2,8] k, float[b,s,2,8] v",
+        constants="int64[1] three = {3}, int64[5] rep = {1, 1, 1, 2, 1}, int64[4] heads = {0, 0, 4, 8}",
+    ),
     "one key head for all": Spelling(
         KT + "s1 = MatMul(q, kt) s2 = Div(s1, c) " + SOFT,
         inputs="float[b,4,l,8] q, float[b,1,s,8] k, float[b,1,s,8] v",
@@ -225,119 +232,5 @@ FUSED = {
     ),
     "softmax of a classifier is no site": Spelling(
         KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) o = MatMul(p, v) y = Softmax<axis=-1>(o)"
-    ),
-}
-
-DECLINED = {
-    "probabilities are an output": (
-        Spelling(KT + "s2 = MatMul(q, kt) " + SOFT, output="float[b,4,l,8] y, float[b,4,l,s] p"),
-        "also used by an output of the graph",
-    ),
-    "probabilities are used elsewhere": (
-        Spelling(
-            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) m = ReduceMean<axes=[1]>(p) y = MatMul(p, v)",
-            output="float[b,4,l,8] y, float[b,1,l,s] m",
-        ),
-        "also used by ReduceMean",
-    ),
-    "scores are used elsewhere": (
-        Spelling(KT + "s2 = MatMul(q, kt) " + SOFT, output="float[b,4,l,8] y, float[b,4,l,s] s2"),
-        "scores are also used",
-    ),
-    "softmax over the queries": (
-        Spelling(KT + "s2 = MatMul(q, kt) p = Softmax<axis=2>(s2) y = MatMul(p, v)"),
-        "axis 2 of 4",
-    ),
-    "disentangled attention": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) c2p = MatMul(q, table) g = GatherElements<axis=3>(c2p, where) s2 = Add(s0, g) " + SOFT,
-            inputs=HEADS + ", int64[b,4,l,s] where, float[1,4,8,12] table",
-        ),
-        "computed from the queries or keys",
-    ),
-    "a second product in the scores": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s1 = MatMul(q, table) s2 = Add(s0, s1) " + SOFT,
-            inputs=HEADS + ", float[1,4,8,s] table",
-        ),
-        "sum of two products",
-    ),
-    "dropout in training": (
-        Spelling(
-            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) d, m = Dropout<seed=7>(p, r, on) y = MatMul(d, v)",
-            constants="float r = {0.1}, bool on = {1}",
-        ),
-        "training mode",
-    ),
-    "masked scores keep weight": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s2 = Where(keep, s0, low) " + SOFT,
-            inputs=HEADS + KEEP,
-            constants="float low = {-2}",
-        ),
-        "still leaves them weight",
-    ),
-    "scores scaled element by element": (
-        Spelling(KT + "s0 = MatMul(q, kt) s2 = Mul(s0, rel) " + SOFT, inputs=HEADS + ", float[1,4,l,s] rel"),
-        "element by element",
-    ),
-    "probabilities scaled": (
-        Spelling(
-            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) g = Mul(p, gate) y = MatMul(g, v)",
-            inputs=HEADS + ", float[1,4,1,1] gate",
-        ),
-        "pass Mul",
-    ),
-    "quantised probabilities": (
-        Spelling(
-            KT + "s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) pq, ps, pz = DynamicQuantizeLinear(p) "
-            "vq, vs, vz = DynamicQuantizeLinear(v) o = MatMulInteger(pq, vq, pz, vz) f = Cast<to=1>(o) "
-            "s = Mul(ps, vs) y = Mul(f, s)"
-        ),
-        "quantised",
-    ),
-    "quantised scores": (
-        Spelling(
-            KT + "qq, qs, qz = DynamicQuantizeLinear(q) kq, ks, kz = DynamicQuantizeLinear(kt) "
-            "o = MatMulInteger(qq, kq, qz, kz) "
-            "f = Cast<to=1>(o) s = Mul(qs, ks) s2 = Mul(f, s) " + SOFT
-        ),
-        "quantised",
-    ),
-    "double precision": (
-        Spelling(
-            KT + "s2 = MatMul(q, kt) " + SOFT,
-            inputs=HEADS.replace("float", "double"),
-            output="double[b,4,l,8] y",
-        ),
-        "double",
-    ),
-    "windows": (
-        Spelling(
-            KT
-            + "s0 = MatMul(q, kt) s1 = Reshape(s0, five) s2 = Add(s1, win) s3 = Reshape(s2, four) p = Softmax<axis=-1>(s3) "
-            "y = MatMul(p, v)",
-            inputs="float[b,4,6,8] q, float[b,4,6,8] k, float[b,4,6,8] v, float[1,2,1,6,6] win",
-            constants="int64[5] five = {-1, 2, 4, 6, 6}, int64[4] four = {-1, 4, 6, 6}",
-            output="float[b,4,6,8] y",
-        ),
-        "windows",
-    ),
-    "one query batch for all": (
-        Spelling(KT + "s2 = MatMul(q, kt) " + SOFT, inputs=HEADS.replace("float[b,4,l,8] q", "float[1,4,l,8] q")),
-        "batches of 1, any, any",
-    ),
-    "one query head for many keys": (
-        Spelling(KT + "s2 = MatMul(q, kt) " + SOFT, inputs=HEADS.replace("float[b,4,l,8] q", "float[b,1,l,8] q")),
-        "have 1, 4, 4 heads",
-    ),
-    "attention over a constant table": (
-        Spelling(
-            "s2 = MatMul(q, table) " + SOFT,
-            inputs="float[b,1,l,2] q, float[b,1,3,8] v",
-            constants="float[1,1,2,3] table = {1, 2, 3, 4, 5, 6}",
-            output="float[b,1,l,8] y",
-        ),
-        "constants of the model",
     ),
 }

@@ -1,13 +1,16 @@
 """fuse_attention fires on every spelling, declines with its reason, and stays equal."""
 
+import axes_spellings
+import declined_spellings
+import hand_spellings
 import onnx
 import pytest
 import rare_spellings
 import spellings
 from harness import Rewritten, assert_same, feeds, parse, run
 
-FUSED = spellings.FUSED | rare_spellings.FUSED
-DECLINED = spellings.DECLINED | rare_spellings.DECLINED
+FUSED = spellings.FUSED | rare_spellings.FUSED | axes_spellings.FUSED | hand_spellings.FUSED
+DECLINED = declined_spellings.DECLINED | rare_spellings.DECLINED | axes_spellings.DECLINED | hand_spellings.DECLINED
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -22,7 +25,8 @@ def test_fires_and_stays_equal(name):
     onnx.checker.check_model(done.classical, full_check=True)
     expected = run(source, inputs)
     assert_same(expected, run(done.classical, inputs))
-    assert_same(expected, run(done.sampled, inputs))
+    for library in (False, True):  # fewer keys than num_samples: exact
+        assert_same(expected, run(done.sampled, inputs, library))
 
 
 @pytest.mark.parametrize("name", [name for name, spelling in FUSED.items() if spelling.opset <= 17])
@@ -79,10 +83,39 @@ def test_scale_of_the_shape_is_computed():
     assert next(a.f for a in node.attribute if a.name == "scale") == pytest.approx(8**-0.5)
 
 
-def test_grouped_heads_are_not_repeated():
-    done = Rewritten(parse(FUSED["grouped heads, repeated"].text))
+def test_keys_are_read_as_they_were_before_three_axes():
+    done = Rewritten(parse(FUSED["keys transposed by way of three axes"].text))
+    attention = next(node for node in done.classical.graph.node if node.op_type == "Attention")
+    assert list(attention.input) == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if name.startswith("grouped heads, repeated")])
+def test_grouped_heads_are_not_repeated(name):
+    done = Rewritten(parse(FUSED[name].text))
     assert (done.sites[0].q_heads, done.sites[0].kv_heads, done.sites[0].head_size) == (4, 2, 8)
-    assert "Expand" not in done.ops()
+    assert not {"Expand", "Tile"} & set(done.ops())
+
+
+@pytest.mark.parametrize("name", [name for name in axes_spellings.FUSED if "groups" in name and "open" not in name])
+def test_groups_in_an_axis_of_their_own_share_a_key_head(name):
+    site = Rewritten(parse(FUSED[name].text)).sites[0]
+    assert (site.q_heads, site.kv_heads, site.head_size) == (6, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("one key head for all", (4, 1)), ("groups of heads of an open number", (None, 2))]
+)
+def test_key_heads_are_not_repeated_for_those_of_the_queries(name, heads):
+    site = Rewritten(parse(FUSED[name].text)).sites[0]
+    assert (site.q_heads, site.kv_heads) == heads
+
+
+def test_queries_are_not_repeated_for_a_mask_of_which_nothing_is_known():
+    spelling = FUSED["a mask of more batches, and their number open"]
+    text = spelling.text.replace("float[b,1,1,s] bias", "float[b,1,1,s] bias0, int64[4] to")
+    done = Rewritten(parse(text.replace("s0 =", "bias = Reshape(bias0, to) s0 =")))
+    attention = next(node for node in done.classical.graph.node if node.op_type == "Attention")
+    assert attention.input[0] == "q"
 
 
 PADDING = FUSED["padding as a bias"].text.replace("s1 = Add(s0, rel) s2 = Add(s1, bias)", "s2 = Add(s0, bias)")

@@ -1,4 +1,4 @@
-"""Any chain of scales, biases, masks and no-ops between the products is fused, and computes the same."""
+"""Any chain of scales, biases, masks and no-ops, and axes in any order, are fused and compute the same."""
 
 from harness import Rewritten, assert_same, feeds, parse, run
 from hypothesis import HealthCheck, given, settings
@@ -48,3 +48,38 @@ def test_any_chain_is_fused_and_equal(steps, keys, queries, opset):
     assert done.left_alone == []
     assert len(done.sites) == 1
     assert_same(run(source, values), run(done.sampled, values))
+
+
+# letter: its size, a name where it is open; g is an axis of the queries alone
+AXES = {"b": "b", "w": "t", "h": "4", "g": "2", "i": "l", "j": "s", "d": "8"}
+
+
+def declared(name, letters, ones=()):
+    sizes = ",".join("1" if letter in ones else AXES[letter] for letter in letters)
+    return f"float[{sizes}] {name}"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), kind=st.sampled_from(["bh", "bhg", "bwh", "bwhg"]), opset=st.sampled_from([17, 23]))
+def test_axes_in_any_order_are_fused_and_equal(data, kind, opset):
+    order = st.permutations
+    scores = [*data.draw(order([*kind, "i"])), "j"]
+    query, keys = data.draw(order([*kind, "i", "d"])), data.draw(order([*kind.replace("g", ""), "j", "d"]))
+    values, out = data.draw(order([*kind.replace("g", ""), "j", "d"])), data.draw(order([*kind, "i", "d"]))
+    ones = data.draw(st.lists(st.sets(st.sampled_from([*kind, "i"])), max_size=2))
+    inputs = [declared("q", query), declared("k", keys), declared("v", values)]
+    inputs += [declared(f"bias{n}", scores, some) for n, some in enumerate(ones)]
+    s, q, k, v, o = ("".join(letters) for letters in (scores, query, keys, values, out))
+    nodes = [f't0 = Einsum<equation="{q},{k}->{s}">(q, k)']
+    nodes += [f"t{n + 1} = Add(t{n}, bias{n})" for n in range(len(ones))]
+    nodes += [f'p = Softmax<axis=-1>(t{len(ones)}) y = Einsum<equation="{s},{v}->{o}">(p, v)']
+    source = parse(
+        f'<ir_version: 8, opset_import: ["": 17]> g ({", ".join(inputs)}) => ({declared("y", out)}) {{ {" ".join(nodes)} }}'
+    )
+    inputs = feeds(source)
+    done = Rewritten(source, opset=opset)
+    shared_first = next(letter for letter in scores if letter != "i") == "g"  # keys that all batches share
+    assert [entry.reason for entry in done.left_alone if "batches" not in entry.reason or not shared_first] == []
+    expected = run(source, inputs)
+    for library in (False, True):
+        assert_same(expected, run(done.sampled, inputs, library))
