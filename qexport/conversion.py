@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qexport.arguments import whole
 from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import IR_VERSION, make_manifest
@@ -93,11 +94,11 @@ def convert(
     from qexport.recipe import make_recipe
 
     say = progress or unwatched
-    if kv_cache is not None and kv_cache < 2:
-        raise UsageError(f"kv_cache must be at least 2 tokens, got {kv_cache}")
+    if kv_cache is not None:
+        whole("kv_cache", kv_cache, 2)
     least = OPSETS[0] if kv_cache is None else CACHE_OPSET
     opset = max(least, 23) if opset is None else opset
-    if not least <= opset <= OPSETS[1]:
+    if not least <= whole("opset", opset) <= OPSETS[1]:
         raise UsageError(
             f"opset must be between {least} and {OPSETS[1]}, got {opset}" + (" with kv_cache" if kv_cache else "")
         )
@@ -118,6 +119,8 @@ def convert(
         raise UsageError("the recipe says how to compress weights, which takes data: qexport compress MODEL -o DIR --config")
     if kv_cache is not None and resolved.has_noise:
         raise UsageError("noise and kv_cache exclude each other: the register would hold the free room of the cache")
+    if output is None and not dry_run:
+        raise UsageError("output must be a folder, got None; dry_run=True writes nothing")
     if not dry_run:
         from qexport.bundle_writer import check_output
 

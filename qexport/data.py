@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qexport.arguments import whole
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
@@ -33,8 +34,8 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
         QexportError: the data does not fit the model's inputs; the message names the input, the value and the limit.
     """
     for name, value in (("batch", batch), ("seq", seq)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be >= 1, got {value}")
+        if value is not None:
+            whole(name, value)
     if isinstance(data, Inputs):
         return data
     if data is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qexport import installed, runtime
+from qexport.arguments import real, several, whole
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.validation.comparison import seeded_feed
@@ -115,13 +116,13 @@ class Generator:
         return np.stack(last)
 
     def _checked(self, tokens) -> list[np.ndarray]:
-        rows = [np.asarray(row, np.int64) for row in tokens]
+        rows = [np.asarray(row) for row in several("tokens", tokens)]
         high = self._specs[self._names["token_ids"]]["high"]
         if len(rows) != len(self.past):
             raise UsageError(f"tokens must be one list for each of the {len(self.past)} rows, got {len(rows)}")
         for number, row in enumerate(rows):
-            if row.ndim != 1 or not row.size:
-                raise UsageError(f"row {number} of the tokens must be a list of at least one id, got shape {row.shape}")
+            if row.ndim != 1 or not row.size or row.dtype.kind not in "iu":
+                raise UsageError(f"row {number} of the tokens must be a list of at least one id, got {row.tolist()!r:.60}")
             if row.min() < 0 or (high and row.max() >= high):
                 bad = row.min() if row.min() < 0 else row.max()
                 raise UsageError(f"row {number} of the tokens must lie in [0, {high}), got {bad}")
@@ -183,15 +184,17 @@ class Generator:
             UsageError: an argument outside its limits, or no prompt.
             QexportError: prompt and new tokens do not fit into the cache.
         """
-        for name, value, good, words in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
-            ("temperature", temperature, 0 <= temperature < np.inf, "a number >= 0"),
-            ("top_k", top_k, top_k is None or top_k >= 1, ">= 1"),
-            ("seed", seed, 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]"),
-            ("prompts", prompts, len(prompts) > 0, "a list of token lists that is not empty"),
-        ):
-            if not good:
-                raise UsageError(f"{name} must be {words}, got {value}")
+        whole("max_new_tokens", max_new_tokens)
+        if not 0 <= real("temperature", temperature) < np.inf:
+            raise UsageError(f"temperature must be a number >= 0, got {temperature}")
+        if top_k is not None:
+            whole("top_k", top_k)
+        if whole("seed", seed, 0) > LARGEST_SEED:
+            raise UsageError(f"seed must be in [0, {LARGEST_SEED}], got {seed}")
+        if not several("prompts", prompts):
+            raise UsageError(f"prompts must be a list of token lists that is not empty, got {prompts}")
+        for number, prompt in enumerate(prompts):
+            several(f"prompt {number}", prompt)
         if top_k is not None and temperature == 0:
             raise UsageError(
                 f"top_k {top_k} draws tokens, but temperature 0 takes the likeliest; give a temperature above 0, such as 0.8"
@@ -202,7 +205,7 @@ class Generator:
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the cache of {self.length}; "
                 "lower max_new_tokens or convert with a longer --kv-cache"
             )
-        stop = set(self._names["stop_tokens"] if stop is None else stop)
+        stop = set(self._names["stop_tokens"] if stop is None else several("stop", stop))
         draws = [np.random.default_rng([seed, row]) for row in range(len(prompts))]
         texts: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)

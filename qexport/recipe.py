@@ -201,8 +201,10 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
         data = recipe.model_dump(exclude_unset=True)
     elif isinstance(recipe, (str, Path)):
         data = load_recipe(recipe).model_dump(exclude_unset=True)
-    else:
+    elif recipe is None or isinstance(recipe, dict):
         data = dict(recipe or {})
+    else:
+        raise UsageError(f"{where} must be a dict or a file, got {recipe!r}")
     given = {key: value for key, value in overrides.items() if value is not None}
     strategy = _checked(given, "convert").strategy
     kept = {key: value for key, value in data.items() if not strategy or _takes(strategy, key, value)}

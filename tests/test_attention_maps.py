@@ -186,9 +186,9 @@ def test_names_of_sites():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"heads": [-1]}, "heads: -1 is not there"),
-        ({"heads": []}, "heads must name at least one"),
-        ({"layers": []}, "layers must name at least one"),
+        ({"heads": [-1]}, "heads must be >= 0, got -1"),
+        ({"heads": []}, "heads must hold at least one number"),
+        ({"layers": []}, "layers must hold at least one number"),
         ({"library": False}, "attention maps come from the op library"),
     ],
 )

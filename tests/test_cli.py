@@ -66,6 +66,7 @@ def test_text_output(qexport, bundle):
     assert code == 0
     for words in ("model/run", "left behind", "leak in", "bytes per token of model", "node by node, converted"):
         assert words in out
+    assert "torch_cpu" not in out, "nobody asked for it"
     code, out, _ = qexport("inspect", bundle)
     assert code == 0
     assert "encoder.1.attention" in out

@@ -1,5 +1,8 @@
 """What the command line says to wrong usage, bad files and bad data: one line, and the exit code."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -121,6 +124,13 @@ def test_validate_with_bad_data(qexport, bundle, tmp_path, arrays, words):
 def test_data_of_an_unknown_kind(qexport, bundle, tmp_path):
     (tmp_path / "data.csv").write_text("1,2\n")
     assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.csv"), ".npz", expected=2)
+
+
+def test_no_room_for_the_output(bundle):
+    command = [sys.executable, "-m", "qexport", "inspect", bundle, "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert_one_line(done.returncode, "", done.stderr, "no room is left where the output goes")
 
 
 @pytest.mark.parametrize("command", ["validate", "profile", "inspect", "tune --max-error 1%"])

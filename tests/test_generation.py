@@ -164,7 +164,14 @@ def one_line(kind, words, function, *arguments, **options):
         ([[3]], {"temperature": float("nan")}, "temperature must be a number >= 0"),
         ([[3]], {"top_k": 0}, "top_k must be >= 1"),
         ([[3]], {"top_k": 5}, "top_k 5 draws tokens, but temperature 0 takes the likeliest; give a temperature above 0"),
-        ([[3]], {"seed": -1}, "seed must be in [0,"),
+        ([[3]], {"seed": -1}, "seed must be >= 0, got -1"),
+        ([[3]], {"seed": 1 << 63}, "seed must be in [0,"),
+        ([[1.5]], {}, "row 0 of the tokens must be a list of at least one id, got [1.5]"),
+        ([1, 2], {}, "prompt 0 must be a list, got 1"),
+        ("text", {}, "prompts must be a list, got 'text'"),
+        ([[3]], {"stop": 5}, "stop must be a list, got 5"),
+        ([[3]], {"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ([[3]], {"top_k": 1.5, "temperature": 1.0}, "top_k must be a whole number, got 1.5"),
     ],
 )
 def test_arguments_outside_their_limits(generator, prompts, options, words):

@@ -31,6 +31,13 @@ def external_model(location: str) -> onnx.ModelProto:
     return small_model("MatMul", weights=[weight])
 
 
+def bfloat16_model():
+    model = small_model()
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    return model
+
+
 def error_of(path, **options) -> str:
     with pytest.raises(QexportError) as error:
         runtime.session(path, **{"library": False, **options})
@@ -54,6 +61,7 @@ def error_of(path, **options) -> str:
         (small_model("QuantumAttention", "com.qexport").SerializeToString(), "no fallback function in the file"),
         (small_model(opset=99).SerializeToString(), "opset 99 is newer than onnxruntime"),
         (small_model(ir_version=99).SerializeToString(), "IR version 99 is newer than onnxruntime"),
+        (bfloat16_model().SerializeToString(), "in the types of the model; bfloat16 takes --provider cuda, or"),
         (external_model("w.data").SerializeToString(), "missing"),
         (external_model("../outside.data").SerializeToString(), "outside"),
         (external_model("/etc/hostname").SerializeToString(), "outside"),
@@ -69,6 +77,7 @@ def error_of(path, **options) -> str:
         "no-fallback",
         "opset",
         "ir",
+        "bfloat16",
         "external-missing",
         "external-outside",
         "external-absolute",

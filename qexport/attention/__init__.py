@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from qexport._swap import check_writable
+from qexport.arguments import wholes
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
@@ -66,15 +67,13 @@ def map_attention(
     if not library:
         raise UsageError("library must be True or a path: attention maps come from the op library")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    for name, numbers in (("layers", layers), ("heads", heads)):
-        if numbers is not None and not len(numbers):
-            raise UsageError(f"{name} must name at least one, or be None for all")
+    layers = None if layers is None else sorted(set(wholes("layers", layers, 0)))
+    heads = None if heads is None else sorted(set(wholes("heads", heads, 0)))
     if output is not None:
         _check_output(Path(output), pictures)
     inputs = load_inputs(opened, data, batch=None if data is None else 1, seq=seq)
     if output is not None and inputs.samples > MOST_DRAWN:
         raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
-    layers, heads = (None if numbers is None else sorted({int(n) for n in numbers}) for numbers in (layers, heads))
     options = {"layers": layers, "heads": heads, "seed": seed, "library": library}
     where = {"providers": providers, "allow_fallback": allow_fallback}
     tell = portion(say, 0.0, 0.5 if output is not None else 1.0)

@@ -3,6 +3,7 @@
 Command modules are imported when they run, so that `--help` needs neither torch nor onnx.
 """
 
+import errno
 import json
 import os
 import sys
@@ -249,17 +250,20 @@ def main(argv=None) -> None:
             raise
         click.echo(f"qexport: error: {error}{_notes(error)}", err=True)
         code = error.exit_code
-    except Exception as error:
-        # The last boundary: what no layer below foresaw still becomes one line, with the way to the traceback.
+    except Exception as error:  # the last boundary
         if verbose:
             raise
-        first = (str(error).strip() or "no message").splitlines()[0]
-        click.echo(
-            f"qexport: internal error: {type(error).__name__}: {first} (run again with -v for the traceback){_notes(error)}",
-            err=True,
-        )
+        click.echo(f"qexport: {_unforeseen(error)}{_notes(error)}", err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What no layer below foresaw, in one line with the way to the traceback."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"error: no room is left where {error.filename or 'the output'} goes; free some"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"internal error: {type(error).__name__}: {first} (run again with -v for the traceback)"
 
 
 def _notes(error: BaseException) -> str:

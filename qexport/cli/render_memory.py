@@ -3,6 +3,7 @@
 import click
 
 from qexport.cli.text import table
+from qexport.memory.counters import NOT_ASKED
 from qexport.memory.text import leak_text, ratio_text, size_text
 
 KEYS = ("peak_bytes", "rise_bytes", "left_bytes")
@@ -27,7 +28,7 @@ def show_memory(which: str, size: str, model: dict, runtime: str, verbose: bool)
                 click.echo(f"{name.replace('_', ' ')} of {path}: {ratio_text(ratio)}")
     _show_peaks(which, model["nodes"], runtime, verbose)
     for name, reason in report["absent"].items():
-        if name != "onnxruntime":  # told above, from the trace
+        if name != "onnxruntime" and reason != NOT_ASKED:  # the one is told above, from the trace
             click.echo(f"absent {name}: {reason}")
 
 

@@ -8,6 +8,7 @@ of equal width that do not meet are a difference at about the .6 % level, so a p
 import math
 from dataclasses import dataclass, field
 
+from qexport.arguments import real
 from qexport.comparison.figures import FIGURES, VERDICTS, Figure, Part
 from qexport.documents import load_document, make_document, parts_of, well_formed
 from qexport.errors import UsageError
@@ -47,7 +48,7 @@ def compare(before, after, *, threshold: float = 0.05) -> Comparison:
     Raises:
         UsageError: a file is no report, or the two are of different kinds, models, sizes or inputs, or `threshold` < 0.
     """
-    if not 0 <= threshold < math.inf:
+    if not 0 <= real("threshold", threshold) < math.inf:
         raise UsageError(f"threshold must be a number >= 0, got {threshold}")
     documents = [parts_of(load_document(file), file) for file in (before, after)]
     known = [[name for name in document if name in FIGURES] for document in documents]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from onnx_ir.passes import common as passes
 
+from qexport.arguments import whole
 from qexport.bundle import MANIFEST, Bundle
 from qexport.compression.layers import SMALLEST
 from qexport.conversion import OPSETS, write_models
@@ -42,7 +43,7 @@ def open_model(
     from qexport.sources.opening import open_source
 
     opset = 23 if opset is None else opset
-    if not OPSETS[0] <= opset <= OPSETS[1]:
+    if not OPSETS[0] <= whole("opset", opset) <= OPSETS[1]:
         raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
     source = open_source(model, opset=opset, task=task, say=portion(say, 0.0, 0.5))
     passes.LiftConstantsToInitializersPass(size_limit=SMALLEST)(source.model)  # where weights are looked for

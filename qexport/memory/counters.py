@@ -230,9 +230,12 @@ SOURCES = {
 DEFAULT = tuple(name for name in SOURCES if name != "torch_cpu")
 
 
+NOT_ASKED = "not asked for in `sources`"
+
+
 def find(names) -> tuple[list[Counter], dict[str, str]]:
     """The counters of these sources, and of those that are not there, or not asked for, the reason."""
-    counters, absent = [], {name: "not asked for in `sources`" for name in SOURCES if name not in names}
+    counters, absent = [], {name: NOT_ASKED for name in SOURCES if name not in names}
     for name in names:
         try:
             counters += SOURCES[name]()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from qexport.arguments import whole
 from qexport.errors import UsageError
 from qexport.mps.train import MatrixProduct
 from qexport.ops.philox import philox4x32
@@ -81,8 +82,7 @@ def sample(train: MatrixProduct, shots: int, seed: int = 0) -> torch.Tensor:
         raise UsageError(
             f"sample takes one matrix, got a batch of shape {tuple(train.error.shape)}; take its cores one by one"
         )
-    if shots < 1:
-        raise UsageError(f"shots must be >= 1, got {shots}")
+    whole("shots", shots)
     cores = [core.double() for core in canonical(train, 0).cores]
     if not cores[0].square().sum() > 0:
         raise UsageError("a matrix of zeros has no state to measure")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from qexport.arguments import whole
 from qexport.errors import UsageError
 
 PRIMES = (5, 3, 2)  # sizes of a site's row and column index; other lengths are padded with zeros to a product of these
@@ -45,8 +46,7 @@ class Layout:
                 f"got {len(self.row_factors)} and {len(self.col_factors)}"
             )
         for name, size, factors in (("rows", self.rows, self.row_factors), ("cols", self.cols, self.col_factors)):
-            if size < 1:
-                raise UsageError(f"{name} must be >= 1, got {size}")
+            whole(name, size)
             if min(factors) < 1 or math.prod(factors) < size:
                 raise UsageError(f"{name[:-1]}_factors must be >= 1 with a product >= {name} = {size}, got {list(factors)}")
 
@@ -68,8 +68,7 @@ class Layout:
         Raises:
             UsageError: bond_dim below 1.
         """
-        if bond_dim < 1:
-            raise UsageError(f"bond_dim must be >= 1, got {bond_dim}")
+        whole("bond_dim", bond_dim)
         sizes = [r * c for r, c in zip(self.row_factors, self.col_factors, strict=True)]
         cuts = range(len(sizes) + 1)
         return tuple(min(bond_dim, math.prod(sizes[:k]), math.prod(sizes[k:])) for k in cuts)
@@ -97,8 +96,7 @@ def make_layout(kind: str, rows: int, cols: int) -> Layout:
     if kind not in KINDS:
         raise UsageError(f"layout must be one of {', '.join(KINDS)}, got {kind!r}")
     for name, size in (("rows", rows), ("cols", cols)):
-        if size < 1:
-            raise UsageError(f"{name} must be >= 1, got {size}")
+        whole(name, size)
     r, c = prime_factors(rows), prime_factors(cols)
     if kind == "serial":
         r, c = r + (1,) * len(c), (1,) * len(r) + c

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qexport.arguments import whole
 from qexport.errors import UsageError
 from qexport.noise.measured import MeasuredNoise
 from qexport.noise.mitigation import Mitigation, mitigated, parse_mitigation
@@ -76,8 +77,7 @@ def compare_mitigation(
         UsageError: rows that are no probabilities, shots or runs below their limits, or a parameter outside its own.
     """
     check_rows("compare_mitigation", p, least=2)
-    if shots < 1 or runs < 2:
-        raise UsageError(f"shots must be >= 1 and runs >= 2, got {shots} and {runs}")
+    whole("shots", shots), whole("runs", runs, 2)
     p = p.detach().double().reshape(-1, p.shape[-1])
     p = p / p.sum(-1, keepdim=True)
     models = [noise] if isinstance(noise, NoiseModel) else noise

@@ -35,6 +35,8 @@ def parse_mitigation(text: str) -> Mitigation:
     Raises:
         UsageError: an unknown method, or settings that it does not have.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"mitigation must be a text such as zne, got {text!r}")
     name, _, setting = text.partition(":")
     try:
         if name == "readout_inversion" and setting in ("", "project"):

@@ -103,6 +103,8 @@ def parse_noise(text: str) -> tuple[NoiseModel, ...]:
     Raises:
         UsageError: the text has another form, or a model is refused.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"noise must be a text such as depolarizing:0.01, got {text!r}")
     return tuple(_parse_one(part.strip()) for part in text.split(","))
 
 

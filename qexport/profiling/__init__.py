@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qexport import installed, runtime
+from qexport.arguments import whole, wholes
 from qexport.bundle import Bundle
 from qexport.documents import make_document
-from qexport.errors import QexportError, UsageError
+from qexport.errors import QexportError
 from qexport.generated import dimension_sizes, generate, symbols
 from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.model_memory import model_memory, needed
@@ -86,10 +87,10 @@ def profile(
         UsageError: a number below 1, a length above the model's limit, or `providers` as in `qexport.session`.
         QexportError: the bundle, the runtime, its providers or the target is at fault.
     """
-    batches, lengths = numbers("batch", batch), numbers("seq", seq)
-    for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
-        if value is not None and value < least:
-            raise UsageError(f"{name} must be >= {least}, got {value}")
+    batches, lengths = wholes("batch", batch), wholes("seq", seq)
+    whole("runs", runs), whole("warmup", warmup, 0)
+    if threads is not None:
+        whole("threads", threads)
     say = progress or unwatched
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if target is not None:
@@ -157,17 +158,6 @@ def _figures(tokens: int | None, least: dict[str, int], classical: dict | None) 
         }
         for name, path in (("model", ("model",)), ("run", ("model", "run")))
     }
-
-
-def numbers(name: str, value) -> list[int]:
-    """A number or several as a list; UsageError for none and for those below 1."""
-    values = [value] if isinstance(value, int) else list(value)
-    if not values:
-        raise UsageError(f"{name} must hold at least one number")
-    for number in values:
-        if number < 1:
-            raise UsageError(f"{name} must be >= 1, got {number}")
-    return values
 
 
 def _distinct_sizes(bundle: Bundle, batches, lengths) -> list[tuple[int, int | None, dict]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qexport import installed, runtime
+from qexport.arguments import real, several, whole
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.documents import make_document
@@ -115,7 +116,7 @@ def measure_resilience(
         raise UsageError("library must be True or a path: without the op library there is no noise")
     if plot is not None:
         check_plot(plot)
-    models = parse_channels(noise) if isinstance(noise, str) else tuple(noise)
+    models = parse_channels(noise) if isinstance(noise, str) else tuple(several("noise", noise))
     cells = _cells(models, levels, shots, mitigation, seeds, tolerance)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     masked = any(spec["kind"] == "mask" for spec in opened.manifest["inputs"])
@@ -155,17 +156,16 @@ def measure_resilience(
 
 def _cells(models, levels, shots, mitigation, seeds: int, tolerance: float) -> list[Cell]:
     """Every combination, checked, in the order in which it is run and shown."""
-    if seeds < 1:
-        raise UsageError(f"seeds must be >= 1, got {seeds}")
-    if not 0 < tolerance < math.inf:
+    whole("seeds", seeds)
+    if not 0 < real("tolerance", tolerance) < math.inf:
         raise UsageError(f"tolerance must be a positive number, such as 0.01 for 1 %, got {tolerance}")
     for name, given in (("levels", levels), ("shots", shots), ("mitigation", mitigation)):
-        if not len(given):
+        if not several(name, given):
             raise UsageError(f"{name} must name at least one")
     for number in shots:
         if number != INFINITE and not (isinstance(number, int) and 1 <= number < 2**31):
             raise UsageError(f"shots must be whole numbers from 1 to {2**31 - 1}, or {INFINITE}, got {number!r}")
-    levels = sorted({0.0, *map(float, levels)})
+    levels = sorted({0.0, *(real("levels", level) for level in levels)})
     return [
         make_cell(method, models, level, number)
         for method in dict.fromkeys(mitigation)

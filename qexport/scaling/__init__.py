@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from qexport import profiling
+from qexport.arguments import real, whole, wholes
 from qexport.documents import finite, make_document
 from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
@@ -116,11 +117,10 @@ def sweep(
     start, say = time.perf_counter(), progress or unwatched
     # torch's idle threads must not spin while another contender is timed; read once, when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    lengths = sorted(set(profiling.numbers("lengths", lengths)))
+    lengths = sorted(set(wholes("lengths", lengths)))
     for name, value in (("heads", heads), ("head_size", head_size), ("threads", threads)):
-        if value < 1:
-            raise UsageError(f"{name} must be >= 1, got {value}")
-    if not (seconds > 0 and math.isfinite(seconds)):
+        whole(name, value)
+    if not 0 < real("seconds", seconds) < math.inf:
         raise UsageError(f"seconds must be a positive number, got {seconds}")
     if plot is not None:
         check_plot(plot)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qexport import installed, runtime
 from qexport._swap import check_writable
+from qexport.arguments import real, whole
 from qexport.bundle import Bundle
 from qexport.bundle_writer import check_output
 from qexport.data import load_inputs
@@ -158,12 +159,12 @@ def tune(
 
 
 def _check(max_error, trials, time, seeds, threads, output) -> None:
-    if not 0 < max_error < 1:
+    if not 0 < real("max_error", max_error) < 1:
         raise UsageError(f"max_error must be between 0 and 1, such as 0.01 for 1 %, got {max_error}")
     for name, value in (("trials", trials), ("seeds", seeds), ("threads", threads)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be >= 1, got {value}")
-    if time is not None and not time > 0:
+        if value is not None:
+            whole(name, value)
+    if time is not None and not real("time", time) > 0:
         raise UsageError(f"time must be > 0 seconds, got {time}")
     if output is not None and not str(output).endswith(SUFFIXES):
         check_output(output)

@@ -7,6 +7,7 @@ to rounding) and with it, once per seed. docs/json_schema.md explains every figu
 import math
 from dataclasses import dataclass, field
 
+from qexport.arguments import real, whole
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
 from qexport.documents import make_document
@@ -93,9 +94,8 @@ def validate(
         UsageError: `seeds` < 1, `max_error` not positive, a wrong `batch` or `seq`, or `providers` as in `qexport.session`.
         QexportError: the bundle, the data, the runtime or its providers are at fault; one line says which and what to do.
     """
-    if seeds < 1:
-        raise UsageError(f"seeds must be >= 1, got {seeds}")
-    if max_error is not None and not 0 < max_error < math.inf:
+    whole("seeds", seeds)
+    if max_error is not None and not 0 < real("max_error", max_error) < math.inf:
         raise UsageError(f"max_error must be a positive number, got {max_error}")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     where = {"providers": full_names(providers), "allow_fallback": allow_fallback}

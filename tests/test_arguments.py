@@ -1,0 +1,91 @@
+"""What the functions of the package say to arguments of a wrong type: one line with the name and the value."""
+
+import numpy as np
+import pytest
+import torch
+from bundle_factory import make_bundle
+
+import qexport
+from qexport.arguments import real, several, whole, wholes
+from qexport.errors import UsageError
+from qexport.mps.layout import make_layout
+from qexport.noise.mitigation import parse_mitigation
+from qexport.noise.model import parse_noise
+from qexport.recipe import make_recipe
+from qexport.scaling import sweep
+
+
+def says(words, function, *arguments, **options):
+    with pytest.raises(UsageError) as error:
+        function(*arguments, **options)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3), True + 2])
+def test_whole_numbers(value):
+    assert whole("n", value) == 3
+    assert wholes("n", value) == wholes("n", [value]) == [3]
+    says("n must be >= 4, got 3", whole, "n", value, 4)
+
+
+@pytest.mark.parametrize("value", [3.0, "3", None, float("nan"), [3]])
+def test_what_is_no_whole_number(value):
+    says(f"n must be a whole number, got {value!r}", whole, "n", value)
+
+
+def test_numbers_and_lists():
+    assert wholes("n", range(1, 3)) == wholes("n", np.arange(1, 3)) == [1, 2]
+    says("n must hold at least one number", wholes, "n", [])
+    says("n must be a whole number, got '128'", wholes, "n", "128")
+    assert real("x", np.float32(0.5)) == real("x", torch.tensor(0.5)) == 0.5
+    for value in ("0.5", None, [0.5, 1]):
+        says(f"x must be a number, got {value!r}", real, "x", value)
+    assert several("x", (1, 2)) == [1, 2]
+    for value in ("ab", 3, None):
+        says(f"x must be a list, got {value!r}", several, "x", value)
+
+
+@pytest.fixture(scope="module")
+def bundle(module_path):
+    return make_bundle(module_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "words"),
+    [
+        (qexport.validate, {"seeds": 1.5}, "seeds must be a whole number, got 1.5"),
+        (qexport.validate, {"seq": "x"}, "seq must be a whole number, got 'x'"),
+        (qexport.validate, {"max_error": "1%"}, "max_error must be a number, got '1%'"),
+        (qexport.profile, {"seq": 8.5}, "seq must be a whole number, got 8.5"),
+        (qexport.profile, {"runs": None}, "runs must be a whole number, got None"),
+        (qexport.tune, {"max_error": "1%"}, "max_error must be a number, got '1%'"),
+        (qexport.tune, {"max_error": 0.1, "trials": "7"}, "trials must be a whole number, got '7'"),
+        (qexport.map_attention, {"layers": "0"}, "layers must be a whole number, got '0'"),
+        (qexport.map_attention, {"heads": [0, -1]}, "heads must be >= 0, got -1"),
+        (qexport.measure_resilience, {"levels": 0.1}, "levels must be a list, got 0.1"),
+        (qexport.measure_resilience, {"levels": ["low"]}, "levels must be a number, got 'low'"),
+        (qexport.measure_resilience, {"noise": 3}, "noise must be a list, got 3"),
+        (qexport.measure_resilience, {"mitigation": "zne"}, "mitigation must be a list, got 'zne'"),
+    ],
+)
+def test_functions_of_a_bundle(bundle, function, options, words):
+    says(words, function, bundle, **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options", "words"),
+    [
+        (qexport.convert, ["model", "out"], {"opset": "23"}, "opset must be a whole number, got '23'"),
+        (qexport.convert, ["model", None], {}, "output must be a folder, got None; dry_run=True writes nothing"),
+        (qexport.compare, ["a.json", "b.json"], {"threshold": "5%"}, "threshold must be a number, got '5%'"),
+        (sweep, [], {"lengths": "128"}, "lengths must be a whole number, got '128'"),
+        (sweep, [], {"lengths": [float("nan")]}, "lengths must be a whole number, got nan"),
+        (make_recipe, [[1]], {}, "recipe must be a dict or a file, got [1]"),
+        (make_layout, ["serial", 4.0, 4], {}, "rows must be a whole number, got 4.0"),
+        (parse_noise, [None], {}, "noise must be a text such as depolarizing:0.01, got None"),
+        (parse_mitigation, [None], {}, "mitigation must be a text such as zne, got None"),
+    ],
+)
+def test_functions_of_anything_else(function, arguments, options, words):
+    says(words, function, *arguments, **options)
