@@ -26,6 +26,9 @@ struct PipelineTile {
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kKeyBytes + kBarrierBytes;
   // Registers of a thread, 65536 in all.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  // What a block starts with: as many for each thread, in steps of 8.
+  static_assert(kGroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536 / kThreads / 8 * 8 * kThreads,
+                "who takes registers would wait for ever");
 };
 
 // Where a block lies in a ring of kStages slots, and the parity of the slot's phase then.

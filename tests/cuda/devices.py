@@ -1,6 +1,9 @@
 """Where the CUDA kernels run in tests, as the `device` of the functions of qexport._core: `emulated`, on numpy arrays as the
 memory of a device, and `gpu`, on torch tensors."""
 
+import ctypes
+import mmap
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,8 +11,24 @@ import pytest
 from qexport import _core
 
 
+def guarded(shape, dtype):
+    """An array behind which nothing may be read or written: its end, rounded up to 16 bytes, is that of the memory. It holds
+    NaN, so that what is not written shows."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    whole = -(-size // 16) * 16
+    end = -(-whole // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, end + mmap.PAGESIZE)
+    array = np.frombuffer(memory, np.uint8, size, end - whole)
+    array.fill(0xFF)
+    last = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + end
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(last), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError("mprotect failed")
+    return array.view(dtype).reshape(shape)
+
+
 class Emulated:
-    """The kernels of the emulation library. New arrays hold NaN, so that what is not written shows."""
+    """The kernels of the emulation library, on arrays behind which the process ends."""
 
     name, stream = "emulated", 0
 
@@ -21,15 +40,15 @@ class Emulated:
         return array.__array_interface__["data"][0], str(array.dtype), array.shape, strides
 
     def contiguous(self, array):
-        return array.copy(order="C")
+        return self.put(np.ascontiguousarray(array))
 
     def empty(self, shape, dtype):
-        array = np.empty(shape, dtype)
-        array.reshape(-1).view(np.uint8).fill(0xFF)
-        return array
+        return guarded(shape, dtype)
 
     def put(self, array):
-        return array.copy()
+        guard = guarded(array.shape, array.dtype)
+        guard[...] = array
+        return guard
 
     def get(self, array):
         return array

@@ -1,4 +1,7 @@
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
+#include <algorithm>
+#include <numeric>
+
 #include "emulation_threads.h"
 
 namespace emulation {
@@ -76,10 +79,13 @@ void run_block(const std::function<void()>& body) {
     makecontext(&thread.start, enter, 0);
     ++block->meeting.running, ++block->warps[i / 32].meeting.running;
   }
-  for (unsigned round = 0, left = count; left > 0; ++round) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  for (unsigned left = count; left > 0;) {
     bool progress = false;
-    for (unsigned i = 0; i < count; ++i) {
-      Thread& thread = block->threads[round % 2 ? count - 1 - i : i];
+    std::shuffle(order.begin(), order.end(), block->chance);
+    for (const unsigned i : order) {
+      Thread& thread = block->threads[i];
       if (thread.done || (thread.waits && thread.waits->generation == thread.generation)) continue;
       progress = true;
       resume(thread);

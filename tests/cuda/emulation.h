@@ -1,5 +1,5 @@
 // CUDA kernels on the CPU, for tests without a GPU: the threads of a block run as fibers of one thread, switching at
-// barriers and warp operations, in an order that changes from round to round so that a missing barrier shows as a wrong
+// barriers and warp operations. They go on in any order, as the blocks do, so that a missing barrier shows as a wrong
 // result, as does an asynchronous copy that nobody waited for. Needs the headers of a CUDA toolkit (types alone), no CUDA
 // library and no GPU.
 #pragma once
@@ -10,7 +10,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "emulation_builtins.h"
 #include "emulation_threads.h"
@@ -24,17 +26,18 @@ struct Device {
   int capability, multiprocessors, shared_bytes;
 };
 
+inline int number_of_tests(const char* name, int otherwise) {
+  const char* const text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
 // A Hopper unless QEXPORT_EMULATED_CAPABILITY says otherwise, small enough that persistent grids loop.
 inline Device device_of_tests() {
-  const auto number = [](const char* name, int otherwise) {
-    const char* const text = std::getenv(name);
-    return text ? std::atoi(text) : otherwise;
-  };
-  const int capability = number("QEXPORT_EMULATED_CAPABILITY", 90);
+  const int capability = number_of_tests("QEXPORT_EMULATED_CAPABILITY", 90);
   // The most that a block may have, of the CUDA programming guide's table of compute capabilities.
   const bool roomy = capability == 80 || capability == 87, least = capability < 90 || capability >= 120;
   const int kib = capability < 80 ? 64 : roomy ? 163 : least ? 99 : 227;
-  return {capability, number("QEXPORT_EMULATED_MULTIPROCESSORS", 4), kib * 1024};
+  return {capability, number_of_tests("QEXPORT_EMULATED_MULTIPROCESSORS", 4), kib * 1024};
 }
 
 inline char* dynamic_shared_bytes() { return emulation::shared_memory(); }
@@ -47,18 +50,21 @@ void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, 
   if (size.x * size.y * size.z > 1024) return status.fail("too many threads");
   if (grid.x > INT32_MAX || std::max(grid.y, grid.z) > UINT16_MAX) return status.fail("too many blocks");
   const std::tuple<Params...> values(static_cast<Params>(args)...);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        emulation::Block block{};
-        block.index = dim3(x, y, z), block.size = size, block.grid = grid;
-        block.shared.assign(shared_bytes + 2 * emulation::kSharedAlign, emulation::kUnwritten);
-        emulation::block = &block;
-        emulation::run_block([&] { std::apply(kernel, values); });
-        emulation::check_shared(shared_bytes);
-        emulation::block = nullptr;
-      }
-    }
+  // In any order, but the same in every run of a test.
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), uint64_t{0});
+  const auto seed = static_cast<unsigned>(number_of_tests("QEXPORT_EMULATED_SEED", 0));
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  for (const uint64_t at : order) {
+    emulation::Block block{};
+    block.index = dim3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                       static_cast<unsigned>(at / grid.x / grid.y));
+    block.size = size, block.grid = grid, block.chance.seed(seed + static_cast<unsigned>(at));
+    block.shared.assign(shared_bytes + 2 * emulation::kSharedAlign, emulation::kUnwritten);
+    emulation::block = &block;
+    emulation::run_block([&] { std::apply(kernel, values); });
+    emulation::check_shared(shared_bytes);
+    emulation::block = nullptr;
   }
 }
 template <class AnyStatus>

@@ -3,7 +3,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <numeric>
 
 #include "barriers.cuh"
 
@@ -25,6 +27,15 @@ __global__ void copies() {
   cp_async_wait<kPending>();
   __syncwarp();
   output[threadIdx.x] = shared[4 * (kWarp * (kGroups - 1) + threadIdx.x)];
+}
+// Right if threads, or blocks, went on one behind the other.
+__global__ void read_of_the_thread_before() {
+  uint32_t* const shared = dynamic_shared<uint32_t>();
+  shared[threadIdx.x] = threadIdx.x;
+  output[threadIdx.x] = threadIdx.x > 0 && shared[threadIdx.x - 1] == kNothing;
+}
+__global__ void read_of_the_block_before() {
+  if (threadIdx.x == 0) output[blockIdx.x] = blockIdx.x > 0 ? output[blockIdx.x - 1] + 1 : 1;
 }
 __global__ void shuffle_against_vote() {
   if (threadIdx.x % 2) {
@@ -66,6 +77,14 @@ uint32_t copied(void (*kernel)()) {
   return output[kWarp - 1];
 }
 
+// What kernels leave in output[0 .. 31], added up.
+uint32_t sum_of_outputs(void (*kernel)(), unsigned blocks) {
+  Status status;
+  std::fill_n(output, kWarp, 0u);
+  launch(status, kernel, dim3(blocks), dim3(kWarp), 2048, nullptr);
+  return std::accumulate(output, output + kWarp, 0u);
+}
+
 int wrong = 0;
 void expect(bool holds, const char* what) {
   if (!holds) std::printf("not so: %s\n", what), ++wrong;
@@ -81,6 +100,8 @@ int main() {
   expect(copied(copies<2, 0>) == 0, "so is the last of two");
   expect(copied(copies<1, 1>) == kNothing, "one that was not waited for is not");
   expect(copied(copies<2, 1>) == kNothing, "nor the last of two, of which the first was");
+  expect(sum_of_outputs(read_of_the_thread_before, 1) > 0, "threads run in any order");
+  expect(sum_of_outputs(read_of_the_block_before, kWarp) != kWarp * (kWarp + 1) / 2, "and so do blocks");
   expect(dies(shuffle_against_vote, kWarp), "lanes meet at different operations");
   expect(dies(vote_of_half_a_warp, kWarp), "a vote after lanes have ended");
   expect(dies(write_behind_shared, kWarp), "a write behind the shared memory");

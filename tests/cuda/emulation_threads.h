@@ -12,6 +12,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <random>
 #include <vector>
 
 namespace emulation {
@@ -62,6 +63,7 @@ struct Block {
   std::map<const void*, Meeting> phases;  // barriers that count arrivals, by their place in shared memory
   std::map<int, Meeting> numbered;
   std::jmp_buf scheduler;
+  std::mt19937 chance;  // of the order in which threads go on
   Thread* now = nullptr;
 };
 
