@@ -79,17 +79,22 @@ void run_block(const std::function<void()>& body) {
     makecontext(&thread.start, enter, 0);
     ++block->meeting.running, ++block->warps[i / 32].meeting.running;
   }
-  std::vector<unsigned> order(count);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> warps(block->warps.size());
+  std::iota(warps.begin(), warps.end(), 0u);
   for (unsigned left = count; left > 0;) {
     bool progress = false;
-    std::shuffle(order.begin(), order.end(), block->chance);
-    for (const unsigned i : order) {
-      Thread& thread = block->threads[i];
-      if (thread.done || (thread.waits && thread.waits->generation == thread.generation)) continue;
-      progress = true;
-      resume(thread);
-      left -= thread.done;
+    std::shuffle(warps.begin(), warps.end(), block->chance);
+    for (const unsigned warp : warps) {
+      const auto chance = static_cast<unsigned>(block->chance());
+      for (unsigned k = 0; k < 32; ++k) {
+        const unsigned i = warp * 32 + (chance / 32 + k * (chance | 1)) % 32;  // an odd step meets every lane
+        if (i >= count) continue;
+        Thread& thread = block->threads[i];
+        if (thread.done || (thread.waits && thread.waits->generation == thread.generation)) continue;
+        progress = true;
+        resume(thread);
+        left -= thread.done;
+      }
     }
     if (!progress) die("threads wait for each other: a barrier or warp operation that not all reach");
   }
