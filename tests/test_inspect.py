@@ -133,3 +133,13 @@ def test_what_is_no_model(tmp_path, name, content, message):
 def test_a_folder_that_is_no_bundle(tmp_path):
     with pytest.raises(QexportError, match="not a bundle"):
         inspect(tmp_path)
+
+
+def test_inputs_of_all_layers_stand_once(qexport, tmp_path):
+    names = ["past.0.key", "past.0.value", "past.1.key", "past.1.value", "past.2.key", "past.3.value", "x"]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, "n"]) for name in names]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([helper.make_node("Sum", names, ["y"])], "g", values, [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    _, out, _ = qexport("inspect", tmp_path / "m.onnx")
+    assert "inputs    past.0..2.key float[2, n], past.0,1,3.value float[2, n], x float[2, n]\n" in out

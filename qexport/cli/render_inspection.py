@@ -19,8 +19,8 @@ def show_inspection(found: dict, verbose: bool) -> None:
         "sha256": found["sha256"],
         "opset": ", ".join(f"{domain} {version}" for domain, version in found["opsets"].items()),
         "needs": f"IR {found['ir_version']}, onnxruntime {found['min_onnxruntime']} or newer",
-        "inputs": ", ".join(map(_value_text, found["inputs"])),
-        "outputs": ", ".join(map(_value_text, found["outputs"])),
+        "inputs": _values_text(found["inputs"]),
+        "outputs": _values_text(found["outputs"]),
         "recipe": _asked_for(found["recipe"]),
         "weights": _weights_text(found["compression"]),
         "nodes": f"{found['nodes']}: "
@@ -72,7 +72,19 @@ def _weights_text(compression: dict | None) -> str:
     )
 
 
-def _value_text(value: dict) -> str:
-    return f"{value['name']} {value['dtype']}{value['shape']}".replace("'", "") + (
-        " (optional)" if value.get("optional") else ""
-    )
+def _values_text(values: list[dict]) -> str:
+    """Inputs or outputs with their types; those that all layers have alike stand once, as past.0..5.key."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for value in values:
+        text = f" {value['dtype']}{value['shape']}".replace("'", "") + (" (optional)" if value.get("optional") else "")
+        match = re.fullmatch(r"(\D+\.)(\d+)(\.\D+)", value["name"])
+        before, number, behind = match.groups() if match else (value["name"], "", "")
+        layers.setdefault((before, behind + text), []).append(number)
+    return ", ".join(f"{before}{_span(numbers)}{behind}" for (before, behind), numbers in layers.items())
+
+
+def _span(numbers: list[str]) -> str:
+    """Numbers of layers: from..to where none is left out."""
+    if len(numbers) < 3 or [*map(int, numbers)] != [*range(int(numbers[0]), int(numbers[0]) + len(numbers))]:
+        return ",".join(numbers)
+    return f"{numbers[0]}..{numbers[-1]}"
