@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 from qexport.errors import QexportError
 
@@ -24,14 +25,14 @@ class Kind:
         name: how it is called; manifest["kind"].
         command: the one that writes it.
         again: the mend of a damaged one.
-        keys: those that its manifest must have.
+        keys: those that its manifest must have, and what they hold; lists are of objects.
         sealed: whether a file beside the manifest holds its sha256, in the form that `sha256sum -c` reads.
     """
 
     name: str
     command: str
     again: str
-    keys: tuple[str, ...]
+    keys: dict[str, type | tuple[type, ...]]
     sealed: bool = False
 
 
@@ -39,7 +40,15 @@ BUNDLE = Kind(
     "bundle",
     "qexport convert MODEL -o DIR",
     "convert again",
-    ("files", "sites", "left_alone", "inputs", "limits", "opset", "seed_input"),
+    {
+        "files": dict,
+        "sites": list,
+        "left_alone": list,
+        "inputs": list,
+        "limits": dict,
+        "opset": int,
+        "seed_input": (str, NoneType),
+    },
 )
 
 
@@ -140,9 +149,13 @@ def read_manifest(path, kind: Kind = BUNDLE) -> dict:
     found = manifest.get("kind", BUNDLE.name)  # bundles of earlier releases do not say what they are
     if found != kind.name:
         raise QexportError(f"{path}: a {found}, not a {kind.name}; make one with '{kind.command}'")
-    for key in kind.keys:
+    for key, types in kind.keys.items():
         if key not in manifest:
             raise QexportError(f"{file}: key {key!r} is missing; {kind.again}")
+        value = manifest[key]
+        entries = value if isinstance(value, list) else []
+        if not isinstance(value, types) or not all(isinstance(entry, dict) for entry in entries):
+            raise QexportError(f"{file}: key {key!r} holds what it cannot be, {value!r:.60}; {kind.again}")
     for name in manifest["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise QexportError(f"{file}: file name {name!r} leaves the folder of the {kind.name}; do not trust it")

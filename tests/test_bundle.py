@@ -290,6 +290,8 @@ def edit(folder, **changes):
         (lambda f: (f / MANIFEST).write_text("[1]"), "no schema_version"),
         (lambda f: edit(f, schema_version=99), "schema_version 99 is newer"),
         (lambda f: edit(f, sites=None), "key 'sites' is missing"),
+        (lambda f: edit(f, sites="none"), "key 'sites' holds what it cannot be, 'none'; convert again"),
+        (lambda f: edit(f, inputs=["ids"]), "key 'inputs' holds what it cannot be, ['ids']"),
         (lambda f: edit(f, files={"../../etc/passwd": {}}), "leaves the folder"),
         (lambda f: (f / "classical.onnx").unlink(), "classical.onnx of the bundle is missing"),
         (lambda f: (f / "test_data_set_0" / "input_0.pb").unlink(), "input_0.pb of the bundle is missing"),

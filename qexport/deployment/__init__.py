@@ -9,6 +9,7 @@ them, and the sha256 of every file.
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 
@@ -34,7 +35,14 @@ DEPLOYMENT = Kind(
     "deployment",
     "qexport bundle DIR -o OUT",
     "pack it again",
-    ("files", "target", "provider", "min_onnxruntime", "source", "qexport_version"),
+    {
+        "files": dict,
+        "target": str,
+        "provider": str,
+        "min_onnxruntime": str,
+        "source": (dict, NoneType),
+        "qexport_version": str,
+    },
     sealed=True,
 )
 
