@@ -263,9 +263,9 @@ def test_without_a_gpu_it_says_so():
         program.main([])
 
 
-def test_the_readme_has_figures_of_a_gpu_only_after_a_run(tmp_path, monkeypatch):
+def test_there_are_figures_of_a_gpu_only_after_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    assert figures.section() == ""
+    assert figures.gpu() == ""
     (tmp_path / "cuda.json").touch()
     rows = attention.exact(32, 64, False, torch.float32, "cpu")
     card = {"card": "a card", "driver": "1", "cuda": "13", "onnxruntime": "1", "torch": "2", "copy_gb_per_s": 3000.0}
@@ -275,7 +275,7 @@ def test_the_readme_has_figures_of_a_gpu_only_after_a_run(tmp_path, monkeypatch)
     results["decode"] = [measure.with_ceilings(row, card) for row in attention.step(700, 2, torch.float32, "cpu")]
     results["goals"] = [{"goal": "fast", "limit": ">= 1", "measured": 1.5, "verdict": "met"}]
     monkeypatch.setattr(figures, "load", lambda name: results)
-    text = figures.section()
+    text = figures.gpu()
     assert "a card, driver 1" in text
     assert "| 32 | 64 |  | float32 |" in text
     assert "| QuantumNoise | 16 rows of 32, depolarizing |" in text

@@ -233,7 +233,7 @@ def test_a_dry_run_finds_the_sites(made):
         ("tests.torch_zoo:decoder_that_looks_ahead", {}, QexportError, "cannot have a KV cache: it is not causal"),
         ("tests.torch_zoo:encoder", {}, QexportError, "token ids and position ids, both (batch, sequence); it has"),
         ("tests.torch_zoo:decoder", {"kv_cache": 65}, UsageError, "kv_cache must be at most 64"),
-        ("tests.torch_zoo:decoder", {"kv_cache": 1}, UsageError, "kv_cache must be at least 2 tokens, got 1"),
+        ("tests.torch_zoo:decoder", {"kv_cache": 1}, UsageError, "kv_cache must be >= 2, got 1"),
         ("tests.torch_zoo:decoder", {"opset": 23}, UsageError, "opset must be between 24 and 24, got 23 with kv_cache"),
     ],
 )
