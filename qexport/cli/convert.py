@@ -3,8 +3,6 @@
 import click
 
 from qexport.cli import DIR, FILE, Numbers, Share, Shots, common_options, print_json
-from qexport.cli.render import show_conversion
-from qexport.cli.text import progress_bar
 from qexport.ops import QUANTUM_ATTENTION
 
 
@@ -47,6 +45,8 @@ def command(model, output, config, dry_run, as_json, quiet, verbose, **options):
     MODEL is a Hugging Face folder, a package.module:callable that returns a torch module and its example inputs, a .pt2
     file of torch.export, or an .onnx file (opset 11 or newer).
     """
+    from qexport.cli.render import show_conversion
+    from qexport.cli.text import progress_bar
     from qexport.conversion import convert
 
     if output is None and not dry_run:
