@@ -3,6 +3,7 @@
 import operator
 
 from qexport.errors import UsageError
+from qexport.failures import one_line
 
 
 def whole(name: str, value, least: int = 1) -> int:
@@ -14,7 +15,7 @@ def whole(name: str, value, least: int = 1) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+        raise UsageError(f"{name} must be a whole number, got {one_line(repr(value))}") from None
     if number < least:
         raise UsageError(f"{name} must be >= {least}, got {number}")
     return number
@@ -43,7 +44,7 @@ def real(name: str, value) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} must be a number, got {value!r}") from None
+        raise UsageError(f"{name} must be a number, got {one_line(repr(value))}") from None
 
 
 def several(name: str, value) -> list:
@@ -53,13 +54,13 @@ def several(name: str, value) -> list:
         UsageError: it is a single text or number.
     """
     if not _is_several(value):
-        raise UsageError(f"{name} must be a list, got {value!r}")
+        raise UsageError(f"{name} must be a list, got {one_line(repr(value))}")
     return list(value)
 
 
 def _is_several(value) -> bool:
     try:
-        iter(value)
+        len(value)  # an iterator, which can be looked at once, has none
     except TypeError:
         return False
     return not isinstance(value, (str, bytes))

@@ -1,7 +1,9 @@
-"""What tests of the command line share: the shape of an error, and the time that a command computes."""
+"""What tests of errors and of the command line share: the shape of an error, and the time that a command computes."""
 
 import os
 import statistics
+
+import pytest
 
 
 def assert_one_line(code, out, err, *words, expected=1):
@@ -11,6 +13,14 @@ def assert_one_line(code, out, err, *words, expected=1):
     assert err.startswith("qexport: error: ")
     for word in words:
         assert word in err
+
+
+def one_line(kind, words, function, *arguments, **options):
+    """Asserts that a call raises an error of this kind, whose one line holds the words."""
+    with pytest.raises(kind) as error:
+        function(*arguments, **options)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def processor_time(call):

@@ -1,9 +1,12 @@
 """What the functions of the package say to arguments of a wrong type: one line with the name and the value."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from bundle_factory import make_bundle
+from cli_cases import one_line
 
 import qexport
 from qexport.arguments import real, several, whole, wholes
@@ -14,12 +17,7 @@ from qexport.noise.model import parse_noise
 from qexport.recipe import make_recipe
 from qexport.scaling import sweep
 
-
-def says(words, function, *arguments, **options):
-    with pytest.raises(UsageError) as error:
-        function(*arguments, **options)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
+says = functools.partial(one_line, UsageError)
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3), True + 2])
@@ -38,6 +36,8 @@ def test_numbers_and_lists():
     assert wholes("n", range(1, 3)) == wholes("n", np.arange(1, 3)) == [1, 2]
     says("n must hold at least one number", wholes, "n", [])
     says("n must be a whole number, got '128'", wholes, "n", "128")
+    says("n must be a whole number, got <generator", wholes, "n", (n for n in range(3)))
+    says("n must be a whole number, got array([[0., 0.]", whole, "n", np.zeros((2, 2)))
     assert real("x", np.float32(0.5)) == real("x", torch.tensor(0.5)) == 0.5
     for value in ("0.5", None, [0.5, 1]):
         says(f"x must be a number, got {value!r}", real, "x", value)

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from cli_cases import one_line
 from click.testing import CliRunner
 from fake_gpu import CUDA
 from scipy import stats
@@ -143,13 +144,6 @@ def test_a_text_may_fill_the_cache_to_the_last_place(generator):
     with pytest.raises(QexportError, match="the cache of 48 tokens is full: 48 are in it and 1 more were given"):
         generator.append([[7]])
     assert generator.past.tolist() == [LENGTH]
-
-
-def one_line(kind, words, function, *arguments, **options):
-    with pytest.raises(kind) as error:
-        function(*arguments, **options)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,8 @@ def test_more_that_is_refused():
         mitigated(ZeroNoiseExtrapolation((1, 1.5)), both, tensor(8), 100)
     with pytest.raises(UsageError, match="shots must be >= 1, got 0"):
         compare_mitigation(tensor(8), GOOD, 0)
+    with pytest.raises(UsageError, match="runs must be >= 2, got 1"):
+        compare_mitigation(tensor(8), GOOD, 10, runs=1)
     with pytest.raises(UsageError, match="probabilities must sum to 1"):
         compare_mitigation(torch.ones(8), GOOD, 10)
 
