@@ -57,6 +57,12 @@ __device__ __forceinline__ char* dynamic_shared_bytes() {
   return qexport_dynamic_shared;
 }
 
+// The compute capability, as 10 * major + minor, that the kernels of the current device were compiled for, its number of
+// multiprocessors, and the most shared memory that a block of threads may have.
+struct Device {
+  int capability, multiprocessors, shared_bytes;
+};
+
 inline void check(Status& status, cudaError_t code) {
   if (code == cudaSuccess) return;
   status.fail(cudaGetErrorString(code));
@@ -78,27 +84,48 @@ inline void allow_shared(Status& status, const void* kernel, size_t bytes) {
   check(status, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
-// Queues kernel<<<grid, block, shared_bytes, stream>>>(args...).
+// Queues kernel<<<grid, block, shared_bytes, stream>>>(args...), with an attribute or none.
 template <class... Params, class... Args>
-void launch(Status& status, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            Args... args) {
+void launch_with(Status& status, cudaLaunchAttribute* attribute, void (*kernel)(Params...), dim3 grid, dim3 block,
+                 size_t shared_bytes, void* stream, Args... args) {
   if (!status.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes + kSharedDeclared > kSharedUnasked)
     allow_shared(status, reinterpret_cast<const void*>(kernel), shared_bytes);
   if (!status.ok()) return;
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
-  check(status, cudaGetLastError());
+  const unsigned attributes = attribute ? 1 : 0;
+  const cudaLaunchConfig_t config{grid, block, shared_bytes, static_cast<cudaStream_t>(stream), attribute, attributes};
+  check(status, cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+template <class... Params, class... Args>
+void launch(Status& status, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Args... args) {
+  launch_with(status, nullptr, kernel, grid, block, shared_bytes, stream, args...);
+}
+// Its blocks of threads begin where those of the kernel before leave room, once all of them have called let_next_begin or
+// are done ("Programmatic Dependent Launch" of the CUDA programming guide). They begin with wait_for_kernel_before.
+template <class... Params, class... Args>
+void launch_overlapping(Status& status, const Device& device, void (*kernel)(Params...), dim3 grid, dim3 block,
+                        size_t shared_bytes, void* stream, Args... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch_with(status, device.capability >= 90 ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, args...);
+}
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 inline void fill_zero(Status& status, void* data, size_t bytes, void* stream) {
   if (status.ok() && bytes) check(status, cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// The compute capability, as 10 * major + minor, that the kernels of the current device were compiled for, its number of
-// multiprocessors, and the most shared memory that a block of threads may have.
-struct Device {
-  int capability, multiprocessors, shared_bytes;
-};
 inline Device current_device(Status& status) {
   int id = 0, major = 0, minor = 0, count = 1, shared = 0;
   check(status, cudaGetDevice(&id));

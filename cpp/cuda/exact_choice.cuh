@@ -45,7 +45,7 @@ using Warpgroups = Choice<FlashTile<T, kHead, 1, kWarps, 64, kBlocksPerProcessor
 template <class T, int kHead, int kConsumers, int kKeys, int kStages, bool kTurns = true>
 using Pipeline = Choice<PipelineTile<T, kHead, kConsumers, kKeys, kStages, kTurns>, FlashState>;
 template <class T, int kHead>
-using SplitPipeline = Choice<PipelineTile<T, kHead, 2, 128, 3, false, 2>, FlashState>;
+using SplitPipeline = Choice<PipelineTile<T, kHead, 2, 64, 5, false, 2>, FlashState>;
 template <class T, int kHead, int kRows, int kKeys, int kBlocksPerProcessor>
 using Simt = Choice<SimtTile<T, kHead, kRows, kKeys, kBlocksPerProcessor>, SimtState>;
 template <class T_>
@@ -74,18 +74,18 @@ void visit_choice(const AttentionJob& job, const Device& device, const Visit& vi
 // nothing for few queries, whose keys are split.
 inline bool pipeline_applies(const AttentionJob& job, const Device& device) {
   const QuantumAttentionParams& p = job.params;
-  return device.capability == 90 && std::max(p.head_size, p.v_head_size) > 32 && !job.tensors.mask.data &&
+  return device.capability == 90 && !job.tensors.mask.data &&
          p.batch * p.q_heads * p.q_len > int64_t{kFlashMostJoined} * device.multiprocessors;
 }
 
-// Visits the choice that is done first: a wave of tiles, one on each multiprocessor, takes about 0.45 : 0.8 : 1 of the time.
-// 0.8 and 1 were measured on an H200 at 4096 to 16384 keys; 0.45 is a guess, since the small tile has the warpgroups of the
-// middle one and half the queries.
+// Visits the choice that is done first. A wave of tiles, one on each multiprocessor, takes these shares of the time that one
+// of the large ones takes, as measured on an H200 at 2048 to 16384 keys.
 template <class Small, class Middle, class Large, class Visit>
-void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& visit) {
+void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& visit, double middle_share) {
+  constexpr double kSmallShare = 0.47;
   const auto keys = [&](const Cut& cut) { return keys_in_turn(job, device, cut); };
-  const double small = 0.45 * keys(cut_of<typename Small::Tile>(job, device));
-  const double middle = 0.8 * keys(cut_of<typename Middle::Tile>(job, device));
+  const double small = kSmallShare * keys(cut_of<typename Small::Tile>(job, device));
+  const double middle = middle_share * keys(cut_of<typename Middle::Tile>(job, device));
   const double large = keys(cut_of<typename Large::Tile>(job, device));
   if (large < std::min(small, middle)) return visit(Large{});
   if (middle < small) return visit(Middle{});
@@ -99,10 +99,10 @@ void choose_half(const AttentionJob& job, const Device& device, const Visit& vis
     if (pipeline_applies(job, device)) {
       if (size <= 64) {
         return visit_cheapest<SplitPipeline<T, 64>, Pipeline<T, 64, 2, 128, 3>, Pipeline<T, 64, 3, 128, 3>>(job, device,
-                                                                                                            visit);
+                                                                                                            visit, 0.8);
       }
-      return visit_cheapest<SplitPipeline<T, 128>, Pipeline<T, 128, 2, 64, 4>, Pipeline<T, 128, 3, 64, 3, false>>(
-          job, device, visit);
+      return visit_cheapest<SplitPipeline<T, 128>, Pipeline<T, 128, 2, 128, 2>, Pipeline<T, 128, 3, 64, 3, false>>(
+          job, device, visit, 0.66);
     }
     if (device.capability == 90) {  // the waves are those from which warpgroups were faster on an H200
       if (size > 32 && size <= 64) return visit_choice<Warpgroups<T, 64, 8, 2>, Flash<T, 64, 1, 3>>(job, device, visit, 1.5);

@@ -35,6 +35,9 @@ struct Cut {
   int parts, tile_rows;  // rows that a tile has at most
   int64_t blocks() const { return whole + cut * parts; }
   int64_t part_rows() const { return cut * tile_rows * parts; }  // that are left to be joined
+  // Floats of scratch: two numbers for each of those rows, up to a multiple of 16 bytes, then the rows.
+  int64_t stats() const { return ceil_div<int64_t>(part_rows(), 2) * 4; }
+  int64_t scratch(int64_t columns) const { return stats() + part_rows() * columns; }
 };
 
 // The keys that a multiprocessor goes through, one wave of blocks after the other, where it has one block at a time. Parts

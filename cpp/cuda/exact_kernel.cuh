@@ -48,6 +48,7 @@ __global__ __launch_bounds__(Tile::kThreads,
 #endif
   using T = typename Tile::T;
   char* const shared = dynamic_shared<char>();
+  if (launch.cut) let_next_begin();
   ExactTileOf<Tile> tile;
   if (!tile.open(launch, shared + Tile::kSharedBytes)) return;
   State<Tile> state;
@@ -73,23 +74,63 @@ __global__ __launch_bounds__(Tile::kThreads,
   }
 }
 
-// A row of the tiles that were cut by each team of `warps`.
-template <class T>
-__global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_constant__ ExactLaunch launch, int warps) {
+// Row `index` of those that were cut: calls join(T* to, float* stats, float* outputs) with where it goes and what its parts
+// left, unless it lies beyond its tile or is not wanted.
+template <class T, class Join>
+__device__ __forceinline__ void for_cut_row(const ExactLaunch& launch, int index, const Join& join) {
   const QuantumAttentionParams& p = launch.job.params;
-  const int threads = warps * kWarp, thread = static_cast<int>(threadIdx.x);
-  const int index = static_cast<int>(blockIdx.x) * (kJoinThreads / threads) + thread / threads;
   const int among_cut = index / launch.tile_rows, row = index - among_cut * launch.tile_rows;
   if (among_cut >= launch.cut) return;
   const TilePlace tile = launch.tile_at(launch.whole + among_cut, launch.tile_rows);
   if (tile.first_row + row >= launch.pack * p.q_len) return;
   const QueryPlace place = launch.query_at(tile, row);
   if (launch.only && !launch.only[tile.batch * p.q_heads + place.head]) return;
-  T* const y = output_row<T>(launch.job, tile.batch, place.head, place.query);
   const int64_t at = int64_t{index} * launch.parts;
-  const RowParts parts{launch.part_stats + 2 * at, launch.part_outputs + at * p.v_head_size, launch.parts};
-  join_parts(parts, static_cast<int>(p.v_head_size), Team{thread % threads, warps},
-             [&](int column, float x) { y[column] = from_float<T>(x); });
+  join(output_row<T>(launch.job, tile.batch, place.head, place.query), launch.part_stats + 2 * at,
+       launch.part_outputs + at * p.v_head_size);
+}
+
+// A row of the tiles that were cut by each team of `warps`.
+template <class T>
+__global__ __launch_bounds__(kJoinThreads) void join_parts_kernel(const __grid_constant__ ExactLaunch launch, int warps) {
+  wait_for_kernel_before();
+  const int threads = warps * kWarp, thread = static_cast<int>(threadIdx.x);
+  const int index = static_cast<int>(blockIdx.x) * (kJoinThreads / threads) + thread / threads;
+  const Team team{thread % threads, warps};
+  const int size = static_cast<int>(launch.job.params.v_head_size);
+  for_cut_row<T>(launch, index, [&](T* to, const float* stats, const float* outputs) {
+    join_parts({stats, outputs, launch.parts}, size, team, [&](int column, float x) { to[column] = from_float<T>(x); });
+  });
+}
+
+// The same by a warp for each row, of tiles with roles: their rows lie on 16 bytes and have up to 128 columns and kWarpParts
+// parts.
+template <class T>
+__global__ __launch_bounds__(kJoinThreads) void join_few_parts_kernel(const __grid_constant__ ExactLaunch launch) {
+  wait_for_kernel_before();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, column = 4 * lane, parts = launch.parts,
+            size = static_cast<int>(launch.job.params.v_head_size);
+  const int index = static_cast<int>(blockIdx.x) * kJoinWarps + static_cast<int>(threadIdx.x) / kWarp;
+  for_cut_row<T>(launch, index, [&](T* to, const float* stats, const float* outputs) {
+    float most = -kInf, sum = 0.0f;
+    if (lane < parts) most = stats[2 * lane], sum = stats[2 * lane + 1];
+    if (sum == 0.0f) most = -kInf;  // a part without keys, whose output is not there
+    const float base = warp_max(most), mine = sum == 0.0f ? 0.0f : fast_exp2(most - base), all = warp_sum(mine * sum);
+    const float weight = all == 0.0f ? 0.0f : mine / all;
+    float x[4] = {};
+#pragma unroll 4
+    for (int i = 0; i < parts; ++i) {
+      const float part_weight = __shfl_sync(kFullWarp, weight, i);
+      if (column < size && part_weight != 0.0f) {
+        const float4 part = *reinterpret_cast<const float4*>(outputs + i * size + column);
+        x[0] = fmaf(part_weight, part.x, x[0]), x[1] = fmaf(part_weight, part.y, x[1]);
+        x[2] = fmaf(part_weight, part.z, x[2]), x[3] = fmaf(part_weight, part.w, x[3]);
+      }
+    }
+    if (column < size) {
+      *reinterpret_cast<uint2*>(to + column) = uint2{pack_pair(x[0], x[1], T{}), pack_pair(x[2], x[3], T{})};
+    }
+  });
 }
 
 // One row and kWarp * kWideColumns columns per warp, key by key: head sizes without a tile.
@@ -154,12 +195,16 @@ void start(Status& status, ExactLaunch exact, const Device& device, void* scratc
   exact.two_over_cap = 2.0f / job.params.softcap;
   exact.query_stride = static_cast<unsigned>(exact.pack > 1 ? job.tensors.q.head_stride : job.tensors.q.row_stride);
   exact.part_stats = static_cast<float*>(scratch);
-  exact.part_outputs = exact.part_stats + 2 * cut.part_rows();
+  exact.part_outputs = exact.part_stats + cut.stats();
   launch(status, exact_kernel<Tile, State>, dim3(static_cast<unsigned>(cut.blocks())), dim3(Tile::kThreads),
          Choice<Tile, State>::shared_bytes(job), stream, exact);
   const int warps = exact.parts > kWarpParts ? kJoinWarps : 1;
-  const int joins = ceil_div(exact.cut * exact.tile_rows, kJoinWarps / warps);
-  launch(status, join_parts_kernel<T>, dim3(static_cast<unsigned>(joins)), dim3(kJoinThreads), 0, stream, exact, warps);
+  const dim3 joins(static_cast<unsigned>(ceil_div(exact.cut * exact.tile_rows, kJoinWarps / warps)));
+  if constexpr (Tile::kPipeline) {
+    launch_overlapping(status, device, join_few_parts_kernel<T>, joins, dim3(kJoinThreads), 0, stream, exact);
+  } else {
+    launch_overlapping(status, device, join_parts_kernel<T>, joins, dim3(kJoinThreads), 0, stream, exact, warps);
+  }
 }
 template <class T>
 void start(Status& status, const ExactLaunch& exact, const Device&, void*, void* stream, Wide<T>) {

@@ -117,7 +117,8 @@ def kernel(call: AttentionCall):
     tensors = call.Q, call.K, call.V, call.attn_mask
     if device.type == "cuda":
         memory = cuda_memory(device)
-        outputs = memory.call("quantum_attention", *tensors, seed=memory.seed(call.seed), **attributes)
+        seed = None if attributes["strategy"] == "exact" else memory.seed(call.seed)
+        outputs = memory.call("quantum_attention", *tensors, seed=seed, **attributes)
         return outputs[0], outputs[3]
     outputs = kernels().quantum_attention(
         *(None if x is None else to_numpy(x) for x in tensors),

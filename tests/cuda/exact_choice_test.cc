@@ -68,14 +68,16 @@ int main() {
   expect("warpgroups 3, 132 and 44 in 3", half, 8, 64, 4096, 4096);
   expect("warpgroups 3, 264 and 80 in 3", half, 8, 64, 8192, 8192);  // two waves of thirds
   expect("warpgroups 3, 660 and 28 in 4", half, 8, 64, 16384, 16384);
-  expect("warpgroups 3, 660 and 28 in 4", half, 8, 128, 16384, 16384);
+  expect("warpgroups 2", half, 8, 128, 4096, 4096);  // nearly two waves of 128 queries
+  expect("warpgroups 3", half, 6, 128, 4096, 4096);
   expect("warpgroups 3", half, 12, 64, 8192, 8192);  // 120 tiles are over
   expect("warpgroups 3", half, 8, 64, 4096, 4096, Seen::causal);
   expect("warpgroups 2", half, 8, 64, 4096, 4096, Seen::left);
   expect("warpgroups 2", half, 8, 64, 4096, 4096, Seen::right);
   expect("warpgroups 2", half, 8, 64, 4096, 4096, Seen::nonpad);
   expect("warpgroups alike", half, 8, 64, 4096, 4096, Seen::masked);
-  expect("warps", half, 12, 32, 4096, 4096);
+  expect("warpgroups 3", half, 12, 32, 4096, 4096);
+  expect("warps", half, 12, 32, 4096, 4096, Seen::masked);
   expect("simt, 0 and 128 in 3", half, 8, 60, 512, 512);  // rows begin anywhere
   expect("wide", half, 8, 264, 512, 512);
   expect("tf32", DType::f32, 8, 64, 512, 512);

@@ -185,6 +185,7 @@ def test_heads_that_are_too_wide_are_read_as_a_whole(emulated):
     assert not state.any(), "no chunk is summarised"
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("tolerance", [0.0, 0.15])
 def test_long_caches(gpu, dtype, tolerance):

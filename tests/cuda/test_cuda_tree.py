@@ -72,12 +72,16 @@ ON_A_GPU = (
     long("long_nonpad", batch=2, nonpad=(12300, 5000)),
     long("long_causal", q_len=1100, kv_len=1100, past_len=12000, attributes={"is_causal": 1}),
     long("long_tolerance", attributes={"error_tolerance": 0.3}),
-    long("long_unbiased", head_size=32, attributes={"residual": "unbiased"}),
+    long("long_unbiased", head_size=32, attributes={"residual": "unbiased", "num_samples": [1024]}),
     long("long_james_stein", batch=2, nonpad=(12300, 5000), attributes={"residual": "james_stein"}),
     long("long_james_stein_wide", head_size=96, v_head_size=128, attributes={"residual": "james_stein"}),
-    long("long_james_stein_tolerance", attributes={"residual": "james_stein", "error_tolerance": 0.3}),
+    long("long_james_stein_tolerance", attributes={"residual": "james_stein", "error_tolerance": 0.4}),
     long(
-        "long_unbiased_causal", q_len=1100, kv_len=1100, past_len=12000, attributes={"residual": "unbiased", "is_causal": 1}
+        "long_unbiased_causal",
+        q_len=1100,
+        kv_len=1100,
+        past_len=12000,
+        attributes={"residual": "unbiased", "num_samples": [1024], "is_causal": 1},
     ),
 )
 
@@ -120,7 +124,9 @@ def test_tree_is_the_reference(device, case, dtype):
     reference = run_ref(feeds, dtype, 5, attributes | {"blocks": CUDA})
     found = attention(device, feeds, dtype, 5, attributes)
     differences = relative(cuda_tiles(found["Y"]), cuda_tiles(reference["Y"]), axis=-1)
-    assert np.mean(differences < limit) >= 0.9, np.sort(differences.ravel())[::-1][:8]
+    # The more draws, the more tiles in which rounding moves one: of 1024, in up to 3 of 16.
+    least = 0.7 if case.attributes.get("num_samples") == [1024] else 0.9
+    assert np.mean(differences < limit) >= least, np.sort(differences.ravel())[::-1][:8]
     error = relative(reference["Y"], exact(case, feeds))
     assert 8 * limit < error < 0.9, "a case in which tree has nothing to do shows nothing"
     np.testing.assert_allclose(relative(found["Y"], exact(case, feeds)), error, rtol=0.05)
