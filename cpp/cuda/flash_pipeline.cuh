@@ -116,27 +116,23 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
   key_at.advance(first), value_at.advance(first);
   bool moved = false;
   const auto load = [&](uint32_t (&a)[1][4], int k) { flash_load_queries<Tile>(a, queries, k); };
-  // Turns products with K into weights, relative to the maximum of before unless the block is the first or hides something.
+  // Turns products with K into weights.
   const auto weigh = [&](int block, const char* keys) {
-    const bool plain = blocks.plain(block), look = block == first || !plain;
-    float left = factor, sum[2];
-    moved = false, fade[0] = fade[1] = 1.0f;
-    if (look) {
-      if (!plain) blocks.prepare(block);
-      left = flash_scores<Tile>(s, factor, block, blocks);
-      moved = flash_move(state, s, left, fade);
-    }
-    flash_exp2_sums<Tile>(s, left, state.most, sum);
-    const Fit fit = look ? Fit::good : flash_fit(sum);
-    if (fit == Fit::good) {
-      state.sum[0] += sum[0], state.sum[1] += sum[1];
-    } else if (fit == Fit::large) {
+    const bool plain = blocks.plain(block);
+    float sum[2];
+    const Fit fit = block > first && plain ? flash_exp2_as_before(state, s, factor, sum) : Fit::lost;
+    moved = fit != Fit::good;
+    if (fit == Fit::large) {
       flash_lower<Tile>(state, s, sum, fade);
-      moved = true;
-    } else {
-      flash_products<Tile>(s, load, keys);  // once more, by each warp for itself
-      moved = flash_move(state, s, factor, fade);
-      flash_exp2(state, s, factor);
+    } else if (fit == Fit::lost) {
+      if (!plain) {
+        blocks.prepare(block);
+      } else if (block > first) {
+        flash_products<Tile>(s, load, keys);  // once more, by each warp for itself
+      }
+      const float left = flash_scores<Tile>(s, factor, block, blocks);
+      moved = flash_move(state, s, left, fade);
+      flash_exp2(state, s, left);
     }
     ring.give_back(0, key_at);
     key_at.advance(Tile::kSplits);
@@ -167,6 +163,7 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
     flash_finish<1>(s[0]);
   };
   if constexpr (Tile::kSplits > 1) {
+    // Short calls: `weigh` is there once, as nothing of a kernel is in the caches of instructions behind another one.
     for (int block = first;;) {
       weigh(block, keys);
       block += Tile::kSplits;
@@ -174,6 +171,7 @@ __device__ __forceinline__ void flash_consume(FlashState<Tile>& state, const cha
       start(block);
     }
   } else {
+    // Long ones: the loop begins with the products, from which the compiler goes on to the weights without a jump.
     weigh(first, keys);
     for (int block = first + 1; block < count; ++block) {
       start(block);
@@ -216,8 +214,8 @@ __device__ __forceinline__ bool flash_join_splits(FlashState<Tile>& state, char*
   for (int other = 1; other < Tile::kSplits; ++other) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const float most = fmaxf(state.most[i], from[0]);
-      const float mine = fast_exp2(state.most[i] - most), theirs = fast_exp2(from[0] - most);
+      const float most = fmaxf(state.most[i], from[0]), base = most == -kInf ? 0.0f : most;
+      const float mine = fast_exp2(state.most[i] - base), theirs = fast_exp2(from[0] - base);
       state.most[i] = most, state.sum[i] = fmaf(theirs, from[kThreads], mine * state.sum[i]), from += 2 * kThreads;
 #pragma unroll
       for (int n = 0; n < kPairs; ++n) {

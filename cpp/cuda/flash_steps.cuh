@@ -93,48 +93,55 @@ __device__ __forceinline__ void flash_fade(FlashState<Tile>& state, const float 
   }
 }
 
-// Turns scores into 2^(factor * s - base), and sums them.
+// Turns scores into 2^(factor * s - most), and adds them to the sum.
 template <class Tile>
-__device__ __forceinline__ void flash_exp2_sums(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], float factor,
-                                                const float (&base)[FlashState<Tile>::kRows],
-                                                float (&sum)[FlashState<Tile>::kRows]) {
+__device__ __forceinline__ void flash_exp2(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                           float factor) {
 #pragma unroll
   for (int i = 0; i < FlashState<Tile>::kRows; ++i) {
+    const float base = state.most[i] == -kInf ? 0.0f : state.most[i];  // -inf - -inf would be NaN
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
+        s[i / 2][n][e] = fast_exp2(fmaf(s[i / 2][n][e], factor, -base));
+        sum += s[i / 2][n][e];
+      }
+    }
+    state.sum[i] += sum;
+  }
+}
+
+// What became of weights that are relative to the maximum of before.
+enum class Fit { good, large, lost };
+
+// As flash_move and flash_exp2, relative to the maximum of before, which saves finding that of the block. `sum` is that of
+// the weights. Where some may leave fp16 they are `large`, and where they leave float32, or a row has no maximum yet,
+// `lost`; then `state` is as it was.
+template <class Tile>
+__device__ __forceinline__ Fit flash_exp2_as_before(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                                    float factor, float (&sum)[FlashState<Tile>::kRows]) {
+  constexpr int kRows = FlashState<Tile>::kRows;
+  constexpr float kMost = 4096.0f;
+  bool good = true, finite = true;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
     sum[i] = 0.0f;
 #pragma unroll
     for (int n = 0; n < Tile::kKeys / 8; ++n) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][n][e] = fast_exp2(fmaf(s[i / 2][n][e], factor, -base[i]));
+        s[i / 2][n][e] = fast_exp2(fmaf(s[i / 2][n][e], factor, -state.most[i]));
         sum[i] += s[i / 2][n][e];
       }
     }
+    good = good && sum[i] <= kMost, finite = finite && sum[i] < 0x1p120f;  // false for NaN too
   }
-}
-// Relative to the maximum, and adds them to the sum of the state.
-template <class Tile>
-__device__ __forceinline__ void flash_exp2(FlashState<Tile>& state, float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4],
-                                           float factor) {
-  constexpr int kRows = FlashState<Tile>::kRows;
-  float base[kRows], sum[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) base[i] = state.most[i] == -kInf ? 0.0f : state.most[i];  // -inf - -inf would be NaN
-  flash_exp2_sums<Tile>(s, factor, base, sum);
+  if (__any_sync(kFullWarp, !good)) return __any_sync(kFullWarp, !finite) ? Fit::lost : Fit::large;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) state.sum[i] += sum[i];
-}
-
-// What became of weights that are relative to the maximum of before, which saves finding that of the block: where some may
-// leave fp16 they are `large`, and where they leave float32, or a row has no maximum yet, `lost`.
-enum class Fit { good, large, lost };
-template <int kRows>
-__device__ __forceinline__ Fit flash_fit(const float (&sum)[kRows]) {
-  constexpr float kMost = 4096.0f;
-  bool good = true, finite = true;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) good = good && sum[i] <= kMost, finite = finite && sum[i] < 0x1p120f;  // false for NaN too
-  if (!__any_sync(kFullWarp, !good)) return Fit::good;
-  return __any_sync(kFullWarp, !finite) ? Fit::lost : Fit::large;
+  return Fit::good;
 }
 
 // Moves the maximum so that large weights, with their sums, get small enough; o is to be multiplied by `fade`.

@@ -57,9 +57,6 @@ template <class Tile>
 struct FlashState {
   static constexpr int kRows = 2 * Tile::kRowTiles, kPairs = Tile::kHead / 8;
   static constexpr bool kWholeUnits = true;  // the output is written by put_row
-  // The maximum of a row that has seen no key. Tiles with roles, which know no masks, take all scores to be above a number,
-  // from which all can be subtracted.
-  static constexpr float kNoMaximum = Tile::kPipeline ? -3e38f : -kInf;
   __host__ __device__ static constexpr bool runs_on(int arch) { return Tile::kWarpgroups ? arch == 900 : arch >= 800; }
   float o[Tile::kRowTiles][kPairs][4];
   float most[kRows];  // of the scores so far; the same on the four lanes of a row
@@ -74,7 +71,7 @@ struct FlashState {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      most[i] = kNoMaximum, sum[i] = 0.0f;
+      most[i] = -kInf, sum[i] = 0.0f;
 #pragma unroll
       for (int n = 0; n < kPairs; ++n) pair(i, n)[0] = pair(i, n)[1] = 0.0f;
     }
