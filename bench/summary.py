@@ -107,12 +107,17 @@ def _gpu() -> str:
     def span(ratios: list[float]) -> str:
         return f"{min(ratios):.2f} to {max(ratios):.2f} ×"
 
-    short = span([row["x_flash"] for row in exact if row["n"] <= 4096])
-    long = span([row["x_flash"] for row in exact if row["n"] > 4096])
+    def exact_span(column: str, long: bool) -> str:
+        return span([row[column] for row in exact if (row["n"] > 4096) == long and row[column] is not None])
+
+    slower = sorted({row["n"] for row in exact if (row["x_flash"] or 1) < 1})
+    at = f", slower at {' and '.join(map(str, slower))}" if slower else ""
     tree = [f"{span([x for (m, _), x in found.items() if m == n])} at {n}" for n in (16384, 65536)]
     return (
         f"{results['parameters']['card']}, float16, where MultiHeadAttention is cuDNN's: `tree` at 10 % or less "
-        f"{', '.join(tree)} tokens; `exact` {short} up to 4096 tokens, which is slower, and {long} from 16384 on"
+        f"{', '.join(tree)} tokens; `exact` {exact_span('x_flash', False)} up to 4096 tokens{at}, and "
+        f"{exact_span('x_flash', True)} from 16384 on. Against onnxruntime's own flash kernel `exact` is "
+        f"{exact_span('x_own_flash', False)} and {exact_span('x_own_flash', True)}"
     )
 
 

@@ -15,6 +15,7 @@ from bench.cuda import activations as packs
 from bench.cuda import attention, figures, measure, models, nodes, ops, runner
 from bench.cuda.cases import TABLES, all_cases
 from bench.cuda.measure import Contender, Times
+from qexport.errors import QexportError
 
 
 def test_sets_outgrow_the_cache():
@@ -54,6 +55,45 @@ def test_every_call_takes_the_next_set():
     counts = {len(of) for name in "ab" for of in (times[name].device, times[name].waited)}
     assert len(counts) == 1  # what takes turns has as many of them
     assert measure.ROUNDS[0] <= counts.pop() <= measure.ROUNDS[1]
+
+
+def test_a_device_that_ran_out_of_delay_is_timed_again(monkeypatch):
+    """By a clock of which the device takes its delay and the host 3 million cycles to queue a call."""
+    device, host, calls = 0, 0, []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(device, host)
+
+        def query(self):
+            return self.at <= host
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def sleep(cycles):
+        nonlocal device
+        device = host + cycles
+
+    def call():
+        nonlocal device, host
+        calls.append(host)
+        host += 3_000_000
+        device = max(device, host) + 70
+
+    monkeypatch.setattr(measure.torch.cuda, "Event", Event)
+    monkeypatch.setattr(measure.torch.cuda, "_sleep", sleep)
+    assert measure.device_ms(call) == 70
+    assert len(calls) == 2, "half a millisecond was too short"
+    monkeypatch.setattr(measure, "DELAYS", (10, 20))
+    with pytest.raises(QexportError, match="later than the device can wait, 20 cycles"):
+        measure.device_ms(call)
 
 
 def test_who_fails_or_is_wrong_has_a_row_and_no_time():

@@ -66,8 +66,10 @@ def _exact(results: dict) -> str:
     {card["torch"]} (`python -m bench.cuda`), which in the same run copies {card["copy_gb_per_s"]:.0f} GB/s (read and
     written) and multiplies large matrices at {card["float16_tflops"]:.0f} TFLOP/s in float16. Strategy `exact`, 8 heads,
     through onnxruntime: time on the device, until a caller has the result, how many times as long onnxruntime's
-    MultiHeadAttention takes for either; how many times as long torch's flash attention takes as ours through torch; and
-    what the operations at the speed of the large product would be of the time.
+    MultiHeadAttention takes for either, which is cuDNN's kernels on such a card; how many times as long the flash kernel of
+    onnxruntime's own takes on the device, and torch's flash attention as ours through torch; and what the operations at the
+    speed of the large product would be of the time. A ratio is left out where one of both has no time of the device, as the
+    host queued calls later than the device waited.
     """) + _filled(header, rows)
 
 
@@ -93,7 +95,7 @@ def _tree(results: dict) -> str:
     return paragraph("""
     ## On a GPU: long inputs of trained models
     In float16; weights rounded to 8 bits; positions stretched, so optimistic (bench/README.md): error of a head, mean
-    and worst, and how many times as long onnxruntime's MultiHeadAttention takes.
+    and worst, and how many times as long onnxruntime's MultiHeadAttention takes, and its own flash kernel.
     """) + _filled(("activations", "n", "attention", "mean", "worst head", "time", "MultiHeadAttention", "own flash"), rows)
 
 
@@ -133,7 +135,7 @@ def _others(results: dict) -> str:
             + (f", {row['tokens']} rows" if row["tokens"] else ""),
             _us(row["us"]),
             "",
-            f"{times(row['x_other'])} ({row['other']})",
+            f"{times(row['x_other'])} ({row['other']})" if row["x_other"] is not None else "",
         )
         for row in results.get("trains", [])
         if row["contender"] == ours and row["us"] is not None
@@ -142,8 +144,8 @@ def _others(results: dict) -> str:
         return ""
     return paragraph("""
     ## On a GPU: the other ops
-    In float32: time on the device, what copying the rows would be of it, and how many times as long torch
-    takes core by core or with the matrix at hand.
+    In float32: time on the device, what copying the rows would be of it, and how many times as long torch takes with the
+    matrix at hand, or core by core where that has a time of the device.
     """) + table(("op", "", "time", "of the copy", "torch"), rows)
 
 

@@ -17,10 +17,10 @@ constexpr int kRunEach = 4, kReadRun = kReadThreads / kRowThreads * kRunEach;  /
 constexpr int kMostReadParts = 512;
 constexpr double kKeysForTolerance = 4000.0, kFreeTolerance = 0.1;  // as on the CPU
 
-// What reading few clusters saves is bytes of the cache; what it costs are kernels that wait for each other, taken to be 2.8
-// us each. In that time exact decoding on an H200 reads 8 MB: 16384 keys of 8 heads of 64 in float16 took 28.6 us there and
-// 65536 took 63.7 (bench/results/cuda.json). What follows from it here, by counting bytes and kernels, is not measured.
-constexpr int64_t kBytesOfLaunch = int64_t{8} << 20;
+// What reading few clusters saves is bytes of the cache; what it costs are kernels that wait for each other. On an H200 a
+// step that read a sixteenth of 65536 keys of 8 heads of 64 in float16 took 59.5 us, the exact one 54.5 for its 134 MB
+// (bench/results/cuda.json), which makes 31 MB of each of the four kernels: one point, from which others are counted.
+constexpr int64_t kBytesOfLaunch = 31'000'000;
 constexpr int64_t kMoreLaunches = 4;   // than exact attention: scores, and the choice, a block going through them many times
 constexpr int64_t kTrialLaunches = 3;  // of another budget, which most heads need not try
 #ifdef QEXPORT_CUDA_EMULATION
