@@ -93,7 +93,8 @@ def error_passing(gram: np.ndarray) -> np.ndarray:
     """
     damped = gram + DAMPING * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny) * np.eye(len(gram))
     lower = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1].T  # damped = lower.T lower, lower triangular
-    return _inverse(lower).astype(np.float32).T
+    # In order: products of what lies backwards in memory are none of BLAS, and take ten times as long.
+    return _inverse(np.ascontiguousarray(lower)).astype(np.float32).T
 
 
 def _inverse(lower: np.ndarray) -> np.ndarray:
