@@ -7,7 +7,7 @@ from qexport.demo import SENTENCES, minilm_folder
 from qexport.tuning import SAME_SPEED, search
 from qexport.tuning.trials import Bench
 
-SEQ, MAX_ERROR = 192, 0.01
+SEQ, MAX_ERROR = 128, 0.01
 
 
 @pytest.fixture
