@@ -67,12 +67,12 @@ EMULATED += (
 long = partial(clustered, q_len=1024, kv_len=12300, head_size=64, v_head_size=64)
 ON_A_GPU = (
     long("long"),
-    long("long_wide", head_size=128, v_head_size=96, attributes={"num_samples": [700]}),
+    long("long_wide", head_size=128, v_head_size=96),
     long("long_padding", batch=2, mask=PADDING, mask_kind="padding"),
     long("long_nonpad", batch=2, nonpad=(12300, 5000)),
     long("long_causal", q_len=1100, kv_len=1100, past_len=12000, attributes={"is_causal": 1}),
     long("long_tolerance", attributes={"error_tolerance": 0.3}),
-    long("long_unbiased", head_size=32, attributes={"residual": "unbiased", "num_samples": [1024]}),
+    long("long_unbiased", head_size=32, attributes={"residual": "unbiased"}),
     long("long_james_stein", batch=2, nonpad=(12300, 5000), attributes={"residual": "james_stein"}),
     long("long_james_stein_wide", head_size=96, v_head_size=128, attributes={"residual": "james_stein"}),
     long("long_james_stein_tolerance", attributes={"residual": "james_stein", "error_tolerance": 0.4}),
@@ -81,7 +81,7 @@ ON_A_GPU = (
         q_len=1100,
         kv_len=1100,
         past_len=12000,
-        attributes={"residual": "unbiased", "num_samples": [1024], "is_causal": 1},
+        attributes={"residual": "unbiased", "is_causal": 1},
     ),
 )
 
@@ -124,11 +124,11 @@ def test_tree_is_the_reference(device, case, dtype):
     reference = run_ref(feeds, dtype, 5, attributes | {"blocks": CUDA})
     found = attention(device, feeds, dtype, 5, attributes)
     differences = relative(cuda_tiles(found["Y"]), cuda_tiles(reference["Y"]), axis=-1)
-    # The more draws, the more tiles in which rounding moves one: of 1024, in up to 3 of 16.
-    least = 0.7 if case.attributes.get("num_samples") == [1024] else 0.9
-    assert np.mean(differences < limit) >= least, np.sort(differences.ravel())[::-1][:8]
+    # Among many clusters rounding ranks, or draws, some the other way round: in up to 3 of 16 tiles.
+    assert np.mean(differences < limit) >= (0.7 if case in ON_A_GPU else 0.9), np.sort(differences.ravel())[::-1][:8]
     error = relative(reference["Y"], exact(case, feeds))
-    assert 8 * limit < error < 0.9, "a case in which tree has nothing to do shows nothing"
+    most = 1.2 if case.attributes.get("residual") == "unbiased" else 0.9  # few draws of much err by all of it
+    assert 8 * limit < error < most, "a case in which tree has nothing to do shows nothing"
     np.testing.assert_allclose(relative(found["Y"], exact(case, feeds)), error, rtol=0.05)
     np.testing.assert_allclose(found["error_estimate"], reference["error_estimate"], rtol=0.15, atol=1e-4)
 
