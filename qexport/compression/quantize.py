@@ -93,7 +93,7 @@ def error_passing(gram: np.ndarray) -> np.ndarray:
     """
     damped = gram + DAMPING * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny) * np.eye(len(gram))
     lower = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1].T  # damped = lower.T lower, lower triangular
-    # In order: products of what lies backwards in memory are none of BLAS, and take ten times as long.
+    # In order: products of what lies backwards in memory are none of BLAS, which is many times as fast.
     return _inverse(np.ascontiguousarray(lower)).astype(np.float32).T
 
 

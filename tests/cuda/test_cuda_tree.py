@@ -124,11 +124,11 @@ def test_tree_is_the_reference(device, case, dtype):
     reference = run_ref(feeds, dtype, 5, attributes | {"blocks": CUDA})
     found = attention(device, feeds, dtype, 5, attributes)
     differences = relative(cuda_tiles(found["Y"]), cuda_tiles(reference["Y"]), axis=-1)
-    # Among many clusters rounding ranks, or draws, some the other way round: in up to 3 of 16 tiles.
-    assert np.mean(differences < limit) >= (0.7 if case in ON_A_GPU else 0.9), np.sort(differences.ravel())[::-1][:8]
+    # Half-samples of many clusters: rounding draws others in up to 2 of 16 tiles; few draws of much err by all of it.
+    many_draws = case in ON_A_GPU and case.attributes.get("residual") == "unbiased"
+    assert np.mean(differences < limit) >= (0.8 if many_draws else 0.9), np.sort(differences.ravel())[::-1][:8]
     error = relative(reference["Y"], exact(case, feeds))
-    most = 1.2 if case.attributes.get("residual") == "unbiased" else 0.9  # few draws of much err by all of it
-    assert 8 * limit < error < most, "a case in which tree has nothing to do shows nothing"
+    assert 8 * limit < error < (1.2 if many_draws else 0.9), "a case in which tree has nothing to do shows nothing"
     np.testing.assert_allclose(relative(found["Y"], exact(case, feeds)), error, rtol=0.05)
     np.testing.assert_allclose(found["error_estimate"], reference["error_estimate"], rtol=0.15, atol=1e-4)
 
