@@ -254,7 +254,7 @@ class ExactTile {
       any = any || x > -kInf;
       bias[row * kBiasRow + key] = x;
     }
-    if (any) seen[key] = block + 1;
+    if (any) static_cast<volatile int*>(seen)[key] = block + 1;  // all threads of the key write the same
   }
 
   __device__ __forceinline__ const T* key_or_value(int block, int row, uintptr_t past, uintptr_t fresh, int64_t past_stride,

@@ -109,7 +109,7 @@ struct Sweep {
       tile->rows[warp * kUnitRows + lane] = own;
     }
     low = -warp_max(-low), high = warp_max(high), inner_low = warp_max(inner_low), inner_high = -warp_max(-inner_high);
-    tile->range[warp] = {low, high, inner_low, inner_high};
+    if (lane == 0) tile->range[warp] = {low, high, inner_low, inner_high};
     low = -block_max(-low, tile->parts), high = block_max(high, tile->parts);
     if (threadIdx.x == 0) {
       const JoinedRows<T> keys = joined_rows<T>(job, false, batch, kv_head);

@@ -60,6 +60,7 @@ __device__ __forceinline__ void finish_row(const RowWork& work, const RowTile& t
     for (int32_t j = lane_id(); j < job.total_len; j += kWarp) {
       out[j] = from_float<T>(j >= own.lo && j < own.hi ? row.p(row.e[j - start]) : 0.0f);
     }
+    __syncwarp();  // before take_largest changes what other lanes read
   }
   if (work.pass == RowPass::scores) return;
 

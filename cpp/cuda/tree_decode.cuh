@@ -57,8 +57,12 @@ struct DecodeLaunch {
   }
   // Number of the (batch, kv head) of a place.
   __device__ __forceinline__ int64_t head_of(int64_t place) const { return place / job.group; }
+  // Heads of a group say it of each other while they look, hence volatile.
+  __device__ __forceinline__ volatile int32_t& reads_all(int64_t place) const {
+    return static_cast<volatile int32_t*>(again)[place];
+  }
   __device__ __forceinline__ bool settled(int64_t place) const {
-    return job.params.error_tolerance > 0.0f && (again[place] || (attempt > 0 && done[place]));
+    return job.params.error_tolerance > 0.0f && (reads_all(place) || (attempt > 0 && done[place]));
   }
 };
 

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_clusters_kernel(const _
   const int clusters = plan.clusters();
   if (p.error_tolerance > 0.0f && decode.attempt == 0) {
     const bool open = tries(decode, place, clusters, parts);
-    if (thread == 0) decode.again[place] = !open, decode.done[place] = 0;
+    if (thread == 0 && row % p.q_len == 0) decode.reads_all(place) = !open, decode.done[place] = 0;
     if (!open) return;
   }
   if (decode.attempt == 0) weigh_clusters<T>(decode, row, plan, reinterpret_cast<float*>(parts));

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kJoinThreads) settle_rows_kernel(const __grid_
     decode.done[place] = 1;
   } else if (!(estimate <= kHopeless * limit) || kMostTried * 2 * plan.chosen > plan.clusters()) {
     const int64_t first = place / decode.job.group * decode.job.group;
-    for (int64_t i = first; i < first + decode.job.group; ++i) decode.again[i] = 1;
+    for (int64_t i = first; i < first + decode.job.group; ++i) decode.reads_all(i) = 1;
   }
 }
 

@@ -157,6 +157,7 @@ struct TreeOutput {
         return make_float2(to_float(from[0]), to_float(from[1]));
       });
     }
+    __syncwarp();  // put_row writes what other lanes have read
   }
 };
 

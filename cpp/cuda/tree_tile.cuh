@@ -208,6 +208,7 @@ template <int kMatrices, class Tile, class Clusters, class Each>
 __device__ __forceinline__ void for_summaries(const ScoreBlock<Tile>& block, int count, Clusters clusters, Each each) {
   using Flash = typename Tile::Flash;
   const int blocks = ceil_div(count, Tile::kKeys);
+  if (blocks == 0) return;  // nobody would wait for the first
   __syncthreads();
   copy_summaries<kMatrices>(block, 0, count, clusters);
   for (int i = 0; i < blocks; ++i) {

@@ -1,18 +1,28 @@
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "emulation_threads.h"
 
 namespace emulation {
 
+namespace {
+
+constexpr size_t kBehind = 1024;                      // bytes of shared memory behind what a kernel asked for
+constexpr char kUnwritten = static_cast<char>(0xff);  // memory that a kernel does not fill: here NaN of every type
+
+}  // namespace
+
 Block* block = nullptr;
+char shared[227 * 1024 + kBehind];
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
 std::vector<std::unique_ptr<char[]>> stacks;  // of earlier blocks, to be used again
 const std::function<void()>* work = nullptr;
+
+Warp& own_warp() { return block->warps[static_cast<size_t>(block->now->warp)]; }
 
 void enter() {
   (*work)();
@@ -23,33 +33,135 @@ void enter() {
   std::longjmp(block->scheduler, 1);
 }
 
+// What a kernel calls here is not a part of it.
+struct Unwatched {
+  Thread& thread = *block->now;
+  const bool before = std::exchange(thread.watched, false);
+  ~Unwatched() { thread.watched = before; }
+};
+
 // Lets a thread run until it waits or ends.
 void resume(Thread& thread) {
   block->now = &thread;
-  if (setjmp(block->scheduler)) return;
+  if (setjmp(block->scheduler)) {
+    block->now = nullptr;
+    return;
+  }
   if (thread.started) std::longjmp(thread.here, 1);
   thread.started = true;
   setcontext(&thread.start);
 }
 
-}  // namespace
-
 void yield() {
   if (!setjmp(block->now->here)) std::longjmp(block->scheduler, 1);
 }
 
-char* shared_memory() {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(block->shared.data());
-  return reinterpret_cast<char*>((address + kSharedAlign - 1) / kSharedAlign * kSharedAlign);
+// Waits until the meeting that is under way is over.
+void await(const Meeting& meeting) {
+  Thread& self = *block->now;
+  self.waits = &meeting, self.generation = meeting.generation;
+  yield();
+  self.waits = nullptr;
 }
 
-void check_shared(size_t bytes) {
-  const char *const end = shared_memory() + bytes, *const all = block->shared.data() + block->shared.size();
-  if (std::any_of(end, all, [](char byte) { return byte != kUnwritten; })) die("a write behind the shared memory");
+}  // namespace
+
+void die(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %u,%u,%u thread %u)\n", what, block->index.x, block->index.y, block->index.z,
+               block->now ? block->now->index.x : 0);
+  std::abort();
 }
 
-void Thread::finish_copies(size_t count) {
+void arrive(Meeting& meeting, Order order) {
+  const Unwatched unwatched;
+  if (order == Order::kMemory) {
+    Clocks& clocks = meeting.clocks[meeting.generation % 2];
+    if (meeting.arrived == 0) clocks.clear();
+    release(clocks);
+  }
+  if (++meeting.arrived == meeting.running) meeting.open();
+}
+void meet(Meeting& meeting, Order order) {
+  const Unwatched unwatched;
+  const uint64_t now = meeting.generation;
+  arrive(meeting, order);
+  if (meeting.generation == now) await(meeting);
+  if (order == Order::kMemory) acquire(meeting.clocks[now % 2]);
+}
+
+void barrier() { meet(block->meeting); }
+int barrier_or(int predicate) {
+  static int any[2];
+  // One word per parity of the barrier; the first thread behind a barrier clears the other.
+  const int slot = static_cast<int>(block->meeting.generation / 2 % 2);
+  if (predicate) any[slot] = 1;
+  barrier();
+  const int result = any[slot];
+  barrier();
+  any[slot] = 0;
+  return result;
+}
+void warp_meet(const char* operation, Order order) {
+  const Unwatched unwatched;
+  Warp& warp = own_warp();
+  if (warp.meeting.running != 32) die("a warp operation after some lanes have ended");
+  if (warp.meeting.arrived == 0) warp.operation = operation;
+  if (warp.operation != operation && std::strcmp(warp.operation, operation))
+    die("lanes of a warp meet at different operations");
+  meet(warp.meeting, order);
+}
+const Slot* exchange(const char* operation, const void* value, size_t size) {
+  const Unwatched unwatched;
+  Warp& warp = own_warp();
+  Slot* const slots = warp.slot[warp.meeting.generation % 2];
+  std::memcpy(slots[block->now->lane], value, size);
+  warp_meet(operation, Order::kNone);
+  return slots;
+}
+
+void phase_init(const void* barrier, int arrivals) {
+  const Unwatched unwatched;
+  block->phases[barrier].running = static_cast<unsigned>(arrivals);
+}
+void phase_arrive(const void* barrier) {
+  const Unwatched unwatched;
+  arrive(block->phases.at(barrier));
+}
+void phase_wait(const void* barrier, int parity) {
+  const Unwatched unwatched;
+  const Meeting& phases = block->phases.at(barrier);
+  if (phases.generation % 2 == static_cast<unsigned>(parity)) await(phases);
+  acquire(phases.clocks[parity]);
+}
+Meeting& numbered(int id, int threads) {
+  const Unwatched unwatched;
+  if (id < 1 || id > 15 || threads % 32) die("numbered barriers are 1 to 15, of whole warps");
+  Meeting& barrier = block->numbered[id];
+  if (barrier.arrived && barrier.running != static_cast<unsigned>(threads))
+    die("a numbered barrier of different numbers of threads");
+  barrier.running = static_cast<unsigned>(threads);
+  return barrier;
+}
+
+void start_copy(void* to, const void* from) {
+  const Unwatched unwatched;
+  const Copy copy{to, from, __builtin_return_address(0)};
+  note_copy(copy, true);
+  block->now->copies.push_back(copy);
+}
+void close_copies() {
+  const Unwatched unwatched;
+  block->now->groups.push_back(block->now->copies.size());
+}
+void finish_copies(int pending) {
+  const Unwatched unwatched;
+  std::vector<Copy>& copies = block->now->copies;
+  std::vector<size_t>& groups = block->now->groups;
+  if (groups.size() <= static_cast<size_t>(pending)) return;
+  const auto done = groups.end() - pending;
+  const size_t count = done[-1];
   for (size_t i = 0; i < count; ++i) {
+    note_copy(copies[i], false);
     if (copies[i].from) {
       std::memcpy(copies[i].to, copies[i].from, 16);
     } else {
@@ -57,12 +169,13 @@ void Thread::finish_copies(size_t count) {
     }
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
-  while (!groups.empty() && groups.front() <= count) groups.erase(groups.begin());
+  groups.erase(groups.begin(), done);
   for (size_t& group : groups) group -= count;
 }
 
-void run_block(const std::function<void()>& body) {
-  work = &body;
+void run_block(Block& own, size_t shared_bytes, const std::function<void()>& body) {
+  block = &own, work = &body;
+  std::fill_n(shared, shared_bytes + kBehind, kUnwritten);
   const unsigned count = block->size.x * block->size.y * block->size.z;
   block->threads.resize(count);
   block->warps.resize((count + 31) / 32);
@@ -79,6 +192,7 @@ void run_block(const std::function<void()>& body) {
     makecontext(&thread.start, enter, 0);
     ++block->meeting.running, ++block->warps[i / 32].meeting.running;
   }
+  begin_block_races(count);
   std::vector<unsigned> warps(block->warps.size());
   std::iota(warps.begin(), warps.end(), 0u);
   for (unsigned left = count; left > 0;) {
@@ -98,7 +212,10 @@ void run_block(const std::function<void()>& body) {
     }
     if (!progress) die("threads wait for each other: a barrier or warp operation that not all reach");
   }
+  if (std::any_of(shared + shared_bytes, shared + shared_bytes + kBehind, [](char byte) { return byte != kUnwritten; }))
+    die("a write behind the shared memory");
   for (Thread& thread : block->threads) stacks.push_back(std::move(thread.stack));
+  block = nullptr;
 }
 
 }  // namespace emulation

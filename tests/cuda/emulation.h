@@ -40,7 +40,7 @@ inline Device device_of_tests() {
   return {capability, number_of_tests("QEXPORT_EMULATED_MULTIPROCESSORS", 4), kib * 1024};
 }
 
-inline char* dynamic_shared_bytes() { return emulation::shared_memory(); }
+inline char* dynamic_shared_bytes() { return emulation::shared; }
 
 // Template bodies see Status once it is complete.
 template <class AnyStatus, class... Params, class... Args>
@@ -49,6 +49,7 @@ void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, 
   if (shared_bytes > static_cast<size_t>(device_of_tests().shared_bytes)) return status.fail("too much shared memory");
   if (size.x * size.y * size.z > 1024) return status.fail("too many threads");
   if (grid.x > INT32_MAX || std::max(grid.y, grid.z) > UINT16_MAX) return status.fail("too many blocks");
+  emulation::begin_kernel();
   const std::tuple<Params...> values(static_cast<Params>(args)...);
   // In any order, but the same in every run of a test.
   std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
@@ -60,11 +61,7 @@ void launch(AnyStatus& status, void (*kernel)(Params...), dim3 grid, dim3 size, 
     block.index = dim3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                        static_cast<unsigned>(at / grid.x / grid.y));
     block.size = size, block.grid = grid, block.chance.seed(seed + static_cast<unsigned>(at));
-    block.shared.assign(shared_bytes + 2 * emulation::kSharedAlign, emulation::kUnwritten);
-    emulation::block = &block;
-    emulation::run_block([&] { std::apply(kernel, values); });
-    emulation::check_shared(shared_bytes);
-    emulation::block = nullptr;
+    emulation::run_block(block, shared_bytes, [&] { std::apply(kernel, values); });
   }
 }
 template <class AnyStatus, class... Arguments>

@@ -33,19 +33,9 @@
 inline void __syncthreads() { emulation::barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::check_mask(mask);
-  emulation::warp_meet("__syncwarp");
+  emulation::warp_meet("__syncwarp", emulation::Order::kMemory);
 }
-inline int __syncthreads_or(int predicate) {
-  static int any[2];
-  // One word per parity of the barrier; the first thread behind a barrier clears the other.
-  const int slot = static_cast<int>(emulation::block->meeting.generation / 2 % 2);
-  if (predicate) any[slot] = 1;
-  emulation::barrier();
-  const int result = any[slot];
-  emulation::barrier();
-  any[slot] = 0;
-  return result;
-}
+inline int __syncthreads_or(int predicate) { return emulation::barrier_or(predicate); }
 namespace emulation {
 template <class T>
 T shuffle(const char* operation, unsigned mask, const T& value, int lane, int width) {
@@ -101,9 +91,7 @@ inline float __int_as_float(int x) {
 inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
 template <class T>
 T atomicAdd(T* p, T x) {
-  const T old = *p;
-  *p = static_cast<T>(old + x);
-  return old;
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
 template <class T>
 T __ldg(const T* p) {

@@ -18,6 +18,11 @@ FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-DQEXPORT_CUDA_EMULATION", *ALIGNMENT),
 )
+# Accesses that nothing orders end the process (emulation_races.h): the compiler calls a function for each, but not for those
+# of what orders threads.
+RACES = os.environ.get("QEXPORT_EMULATED_RACES") == "1"
+WATCHED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1")
+RUNTIME, DETECTOR = (ROOT / "tests" / "cuda" / name for name in ("emulation.cc", "emulation_races.cc"))
 
 
 def cuda_headers() -> Path | None:
@@ -44,8 +49,11 @@ def _text(source: Path, seen: set) -> str:
     return text
 
 
-def _compile(source: Path, headers: Path, compiler: str, cache: Path) -> Path:
-    command = [compiler, *FLAGS, *(f"-I{folder}" for folder in INCLUDES), "-isystem", str(headers), "-x", "c++", "-c"]
+def _compile(source: Path, races: bool, headers: Path, compiler: str, cache: Path) -> Path:
+    watched = () if source in (RUNTIME, DETECTOR) else WATCHED
+    flags = *FLAGS, *(("-DQEXPORT_EMULATED_RACES", "-g1", *watched) if races else ())
+    includes = *(f"-I{folder}" for folder in INCLUDES), "-isystem", str(headers)
+    command = [compiler, *flags, *includes, "-x", "c++", "-c"]
     key = hashlib.sha256("\n".join([*command, _text(source, set())]).encode()).hexdigest()[:16]
     result = cache / f"{source.stem}-{key}.o"
     if not result.is_file():
@@ -56,15 +64,16 @@ def _compile(source: Path, headers: Path, compiler: str, cache: Path) -> Path:
     return result
 
 
-def build(cache: Path, program: Path | None = None) -> Path:
-    """The library, or a C++ program linked with the same kernels, in the folder `cache`. Needs `cuda_headers`, and a C++
-    compiler."""
+def build(cache: Path, program: Path | None = None, races: bool = RACES, kernels: bool = True) -> Path:
+    """The library, or a C++ program, linked with the same kernels or none, in the folder `cache`. Needs `cuda_headers`, and
+    a C++ compiler."""
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
-    kernels = ROOT / "cpp" / "cuda"
-    sources = [*sorted(kernels.glob("*.cu")), kernels / "table.cc", ROOT / "tests" / "cuda" / "emulation.cc"]
+    cuda = ROOT / "cpp" / "cuda"
+    sources = [*sorted(cuda.glob("*.cu")), cuda / "table.cc"] if kernels else []
+    sources += [RUNTIME, *([DETECTOR] if races else []), *([program] if program else [])]
     with open(cache / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the tests that run at the same time one compiles, the others find it done
-        objects = list(pool.map(lambda file: _compile(file, headers, compiler, cache), [*sources, *filter(None, [program])]))
+        objects = list(pool.map(lambda source: _compile(source, races, headers, compiler, cache), sources))
         key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
         result = cache / (f"{program.stem}-{key}" if program else f"libqexport_cuda_emulation-{key}.so")
         if not result.is_file():

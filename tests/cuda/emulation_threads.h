@@ -15,12 +15,15 @@
 #include <random>
 #include <vector>
 
+#include "emulation_races.h"
+
 namespace emulation {
 
 // Where the threads of a block or of a warp wait for each other. Those that have ended do not count.
 struct Meeting {
   unsigned running = 0, arrived = 0;
   uint64_t generation = 0;  // how often all have met
+  Clocks clocks[2];         // of those who arrived, by parity of the generation: nobody is two of them ahead
 
   void open() { arrived = 0, ++generation; }
   void leave() {
@@ -31,6 +34,7 @@ struct Meeting {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  const void* code;  // that started it
 };
 
 struct Thread {
@@ -40,12 +44,12 @@ struct Thread {
   std::jmp_buf here;  // where it goes on; unlike swapcontext, longjmp asks nothing of the kernel
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
+  bool watched = true;             // its accesses are those of the kernel, and not of what is called below
   const Meeting* waits = nullptr;  // for this meeting to be over, the generation of which is
   uint64_t generation = 0;
   std::vector<Copy> copies;    // that have not arrived, in order
   std::vector<size_t> groups;  // how many of them were started when each group was closed
-
-  void finish_copies(size_t count);
+  Clocks clocks;
 };
 
 struct Warp {
@@ -54,11 +58,12 @@ struct Warp {
   uint64_t slot[2][32][2];     // by parity of the meeting: a thread is never two of them ahead
 };
 
+constexpr size_t kStackBytes = 256 * 1024;
+
 struct Block {
   dim3 index, size, grid;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<char> shared;
   Meeting meeting;
   std::map<const void*, Meeting> phases;  // barriers that count arrivals, by their place in shared memory
   std::map<int, Meeting> numbered;
@@ -69,53 +74,35 @@ struct Block {
 
 extern Block* block;
 
-void yield();
+[[noreturn]] void die(const char* what);
 
-[[noreturn]] inline void die(const char* what) {
-  std::fprintf(stderr, "emulation: %s (block %u,%u,%u thread %u)\n", what, block->index.x, block->index.y, block->index.z,
-               block->now ? block->now->index.x : 0);
-  std::abort();
-}
+// What memory a meeting orders: all of its threads', or none, as that of shuffles, votes and products.
+enum class Order { kNone, kMemory };
+void arrive(Meeting& meeting, Order order = Order::kMemory);
+void meet(Meeting& meeting, Order order = Order::kMemory);
+void warp_meet(const char* operation, Order order);
+void barrier();
+int barrier_or(int predicate);
+// A barrier that counts arrivals, by its place in shared memory, and one that has a number.
+void phase_init(const void* barrier, int arrivals);
+void phase_arrive(const void* barrier);
+void phase_wait(const void* barrier, int parity);
+Meeting& numbered(int id, int threads);
+// 16 bytes on their way, from null of zeros.
+void start_copy(void* to, const void* from);
+void close_copies();              // what was started is a group
+void finish_copies(int pending);  // all but the newest groups
 
-inline void arrive(Meeting& meeting) {
-  if (++meeting.arrived == meeting.running) meeting.open();
-}
-// Waits until the meeting that is under way is over.
-inline void await(const Meeting& meeting) {
-  Thread& self = *block->now;
-  self.waits = &meeting, self.generation = meeting.generation;
-  yield();
-  self.waits = nullptr;
-}
-inline void meet(Meeting& meeting) {
-  const uint64_t now = meeting.generation;
-  arrive(meeting);
-  if (meeting.generation == now) await(meeting);
-}
-
-inline void barrier() { meet(block->meeting); }
-inline Warp& own_warp() { return block->warps[static_cast<size_t>(block->now->warp)]; }
-inline void warp_meet(const char* operation) {
-  Warp& warp = own_warp();
-  if (warp.meeting.running != 32) die("a warp operation after some lanes have ended");
-  if (warp.meeting.arrived == 0) warp.operation = operation;
-  if (warp.operation != operation && std::strcmp(warp.operation, operation))
-    die("lanes of a warp meet at different operations");
-  meet(warp.meeting);
-}
-
-// Every lane gives 16 bytes; returns the slots of all lanes.
+// Every lane gives up to 16 bytes; returns the slots of all lanes.
+using Slot = uint64_t[2];
+const Slot* exchange(const char* operation, const void* value, size_t size);
 template <class T>
-const uint64_t (*exchange(const char* operation, const T& value))[2] {
-  static_assert(sizeof(T) <= 16);
-  Warp& warp = own_warp();
-  auto& slots = warp.slot[warp.meeting.generation % 2];
-  std::memcpy(slots[block->now->lane], &value, sizeof(T));
-  warp_meet(operation);
-  return slots;
+const Slot* exchange(const char* operation, const T& value) {
+  static_assert(sizeof(T) <= sizeof(Slot));
+  return exchange(operation, &value, sizeof(T));
 }
 template <class T>
-T from_slot(const uint64_t (&slot)[2]) {
+T from_slot(const Slot& slot) {
   T value;
   std::memcpy(&value, slot, sizeof(T));
   return value;
@@ -124,10 +111,8 @@ inline void check_mask(unsigned mask) {
   if (mask != 0xffffffffu) die("warp operation without the full mask");
 }
 
-constexpr size_t kSharedAlign = 1024;
-constexpr char kUnwritten = static_cast<char>(0xff);  // memory that a kernel does not fill: here NaN of every type
-void run_block(const std::function<void()>& body);
-char* shared_memory();
-void check_shared(size_t bytes);  // nothing was written behind them
+// Its dynamic memory, of which the most that any device has.
+alignas(1024) extern char shared[];
+void run_block(Block& own, size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace emulation

@@ -86,7 +86,7 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
     }
     r[m] = join_halves(pair[0], pair[1]);
   }
-  emulation::warp_meet("ldmatrix");  // nobody writes the rows before all have read them
+  emulation::warp_meet("ldmatrix", emulation::Order::kMemory);  // nobody writes the rows before all have read them
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
@@ -94,43 +94,26 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, r
 inline void cp_async_16(void* dst, const void* src, bool valid) {
   if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16)
     emulation::die("cp_async: not aligned");
-  emulation::block->now->copies.push_back({dst, valid ? src : nullptr});
+  emulation::start_copy(dst, valid ? src : nullptr);
 }
-inline void cp_async_commit() {
-  emulation::Thread& self = *emulation::block->now;
-  self.groups.push_back(self.copies.size());
-}
+inline void cp_async_commit() { emulation::close_copies(); }
 template <int kPending>
 void cp_async_wait() {
-  const std::vector<size_t>& groups = emulation::block->now->groups;
-  if (groups.size() > kPending) emulation::block->now->finish_copies(groups[groups.size() - 1 - kPending]);
+  emulation::finish_copies(kPending);
 }
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
-inline void phase_init(uint64_t* barrier, int arrivals) {
-  emulation::block->phases[barrier].running = static_cast<unsigned>(arrivals);
-}
-inline void phase_arrive(uint64_t* barrier) { emulation::arrive(emulation::block->phases.at(barrier)); }
+inline void phase_init(uint64_t* barrier, int arrivals) { emulation::phase_init(barrier, arrivals); }
+inline void phase_arrive(uint64_t* barrier) { emulation::phase_arrive(barrier); }
 inline void phase_arrive_after_copies(uint64_t* barrier) {
-  emulation::Thread& self = *emulation::block->now;
-  self.finish_copies(self.copies.size());
-  phase_arrive(barrier);
+  emulation::close_copies();
+  emulation::finish_copies(0);
+  emulation::phase_arrive(barrier);
 }
-inline void phase_wait(uint64_t* barrier, int parity) {
-  const emulation::Meeting& phases = emulation::block->phases.at(barrier);
-  if (phases.generation % 2 == static_cast<unsigned>(parity)) emulation::await(phases);
-}
-inline emulation::Meeting& numbered_barrier(int id, int threads) {
-  if (id < 1 || id > 15 || threads % 32) emulation::die("numbered barriers are 1 to 15, of whole warps");
-  emulation::Meeting& barrier = emulation::block->numbered[id];
-  if (barrier.arrived && barrier.running != static_cast<unsigned>(threads))
-    emulation::die("a numbered barrier of different numbers of threads");
-  barrier.running = static_cast<unsigned>(threads);
-  return barrier;
-}
-inline void numbered_wait(int id, int threads) { emulation::meet(numbered_barrier(id, threads)); }
-inline void numbered_arrive(int id, int threads) { emulation::arrive(numbered_barrier(id, threads)); }
+inline void phase_wait(uint64_t* barrier, int parity) { emulation::phase_wait(barrier, parity); }
+inline void numbered_wait(int id, int threads) { emulation::meet(emulation::numbered(id, threads)); }
+inline void numbered_arrive(int id, int threads) { emulation::arrive(emulation::numbered(id, threads)); }
 
 }  // namespace cuda
 }  // namespace qexport
