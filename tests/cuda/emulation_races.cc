@@ -24,7 +24,7 @@ struct Access {
 using Word = std::array<Access, 4>;  // the last accesses to eight bytes: of more readers than that, some are forgotten
 
 constexpr uintptr_t kPage = 4096;
-constexpr size_t kPages = 1 << 15;  // as many are kept, of 160 KiB each
+constexpr size_t kPages = 8192;  // as many are kept, of 48 KiB each; then all are forgotten
 std::unordered_map<uintptr_t, std::unique_ptr<Word[]>> pages;
 uint32_t number = 0, first_of_kernel = 0;  // of this block and of the first block of this kernel
 
