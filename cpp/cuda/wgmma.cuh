@@ -1,10 +1,10 @@
 // Asynchronous matrix products of warpgroups, four warps each: sm_90a alone. QEXPORT_WGMMA is 1 where they exist. Lane l of
-// warp w of a warpgroup holds of rows 16 w.. what mma.cuh says of an accumulator and of A.
+// warp w of a warpgroup holds of rows 16 w.. what mma.cuh says of an accumulator and of A. emulation_wgmma.h has the twins.
 #pragma once
 
 #include "mma.cuh"
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(QEXPORT_CUDA_EMULATION)
 #define QEXPORT_WGMMA 1
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #error "code for sm_90 lacks the products that a Hopper is given: set CMAKE_CUDA_ARCHITECTURES to 90a"
@@ -18,7 +18,7 @@ namespace cuda {
 // Gives registers of this warpgroup back, or takes what others gave back.
 template <int kRegisters, bool kTakes>
 __device__ __forceinline__ void set_registers() {
-#if QEXPORT_WGMMA
+#if QEXPORT_WGMMA && !defined(QEXPORT_CUDA_EMULATION)
   if constexpr (kTakes) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
   } else {
@@ -41,6 +41,8 @@ __device__ __forceinline__ uint64_t wgmma_matrix(const char* start, int panel_by
 __device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
   return matrix >> 32 << 32 | (static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16));
 }
+
+#ifndef QEXPORT_CUDA_EMULATION
 
 // Orders registers and, with wgmma_shared_fence, earlier writes to shared memory before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -99,6 +101,7 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[kCount][4]) {
 QEXPORT_WGMMA_TYPE(__half, "f16")
 QEXPORT_WGMMA_TYPE(__nv_bfloat16, "bf16")
 
+#endif
 #endif
 
 }  // namespace cuda

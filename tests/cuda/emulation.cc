@@ -26,6 +26,7 @@ Warp& own_warp() { return block->warps[static_cast<size_t>(block->now->warp)]; }
 
 void enter() {
   (*work)();
+  if (!block->now->products.empty()) die("a thread ends before its products");
   block->now->done = true;
   block->meeting.leave();
   if (own_warp().meeting.arrived) die("a lane ends while others of its warp wait for it");
@@ -39,6 +40,20 @@ struct Unwatched {
   const bool before = std::exchange(thread.watched, false);
   ~Unwatched() { thread.watched = before; }
 };
+
+// Of what is under way, in order, all but the newest groups.
+template <class Work>
+std::vector<Work> take_done(std::vector<Work>& all, std::vector<size_t>& groups, int pending) {
+  if (groups.size() <= static_cast<size_t>(pending)) return {};
+  const auto last = groups.end() - pending;
+  const size_t count = last[-1];
+  const auto end = all.begin() + static_cast<std::ptrdiff_t>(count);
+  std::vector<Work> done(all.begin(), end);
+  all.erase(all.begin(), end);
+  groups.erase(groups.begin(), last);
+  for (size_t& group : groups) group -= count;
+  return done;
+}
 
 // Lets a thread run until it waits or ends.
 void resume(Thread& thread) {
@@ -145,7 +160,7 @@ Meeting& numbered(int id, int threads) {
 
 void start_copy(void* to, const void* from) {
   const Unwatched unwatched;
-  const Copy copy{to, from, __builtin_return_address(0)};
+  const Copy copy{to, from, __builtin_return_address(0), block->now->clocks};
   note_copy(copy, true);
   block->now->copies.push_back(copy);
 }
@@ -155,22 +170,38 @@ void close_copies() {
 }
 void finish_copies(int pending) {
   const Unwatched unwatched;
-  std::vector<Copy>& copies = block->now->copies;
-  std::vector<size_t>& groups = block->now->groups;
-  if (groups.size() <= static_cast<size_t>(pending)) return;
-  const auto done = groups.end() - pending;
-  const size_t count = done[-1];
-  for (size_t i = 0; i < count; ++i) {
-    note_copy(copies[i], false);
-    if (copies[i].from) {
-      std::memcpy(copies[i].to, copies[i].from, 16);
+  for (const Copy& copy : take_done(block->now->copies, block->now->groups, pending)) {
+    block->now->since = &copy.started;
+    note_copy(copy, false);
+    block->now->since = nullptr;
+    if (copy.from) {
+      std::memcpy(copy.to, copy.from, 16);
     } else {
-      std::memset(copies[i].to, 0, 16);
+      std::memset(copy.to, 0, 16);
     }
   }
-  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
-  groups.erase(groups.begin(), done);
-  for (size_t& group : groups) group -= count;
+}
+
+void start_product(const Product& product) {
+  const Unwatched unwatched;
+  warp_meet("a product of a warpgroup", Order::kNone);
+  block->now->products.push_back(product);
+  block->now->products.back().started = block->now->clocks;
+}
+void close_products() {
+  const Unwatched unwatched;
+  block->now->product_groups.push_back(block->now->products.size());
+}
+void finish_products(int pending) {
+  const Unwatched unwatched;
+  warp_meet("a wait for products", Order::kNone);
+  for (const Product& product : take_done(block->now->products, block->now->product_groups, pending)) {
+    if (product.registers && std::memcmp(product.registers, product.kept, sizeof(product.kept)))
+      die("registers of a product have changed before it was waited for");
+    block->now->since = &product.started, block->now->watched = true;
+    product.run(product, product.d);
+    block->now->since = nullptr, block->now->watched = false;
+  }
 }
 
 void run_block(Block& own, size_t shared_bytes, const std::function<void()>& body) {

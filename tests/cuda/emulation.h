@@ -16,7 +16,7 @@
 
 #include "emulation_builtins.h"
 #include "emulation_threads.h"
-#include "emulation_units.h"
+#include "emulation_wgmma.h"
 
 namespace qexport {
 namespace cuda {

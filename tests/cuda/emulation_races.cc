@@ -87,7 +87,7 @@ std::string source_of(const void* code) {
 }
 
 void note_word(Word& word, const Access& now, bool is_shared, uintptr_t at) {
-  const Clocks& clocks = block->now->clocks;
+  const Clocks& clocks = block->now->since ? *block->now->since : block->now->clocks;
   Access* place = nullptr;
   for (Access& before : word) {
     // A block has shared memory of its own, and a kernel begins when all is done of the one before.

@@ -8,13 +8,15 @@
 #include <numeric>
 
 #include "barriers.cuh"
+#include "wgmma.cuh"
 
 namespace qexport {
 namespace cuda {
 namespace {
 
 constexpr uint32_t kNothing = 0xffffffffu;  // as shared memory holds before anything is written
-alignas(16) uint32_t output[2 * kWarp] = {}, input[2 * kWarp] = {};
+constexpr size_t kSharedBytes = 8192;
+alignas(16) uint32_t output[4 * kWarp] = {}, input[2 * kWarp] = {};
 
 // A copy for each thread, of which `kPending` groups are not waited for.
 template <int kGroups, int kPending>
@@ -48,7 +50,7 @@ __global__ void vote_of_half_a_warp() {
   if (threadIdx.x >= kWarp / 2) return;
   output[threadIdx.x] = __ballot_sync(kFullWarp, 1);
 }
-__global__ void write_behind_shared() { dynamic_shared<uint32_t>()[512 + threadIdx.x] = 0; }
+__global__ void write_behind_shared() { dynamic_shared<uint32_t>()[kSharedBytes / 4 + threadIdx.x] = 0; }
 __global__ void misaligned_store() {
   *reinterpret_cast<uint4*>(output + threadIdx.x) = uint4{0, 0, 0, 0};  // 4 bytes from one thread to the next
 }
@@ -56,15 +58,31 @@ __global__ void barrier_of_two_numbers() { numbered_wait(1, threadIdx.x < kWarp 
 __global__ void barrier_that_one_warp_misses() {
   if (threadIdx.x < kWarp) numbered_wait(1, 2 * kWarp);
 }
+// Products of ones by ones, sixteen of each; what is in the accumulators before or behind the wait.
+enum class When { kEarly, kLate, kOtherRegisters };
+template <When kWhen>
+__global__ void product() {
+  for (size_t i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x) dynamic_shared<uint32_t>()[i] = 0x3c003c00;
+  __syncthreads();
+  float d[8][4] = {};
+  uint32_t ones[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+  wgmma_fence();
+  wgmma_values(d, ones, wgmma_matrix(dynamic_shared<char>(), kSharedBytes), __half{});
+  wgmma_commit();
+  if (kWhen == When::kOtherRegisters) ones[0] = 0;
+  const float early = d[7][3];
+  wgmma_wait<0>();
+  output[threadIdx.x] = static_cast<uint32_t>(kWhen == When::kEarly ? early : d[7][3]);
+}
 
-// Whether the kernel, of so many threads and 2048 bytes of shared memory, ends the process.
+// Whether the kernel, of so many threads ends the process.
 bool dies(void (*kernel)(), int threads) {
   std::fflush(nullptr);
   const pid_t child = fork();
   if (child == 0) {
     if (!std::freopen("/dev/null", "w", stderr)) _exit(2);
     Status status;
-    launch(status, kernel, dim3(1), dim3(static_cast<unsigned>(threads)), 2048, nullptr);
+    launch(status, kernel, dim3(1), dim3(static_cast<unsigned>(threads)), kSharedBytes, nullptr);
     _exit(0);
   }
   int how = 0;
@@ -73,7 +91,7 @@ bool dies(void (*kernel)(), int threads) {
 // What the last thread has read of its last copy.
 uint32_t copied(void (*kernel)()) {
   Status status;
-  launch(status, kernel, dim3(1), dim3(kWarp), 2048, nullptr);
+  launch(status, kernel, dim3(1), dim3(kWarp), kSharedBytes, nullptr);
   return output[kWarp - 1];
 }
 
@@ -81,8 +99,14 @@ uint32_t copied(void (*kernel)()) {
 uint32_t sum_of_outputs(void (*kernel)(), unsigned blocks) {
   Status status;
   std::fill_n(output, kWarp, 0u);
-  launch(status, kernel, dim3(blocks), dim3(kWarp), 2048, nullptr);
+  launch(status, kernel, dim3(blocks), dim3(kWarp), kSharedBytes, nullptr);
   return std::accumulate(output, output + kWarp, 0u);
+}
+
+uint32_t product_of_ones(void (*kernel)()) {
+  Status status;
+  launch(status, kernel, dim3(1), dim3(4 * kWarp), kSharedBytes, nullptr);
+  return output[4 * kWarp - 1];
 }
 
 int wrong = 0;
@@ -108,5 +132,8 @@ int main() {
   expect(dies(misaligned_store, kWarp), "a store of 16 bytes that begins on 4");
   expect(dies(barrier_of_two_numbers, 3 * kWarp), "threads of a barrier that disagree on their number");
   expect(dies(barrier_that_one_warp_misses, 2 * kWarp), "a barrier that a warp never reaches");
+  expect(product_of_ones(product<When::kLate>) == 16, "a product that was waited for is there");
+  expect(product_of_ones(product<When::kEarly>) == 0, "and not before");
+  expect(dies(product<When::kOtherRegisters>, 4 * kWarp), "registers that change while a product reads them");
   return wrong;
 }

@@ -35,6 +35,19 @@ struct Copy {
   void* to;
   const void* from;  // null: zeros
   const void* code;  // that started it
+  Clocks started;    // what had happened then
+};
+
+// A product of a warpgroup: of one thread, its two rows.
+struct Product {
+  void (*run)(const Product&, float* d);
+  float* d;
+  const uint32_t* registers;  // that hold the left matrix, of which `rows` are made; null: it lies in shared memory, at `a`
+  uint32_t kept[4];           // what is in them
+  uint16_t rows[2][16];
+  uint64_t a, b;
+  bool adds;
+  Clocks started;
 };
 
 struct Thread {
@@ -47,9 +60,12 @@ struct Thread {
   bool watched = true;             // its accesses are those of the kernel, and not of what is called below
   const Meeting* waits = nullptr;  // for this meeting to be over, the generation of which is
   uint64_t generation = 0;
-  std::vector<Copy> copies;    // that have not arrived, in order
-  std::vector<size_t> groups;  // how many of them were started when each group was closed
+  std::vector<Copy> copies;            // that have not arrived, in order
+  std::vector<size_t> groups;          // how many of them were started when each group was closed
+  std::vector<Product> products;       // as copies
+  std::vector<size_t> product_groups;  // as groups
   Clocks clocks;
+  const Clocks* since = nullptr;  // those when what it does now was started; null: they are its own
 };
 
 struct Warp {
@@ -92,6 +108,10 @@ Meeting& numbered(int id, int threads);
 void start_copy(void* to, const void* from);
 void close_copies();              // what was started is a group
 void finish_copies(int pending);  // all but the newest groups
+
+void start_product(const Product& product);
+void close_products();
+void finish_products(int pending);
 
 // Every lane gives up to 16 bytes; returns the slots of all lanes.
 using Slot = uint64_t[2];

@@ -10,6 +10,9 @@
 namespace qexport {
 namespace cuda {
 
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - emulation::shared);
+}
 inline uint32_t join_halves(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }
 template <class T>
 float half_at(uint32_t pair, int i) {

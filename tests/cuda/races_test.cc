@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "barriers.cuh"
+#include "wgmma.cuh"
 
 namespace qexport {
 namespace cuda {
@@ -94,6 +95,20 @@ __global__ void copy_that_others_do_not_wait_for() {
   cp_async_wait<0>();
   memory[threadIdx.x + 4] = shared[4 * (threadIdx.x ^ 1)];
 }
+// A product reads shared memory until it is waited for.
+template <bool kWaits>
+__global__ void write_to_a_product() {
+  uint32_t* const shared = dynamic_shared<uint32_t>();
+  float d[8][4] = {};
+  const uint64_t matrix = wgmma_matrix(dynamic_shared<char>(), 8192);
+  wgmma_keys(d, matrix, matrix, 0, __half{});
+  wgmma_commit();
+  if (kWaits) wgmma_wait<0>();
+  __syncthreads();
+  shared[threadIdx.x] = 1;
+  __syncthreads();
+  wgmma_wait<0>();
+}
 
 __global__ void own_shared_memory() {
   __shared__ uint32_t own[kWarp];
@@ -115,7 +130,7 @@ bool dies(void (*kernel)(), int threads, unsigned blocks = 1, int runs = 1) {
   if (child == 0) {
     if (!std::freopen("/dev/null", "w", stderr)) _exit(2);
     Status status;
-    for (int i = 0; i < runs; ++i) launch(status, kernel, dim3(blocks), dim3(static_cast<unsigned>(threads)), 2048, nullptr);
+    for (int i = 0; i < runs; ++i) launch(status, kernel, dim3(blocks), dim3(static_cast<unsigned>(threads)), 8192, nullptr);
     _exit(status.ok() ? 0 : 2);
   }
   int how = 0;
@@ -147,6 +162,8 @@ int main() {
   expect(dies(copy_over_what_is_read, 2 * kWarp), "a copy may write as soon as it is started");
   expect(!dies(copy_over_what_was_read, 2 * kWarp), "behind a barrier it may");
   expect(dies(copy_that_others_do_not_wait_for, 2 * kWarp), "and as late as it is waited for");
+  expect(dies(write_to_a_product<false>, 4 * kWarp), "products read until they are waited for");
+  expect(!dies(write_to_a_product<true>, 4 * kWarp), "and no longer");
   expect(!dies(own_shared_memory, kWarp, 4), "each block has shared memory of its own");
   expect(dies(one_word_of_all_blocks, kWarp, 2), "blocks that write the same word");
   expect(!dies(one_word_of_all_blocks, kWarp, 1, 2), "as the kernels of a stream may");
