@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 from qexport.errors import UsageError
 from qexport.noise.model import parse_noise
 from qexport.ops import QUANTUM_MEASURE
-from qexport.ops.quantum_attention import PRECISIONS, RESIDUALS, STRATEGIES
+from qexport.ops.strategies import PRECISIONS, RESIDUALS, STRATEGIES
 
 NO_NOISE = "none"
 INFINITE = "inf"

@@ -35,6 +35,10 @@ def classical(bundle):
             ["convert", "m.onnx", "-o", "x", "--strategy", "naive", "--error-tolerance", "0.1"],
             ["naive", "needs strategy tree"],
         ),
+        (
+            ["convert", "m.onnx", "-o", "x", "--strategy", "exact", "--num-samples", "4"],
+            ["num_samples needs strategy naive, stratified, adaptive, hybrid or tree, got exact"],
+        ),
         (["convert", "model.onnx", "-o", "x", "--error-tolerance", "some"], ["'some'", "0.01 or 1%"]),
         (["tune", "x"], ["--max-error"]),
         (["tune", "x", "--max-error", "nan"], ["max_error", "nan", "0.01 for 1 %"]),

@@ -14,7 +14,7 @@ import torch
 
 from qexport.nn.backends import AttentionCall, chosen_backend, get_backend
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE
 
 
 def quantum_attention(

@@ -2,7 +2,7 @@
 
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES
 
 # The arguments of QuantumMultiheadAttention that heads may have of their own.
 PER_HEAD = (

@@ -2,24 +2,18 @@
 
 from qexport.errors import UsageError
 from qexport.ops.spec import Attr, OpSpec, Param
-
-STRATEGIES = ("exact", "naive", "stratified", "adaptive", "hybrid", "tree")
-# `exact` and `tree` work in blocks of keys: low precision and an estimate of the error are theirs alone. The others draw
-# keys for each query by itself.
-BLOCKWISE = ("exact", "tree")
-PRECISIONS = ("fp32", "bf16", "int8", "auto")
-RESIDUALS = ("none", "verify_only", "unbiased", "james_stein")
+from qexport.ops.strategies import PRECISIONS, RESIDUALS, STRATEGIES, reads
 
 FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
 
 def _check(values: dict) -> None:
     strategy = values["strategy"]
-    if strategy not in BLOCKWISE and values["precision"] not in ("fp32", "auto"):
+    if not reads(strategy, "precision", values["precision"]):
         raise UsageError(
             f"[QuantumAttention] precision must be fp32 or auto with strategy {strategy}, got {values['precision']}"
         )
-    if values["error_tolerance"] > 0 and strategy != "tree":
+    if not reads(strategy, "error_tolerance", values["error_tolerance"]):
         raise UsageError(f"[QuantumAttention] error_tolerance needs strategy tree, got {strategy}; set it to 0")
 
 

@@ -6,7 +6,7 @@ import torch
 from qexport.installed import onnxruntime
 from qexport.nn import quantum_attention
 from qexport.ops.proto import make_node
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
