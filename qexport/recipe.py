@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
-from qexport.ops.strategies import check_read, reads
+from qexport.ops.strategies import check_read, read_by
 from qexport.recipe_compression import Compression, LayerCompression
 from qexport.recipe_values import (
     NO_NOISE,
@@ -107,11 +107,11 @@ class Recipe(_Entry):
         Raises:
             UsageError: the values do not fit each other, or `num_samples` has another length than the site has heads.
         """
-        values = {k: v for k, v in (own or {}).items() if reads(own["strategy"], k, v)}
+        values = read_by(own["strategy"], own) if own else {}
         for entry in (self, *(layer for layer in self.layers if _fits(layer.match, module, name))):
             named = entry.named()
             strategy = named.get("strategy")
-            inherited = {k: v for k, v in values.items() if not strategy or reads(strategy, k, v)}
+            inherited = read_by(strategy, values) if strategy else values
             if any(key != "shots" for key in named):
                 inherited = {k: v for k, v in inherited.items() if k not in NOISE}
             values = inherited | named
@@ -203,7 +203,7 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
         raise UsageError(f"{where} must be a dict or a file, got {recipe!r}")
     given = {key: value for key, value in overrides.items() if value is not None}
     strategy = _checked(given, "convert").strategy
-    kept = {key: value for key, value in data.items() if not strategy or reads(strategy, key, value)}
+    kept = read_by(strategy, data) if strategy else data
     if given.get("noise", NO_NOISE) != NO_NOISE:
         kept = {key: value for key, value in kept.items() if key not in SAMPLING}
     elif any(key in given for key in (*SAMPLING, "noise")):

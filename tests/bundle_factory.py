@@ -11,7 +11,7 @@ from qexport.bundle import MODEL, SAMPLES
 from qexport.bundle_writer import write_bundle
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION
 from qexport.ops.proto import function_proto, make_node
-from qexport.ops.strategies import reads
+from qexport.ops.strategies import read_by
 from qexport.recipe import SAMPLING
 
 VOCAB, HEADS, HEAD_SIZE, LIMIT = 50, 2, 8, 64
@@ -112,7 +112,7 @@ _INPUTS = ("input_ids", "attention_mask")
 def manifest(layers: int = 2, **attention) -> dict:
     """The manifest of the encoder's bundle, without its files; `attention` as for `build_model`."""
     named = {"strategy": "stratified", "num_samples": [4]} | {k: v for k, v in attention.items() if k in SAMPLING}
-    named = {k: v for k, v in named.items() if reads(named["strategy"], k, v)}
+    named = read_by(named["strategy"], named)
     sampling = {key: QUANTUM_ATTENTION.attribute(key).default for key in SAMPLING} | named
     return {
         "schema_version": 1,

@@ -14,7 +14,7 @@ import torch
 
 from qexport.nn.backends import AttentionCall, chosen_backend, get_backend
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.strategies import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE, check_read
 
 
 def quantum_attention(
@@ -53,6 +53,7 @@ def quantum_attention(
         ValueError: shapes that do not fit each other.
     """
     a = QUANTUM_ATTENTION.resolve(attributes)
+    check_read(a["strategy"], {key: a[key] for key, value in attributes.items() if value is not None})
     Y, weights = attend(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, a)
     return (Y, weights) if need_weights else Y
 

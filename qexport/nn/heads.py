@@ -2,7 +2,7 @@
 
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.strategies import STRATEGIES
+from qexport.ops.strategies import STRATEGIES, check_read
 
 # The arguments of QuantumMultiheadAttention that heads may have of their own.
 PER_HEAD = (
@@ -33,7 +33,7 @@ def head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[
     for head, own in enumerate(heads):
         if unknown := set(own) - set(PER_HEAD):
             raise UsageError(f"heads[{head}] has no key {min(unknown)!r}; known: {', '.join(PER_HEAD)}")
-        attributes = _attributes(shared | own, f"heads[{head}]: ")
+        attributes = _attributes(shared | own, f"heads[{head}]: ", own)
         samples = attributes.pop("num_samples")
         _, members, counts = groups.setdefault(tuple(attributes.items()), (attributes, [], []))
         members.append(head)
@@ -41,8 +41,11 @@ def head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[
     return [(attributes | {"num_samples": counts}, members) for attributes, members, counts in groups.values()]
 
 
-def _attributes(settings: dict, where: str = "") -> dict:
+def _attributes(settings: dict, where: str = "", own: dict | None = None) -> dict:
     """All attributes of the op, as the settings of a module, or of one head, mean them.
+
+    Those that somebody named must be read: the keys of `own`, or where it is None, as nobody can tell who named what, the
+    settings that are not the defaults.
 
     Raises:
         UsageError: a value outside its limits, or settings that do not fit each other.
@@ -56,9 +59,12 @@ def _attributes(settings: dict, where: str = "") -> dict:
     attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
     attributes |= {"num_samples": [samples], "control_variate": settings["control_variate"]}
     try:
-        return QUANTUM_ATTENTION.resolve(attributes)
+        resolved, unnamed = QUANTUM_ATTENTION.resolve(attributes), QUANTUM_ATTENTION.resolve({})
     except UsageError as error:
         raise UsageError(where + str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
+    named = [key for key in resolved if (resolved[key] != unnamed[key] if own is None else key in own)]
+    check_read(resolved["strategy"], {key: resolved[key] for key in named}, where)
+    return resolved
 
 
 def columns_of(x, members, num_heads):

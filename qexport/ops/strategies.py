@@ -26,7 +26,12 @@ def reads(strategy: str, key: str, value) -> bool:
     return strategy in readers or value in idle
 
 
-def check_read(strategy: str, named: dict, where: str = "") -> None:
+def read_by(strategy: str, attributes: dict) -> dict:
+    """Those of the attributes that a strategy `reads`."""
+    return {key: value for key, value in attributes.items() if reads(strategy, key, value)}
+
+
+def check_read(strategy: str, named: dict, where: str = "[QuantumAttention] ") -> None:
     """Check that a strategy reads the attributes that somebody named: ignored ones would be no more than a wish.
 
     Raises:
