@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from qexport.arguments import as_seed
 from qexport.errors import UsageError
 from qexport.noise.model import parse_noise
 from qexport.ops import QUANTUM_MEASURE
@@ -70,9 +71,10 @@ def _shots(value: Any) -> int | str:
 
 
 def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise ValueError(f"must be a whole number of 64 bits, got {value!r}")
-    return value
+    try:
+        return as_seed(value)
+    except UsageError as error:
+        raise ValueError(str(error).removeprefix("seed ")) from None
 
 
 Strategy = Annotated[str, _one_of(STRATEGIES)]

@@ -44,6 +44,10 @@ def classical(bundle):
         (["tune", "x", "--max-error", "nan"], ["max_error", "nan", "0.01 for 1 %"]),
         (["tune", "x", "--max-error", "1%", "--time", "0"], ["time", "0.0"]),
         (["convert", "model.onnx", "-o", "x", "--opset", "11"], ["11", "17"]),
+        *(
+            ([*argv, "--seed", str(2**63)], ["must be a whole number of 64 bits, -2^63 to 2^63 - 1", str(2**63)])
+            for argv in (["convert", "m.onnx", "-o", "x"], ["attention", "x", "-o", "y"])
+        ),
         (["profile", "x", "--runs", "0"], ["0", "1"]),
         (["validate", "x", "--seeds", "many"], ["many"]),
     ],

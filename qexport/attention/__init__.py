@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from qexport._swap import check_writable
-from qexport.arguments import wholes
+from qexport.arguments import as_seed, wholes
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
@@ -66,6 +66,7 @@ def map_attention(
     say = progress or unwatched
     if not library:
         raise UsageError("library must be True or a path: attention maps come from the op library")
+    seed = as_seed(seed)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     layers = None if layers is None else sorted(set(wholes("layers", layers, 0)))
     heads = None if heads is None else sorted(set(wholes("heads", heads, 0)))

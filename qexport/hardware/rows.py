@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from qexport.arguments import as_seed
 from qexport.errors import UsageError
 from qexport.hardware.circuit import rotations
 from qexport.hardware.noise import check_noise
@@ -131,7 +132,7 @@ class RowBackend(ABC):
         some = rows.any(-1)
         found = torch.zeros(len(rows), 1 << qubits, dtype=torch.float64)
         if some.any():
-            (seed,) = np.random.SeedSequence(seed % 2**64).generate_state(1).tolist()
+            (seed,) = np.random.SeedSequence(as_seed(seed) % 2**64).generate_state(1).tolist()
             angles = rotations(rows[some]).numpy()
             found[some] = torch.from_numpy(self._frequencies(qubits, angles, shots, noise, basis, seed))
         return found[:, :n].reshape(probabilities.shape).to(probabilities)

@@ -12,6 +12,8 @@ from dataclasses import replace
 
 import torch
 
+from qexport.arguments import as_seed, check_tensors
+from qexport.errors import UsageError
 from qexport.nn.backends import AttentionCall, chosen_backend, get_backend
 from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.strategies import BLOCKWISE, check_read
@@ -52,10 +54,25 @@ def quantum_attention(
         UsageError: an unknown backend, an attribute outside its limits, or a call that the backend does not take.
         ValueError: shapes that do not fit each other.
     """
+    check_tensors({"Q": Q, "K": K, "V": V}, {"attn_mask": attn_mask})
+    seed = seed_argument(seed)
     a = QUANTUM_ATTENTION.resolve(attributes)
     check_read(a["strategy"], {key: a[key] for key, value in attributes.items() if value is not None})
     Y, weights = attend(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, a)
     return (Y, weights) if need_weights else Y
+
+
+def seed_argument(seed):
+    """A seed as `as_seed` wants it, or a tensor that holds one, which is not looked into: it may be on a device.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not isinstance(seed, torch.Tensor):
+        return as_seed(seed)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise UsageError(f"seed must be one number of int64, got {tuple(seed.shape)} of {seed.dtype}")
+    return seed
 
 
 def attend(Q, K, V, attn_mask, seed, backend: str, dropout_p: float, need_weights: bool, attributes: dict):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qexport.arguments import check_finite, check_tensors
 from qexport.errors import QexportError, UsageError
 from qexport.mps.canonical import entanglement_entropy, sample
 from qexport.mps.cost import Cost, attention_cost
@@ -92,11 +93,11 @@ class MatrixProductStateSimulator:
             UsageError: shapes that do not fit each other, other types than floating point, a number that is not finite.
             QexportError: the error of the output is above `tolerance`.
         """
+        check_tensors({"V": V})
         A = _attention(Q, K)
         if V.shape[:-1] != K.shape[:-1]:
             raise UsageError(f"V must be {(*K.shape[:-1], 'v_head_size')}, got {tuple(V.shape)}")
-        if not torch.isfinite(V).all():
-            raise UsageError("V must be finite, got NaN or infinity")
+        check_finite("V", V)
         train = encode(A, self.max_bond_dim, self.tol, self.layout, decompose=_tt_svd)
         train = replace(train, cores=tuple(core.to(Q.dtype) for core in train.cores))
         report = _report(train, A, V.double())
@@ -121,6 +122,7 @@ class MatrixProductStateSimulator:
         Raises:
             UsageError: V has another batch or number of keys.
         """
+        check_tensors({"V": V})
         layout, batch = mps_tensors.layout, mps_tensors.error.shape
         if V.ndim < 2 or V.shape[:-2] != batch or V.shape[-2] != layout.cols:
             raise UsageError(f"V must be {(*batch, layout.cols, 'v_head_size')}, got {tuple(V.shape)}")
@@ -162,14 +164,14 @@ class MatrixProductStateSimulator:
 
 
 def _attention(Q, K) -> torch.Tensor:
+    check_tensors({"Q": Q, "K": K})
     if Q.ndim < 2 or K.shape[:-2] != Q.shape[:-2] or K.ndim != Q.ndim or K.shape[-1] != Q.shape[-1]:
         shapes = f"{tuple(Q.shape)}, {tuple(K.shape)}"
         raise UsageError(f"Q and K must be (..., q_len, head_size) and (..., kv_len, head_size), got {shapes}")
     for name, tensor in (("Q", Q), ("K", K)):
         if not tensor.is_floating_point() or not tensor.numel():
             raise UsageError(f"{name} must hold floating point numbers, got {tuple(tensor.shape)} of {tensor.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise UsageError(f"{name} must be finite, got NaN or infinity")
+        check_finite(name, tensor)
     return torch.softmax(Q.double() @ K.double().mT / Q.shape[-1] ** 0.5, -1)
 
 

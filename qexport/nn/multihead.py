@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qexport.errors import UsageError
+from qexport.arguments import as_seed, check_tensors
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import attend
 from qexport.nn.heads import PER_HEAD, columns_of, head_groups
@@ -76,12 +76,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         self.head_groups = head_groups(shared, heads, num_heads)
         if backend != "auto":
             get_backend(backend)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise UsageError(f"seed must be a whole number of 64 bits, got {seed!r}")
         self.quantum_backend = quantum_backend
         self.backend = backend
         self.layer = QUANTUM_ATTENTION.attribute("layer").check(layer, "QuantumMultiheadAttention")
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("seed", torch.tensor(as_seed(seed), dtype=torch.int64, device=device), persistent=False)
 
     @classmethod
     def from_classical(cls, module: nn.MultiheadAttention, **quantum) -> "QuantumMultiheadAttention":
@@ -149,7 +147,11 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError, RuntimeError: shapes or types that do not fit, as in nn.MultiheadAttention.
+            UsageError: no tensors.
         """
+        check_tensors(
+            {"query": query, "key": key, "value": value}, {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        )
         arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if self.quantum_backend == "classical":
             return super().forward(query, key, value, *arguments)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qexport.arguments import as_seed
 from qexport.errors import UsageError
 from qexport.noise.channels import (
     amplitudes_of,
@@ -157,7 +158,7 @@ def measured(rows: torch.Tensor, shots: int | None, seed: int, layer: int = 0, *
     """
     if shots is None:
         return rows
-    w = rows.detach()
+    w, seed = rows.detach(), as_seed(seed)
     if kernel:
         threads = torch.get_num_threads()
         f = torch.from_numpy(kernels().quantum_measure(w.numpy(), seed, shots=shots, layer=layer, threads=threads))

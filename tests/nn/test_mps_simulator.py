@@ -217,12 +217,20 @@ def test_wrong_shapes():
         sim.encode_attention_mps(Q, K[:, :1], V)
     with pytest.raises(UsageError, match=r"V must be \(16, 'v_head_size'\), got \(9, 16\)"):
         sim.encode_attention_mps(Q, K, V[:9])
-    with pytest.raises(UsageError, match="Q must be finite, got NaN or infinity"):
+    with pytest.raises(UsageError, match=r"Q must be finite, got nan at \[0, 0\]"):
         sim.encode_attention_mps(Q * float("nan"), K, V)
-    with pytest.raises(UsageError, match="K must be finite, got NaN or infinity"):
+    with pytest.raises(UsageError, match=r"K must be finite, got -?inf at \[0, 0\]"):
         sim.sample_attention(Q, K / 0, 3)
-    with pytest.raises(UsageError, match="V must be finite, got NaN or infinity"):
+    with pytest.raises(UsageError, match=r"V must be finite, got -?inf at \[0, 0\]"):
         sim.encode_attention_mps(Q, K, V * float("inf"))
+    with pytest.raises(UsageError, match=r"K must be a torch.Tensor, got numpy.ndarray; give torch.from_numpy\(K\)"):
+        sim.sample_attention(Q, K.numpy(), 3)
+    with pytest.raises(UsageError, match=r"V must be a torch.Tensor, got list; give torch.as_tensor\(V\)"):
+        sim.encode_attention_mps(Q, K, V.tolist())
+    with pytest.raises(UsageError, match=r"V must be a torch\.Tensor, got numpy\.ndarray"):
+        sim.mps_attention_forward(sim.encode_attention_mps(Q, K, V), V.numpy())
+    with pytest.raises(UsageError, match=r"seed must be .* 64 bits, .*, got -9223372036854775809"):
+        sim.sample_attention(Q, K, 3, seed=-(2**63) - 1)
     with pytest.raises(UsageError, match=r"Q must hold floating point numbers, got \(16, 2\) of torch.int64"):
         sim.encode_attention_mps(Q.long(), K, V)
     with pytest.raises(UsageError, match=r"Q must hold floating point numbers, got \(0, 16, 2\)"):
