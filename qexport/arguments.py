@@ -13,6 +13,8 @@ def whole(name: str, value, least: int = 1) -> int:
         UsageError: it is another one, or none.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise UsageError(f"{name} must be a whole number, got {one_line(repr(value))}") from None

@@ -12,22 +12,26 @@ import qexport
 from qexport.arguments import real, several, whole, wholes
 from qexport.errors import UsageError
 from qexport.mps.layout import make_layout
-from qexport.noise.mitigation import parse_mitigation
-from qexport.noise.model import parse_noise
+from qexport.noise.comparison import compare_mitigation
+from qexport.noise.measured import MeasuredNoise, measured
+from qexport.noise.mitigation import RepetitionCode, ZeroNoiseExtrapolation, mitigated, parse_mitigation
+from qexport.noise.model import NoiseModel, parse_noise
 from qexport.recipe import make_recipe
 from qexport.scaling import sweep
 
 says = functools.partial(one_line, UsageError)
+FLIPS, ZNE, ROWS = NoiseModel("bit_flip", 0.1), parse_mitigation("zne"), torch.full((2, 4), 0.25, dtype=torch.float64)
+DEVICE = MeasuredNoise([FLIPS], 4)
 
 
-@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3), True + 2])
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3)])
 def test_whole_numbers(value):
     assert whole("n", value) == 3
     assert wholes("n", value) == wholes("n", [value]) == [3]
     says("n must be >= 4, got 3", whole, "n", value, 4)
 
 
-@pytest.mark.parametrize("value", [3.0, "3", None, float("nan"), [3]])
+@pytest.mark.parametrize("value", [3.0, "3", None, float("nan"), [3], True])
 def test_what_is_no_whole_number(value):
     says(f"n must be a whole number, got {value!r}", whole, "n", value)
 
@@ -83,6 +87,38 @@ def test_functions_of_a_bundle(bundle, function, options, words):
         (sweep, [], {"lengths": [float("nan")]}, "lengths must be a whole number, got nan"),
         (make_recipe, [[1]], {}, "recipe must be a dict or a file, got [1]"),
         (make_layout, ["serial", 4.0, 4], {}, "rows must be a whole number, got 4.0"),
+        (NoiseModel, ["bit_flip", "x"], {}, "noise level must be a number, got 'x'"),
+        (NoiseModel, ["bit_flip", None], {}, "noise level must be a number, got None"),
+        (NoiseModel, ["thermal_relaxation", 0.1], {"T1": "x"}, "noise T1 must be a number, got 'x'"),
+        (FLIPS.at, ["x"], {}, "noise level must be a number, got 'x'"),
+        (MeasuredNoise, [[FLIPS], "x"], {}, "n must be a whole number, got 'x'"),
+        (
+            MeasuredNoise,
+            ["bit_flip", 4],
+            {},
+            "noise must be one or several NoiseModels, as parse_noise makes them",
+        ),
+        (MeasuredNoise, [FLIPS, 4, "q"], {}, "basis must be one of z, x, got 'q'"),
+        (measured, [ROWS.numpy(), 5, 1], {}, "rows must be a torch.Tensor, got numpy.ndarray; give torch.from_numpy(rows)"),
+        (measured, [ROWS, 5, 2**63], {}, f"seed must be a whole number of 64 bits, -2^63 to 2^63 - 1, got {2**63}"),
+        (
+            mitigated,
+            ["zne", DEVICE, ROWS, 9],
+            {},
+            "must be a Mitigation, as parse_mitigation makes it, got 'zne'",
+        ),
+        (mitigated, [ZNE, DEVICE, ROWS.numpy(), 9], {}, "p must be a torch.Tensor, got numpy.ndarray"),
+        (mitigated, [ZNE, DEVICE, ROWS, "x"], {}, "shots must be a whole number, got 'x'"),
+        (mitigated, [ZNE, DEVICE, ROWS, 9, 0.5], {}, "seed must be a whole number of 64 bits"),
+        (ZeroNoiseExtrapolation, [5], {}, "zne scales must be a list, got 5"),
+        (ZeroNoiseExtrapolation, [["x", 1]], {}, "zne scales must be a number, got 'x'"),
+        (RepetitionCode, [2.5], {}, "repetition distance must be a whole number, got 2.5"),
+        (compare_mitigation, [ROWS.numpy(), FLIPS, 9], {}, "p must be a torch.Tensor, got numpy.ndarray"),
+        (compare_mitigation, [ROWS, "bit_flip:0.1", 9], {}, "noise must be one or several NoiseModels"),
+        (compare_mitigation, [ROWS, 5, 9], {}, "noise must be one or several NoiseModels, as parse_noise makes them, got 5"),
+        (compare_mitigation, [ROWS, FLIPS, 9], {"methods": "zne"}, "methods must be a list, got 'zne'"),
+        (compare_mitigation, [ROWS, FLIPS, 9], {"methods": [5]}, "mitigation must be a text such as zne, got 5"),
+        (compare_mitigation, [ROWS, FLIPS, 9], {"basis": "q"}, "basis must be one of z, x, got 'q'"),
         (parse_noise, [None], {}, "noise must be a text such as depolarizing:0.01, got None"),
         (parse_mitigation, [None], {}, "mitigation must be a text such as zne, got None"),
     ],

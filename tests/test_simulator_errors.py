@@ -13,6 +13,8 @@ from qexport.nn import QuantumAttentionSimulator
     [
         ({"noise_model": "cosmic"}, "channel must be one of depolarizing, amplitude_damping, .*, got 'cosmic'"),
         ({"noise_model": "bit_flip:x"}, "noise level must be a number, got 'x'"),
+        ({"noise_model": 5}, "noise_model must be a name, a text .* or NoiseModels, got 5"),
+        ({"noise_model": "thermal_relaxation", "T1": "x"}, "noise T1 must be a number, got 'x'"),
         ({"noise_model": [3]}, "noise_model must be a name, a text .* or NoiseModels, got 3"),
         ({"noise_model": "bit_flip:0.1", "T1": 2.0}, r"T1 is for noise given by its name, got T1=2\.0; write it into"),
         ({"noise_model": "bit_flip", "T1": 2.0}, "T1 is for channel thermal_relaxation, got bit_flip; leave it out"),
@@ -76,6 +78,8 @@ def holding(tensor, value):
         ({"basis": "overlap"}, (Q, holding(K, -INF), V), {}, r"^K must be finite, got -inf at \[2, 1\]$"),
         ({}, (Q, K, holding(V, INF), None), {}, r"^V must be finite, got inf at \[2, 1\]$"),
         ({}, (Q, K, V), {"attn_mask": holding(torch.zeros(4, 6), NAN)}, r"attn_mask, but for -inf, must be .* \[2, 1\]"),
+        ({}, (Q, K, V), {"scale": "x"}, "scale must be a number, got 'x'"),
+        ({}, (Q, K, V, 32, "x"), {}, "noise level must be a number, got 'x'"),
         ({}, (Q, K, V), {"scale": NAN}, r"Q K\^T \* scale in torch\.float64 must be finite, got nan at \[0, 0\]"),
         ({}, (300 * Q.half(), 300 * K.half(), V.half()), {}, r"scale in torch\.float16 must be finite, got -?inf at"),
         ({}, (Q.numpy(), K, V), {}, r"^Q must be a torch\.Tensor, got numpy\.ndarray; give torch\.from_numpy\(Q\)$"),

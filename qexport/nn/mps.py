@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qexport.arguments import check_finite, check_tensors
+from qexport.arguments import check_finite, check_tensors, real, whole
 from qexport.errors import QexportError, UsageError
 from qexport.mps.canonical import entanglement_entropy, sample
 from qexport.mps.cost import Cost, attention_cost
@@ -67,10 +67,9 @@ class MatrixProductStateSimulator:
     """
 
     def __init__(self, max_bond_dim: int = 32, tolerance: float = 0.1, tol: float | None = None, layout: str = "auto"):
-        if not isinstance(max_bond_dim, int) or max_bond_dim < 1:
-            raise UsageError(f"max_bond_dim must be an integer >= 1, got {max_bond_dim}")
-        for name, value in (("tolerance", tolerance), ("tol", tol)):
-            if value is not None and not 0 < value < 1:
+        max_bond_dim = whole("max_bond_dim", max_bond_dim)
+        for name, value in (("tolerance", tolerance), *([] if tol is None else [("tol", tol)])):
+            if not 0 < real(name, value) < 1:
                 raise UsageError(f"{name} must be in (0, 1), got {value:g}")
         if layout not in (*KINDS, "auto"):
             raise UsageError(f"layout must be one of {', '.join(KINDS)}, auto, got {layout!r}")
@@ -97,6 +96,8 @@ class MatrixProductStateSimulator:
         A = _attention(Q, K)
         if V.shape[:-1] != K.shape[:-1]:
             raise UsageError(f"V must be {(*K.shape[:-1], 'v_head_size')}, got {tuple(V.shape)}")
+        if not V.is_floating_point():
+            raise UsageError(f"V must hold floating point numbers, got {V.dtype}")
         check_finite("V", V)
         train = encode(A, self.max_bond_dim, self.tol, self.layout, decompose=_tt_svd)
         train = replace(train, cores=tuple(core.to(Q.dtype) for core in train.cores))
@@ -122,6 +123,7 @@ class MatrixProductStateSimulator:
         Raises:
             UsageError: V has another batch or number of keys.
         """
+        _check_train(mps_tensors)
         check_tensors({"V": V})
         layout, batch = mps_tensors.layout, mps_tensors.error.shape
         if V.ndim < 2 or V.shape[:-2] != batch or V.shape[-2] != layout.cols:
@@ -160,7 +162,14 @@ class MatrixProductStateSimulator:
         Args:
             mps_tensors: what `encode_attention_mps` returned.
         """
+        _check_train(mps_tensors)
         return entanglement_entropy(mps_tensors)
+
+
+def _check_train(mps_tensors) -> None:
+    if not isinstance(mps_tensors, MatrixProduct):
+        wanted = "mps_tensors must be what encode_attention_mps returned"
+        raise UsageError(f"{wanted}, got {type(mps_tensors).__name__}")
 
 
 def _attention(Q, K) -> torch.Tensor:

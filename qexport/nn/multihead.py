@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from qexport.arguments import as_seed, check_tensors
+from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import attend
 from qexport.nn.heads import PER_HEAD, columns_of, head_groups
@@ -90,8 +91,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             quantum: the keyword arguments of this class, from `quantum_backend` on.
 
         Raises:
-            UsageError: one of them has a value outside its limits.
+            UsageError: another module, or one of the keyword arguments has a value outside its limits.
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise UsageError(f"from_classical takes an nn.MultiheadAttention, got {type(module).__name__}")
         weight = module.out_proj.weight
         new = cls(
             *(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None),
@@ -265,11 +268,22 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         return torch.cat(outputs, -1), torch.stack(weights, 1) if need_weights else None
 
 
+def check_module(model) -> None:
+    """Check that a model is a torch module.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def number_layers(model: nn.Module) -> None:
     """Number the QuantumMultiheadAttention modules of a model in their order, so that no two draw alike at one seed.
 
     `replace_attention` does so by itself; call this after building a model out of such modules.
     """
+    check_module(model)
     modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
     for layer, module in enumerate(modules):
         module.layer = layer

@@ -8,7 +8,7 @@ from torch import nn
 from qexport.errors import QexportError, UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import attend
-from qexport.nn.multihead import QuantumMultiheadAttention
+from qexport.nn.multihead import QuantumMultiheadAttention, check_module
 from qexport.ops import QUANTUM_ATTENTION
 
 # The name under which the attention function stands in transformers' registry.
@@ -42,11 +42,15 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
         The names of the modules whose attention is sampled now.
 
     Raises:
-        UsageError: a wrong recipe or backend, a recipe with noise, or a model that has neither kind of attention.
+        UsageError: a wrong recipe or backend, a recipe with noise or compression, or a model that has neither kind of
+            attention.
     """
     from qexport.recipe import make_recipe
 
+    check_module(model)
     recipe = make_recipe(recipe)
+    if recipe.compress is not None:
+        raise UsageError("compress is for converted models: leave it out here and give it to qexport.compress")
     if recipe.has_noise:
         raise UsageError("noise is for converted models: leave it out here and give it to qexport.convert")
     if backend != "auto":

@@ -8,14 +8,14 @@ from numbers import Integral
 import torch
 from torch.nn import functional
 
-from qexport.arguments import as_seed, check_finite, check_tensors
+from qexport.arguments import as_seed, check_finite, check_tensors, real
 from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
 from qexport.noise.channels import global_share, num_qubits
 from qexport.noise.density import kraus_operators, overlap_probabilities
 from qexport.noise.measured import MeasuredNoise, measured
 from qexport.noise.mitigation import Mitigation, mitigated, parse_mitigation
-from qexport.noise.model import NoiseModel, parse_noise
+from qexport.noise.model import NoiseModel, as_models, parse_noise
 from qexport.ops import QUANTUM_MEASURE
 from qexport.ops.kernels import kernels
 
@@ -129,6 +129,8 @@ class QuantumAttentionSimulator:
             UsageError: shapes that do not fit, or a number outside its limits, NaN and infinity in tensors included.
         """
         check_tensors({"Q": Q, "K": K, "V": V}, {"attn_mask": attn_mask})
+        if scale is not None and not isinstance(scale, torch.Tensor):
+            scale = real("scale", scale)
         K, V = _checked(Q, K, V, num_samples, enable_gqa)
         models = self.noise
         if noise_level is not None or self._named:
@@ -197,11 +199,7 @@ def _models(noise_model, own: dict) -> tuple[tuple[NoiseModel, ...], bool]:
             raise UsageError(f"{name} is for noise given by its name, got {name}={value}; write it into the noise model")
     if isinstance(noise_model, str):
         return parse_noise(noise_model), False
-    models = (noise_model,) if isinstance(noise_model, NoiseModel) else tuple(noise_model)
-    for model in models:
-        if not isinstance(model, NoiseModel):
-            raise UsageError(f"noise_model must be a name, a text such as depolarizing:0.01 or NoiseModels, got {model!r}")
-    return models, False
+    return as_models(noise_model, "noise_model must be a name, a text such as depolarizing:0.01 or NoiseModels"), False
 
 
 def _measure_rows(backend: str):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qexport.arguments import real
 from qexport.errors import UsageError
 from qexport.ops.quantum_noise import SPEC
 
@@ -25,7 +27,7 @@ class NoiseModel:
             not given: `level` is then the time in units of T1.
 
     Raises:
-        UsageError: an unknown channel, or settings that its channel does not have.
+        UsageError: an unknown channel, what is no number, or settings that its channel does not have.
     """
 
     channel: str = "depolarizing"
@@ -38,6 +40,9 @@ class NoiseModel:
 
     def __post_init__(self):
         SPEC.resolve(self.attributes)
+        for name, value in {"level": self.level, **self.inputs}.items():
+            if not isinstance(value, (list, tuple)) and not hasattr(value, "__array__"):
+                real(f"noise {name}", value)
         if self.channel == "kraus":
             raise UsageError("[QuantumNoise] channel kraus is no noise model: a model has a name, and numbers")
         if self.channel == "thermal_relaxation":
@@ -92,6 +97,19 @@ class NoiseModel:
             if name not in ("channel", "level") and value != plain[name]
         ]
         return ":".join([self.channel, f"{float(self.level):g}", *more])
+
+
+def as_models(noise, wanted: str = "noise must be one or several NoiseModels, as parse_noise makes them") -> tuple:
+    """The models of a NoiseModel or of several.
+
+    Raises:
+        UsageError: there is something else among them; the message begins with `wanted`.
+    """
+    models = (noise,) if isinstance(noise, (NoiseModel, str)) or not isinstance(noise, Iterable) else tuple(noise)
+    for model in models:
+        if not isinstance(model, NoiseModel):
+            raise UsageError(f"{wanted}, got {model!r}")
+    return models
 
 
 def parse_noise(text: str) -> tuple[NoiseModel, ...]:

@@ -78,7 +78,7 @@ SPEC = OpSpec(
     ),
     attributes=(
         Attr("strategy", "string", "How keys are sampled; see docs/math.md.", "stratified", choices=STRATEGIES),
-        Attr("num_samples", "ints", "Keys sampled per query: one number, or one per query head.", (32,), minimum=1),
+        Attr("num_samples", "ints", "Keys read per query: a number, or one per head.", (32,), minimum=1, maximum=2**31 - 1),
         Attr(
             "control_variate",
             "int",
@@ -109,7 +109,9 @@ SPEC = OpSpec(
             "verify_only",
             choices=RESIDUALS,
         ),
-        Attr("layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0),
+        Attr(
+            "layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0, maximum=2**32 - 1
+        ),
         Attr("is_causal", "int", "1: query i sees key j when j <= i + offset.", 0, choices=(0, 1)),
         Attr("scale", "float", "Factor on Q K^T; 1/sqrt(head_size) when absent."),
         Attr("softcap", "float", "Scores become softcap * tanh(score / softcap); 0 is off.", 0.0, minimum=0),

@@ -198,10 +198,14 @@ def test_entropy_per_bond():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be an integer >= 1, got 0"),
-        (lambda: MatrixProductStateSimulator(max_bond_dim=2.5), "max_bond_dim must be an integer >= 1, got 2.5"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be >= 1, got 0"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=2.5), "max_bond_dim must be a whole number, got 2.5"),
         (lambda: MatrixProductStateSimulator(tolerance=0), r"tolerance must be in \(0, 1\), got 0"),
         (lambda: MatrixProductStateSimulator(tolerance=1), r"tolerance must be in \(0, 1\), got 1"),
+        (lambda: MatrixProductStateSimulator(tolerance=None), "tolerance must be a number, got None"),
+        (lambda: MatrixProductStateSimulator(tol="x"), "tol must be a number, got 'x'"),
+        (lambda: MatrixProductStateSimulator().mps_attention_forward(5, None), "mps_tensors must be what encode_.* got int"),
+        (lambda: MatrixProductStateSimulator.entanglement_entropy([]), "mps_tensors must be what encode_.* got list"),
         (lambda: MatrixProductStateSimulator(tol=2), r"tol must be in \(0, 1\), got 2"),
         (lambda: MatrixProductStateSimulator(layout="best"), "layout must be one of serial, interleaved, auto"),
     ],
@@ -215,6 +219,8 @@ def test_wrong_shapes():
     sim, (Q, K, V) = MatrixProductStateSimulator(), local_attention(16)
     with pytest.raises(UsageError, match=r"Q and K must be .*, got \(16, 2\), \(16, 1\)"):
         sim.encode_attention_mps(Q, K[:, :1], V)
+    with pytest.raises(UsageError, match=r"V must hold floating point numbers, got torch.int64"):
+        sim.encode_attention_mps(Q, K, V.long())
     with pytest.raises(UsageError, match=r"V must be \(16, 'v_head_size'\), got \(9, 16\)"):
         sim.encode_attention_mps(Q, K, V[:9])
     with pytest.raises(UsageError, match=r"Q must be finite, got nan at \[0, 0\]"):

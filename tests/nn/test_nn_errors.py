@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qexport.errors import QexportError, UsageError
-from qexport.nn import QuantumMultiheadAttention, quantum_attention, quantum_measure
+from qexport.nn import QuantumMultiheadAttention, quantum_attention
 
 WIDTH, HEADS = 16, 4
 
@@ -91,6 +91,13 @@ def test_widths_of_keys_and_values_of_their_own():
             {"quantum_backend": "exact", "num_samples": 4},
             "num_samples needs strategy naive, .* or tree, got exact; leave num_s",
         ),
+        (
+            {"quantum_backend": "classical", "num_samples": 4},
+            "num_samples needs .*, got classical; leave num_samples",
+        ),
+        ({"quantum_backend": "classical", "precision": "int8"}, "precision needs strategy exact or tree, got classical"),
+        ({"num_samples": 2**31}, "num_samples must be <= 2147483647, got 2147483648"),
+        ({"layer": 1.5}, "layer must be of kind int, got 1.5"),
         ({"residual": "unbiased"}, "residual needs strategy tree, got adaptive; leave residual out"),
         ({"quantum_backend": "tree", "error_tolerance": 2}, "error_tolerance must be <= 1, got 2"),
         ({"quantum_backend": "tree", "residual": "some"}, "residual must be one of none, .* got 'some'"),
@@ -201,44 +208,6 @@ def test_operator_types_and_attributes():
         quantum_attention(q, q, q, strategy="best")
     with pytest.raises(UsageError, match=r"^\[QuantumAttention\] num_samples needs strategy .*, got exact; leave"):
         quantum_attention(q, q, q, strategy="exact", num_samples=4)
-
-
-@pytest.mark.parametrize("place", range(4))
-def test_what_is_no_tensor(place):
-    """Arrays of numpy and lists, in every place."""
-    q, mask = rows(1, 2, 3, 4), torch.ones(3, 3, dtype=torch.bool)
-    x = rows(5, 2, WIDTH)
-    for tensors, names, call in (
-        ([q, q, q, mask], ("Q", "K", "V", "attn_mask"), quantum_attention),
-        (
-            [x, x, x, torch.zeros(2, 5)],
-            ("query", "key", "value", "key_padding_mask"),
-            QuantumMultiheadAttention(WIDTH, HEADS),
-        ),
-        ([x, x, x, None], ("query", "key", "value"), QuantumMultiheadAttention(WIDTH, HEADS, quantum_backend="classical")),
-    ):
-        for other, kind, maker in ((q.numpy(), "numpy.ndarray", "from_numpy"), ([[1.0]], "list", "as_tensor")):
-            if place < len(names):
-                arguments = [*tensors[:place], other, *tensors[place + 1 :]]
-                words = f"{names[place]} must be a torch.Tensor, got {kind}; give torch.{maker}({names[place]})"
-                with pytest.raises(UsageError, match=f"^{re.escape(words)}$"):
-                    call(*arguments)
-
-
-@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.5, "1", True, torch.tensor(0.5), torch.tensor([1, 2])])
-def test_seeds_that_are_no_int64(seed):
-    q, p = rows(1, 2, 3, 4), torch.full((2, 4), 0.25)
-    for call in (lambda: quantum_attention(q, q, q, seed=seed), lambda: quantum_measure(p, seed)):
-        with pytest.raises(UsageError, match=r"^seed must be (a whole number of 64 bits, .*|one number of int64), got"):
-            call()
-
-
-@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), torch.tensor(-1), torch.tensor([7])])
-def test_seeds_at_the_limits(seed):
-    q = rows(1, 2, 40, 4)
-    drawn = [quantum_attention(q, q, q, seed=seed, num_samples=3, backend=name) for name in ("kernel", "reference")]
-    torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)
-    QuantumMultiheadAttention(WIDTH, HEADS, seed=int(seed))
 
 
 def test_heads_inherit_what_their_strategies_read():
