@@ -1,6 +1,7 @@
 """Numbers, lists and tensors that callers hand over, checked before anything is done with them."""
 
 import operator
+from pathlib import Path
 
 from qexport.errors import UsageError
 from qexport.failures import one_line
@@ -67,6 +68,18 @@ def as_seed(value, name: str = "seed") -> int:
 def wrapped_seed(number: int) -> int:
     """The seed that the low 64 bits of a number are: one that is derived from another seed stays one."""
     return (number + 2**63) % 2**64 - 2**63
+
+
+def as_path(name: str, value) -> Path:
+    """A path of a file or folder.
+
+    Raises:
+        UsageError: it is neither a text nor a path.
+    """
+    try:
+        return Path(value)
+    except TypeError:
+        raise UsageError(f"{name} must be a str or a Path, got {one_line(repr(value))}") from None
 
 
 def check_tensors(required: dict, optional: dict | None = None) -> None:

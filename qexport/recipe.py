@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qexport.arguments import as_path
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
 from qexport.ops.strategies import check_read, read_by
@@ -222,7 +223,7 @@ def load_recipe(path) -> Recipe:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    path = Path(path)
+    path = as_path("path", path)
     try:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except YAMLError as error:

@@ -16,7 +16,7 @@ from qexport.noise.comparison import compare_mitigation
 from qexport.noise.measured import MeasuredNoise, measured
 from qexport.noise.mitigation import RepetitionCode, ZeroNoiseExtrapolation, mitigated, parse_mitigation
 from qexport.noise.model import NoiseModel, parse_noise
-from qexport.recipe import make_recipe
+from qexport.recipe import load_recipe, make_recipe
 from qexport.scaling import sweep
 
 says = functools.partial(one_line, UsageError)
@@ -34,6 +34,12 @@ def test_whole_numbers(value):
 @pytest.mark.parametrize("value", [3.0, "3", None, float("nan"), [3], True])
 def test_what_is_no_whole_number(value):
     says(f"n must be a whole number, got {value!r}", whole, "n", value)
+
+
+def test_whole_numbers_of_numpy_in_a_recipe():
+    recipe = make_recipe(num_samples=[np.int64(3), 4], error_tolerance=np.float32(0.5), seed=np.int64(7))
+    assert recipe.to_dict() == {"num_samples": [3, 4], "error_tolerance": 0.5, "seed": 7, "layers": []}
+    assert make_recipe(noise="bit_flip:0.1", shots=np.int32(9)).shots == 9
 
 
 def test_numbers_and_lists():
@@ -67,6 +73,22 @@ def bundle(module_path):
         (qexport.tune, {"max_error": 0.1, "trials": "7"}, "trials must be a whole number, got '7'"),
         (qexport.map_attention, {"layers": "0"}, "layers must be a whole number, got '0'"),
         (qexport.map_attention, {"heads": [0, -1]}, "heads must be >= 0, got -1"),
+        (qexport.validate, {"seeds": True}, "seeds must be a whole number, got True"),
+        (qexport.validate, {"data": 5}, "data must be a path, a dict of arrays or a list of texts that is not empty, got 5"),
+        (qexport.validate, {"data": np.ones(2)}, "data must be a path, a dict of arrays or a list of texts"),
+        (
+            qexport.validate,
+            {"data": [1]},
+            "data must be a path, a dict of arrays or a list of texts that is not empty, got [1",
+        ),
+        (qexport.profile, {"providers": 5}, "providers must be a list, got 5"),
+        (qexport.session, {"options": {}}, "options must be an onnxruntime.SessionOptions, got dict"),
+        (qexport.map_attention, {"seed": 2**63}, f"seed must be a whole number of 64 bits, -2^63 to 2^63 - 1, got {2**63}"),
+        (qexport.map_attention, {"output": 5}, "output must be a str or a Path, got 5"),
+        (qexport.tune, {"max_error": 0.1, "output": 5}, "output must be a str or a Path, got 5"),
+        (qexport.report, {"output": 5}, "output must be a str or a Path, got 5"),
+        (qexport.pack_deployment, {"output": 5}, "output must be a str or a Path, got 5"),
+        (qexport.measure_resilience, {"plot": 5}, "plot must be a str or a Path, got 5"),
         (qexport.measure_resilience, {"levels": 0.1}, "levels must be a list, got 0.1"),
         (qexport.measure_resilience, {"levels": ["low"]}, "levels must be a number, got 'low'"),
         (qexport.measure_resilience, {"noise": 3}, "noise must be a list, got 3"),
@@ -82,6 +104,21 @@ def test_functions_of_a_bundle(bundle, function, options, words):
     [
         (qexport.convert, ["model", "out"], {"opset": "23"}, "opset must be a whole number, got '23'"),
         (qexport.convert, ["model", None], {}, "output must be a folder, got None; dry_run=True writes nothing"),
+        *(
+            (function, [5], {}, "bundle must be a str or a Path, got 5")
+            for function in (qexport.validate, qexport.Generator)
+        ),
+        *(
+            (function, [None], {}, "path must be a str or a Path, got None")
+            for function in (qexport.inspect, qexport.session)
+        ),
+        (qexport.verify_deployment, [5], {}, "path must be a str or a Path, got 5"),
+        (qexport.compare, [{}, {}], {}, "report must be a str or a Path, got {}"),
+        (qexport.convert, ["model", 5], {}, "output must be a str or a Path, got 5"),
+        (qexport.compress, ["model", 5], {}, "output must be a str or a Path, got 5"),
+        (load_recipe, [5], {}, "path must be a str or a Path, got 5"),
+        (make_recipe, [], {"strategy": "exact", "num_samples": 4}, "convert: num_samples needs strategy"),
+        (sweep, [], {"lengths": [64], "strategies": "tree"}, "strategies must be a list, got 'tree'"),
         (qexport.compare, ["a.json", "b.json"], {"threshold": "5%"}, "threshold must be a number, got '5%'"),
         (sweep, [], {"lengths": "128"}, "lengths must be a whole number, got '128'"),
         (sweep, [], {"lengths": [float("nan")]}, "lengths must be a whole number, got nan"),

@@ -124,7 +124,7 @@ def compress(
     """
     started, say = time.monotonic(), progress or unwatched
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, products=products, heal=heal)
-    check_output(Path(output))
+    check_output(output)
     # what was found outlives a bundle that cannot be written, so that its context is the last to end
     with ExitStack() as last, write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, portion(say, 0.0, 0.01))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qexport import __version__
 from qexport._swap import check_writable, whole_file
+from qexport.arguments import as_path
 from qexport.bundle import Bundle
 from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
@@ -118,7 +119,7 @@ def report(
 
 def _check_output(output) -> Path:
     """Find out before anything runs whether the page can be written."""
-    target = Path(output)
+    target = as_path("output", output)
     if target.suffix not in (".html", ".htm"):
         raise UsageError(f"{target}: the page is an .html file; call it so")
     folder = target.absolute().parent
