@@ -11,11 +11,14 @@ from cli_cases import one_line
 import qexport
 from qexport.arguments import real, several, whole, wholes
 from qexport.errors import UsageError
+from qexport.hardware import to_qasm3
+from qexport.memory import AdvancedMemoryProfiler
 from qexport.mps.layout import make_layout
 from qexport.noise.comparison import compare_mitigation
 from qexport.noise.measured import MeasuredNoise, measured
 from qexport.noise.mitigation import RepetitionCode, ZeroNoiseExtrapolation, mitigated, parse_mitigation
 from qexport.noise.model import NoiseModel, parse_noise
+from qexport.ops.proto import function_proto, make_node
 from qexport.recipe import load_recipe, make_recipe
 from qexport.scaling import sweep
 
@@ -92,6 +95,9 @@ def bundle(module_path):
         (qexport.measure_resilience, {"levels": 0.1}, "levels must be a list, got 0.1"),
         (qexport.measure_resilience, {"levels": ["low"]}, "levels must be a number, got 'low'"),
         (qexport.measure_resilience, {"noise": 3}, "noise must be a list, got 3"),
+        (qexport.measure_resilience, {"noise": ["bit_flip"]}, "noise must be one or several NoiseModels"),
+        (qexport.measure_resilience, {"mitigation": [5]}, "mitigation 5 is not swept in models; give none"),
+        (qexport.report, {"output": "r.html", "skip": "all"}, "skip must be a list, got 'all'"),
         (qexport.measure_resilience, {"mitigation": "zne"}, "mitigation must be a list, got 'zne'"),
     ],
 )
@@ -104,14 +110,10 @@ def test_functions_of_a_bundle(bundle, function, options, words):
     [
         (qexport.convert, ["model", "out"], {"opset": "23"}, "opset must be a whole number, got '23'"),
         (qexport.convert, ["model", None], {}, "output must be a folder, got None; dry_run=True writes nothing"),
-        *(
-            (function, [5], {}, "bundle must be a str or a Path, got 5")
-            for function in (qexport.validate, qexport.Generator)
-        ),
-        *(
-            (function, [None], {}, "path must be a str or a Path, got None")
-            for function in (qexport.inspect, qexport.session)
-        ),
+        (qexport.validate, [5], {}, "bundle must be a str or a Path, got 5"),
+        (qexport.Generator, [5], {}, "bundle must be a str or a Path, got 5"),
+        (qexport.inspect, [None], {}, "path must be a str or a Path, got None"),
+        (qexport.session, [5], {}, "path must be a str or a Path, got 5"),
         (qexport.verify_deployment, [5], {}, "path must be a str or a Path, got 5"),
         (qexport.compare, [{}, {}], {}, "report must be a str or a Path, got {}"),
         (qexport.convert, ["model", 5], {}, "output must be a str or a Path, got 5"),
@@ -147,6 +149,17 @@ def test_functions_of_a_bundle(bundle, function, options, words):
         (mitigated, [ZNE, DEVICE, ROWS.numpy(), 9], {}, "p must be a torch.Tensor, got numpy.ndarray"),
         (mitigated, [ZNE, DEVICE, ROWS, "x"], {}, "shots must be a whole number, got 'x'"),
         (mitigated, [ZNE, DEVICE, ROWS, 9, 0.5], {}, "seed must be a whole number of 64 bits"),
+        (DEVICE.probabilities, [ROWS.numpy()], {}, "p must be a torch.Tensor, got numpy.ndarray"),
+        (to_qasm3, [[0.5, 0.5]], {}, "probabilities must be a torch.Tensor, got list; give torch.as_tensor(probabilities)"),
+        (to_qasm3, [ROWS[0], "bit_flip"], {}, "noise must be one or several NoiseModels"),
+        (AdvancedMemoryProfiler, [], {"sources": "rss"}, "sources must be a list, got 'rss'"),
+        (AdvancedMemoryProfiler, [], {"interval": "x"}, "interval must be a number, got 'x'"),
+        (AdvancedMemoryProfiler, [], {"overhead": None}, "overhead must be a number, got None"),
+        (AdvancedMemoryProfiler().profile_block("b", tokens="x").__enter__, [], {}, "tokens must be a number, got 'x'"),
+        (function_proto, ["QuantumAttention", "23"], {}, "opset must be a whole number, got '23'"),
+        (function_proto, ["QuantumAttention", 23, 9], {}, "num_outputs must be from 1 to 6, got 9"),
+        (make_node, ["QuantumAttention", "QKV", "Y"], {"layer": 1.5}, "layer must be of kind int, got 1.5"),
+        (make_node, ["QuantumAttention", "QKV", "Y"], {"num_samples": "12"}, "num_samples must be of kind ints, got '12'"),
         (ZeroNoiseExtrapolation, [5], {}, "zne scales must be a list, got 5"),
         (ZeroNoiseExtrapolation, [["x", 1]], {}, "zne scales must be a number, got 'x'"),
         (RepetitionCode, [2.5], {}, "repetition distance must be a whole number, got 2.5"),

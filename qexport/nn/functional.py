@@ -44,7 +44,7 @@ def quantum_attention(
         dropout_p: share of the softmax weights that is dropped.
         need_weights: also return the softmax probabilities. They are what is sampled from, not what was drawn.
         attributes: strategy, num_samples, control_variate, precision, error_tolerance, residual, layer, is_causal, scale,
-            softcap, q_num_heads, kv_num_heads, with the defaults of the op table.
+            softcap, q_num_heads, kv_num_heads, with the defaults of the op table; those that the strategy reads.
 
     Returns:
         The output, shaped as Q with V's head size; with `need_weights` also the

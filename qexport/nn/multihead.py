@@ -25,7 +25,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         num_samples: keys read per query. A query that sees no more keys than that is computed exactly.
         adaptive_samples: with `stratified`, share the samples out over queries and heads by the entropy of their rows.
         control_variate: sample in proportion to p |v - mean v|, around mean v.
-        precision, error_tolerance, residual: of `exact` and `tree`, as in the op table.
+        precision, error_tolerance, residual: of `exact` and `tree`, as in the op table. What the strategy does not read must
+            keep its default.
         heads: one dict per head with the keys above, from `quantum_backend` on, where heads differ; what a dict leaves out
             is as above.
         backend: who computes: `auto`, `kernel`, `reference` or an installed one (`qexport.nn.backend_names()`).

@@ -107,6 +107,7 @@ class MeasuredNoise:
 
         Differentiable in p and steps.
         """
+        check_tensors({"p": p})
         p = torch.nn.functional.pad(p, (0, (1 << self.qubits) - p.shape[-1]))
         basis = self.basis
         if basis == "x" and (not steps or not steps[0].ndim):  # the change of basis needs a step to go with

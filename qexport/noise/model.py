@@ -92,11 +92,11 @@ class NoiseModel:
         given = {**self.attributes, **self.inputs}
         plain = {field.name: field.default for field in fields(self)}
         more = [
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            f"{name}={_text(value)}"
             for name, value in given.items()
-            if name not in ("channel", "level") and value != plain[name]
+            if name not in ("channel", "level") and _text(value) != _text(plain[name])
         ]
-        return ":".join([self.channel, f"{float(self.level):g}", *more])
+        return ":".join([self.channel, _text(self.level), *more])
 
 
 def as_models(noise, wanted: str = "noise must be one or several NoiseModels, as parse_noise makes them") -> tuple:
@@ -154,6 +154,12 @@ def _with_settings(channel: str, *rest: str, level: float, text: str) -> NoiseMo
             raise UsageError(f"noise settings must be NAME=VALUE of {', '.join(sorted(known))}, got {setting!r} in {text!r}")
         settings[name] = value if name in ("scope", "convention") else _number(name, value, text)
     return NoiseModel(**settings)
+
+
+def _text(value) -> str:
+    """A number, one for each qubit, or a word."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _number(name: str, value: str, text: str) -> float:

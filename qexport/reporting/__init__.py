@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qexport import __version__
 from qexport._swap import check_writable, whole_file
-from qexport.arguments import as_path
+from qexport.arguments import as_path, several
 from qexport.bundle import Bundle
 from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
@@ -91,7 +91,7 @@ def report(
     from qexport.reporting.page import page
 
     target = _check_output(output)
-    unknown = sorted(set(skip) - {*MEASURED, "all"})
+    unknown = sorted(set(several("skip", skip)) - {*MEASURED, "all"})
     if unknown:
         raise UsageError(f"skip: no part {unknown[0]!r}; parts: {', '.join(MEASURED)}, all")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
