@@ -61,7 +61,7 @@ def quantum_attention(
             raise UsageError(f"[{QUANTUM_ATTENTION.name}] has no attribute {key!r} in torch; known: {', '.join(ATTRIBUTES)}")
     a = QUANTUM_ATTENTION.resolve(attributes)
     check_read(a["strategy"], {key: a[key] for key, value in attributes.items() if value is not None})
-    Y, weights = attend(Q, K, V, attn_mask, seed, backend, dropout_p, bool(need_weights), a)
+    Y, weights = attend(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, a)
     return (Y, weights) if need_weights else Y
 
 
@@ -80,6 +80,7 @@ def seed_argument(seed):
 
 def attend(Q, K, V, attn_mask, seed, backend: str, dropout_p: float, need_weights: bool, attributes: dict):
     """(output, weights or None) of `quantum_attention` with all attributes of the op, checked already."""
+    need_weights = bool(need_weights)
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype) and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(Q.dtype)
     if _is_plain(Q, K, V, attn_mask):

@@ -94,5 +94,7 @@ def test_what_would_be_ignored_or_misread(attributes, kind, words, grad):
 
 
 def test_need_weights_is_a_truth():
-    q = rows(1, 2, 3, 4)
-    assert len(quantum_attention(q, q, q, need_weights=1)) == 2
+    q, x = rows(1, 2, 3, 4), rows(5, 2, WIDTH)
+    assert len(quantum_attention(q, q, q, need_weights="yes")) == 2
+    with torch.no_grad():
+        assert QuantumMultiheadAttention(WIDTH, HEADS)(x, x, x, need_weights="yes")[1].shape == (2, 5, 5)
