@@ -23,8 +23,7 @@ def head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[
     if name not in ("classical", *STRATEGIES):
         raise UsageError(f"quantum_backend must be one of classical, {', '.join(STRATEGIES)}, got {name!r}")
     if heads is None:
-        attributes = _attributes(shared)  # checks classical, too
-        return [(attributes, list(range(num_heads)))] if name != "classical" else []
+        return [(_attributes(shared), list(range(num_heads)))] if name != "classical" else []
     if name == "classical":
         raise UsageError("heads needs a quantum_backend that samples, got classical; name one, or leave heads out")
     if not isinstance(heads, (list, tuple)) or not all(isinstance(own, dict) for own in heads):
@@ -53,23 +52,21 @@ def _attributes(settings: dict, where: str = "", own: dict | None = None) -> dic
         UsageError: a value outside its limits, or settings that do not fit each other.
     """
     name = settings["quantum_backend"]
-    if name not in STRATEGIES and own is not None:
+    if name not in STRATEGIES:
         raise UsageError(f"{where}quantum_backend must be one of {', '.join(STRATEGIES)}, got {name!r}")
     try:
         samples = whole("num_samples", settings["num_samples"])
     except UsageError as error:
         raise UsageError(f"{where}{error}; heads takes one per head") from None
     attributes = {key: settings[key] for key in ("precision", "error_tolerance", "residual")}
-    strategy = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
-    attributes["strategy"] = "exact" if name == "classical" else strategy
+    attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
     attributes |= {"num_samples": [samples], "control_variate": settings["control_variate"]}
     try:
         resolved, unnamed = QUANTUM_ATTENTION.resolve(attributes), QUANTUM_ATTENTION.resolve({})
     except UsageError as error:
         raise UsageError(where + str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
-    del attributes["strategy"]
     named = [key for key in attributes if (resolved[key] != unnamed[key] if own is None else key in own)]
-    check_read(strategy, {key: resolved[key] for key in named}, where)
+    check_read(resolved["strategy"], {key: resolved[key] for key in named}, where)
     return resolved
 
 

@@ -91,11 +91,6 @@ def test_widths_of_keys_and_values_of_their_own():
             {"quantum_backend": "exact", "num_samples": 4},
             "num_samples needs strategy naive, .* or tree, got exact; leave num_s",
         ),
-        (
-            {"quantum_backend": "classical", "num_samples": 4},
-            "num_samples needs .*, got classical; leave num_samples",
-        ),
-        ({"quantum_backend": "classical", "precision": "int8"}, "precision needs strategy exact or tree, got classical"),
         ({"num_samples": 2**31}, "num_samples must be <= 2147483647, got 2147483648"),
         ({"layer": 1.5}, "layer must be of kind int, got 1.5"),
         ({"residual": "unbiased"}, "residual needs strategy tree, got adaptive; leave residual out"),
