@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 
+from qexport.arguments import as_path
 from qexport.errors import QexportError
 
 SCHEMA_VERSION = 1
@@ -69,7 +70,7 @@ class Bundle:
         Raises:
             QexportError: not a bundle, made by a newer qexport, or files are missing (or changed, with `verify`).
         """
-        path = Path(path)
+        path = as_path("bundle", path)
         if path.is_file():
             raise QexportError(f"{path}: a file, not a bundle; give the folder that 'qexport convert' wrote")
         if not path.is_dir():

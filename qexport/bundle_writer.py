@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport._swap import check_writable, deferred_signals, exchange, terminate_as_exception
+from qexport.arguments import as_path
 from qexport.bundle import BUNDLE, MANIFEST, SCHEMA_VERSION, SEAL, Kind, own_files, read_manifest, seal_text, sha256
 from qexport.errors import QexportError, UsageError
 
@@ -44,7 +45,7 @@ def write_bundle(output, kind: Kind = BUNDLE):
         UsageError: `output` is a file, or a folder with files that no bundle wrote.
         QexportError: the folder cannot be written, or the disk is full.
     """
-    target = Path(os.path.realpath(output))
+    target = Path(os.path.realpath(as_path("output", output)))
     check_output(target, kind)
     made = _make_parents(target.parent)
     _remove_abandoned(target)
@@ -77,7 +78,7 @@ def check_output(target, kind: Kind = BUNDLE) -> None:
         UsageError: a file is there, or a folder holding files that are not of its kind.
         QexportError: the folder that it would lie in takes no files.
     """
-    target = Path(target)
+    target = as_path("output", target)
     check_writable(target)
     if not os.path.exists(target):  # of a name that is too long as well, which Path.exists raises
         return

@@ -124,7 +124,7 @@ def convert(
     if not dry_run:
         from qexport.bundle_writer import check_output
 
-        check_output(Path(output))
+        check_output(output)
 
     from qexport.rewrite.sample_attention import sample_attention
     from qexport.sources.opening import open_source

@@ -4,6 +4,7 @@ Every source ends as `Inputs`: a list of feeds (batches) for `session.run`, chec
 holds no seed; the caller adds it.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qexport.generated import generate, symbols
 
 DEFAULT_BATCH = 8
 GIVEN = "given texts"
+WANTED = "data must be a path, a dict of arrays or a list of texts that is not empty"
 
 
 def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int | None = None) -> Inputs:
@@ -46,8 +48,10 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
         return _split(bundle, data, "arrays", batch or DEFAULT_BATCH, seq)
     if isinstance(data, (list, tuple)):
         if not data or not all(isinstance(text, str) for text in data):
-            raise UsageError("data must be a path, a dict of arrays or a list of texts that is not empty")
+            raise UsageError(f"{WANTED}, got {one_line(repr(data))}")
         return tokenize(bundle, list(enumerate(data, 1)), GIVEN, batch=batch or DEFAULT_BATCH, seq=seq)
+    if not isinstance(data, (str, os.PathLike)):
+        raise UsageError(f"{WANTED}, got {one_line(repr(data))}")
     path = Path(data)
     if not path.is_file():
         raise QexportError(f"{path}: no such data file")

@@ -3,8 +3,8 @@
 import json
 import math
 from contextlib import contextmanager
-from pathlib import Path
 
+from qexport.arguments import as_path
 from qexport.errors import UsageError
 
 VERSION = 1  # of every schema
@@ -32,7 +32,7 @@ def load_document(path) -> dict:
     Raises:
         UsageError: no such file, or not a JSON object.
     """
-    path = Path(path)
+    path = as_path("report", path)
     try:
         document = json.loads(path.read_bytes())  # in UTF-8, or as PowerShell writes it, in UTF-16
     except OSError as error:

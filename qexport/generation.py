@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qexport import installed, runtime
-from qexport.arguments import real, several, whole
+from qexport.arguments import as_seed, real, several, whole, wrapped_seed
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
 from qexport.validation.comparison import seeded_feed
 
 # A long prompt runs in pieces of so many tokens: the logits of a piece are (batch, piece, vocabulary).
 PIECE = 128
-LARGEST_SEED = 2**62
 
 
 class Generator:
@@ -96,7 +95,7 @@ class Generator:
             UsageError: another number of rows, an empty row or an id that the model does not have.
             QexportError: the cache is full.
         """
-        rows = self._checked(tokens)
+        rows, seed = self._checked(tokens), as_seed(seed)
         lengths = np.array([len(row) for row in rows])
         self._check_room(lengths)
         last: list = [None] * len(rows)
@@ -144,7 +143,7 @@ class Generator:
             self._names["token_ids"]: ids,
             self._names["past_length"]: self.past,
         }
-        feed = seeded_feed(feed, self.bundle.seed_input, seed + self._runs)
+        feed = seeded_feed(feed, self.bundle.seed_input, wrapped_seed(seed + self._runs))
         # Not bind_cpu_input, which does not find inputs that have a default, such as the seed. The values stay in a
         # variable, since the binding keeps only pointers.
         values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
@@ -189,8 +188,7 @@ class Generator:
             raise UsageError(f"temperature must be a number >= 0, got {temperature}")
         if top_k is not None:
             whole("top_k", top_k)
-        if whole("seed", seed, 0) > LARGEST_SEED:
-            raise UsageError(f"seed must be in [0, {LARGEST_SEED}], got {seed}")
+        seed = as_seed(seed)
         if not several("prompts", prompts):
             raise UsageError(f"prompts must be a list of token lists that is not empty, got {prompts}")
         for number, prompt in enumerate(prompts):
@@ -206,7 +204,7 @@ class Generator:
                 "lower max_new_tokens or convert with a longer --kv-cache"
             )
         stop = set(self._names["stop_tokens"] if stop is None else several("stop", stop))
-        draws = [np.random.default_rng([seed, row]) for row in range(len(prompts))]
+        draws = [np.random.default_rng([seed % 2**64, row]) for row in range(len(prompts))]
         texts: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
         self.reset(len(prompts))

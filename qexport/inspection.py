@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
 
+from qexport.arguments import as_path
 from qexport.bundle import Bundle, sha256
 from qexport.documents import make_document
 from qexport.errors import QexportError
@@ -51,7 +51,7 @@ def inspect(path) -> dict:
     Raises:
         QexportError: neither a bundle nor an ONNX file, or external data is missing or outside its folder.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.exists():
         raise QexportError(f"{path}: no such file or folder")
     bundle = Bundle.open(path) if path.is_dir() else None

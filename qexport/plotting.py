@@ -1,9 +1,9 @@
 """Pictures of reports in one style, by matplotlib, which comes with the extra [plot]."""
 
 from contextlib import contextmanager
-from pathlib import Path
 
 from qexport._swap import whole_file
+from qexport.arguments import as_path
 from qexport.errors import QexportError, UsageError
 
 KINDS = (".png", ".svg", ".pdf")
@@ -18,7 +18,7 @@ def check_plot(file) -> None:
         UsageError: not a kind of picture that is drawn here, or a folder that is not there.
         QexportError: matplotlib is not installed.
     """
-    path = Path(file)
+    path = as_path("plot", file)
     if path.suffix not in KINDS:
         raise UsageError(f"{path}: a plot ends in {', '.join(KINDS)}")
     if not path.parent.is_dir():

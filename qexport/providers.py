@@ -1,5 +1,6 @@
 """Execution providers as they are asked for: names, what may not be asked, and how reports say it. Loads no runtime."""
 
+from qexport.arguments import several
 from qexport.errors import UsageError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -24,7 +25,7 @@ def full_names(providers) -> list:
     if providers is None:
         return [CPU]
     found = []
-    for provider in [providers] if isinstance(providers, str) else providers:
+    for provider in [providers] if isinstance(providers, str) else several("providers", providers):
         match provider:
             case str(name):
                 found.append(SHORT.get(name, name))

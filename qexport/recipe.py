@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qexport.arguments import as_path
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import check_read, read_by
 from qexport.recipe_compression import Compression, LayerCompression
 from qexport.recipe_values import (
     NO_NOISE,
@@ -94,9 +95,9 @@ class Recipe(_Entry):
     def resolve(self, module: str, name: str, q_heads: int | None = None, own: dict | None = None) -> dict:
         """How one site is computed: a dict of the keys in SAMPLING and, where there is noise, in NOISE.
 
-        A layer that names another strategy inherits what that strategy takes: a tolerance or a low precision from above
-        ends at a layer that draws. Noise acts on exact probabilities, so it takes the place of a strategy from above, and
-        ends at a layer that says how to sample.
+        A layer that names another strategy inherits what that strategy reads: a tolerance or a low precision from above
+        ends at a layer that draws, a budget at an exact one. Noise acts on exact probabilities, so it takes the place of a
+        strategy from above, and ends at a layer that says how to sample.
 
         Args:
             module: torch module name of the site, may be empty.
@@ -107,11 +108,11 @@ class Recipe(_Entry):
         Raises:
             UsageError: the values do not fit each other, or `num_samples` has another length than the site has heads.
         """
-        values = own or {}
+        values = read_by(own["strategy"], own) if own else {}
         for entry in (self, *(layer for layer in self.layers if _fits(layer.match, module, name))):
             named = entry.named()
             strategy = named.get("strategy")
-            inherited = {k: v for k, v in values.items() if not strategy or _takes(strategy, k, v)}
+            inherited = read_by(strategy, values) if strategy else values
             if any(key != "shots" for key in named):
                 inherited = {k: v for k, v in inherited.items() if k not in NOISE}
             values = inherited | named
@@ -120,8 +121,7 @@ class Recipe(_Entry):
         if noise not in (None, NO_NOISE):
             shots = QUANTUM_MEASURE.attribute("shots").default if shots is None else shots
             return {"strategy": "exact", **defaults({"strategy": "exact"}), "noise": noise, "shots": shots}
-        values |= defaults(values)
-        _check_together(values, module or name)
+        values = _check_together(values, module or name)
         count = len(values["num_samples"])
         if count > 1 and q_heads is not None and count != q_heads:
             raise UsageError(
@@ -150,13 +150,6 @@ class Recipe(_Entry):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def _takes(strategy: str, key: str, value) -> bool:
-    """Whether a strategy takes an inherited value."""
-    if key == "precision":
-        return strategy in BLOCKWISE or value in ("fp32", "auto")
-    return key != "error_tolerance" or strategy == "tree" or value == 0
-
-
 def _check_shots(noise: str | None, shots, where: str) -> None:
     """Check that shots come with noise; `where` names the layer."""
     if shots is not None and noise in (None, NO_NOISE):
@@ -174,12 +167,16 @@ def _check_noise(named: dict, where: str) -> None:
             raise UsageError(f"{where}: noise acts on exact probabilities; leave {key} out, got {value!r} beside noise")
 
 
-def _check_together(values: dict, where: str) -> None:
-    """Check values of SAMPLING against each other, by the op table; `where` names the layer."""
+def _check_together(named: dict, where: str) -> dict:
+    """All values of SAMPLING, those that were named checked against each other by the op table; `where` names the layer."""
+    named = {key: value for key, value in named.items() if key not in NOISE}
+    values = named | defaults(named)
     try:
-        QUANTUM_ATTENTION.resolve({key: value for key, value in values.items() if key not in NOISE})
+        QUANTUM_ATTENTION.resolve(values)
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).removeprefix(f'[{QUANTUM_ATTENTION.name}] ')}") from None
+    check_read(values["strategy"], named, f"{where}: ")
+    return values
 
 
 def _fits(pattern: str, module: str, name: str) -> bool:
@@ -207,7 +204,7 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
         raise UsageError(f"{where} must be a dict or a file, got {recipe!r}")
     given = {key: value for key, value in overrides.items() if value is not None}
     strategy = _checked(given, "convert").strategy
-    kept = {key: value for key, value in data.items() if not strategy or _takes(strategy, key, value)}
+    kept = read_by(strategy, data) if strategy else data
     if given.get("noise", NO_NOISE) != NO_NOISE:
         kept = {key: value for key, value in kept.items() if key not in SAMPLING}
     elif any(key in given for key in (*SAMPLING, "noise")):
@@ -226,7 +223,7 @@ def load_recipe(path) -> Recipe:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    path = Path(path)
+    path = as_path("path", path)
     try:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
@@ -249,12 +246,12 @@ def _checked(data: dict, where: str) -> Recipe:
     except ValidationError as error:
         raise UsageError(f"{where}: {_first_problem(error)}") from None
     # what an entry says by itself is checked before a model is read
-    _check_together(recipe.named() | defaults(recipe.named()), where)
+    _check_together(recipe.named(), where)
     _check_noise(recipe.named(), where)
     for index, layer in enumerate(recipe.layers):
         _check_noise(layer.named(), f"{where}: layers[{index}] ({layer.match})")
         if layer.strategy:
-            _check_together(layer.named() | defaults(layer.named()), f"{where}: layers[{index}] ({layer.match})")
+            _check_together(layer.named(), f"{where}: layers[{index}] ({layer.match})")
     return recipe
 
 

@@ -1,14 +1,16 @@
 """The values that a recipe may have, and what is said of others: types for pydantic."""
 
 import math
+from numbers import Integral, Real
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from qexport.arguments import as_seed
 from qexport.errors import UsageError
 from qexport.noise.model import parse_noise
-from qexport.ops import QUANTUM_MEASURE
-from qexport.ops.quantum_attention import PRECISIONS, RESIDUALS, STRATEGIES
+from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
+from qexport.ops.strategies import PRECISIONS, RESIDUALS, STRATEGIES
 
 NO_NOISE = "none"
 INFINITE = "inf"
@@ -25,12 +27,13 @@ def _one_of(choices: tuple[str, ...]) -> BeforeValidator:
 
 def _num_samples(value: Any) -> tuple[int, ...]:
     numbers = value if isinstance(value, (list, tuple)) else [value]
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+    most = QUANTUM_ATTENTION.attribute("num_samples").maximum
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, Integral) for n in numbers):
         raise ValueError(f"must be a whole number, or a list with one per query head, got {value!r}")
     for n in numbers:
-        if not 1 <= n < 2**31:
-            raise ValueError(f"must be between 1 and {2**31 - 1}, got {n}")
-    return tuple(numbers)
+        if not 1 <= n <= most:
+            raise ValueError(f"must be between 1 and {most}, got {n}")
+    return tuple(map(int, numbers))
 
 
 def _control_variate(value: Any) -> int:
@@ -40,7 +43,7 @@ def _control_variate(value: Any) -> int:
 
 
 def _error_tolerance(value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or math.isnan(value):
         raise ValueError(f"must be a number from 0 (off) to 1, such as 0.01 for 1 %, got {value!r}")
     return float(value)
@@ -64,15 +67,16 @@ def _shots(value: Any) -> int | str:
     if value == INFINITE or (isinstance(value, float) and value == math.inf):
         return INFINITE
     most = QUANTUM_MEASURE.attribute("shots").maximum
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= most:
         raise ValueError(f"must be a whole number from 1 to {most}, or {INFINITE} for no measurement, got {value!r}")
-    return value
+    return int(value)
 
 
 def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise ValueError(f"must be a whole number of 64 bits, got {value!r}")
-    return value
+    try:
+        return as_seed(value)
+    except UsageError as error:
+        raise ValueError(str(error).removeprefix("seed ")) from None
 
 
 Strategy = Annotated[str, _one_of(STRATEGIES)]

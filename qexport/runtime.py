@@ -6,9 +6,9 @@ Needs numpy and onnxruntime alone.
 import os
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 from qexport import cuda_checks, installed
+from qexport.arguments import as_path
 from qexport.errors import QexportError, UsageError
 from qexport.failures import explain_load_error, explain_run_error, one_line
 from qexport.providers import CPU, CUDA, SHORT, device, full_names, provider_name
@@ -74,7 +74,7 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
             provider does not start, or the CUDA kernels of the op library are missing.
     """
     ort = installed.onnxruntime()
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         path = path / "model.onnx"
     if not path.is_file():
@@ -82,6 +82,8 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
     providers = check_providers(providers)
     if options is None:
         options = quiet_options()
+    if not isinstance(options, ort.SessionOptions):
+        raise UsageError(f"options must be an onnxruntime.SessionOptions, got {type(options).__name__}")
     if library is True:
         library = installed.get_library_path()
     if library:

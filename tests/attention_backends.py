@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from qexport import _core
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION, VERSION
 from qexport.ops.proto import make_node
-from qexport.ops.quantum_attention import BLOCKWISE
 from qexport.ops.quantum_attention_ref import quantum_attention_ref
+from qexport.ops.strategies import BLOCKWISE
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

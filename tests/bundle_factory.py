@@ -11,6 +11,7 @@ from qexport.bundle import MODEL, SAMPLES
 from qexport.bundle_writer import write_bundle
 from qexport.ops import DOMAIN, QUANTUM_ATTENTION
 from qexport.ops.proto import function_proto, make_node
+from qexport.ops.strategies import read_by
 from qexport.recipe import SAMPLING
 
 VOCAB, HEADS, HEAD_SIZE, LIMIT = 50, 2, 8, 64
@@ -111,6 +112,7 @@ _INPUTS = ("input_ids", "attention_mask")
 def manifest(layers: int = 2, **attention) -> dict:
     """The manifest of the encoder's bundle, without its files; `attention` as for `build_model`."""
     named = {"strategy": "stratified", "num_samples": [4]} | {k: v for k, v in attention.items() if k in SAMPLING}
+    named = read_by(named["strategy"], named)
     sampling = {key: QUANTUM_ATTENTION.attribute(key).default for key in SAMPLING} | named
     return {
         "schema_version": 1,

@@ -35,11 +35,19 @@ def classical(bundle):
             ["convert", "m.onnx", "-o", "x", "--strategy", "naive", "--error-tolerance", "0.1"],
             ["naive", "needs strategy tree"],
         ),
+        (
+            ["convert", "m.onnx", "-o", "x", "--strategy", "exact", "--num-samples", "4"],
+            ["num_samples needs strategy naive, stratified, adaptive, hybrid or tree, got exact"],
+        ),
         (["convert", "model.onnx", "-o", "x", "--error-tolerance", "some"], ["'some'", "0.01 or 1%"]),
         (["tune", "x"], ["--max-error"]),
         (["tune", "x", "--max-error", "nan"], ["max_error", "nan", "0.01 for 1 %"]),
         (["tune", "x", "--max-error", "1%", "--time", "0"], ["time", "0.0"]),
         (["convert", "model.onnx", "-o", "x", "--opset", "11"], ["11", "17"]),
+        *(
+            ([*argv, "--seed", str(2**63)], ["must be a whole number of 64 bits, -2^63 to 2^63 - 1", str(2**63)])
+            for argv in (["convert", "m.onnx", "-o", "x"], ["attention", "x", "-o", "y"])
+        ),
         (["profile", "x", "--runs", "0"], ["0", "1"]),
         (["validate", "x", "--seeds", "many"], ["many"]),
     ],

@@ -98,6 +98,12 @@ def test_the_same_seed_is_the_same_text(sampled):
     assert len(texts[0]) == 30
 
 
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+def test_the_seed_is_any_int64(sampled, seed):
+    """Steps behind the largest one included."""
+    assert len(Generator(sampled).generate([PROMPT], seed=seed, max_new_tokens=3, temperature=1.0, stop=[])[0]) == 3
+
+
 def test_steps_of_sampled_attention_draw_apart(sampled):
     """The same token on the same past, in run 2 and in run 3 of a text, and with the seed that makes up for it."""
     generator = Generator(sampled)
@@ -158,13 +164,12 @@ def test_a_text_may_fill_the_cache_to_the_last_place(generator):
         ([[3]], {"temperature": float("nan")}, "temperature must be a number >= 0"),
         ([[3]], {"top_k": 0}, "top_k must be >= 1"),
         ([[3]], {"top_k": 5}, "top_k 5 draws tokens, but temperature 0 takes the likeliest; give a temperature above 0"),
-        ([[3]], {"seed": -1}, "seed must be >= 0, got -1"),
-        ([[3]], {"seed": 1 << 63}, "seed must be in [0,"),
+        ([[3]], {"seed": 1 << 63}, "seed must be a whole number of 64 bits, -2^63 to 2^63 - 1, got 9223372036854775808"),
         ([[1.5]], {}, "row 0 of the tokens must be a list of at least one id, got [1.5]"),
         ([1, 2], {}, "prompt 0 must be a list, got 1"),
         ("text", {}, "prompts must be a list, got 'text'"),
         ([[3]], {"stop": 5}, "stop must be a list, got 5"),
-        ([[3]], {"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ([[3]], {"seed": "a"}, "seed must be a whole number of 64 bits, -2^63 to 2^63 - 1, got 'a'"),
         ([[3]], {"top_k": 1.5, "temperature": 1.0}, "top_k must be a whole number, got 1.5"),
     ],
 )
@@ -179,6 +184,7 @@ def test_prompts_and_texts_that_do_not_fit(generator):
     generator.reset(2)
     one_line(UsageError, "one list for each of the 2 rows, got 1", generator.append, [[3]])
     one_line(QexportError, "more were given", generator.append, [[3], [3] * 49])
+    one_line(UsageError, "seed must be a whole number of 64 bits", generator.append, [[3], [3]], seed=1.5)
 
 
 def test_bundles_without_a_cache(bundle, tmp_path):

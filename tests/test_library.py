@@ -21,7 +21,8 @@ from onnx import TensorProto, helper
 from qexport import _core
 from qexport.installed import get_library_path, version_tuple
 from qexport.ops.proto import make_node
-from qexport.ops.quantum_attention import SPEC, STRATEGIES
+from qexport.ops.quantum_attention import SPEC
+from qexport.ops.strategies import STRATEGIES
 
 # The oldest that is supported, the last ones on each side of a change that the library works around, and the newest.
 RUNTIMES = ("1.20.1", "1.23.2", "1.24.4", "1.28.0", "1.32.0")

@@ -1,5 +1,6 @@
 """NoiseModel and the text it is written as."""
 
+import numpy as np
 import pytest
 
 from qexport.errors import UsageError
@@ -13,6 +14,13 @@ def test_text_and_back():
     assert models[1].inputs == {"level": 0.1, "T1": 2.0, "T2": 0.8}
     assert ",".join(map(str, models)) == text
     assert parse_noise(text) == models
+
+
+def test_numbers_of_each_qubit_are_told():
+    assert str(NoiseModel("bit_flip", [0.25, 0.5])) == str(NoiseModel("bit_flip", np.array([0.25, 0.5])))
+    assert str(NoiseModel("thermal_relaxation", 0.1, T1=np.array([2.0, 4.0]), T2=1.0)) == (
+        "thermal_relaxation:0.1:T1=[2.0, 4.0]:T2=1"
+    )
 
 
 def test_thermal_relaxation_counts_in_its_own_times():

@@ -10,7 +10,7 @@ from qexport import _core
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.proto import function_proto
-from qexport.ops.quantum_attention import BLOCKWISE, STRATEGIES
+from qexport.ops.strategies import BLOCKWISE, STRATEGIES
 
 DRAWING = [s for s in STRATEGIES if s not in BLOCKWISE]  # these draw keys query by query
 

@@ -4,7 +4,7 @@ import pytest
 
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES
 from qexport.recipe import Recipe, load_recipe, make_recipe
 
 YAML = """
@@ -67,7 +67,7 @@ def test_a_layer_inherits_what_its_strategy_takes():
     found = {name: tuple(recipe.resolve(name, "")[key] for key in keys) for name in ("draws", "dense", "tight", "other")}
     assert found == {
         "draws": ("stratified", (16,), "fp32", 0.0),
-        "dense": ("exact", (16,), "int8", 0.0),
+        "dense": ("exact", (32,), "int8", 0.0),
         "tight": ("tree", (16,), "int8", 0.001),
         "other": ("tree", (16,), "int8", 0.1),
     }
@@ -76,6 +76,10 @@ def test_a_layer_inherits_what_its_strategy_takes():
 def test_an_argument_that_names_a_strategy_drops_what_it_does_not_take(write):
     recipe = make_recipe(write("precision: bf16\nerror_tolerance: 0.1"), strategy="naive")
     assert recipe.resolve("", "n")["precision"] == "fp32"
+    budget = write("num_samples: 4")
+    assert make_recipe(budget, strategy="exact").resolve("", "n")["num_samples"] == (32,)
+    with pytest.raises(UsageError, match=r"^convert: num_samples needs .*, got exact"):
+        make_recipe(budget, strategy="exact", num_samples=4)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,14 @@ def test_an_argument_that_names_a_strategy_drops_what_it_does_not_take(write):
         ({"strategy": "exact", "error_tolerance": 0.1}, ["recipe: error_tolerance", "tree", "exact"]),
         ({"strategy": "naive", "precision": "bf16"}, ["recipe: precision", "naive", "bf16"]),
         ({"layers": [{"match": "a*", "strategy": "hybrid", "precision": "int8"}]}, ["layers[0] (a*): precision", "hybrid"]),
+        ({"strategy": "exact", "num_samples": 4}, ["recipe: num_samples", "adaptive, hybrid or tree, got exact; leave num"]),
+        ({"strategy": "exact", "control_variate": True}, ["recipe: control_variate", "naive", "got exact"]),
+        ({"control_variate": True}, ["recipe: control_variate", "naive", "got tree"]),
+        ({"strategy": "adaptive", "residual": "unbiased"}, ["recipe: residual needs strategy tree, got adaptive"]),
+        (
+            {"layers": [{"match": "a*", "strategy": "exact", "num_samples": 4}]},
+            ["layers[0] (a*): num_samples", "got exact"],
+        ),
     ],
 )
 def test_values_of_one_entry_that_do_not_fit_each_other(recipe, words):
@@ -100,6 +112,21 @@ def test_values_that_meet_at_a_layer_and_do_not_fit_name_it():
     with pytest.raises(UsageError, match=r"^enc\.0: error_tolerance needs strategy tree, got hybrid"):
         recipe.resolve("enc.0", "n")
     assert recipe.resolve("dec.0", "n")["strategy"] == "hybrid"
+
+
+def test_a_budget_from_above_ends_at_an_exact_layer():
+    layers = [{"match": "a*", "strategy": "exact"}, {"match": "ab", "num_samples": 4}]
+    recipe = make_recipe({"strategy": "naive", "num_samples": 8, "layers": layers})
+    assert recipe.resolve("b", "")["num_samples"] == (8,)
+    assert recipe.resolve("a", "")["num_samples"] == QUANTUM_ATTENTION.attribute("num_samples").default
+    with pytest.raises(UsageError, match=r"^ab: num_samples needs strategy .*, got exact"):
+        recipe.resolve("ab", "")
+
+
+def test_what_a_strategy_does_anyway_may_be_said():
+    said = {"control_variate": False, "residual": "none", "precision": "fp32", "error_tolerance": 0}
+    assert resolved(strategy="exact", **said) == {"strategy": "exact", "num_samples": (32,), **said}
+    assert resolved(strategy="naive", **said)["residual"] == "none"
 
 
 def test_yaml_with_overrides(write):

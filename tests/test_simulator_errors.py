@@ -13,11 +13,14 @@ from qexport.nn import QuantumAttentionSimulator
     [
         ({"noise_model": "cosmic"}, "channel must be one of depolarizing, amplitude_damping, .*, got 'cosmic'"),
         ({"noise_model": "bit_flip:x"}, "noise level must be a number, got 'x'"),
+        ({"noise_model": 5}, "noise_model must be a name, a text .* or NoiseModels, got 5"),
+        ({"noise_model": "thermal_relaxation", "T1": "x"}, "noise T1 must be a number, got 'x'"),
         ({"noise_model": [3]}, "noise_model must be a name, a text .* or NoiseModels, got 3"),
         ({"noise_model": "bit_flip:0.1", "T1": 2.0}, r"T1 is for noise given by its name, got T1=2\.0; write it into"),
         ({"noise_model": "bit_flip", "T1": 2.0}, "T1 is for channel thermal_relaxation, got bit_flip; leave it out"),
         ({"noise_model": "bit_flip", "scope": "global"}, "scope must be local with channel bit_flip, got global"),
         ({"mitigation": "hope"}, "mitigation must be one of none, .*, got 'hope'"),
+        ({"seed": 2**63}, r"seed must be a whole number of 64 bits, -2\^63 to 2\^63 - 1, got 9223372036854775808"),
         ({"basis": "y"}, "basis must be one of z, x, overlap, got 'y'"),
         ({"backend": "lab"}, "backend must be one of auto, kernel, .*reference, got 'lab'"),
         ({"basis": "overlap", "mitigation": "zne"}, "mitigation is for rows measured in basis z or x, got zne in basis"),
@@ -38,6 +41,14 @@ def test_what_is_refused(settings, message):
 
 
 Q, K, V = qkv(4, 8, keys=6)
+NAN, INF = float("nan"), float("inf")
+
+
+def holding(tensor, value):
+    """A copy with another number at [2, 1]."""
+    changed = tensor.clone()
+    changed[2, 1] = value
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -63,6 +74,19 @@ Q, K, V = qkv(4, 8, keys=6)
         ({}, (Q, K, V), {"attn_mask": torch.ones(4, 6, dtype=torch.int64)}, r"attn_mask must be bool .*, got torch\.int64"),
         ({"mitigation": "zne"}, (Q, K, V, 2), {}, "zne with 3 scales needs at least 3 shots, got 2"),
         ({"mitigation": "repetition", "noise_model": "phase_flip"}, (Q, K, V), {}, "repetition corrects flips"),
+        ({}, (holding(Q, NAN), K, V), {}, r"^Q must be finite, got nan at \[2, 1\]$"),
+        ({"basis": "overlap"}, (Q, holding(K, -INF), V), {}, r"^K must be finite, got -inf at \[2, 1\]$"),
+        ({}, (Q, K, holding(V, INF), None), {}, r"^V must be finite, got inf at \[2, 1\]$"),
+        ({}, (Q, K, V), {"attn_mask": holding(torch.zeros(4, 6), NAN)}, r"attn_mask, but for -inf, must be .* \[2, 1\]"),
+        ({}, (Q, K, V), {"scale": "x"}, "scale must be a number, got 'x'"),
+        ({}, (Q, K, V, 32, "x"), {}, "noise level must be a number, got 'x'"),
+        ({}, (Q, K, V), {"scale": NAN}, r"Q K\^T \* scale in torch\.float64 must be finite, got nan at \[0, 0\]"),
+        ({}, (300 * Q.half(), 300 * K.half(), V.half()), {}, r"scale in torch\.float16 must be finite, got -?inf at"),
+        ({}, (Q.numpy(), K, V), {}, r"^Q must be a torch\.Tensor, got numpy\.ndarray; give torch\.from_numpy\(Q\)$"),
+        ({}, (Q, K, V.tolist()), {}, r"^V must be a torch\.Tensor, got list; give torch\.as_tensor\(V\)$"),
+        ({}, (Q, None, V), {}, r"^K must be a torch\.Tensor, got NoneType$"),
+        ({}, (Q, K, V), {"attn_mask": torch.zeros(4, 6).numpy()}, r"attn_mask must be a torch\.Tensor, got numpy"),
+        ({}, (Q, K, V), {"seed": "1"}, r"seed must be a whole number of 64 bits, .*, got '1'"),
         ({"basis": "overlap"}, (Q, K, V), {"scale": 0.5}, "basis overlap has no scores"),
         ({"basis": "overlap"}, (Q, K, V), {"attn_mask": torch.zeros(4, 6)}, "basis overlap has no scores"),
     ],

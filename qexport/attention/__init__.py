@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from qexport._swap import check_writable
-from qexport.arguments import wholes
+from qexport.arguments import as_path, as_seed, wholes
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
@@ -66,11 +66,13 @@ def map_attention(
     say = progress or unwatched
     if not library:
         raise UsageError("library must be True or a path: attention maps come from the op library")
+    seed = as_seed(seed)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     layers = None if layers is None else sorted(set(wholes("layers", layers, 0)))
     heads = None if heads is None else sorted(set(wholes("heads", heads, 0)))
     if output is not None:
-        _check_output(Path(output), pictures)
+        output = as_path("output", output)
+        _check_output(output, pictures)
     inputs = load_inputs(opened, data, batch=None if data is None else 1, seq=seq)
     if output is not None and inputs.samples > MOST_DRAWN:
         raise QexportError(f"{inputs.samples} inputs are given, at most {MOST_DRAWN} are drawn; give fewer")
@@ -88,7 +90,7 @@ def map_attention(
         versions={"qexport": __version__, "onnxruntime": onnxruntime().__version__},
     )
     if output is not None:
-        maps.files = _write(maps, Path(output), pictures, portion(say, 0.5, 1.0))
+        maps.files = _write(maps, output, pictures, portion(say, 0.5, 1.0))
     return maps
 
 

@@ -14,7 +14,7 @@ from qexport.cli import DIR, FILE, Numbers, common_options, print_json, provider
 @click.option("-o", "--output", required=True, type=DIR, metavar="FOLDER", help="For attention.html and the pictures.")
 @click.option("--layers", type=Numbers(0), help="Numbers of the attentions, from 0 [all].")
 @click.option("--heads", type=Numbers(0), help="Numbers of the query heads, from 0 [all].")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampled model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled model.")
 @click.option("--seq", type=click.IntRange(1), help="Sequence length of generated inputs; texts are cut to it.")
 @click.option("--no-pictures", is_flag=True, help="The page alone; needs no matplotlib.")
 @provider_options

@@ -11,7 +11,7 @@ from qexport.cli import DIR, common_options, print_json, provider_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True, help="Tokens at most.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=click.IntRange(1), help="Draw among so many likeliest tokens only; with a temperature.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws and the sampled attention.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws and the sampled attention.")
 @click.option("--no-library", is_flag=True, help="Without the op library: classical attention.")
 @provider_options
 @common_options

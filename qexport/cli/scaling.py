@@ -41,7 +41,7 @@ def command(strategies, as_json, quiet, verbose, **options):
     from qexport.cli.text import progress_bar
     from qexport.scaling import sweep
 
-    names = strategies.split(",") if strategies else None
+    names = None if strategies is None else strategies.split(",")
     with progress_bar(quiet or as_json) as progress:
         report = sweep(strategies=names, progress=progress, **options)
     if as_json:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import installed, profiling, runtime
+from qexport.arguments import as_path
 from qexport.bundle import Bundle
 from qexport.bundle_writer import check_output, write_bundle
 from qexport.compression.checkpoint import Checkpoint, digest
@@ -124,7 +125,7 @@ def compress(
     """
     started, say = time.monotonic(), progress or unwatched
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, products=products, heal=heal)
-    check_output(Path(output))
+    check_output(output)
     # what was found outlives a bundle that cannot be written, so that its context is the last to end
     with ExitStack() as last, write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, portion(say, 0.0, 0.01))
@@ -144,7 +145,7 @@ def compress(
         chosen = choose_metric(bundle, inputs, classical, metric)
         job = Job(bundle, settings, chosen, fitted, judging, classical, source)
         key = job.key()
-        folder = _beside(Path(output)) if findings is None else Path(findings) / digest(key)
+        folder = _beside(Path(output)) if findings is None else as_path("findings", findings) / digest(key)
         store = last.enter_context(Checkpoint(folder, key, lasting=findings is not None))
         if store.resumed:
             notes.append("took up what another run had found")

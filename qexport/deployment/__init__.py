@@ -14,6 +14,7 @@ from types import NoneType
 import numpy as np
 
 from qexport import installed, runtime
+from qexport.arguments import as_path
 from qexport.bundle import MANIFEST, MODEL, SEAL, Bundle, Kind, is_changed, own_files, read_manifest, seal_text
 from qexport.bundle_writer import write_bundle
 from qexport.data import stored_samples
@@ -179,7 +180,7 @@ def verify_deployment(path, *, runs: int = 20, progress=None) -> VerificationRep
         QexportError: not a deployment; a file changed, is missing or was added (the message names it); or the model cannot
             be run.
     """
-    path, say = Path(path), progress or unwatched
+    path, say = as_path("path", path), progress or unwatched
     if not path.is_dir():
         raise QexportError(f"{path}: no such folder; pack a deployment with '{DEPLOYMENT.command}'")
     if (path / MANIFEST).is_file() and (path / SEAL).is_file() and _read(path / SEAL) != seal_text(path):

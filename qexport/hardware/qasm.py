@@ -6,7 +6,7 @@ from qexport.hardware.circuit import preparation, rotations
 from qexport.hardware.noise import check_noise
 from qexport.hardware.rows import check_basis, checked_rows
 from qexport.noise.channels import num_qubits
-from qexport.noise.model import NoiseModel
+from qexport.noise.model import NoiseModel, as_models
 
 
 def to_qasm3(probabilities: torch.Tensor, noise: tuple[NoiseModel, ...] = (), *, basis: str = "z") -> str:
@@ -29,6 +29,7 @@ def to_qasm3(probabilities: torch.Tensor, noise: tuple[NoiseModel, ...] = (), *,
     check_basis(basis)
     row = checked_rows(probabilities, least=2, axes=1)
     qubits = num_qubits(len(row))
+    noise = as_models(noise)
     check_noise(noise, qubits)
     angles = rotations(row).tolist()
     lines = ["OPENQASM 3.0;", 'include "stdgates.inc";', f"qubit[{qubits}] q;", f"bit[{qubits}] c;"]

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from qexport.arguments import as_seed, check_tensors
 from qexport.errors import UsageError
 from qexport.hardware.circuit import rotations
 from qexport.hardware.noise import check_noise
 from qexport.nn.backends import AttentionCall, reference
 from qexport.noise.channels import num_qubits
-from qexport.noise.model import NoiseModel
+from qexport.noise.model import NoiseModel, as_models
 from qexport.ops.probability_rows import check_rows
 from qexport.ops.quantum_noise import SPEC
 
@@ -36,6 +37,7 @@ def checked_rows(probabilities: torch.Tensor, least: int, axes: int | None = Non
     Raises:
         UsageError: they are no rows of probabilities.
     """
+    check_tensors({"probabilities": probabilities})
     if axes is not None and probabilities.ndim != axes:
         raise UsageError(f"probabilities must have {axes} axis, got {probabilities.ndim}; give one row at a time")
     check_rows("hardware", probabilities, least)
@@ -118,6 +120,7 @@ class RowBackend(ABC):
         check_basis(basis)
         if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
             raise UsageError(f"shots must be an integer >= 1, got {shots!r}")
+        noise = as_models(noise)
         if noise and self.device is not None:
             words = ", ".join(model.channel for model in noise)
             raise UsageError(f"a device has noise of its own, got {words}; leave noise out, or take the simulator")
@@ -131,7 +134,7 @@ class RowBackend(ABC):
         some = rows.any(-1)
         found = torch.zeros(len(rows), 1 << qubits, dtype=torch.float64)
         if some.any():
-            (seed,) = np.random.SeedSequence(seed % 2**64).generate_state(1).tolist()
+            (seed,) = np.random.SeedSequence(as_seed(seed) % 2**64).generate_state(1).tolist()
             angles = rotations(rows[some]).numpy()
             found[some] = torch.from_numpy(self._frequencies(qubits, angles, shots, noise, basis, seed))
         return found[:, :n].reshape(probabilities.shape).to(probabilities)

@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from qexport.arguments import real, several
 from qexport.errors import QexportError, UsageError
 from qexport.memory import arena, counters
 from qexport.memory.blocks import Account, Block, Call
@@ -45,14 +46,15 @@ class AdvancedMemoryProfiler:
     """
 
     def __init__(self, *, sources=counters.DEFAULT, interval: float = 0.01, overhead: float = 0.02):
+        sources = tuple(several("sources", sources))
         unknown = [name for name in sources if name not in counters.SOURCES]
         if unknown:
             raise UsageError(f"no source of memory figures {unknown[0]!r}; there are {', '.join(counters.SOURCES)}")
-        if not interval > 0:
+        if not real("interval", interval) > 0:
             raise UsageError(f"interval must be > 0 seconds, got {interval}")
-        if not 0 < overhead <= 1:
+        if not 0 < real("overhead", overhead) <= 1:
             raise UsageError(f"overhead must be a share in 0..1, got {overhead}")
-        self._sources, self._interval, self._overhead = tuple(sources), interval, overhead
+        self._sources, self._interval, self._overhead = sources, interval, overhead
         self._lock = threading.Lock()
         self._current = ContextVar("call", default=None)  # that the running thread or task is in
         self._sessions: list[arena.Watched] = []
@@ -86,7 +88,7 @@ class AdvancedMemoryProfiler:
         """
         given = {"tokens": tokens, "minimum_bytes": minimum_bytes, "reference_bytes": reference_bytes}
         for key, value in given.items():
-            if value is not None and not value > 0:
+            if value is not None and not real(key, value) > 0:
                 raise UsageError(f"{key} of block {name!r} must be > 0, got {value}")
         call, start = self._enter(str(name), self._current.get())
         token = self._current.set(call)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from qexport.arguments import whole
+from qexport.arguments import as_seed, whole
 from qexport.errors import UsageError
 from qexport.mps.train import MatrixProduct
 from qexport.ops.philox import philox4x32
@@ -82,7 +82,7 @@ def sample(train: MatrixProduct, shots: int, seed: int = 0) -> torch.Tensor:
         raise UsageError(
             f"sample takes one matrix, got a batch of shape {tuple(train.error.shape)}; take its cores one by one"
         )
-    whole("shots", shots)
+    whole("shots", shots), as_seed(seed)
     cores = [core.double() for core in canonical(train, 0).cores]
     if not cores[0].square().sum() > 0:
         raise UsageError("a matrix of zeros has no state to measure")

@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import torch
 
+from qexport.arguments import as_seed, check_tensors, real
+from qexport.errors import UsageError
 from qexport.nn.backends import AttentionCall, chosen_backend, get_backend
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE, check_read
 
 
 def quantum_attention(
@@ -42,7 +44,7 @@ def quantum_attention(
         dropout_p: share of the softmax weights that is dropped.
         need_weights: also return the softmax probabilities. They are what is sampled from, not what was drawn.
         attributes: strategy, num_samples, control_variate, precision, error_tolerance, residual, layer, is_causal, scale,
-            softcap, q_num_heads, kv_num_heads, with the defaults of the op table.
+            softcap, q_num_heads, kv_num_heads, with the defaults of the op table; those that the strategy reads.
 
     Returns:
         The output, shaped as Q with V's head size; with `need_weights` also the
@@ -52,14 +54,34 @@ def quantum_attention(
         UsageError: an unknown backend, an attribute outside its limits, or a call that the backend does not take.
         ValueError: shapes that do not fit each other.
     """
+    check_tensors({"Q": Q, "K": K, "V": V}, {"attn_mask": attn_mask})
+    seed, dropout_p = seed_argument(seed), real("dropout_p", dropout_p)
+    for key in attributes:
+        if key not in ATTRIBUTES:
+            raise UsageError(f"[{QUANTUM_ATTENTION.name}] has no attribute {key!r} in torch; known: {', '.join(ATTRIBUTES)}")
     a = QUANTUM_ATTENTION.resolve(attributes)
-    Y, weights = attend(Q, K, V, attn_mask, seed, backend, float(dropout_p), need_weights, a)
+    check_read(a["strategy"], {key: a[key] for key, value in attributes.items() if value is not None})
+    Y, weights = attend(Q, K, V, attn_mask, seed, backend, dropout_p, need_weights, a)
     return (Y, weights) if need_weights else Y
+
+
+def seed_argument(seed):
+    """A seed as `as_seed` wants it, or a tensor that holds one, which is not looked into: it may be on a device.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not isinstance(seed, torch.Tensor):
+        return as_seed(seed)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise UsageError(f"seed must be one number of int64, got {tuple(seed.shape)} of {seed.dtype}")
+    return seed
 
 
 def attend(Q, K, V, attn_mask, seed, backend: str, dropout_p: float, need_weights: bool, attributes: dict):
     """(output, weights or None) of `quantum_attention` with all attributes of the op, checked already."""
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype):
+    need_weights = bool(need_weights)
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype) and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(Q.dtype)
     if _is_plain(Q, K, V, attn_mask):
         return _compute(AttentionCall(Q, K, V, attn_mask, attributes, seed, need_weights, dropout_p), backend)
@@ -132,6 +154,10 @@ def _check(call: AttentionCall) -> None:
     Q, K, V, mask, a = call.Q, call.K, call.V, call.attn_mask, call.attributes
     if not Q.is_floating_point() or not Q.dtype == K.dtype == V.dtype:
         raise ValueError(f"Q, K and V must share one float type, got {Q.dtype}, {K.dtype} and {V.dtype}")
+    if mask is not None and mask.dtype not in (torch.bool, Q.dtype):
+        raise ValueError(f"attn_mask must be bool (true = attend) or float (added to the scores), got {mask.dtype}")
+    if not 0 <= call.dropout_p <= 1:
+        raise ValueError(f"dropout_p must be from 0 to 1, got {call.dropout_p:g}")
     devices = [x.device for x in (Q, K, V, mask) if x is not None]
     if any(device != Q.device for device in devices):
         raise ValueError(f"Q, K, V and attn_mask must be on one device, got {', '.join(map(str, devices))}")
@@ -140,6 +166,9 @@ def _check(call: AttentionCall) -> None:
     if Q.dim() == 4:
         q_heads, kv_heads, v_heads = Q.shape[1], K.shape[1], V.shape[1]
         fits = kv_heads == v_heads > 0 and q_heads % kv_heads == 0 and Q.shape[3] == K.shape[3]
+        said = a["q_num_heads"] or q_heads, a["kv_num_heads"] or kv_heads
+        if said != (q_heads, kv_heads):
+            raise ValueError(f"q_num_heads and kv_num_heads are {said[0]} and {said[1]}, but got {_shapes(call)}")
     else:
         q_heads, kv_heads = a["q_num_heads"], a["kv_num_heads"]
         if q_heads is None or kv_heads is None:

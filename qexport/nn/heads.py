@@ -1,8 +1,9 @@
 """Settings of heads: which heads of a module are computed in one call, and with which attributes of the op."""
 
+from qexport.arguments import whole
 from qexport.errors import UsageError
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES, check_read
 
 # The arguments of QuantumMultiheadAttention that heads may have of their own.
 PER_HEAD = (
@@ -33,7 +34,7 @@ def head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[
     for head, own in enumerate(heads):
         if unknown := set(own) - set(PER_HEAD):
             raise UsageError(f"heads[{head}] has no key {min(unknown)!r}; known: {', '.join(PER_HEAD)}")
-        attributes = _attributes(shared | own, f"heads[{head}]: ")
+        attributes = _attributes(shared | own, f"heads[{head}]: ", own)
         samples = attributes.pop("num_samples")
         _, members, counts = groups.setdefault(tuple(attributes.items()), (attributes, [], []))
         members.append(head)
@@ -41,24 +42,32 @@ def head_groups(shared: dict, heads: list[dict] | None, num_heads: int) -> list[
     return [(attributes | {"num_samples": counts}, members) for attributes, members, counts in groups.values()]
 
 
-def _attributes(settings: dict, where: str = "") -> dict:
+def _attributes(settings: dict, where: str = "", own: dict | None = None) -> dict:
     """All attributes of the op, as the settings of a module, or of one head, mean them.
+
+    Those that somebody named must be read: the keys of `own`, or where it is None, as nobody can tell who named what, the
+    settings that are not the defaults.
 
     Raises:
         UsageError: a value outside its limits, or settings that do not fit each other.
     """
-    name, samples = settings["quantum_backend"], settings["num_samples"]
+    name = settings["quantum_backend"]
     if name not in STRATEGIES:
         raise UsageError(f"{where}quantum_backend must be one of {', '.join(STRATEGIES)}, got {name!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int):
-        raise UsageError(f"{where}num_samples must be a whole number, got {samples!r}; heads takes one per head")
+    try:
+        samples = whole("num_samples", settings["num_samples"])
+    except UsageError as error:
+        raise UsageError(f"{where}{error}; heads takes one per head") from None
     attributes = {key: settings[key] for key in ("precision", "error_tolerance", "residual")}
     attributes["strategy"] = "adaptive" if name == "stratified" and settings["adaptive_samples"] else name
     attributes |= {"num_samples": [samples], "control_variate": settings["control_variate"]}
     try:
-        return QUANTUM_ATTENTION.resolve(attributes)
+        resolved, unnamed = QUANTUM_ATTENTION.resolve(attributes), QUANTUM_ATTENTION.resolve({})
     except UsageError as error:
         raise UsageError(where + str(error).removeprefix(f"[{QUANTUM_ATTENTION.name}] ")) from None
+    named = [key for key in attributes if (resolved[key] != unnamed[key] if own is None else key in own)]
+    check_read(resolved["strategy"], {key: resolved[key] for key in named}, where)
+    return resolved
 
 
 def columns_of(x, members, num_heads):

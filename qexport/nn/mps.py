@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qexport.arguments import check_finite, check_tensors, real, whole
 from qexport.errors import QexportError, UsageError
 from qexport.mps.canonical import entanglement_entropy, sample
 from qexport.mps.cost import Cost, attention_cost
@@ -66,10 +67,9 @@ class MatrixProductStateSimulator:
     """
 
     def __init__(self, max_bond_dim: int = 32, tolerance: float = 0.1, tol: float | None = None, layout: str = "auto"):
-        if not isinstance(max_bond_dim, int) or max_bond_dim < 1:
-            raise UsageError(f"max_bond_dim must be an integer >= 1, got {max_bond_dim}")
-        for name, value in (("tolerance", tolerance), ("tol", tol)):
-            if value is not None and not 0 < value < 1:
+        max_bond_dim = whole("max_bond_dim", max_bond_dim)
+        for name, value in (("tolerance", tolerance), *([] if tol is None else [("tol", tol)])):
+            if not 0 < real(name, value) < 1:
                 raise UsageError(f"{name} must be in (0, 1), got {value:g}")
         if layout not in (*KINDS, "auto"):
             raise UsageError(f"layout must be one of {', '.join(KINDS)}, auto, got {layout!r}")
@@ -92,11 +92,13 @@ class MatrixProductStateSimulator:
             UsageError: shapes that do not fit each other, other types than floating point, a number that is not finite.
             QexportError: the error of the output is above `tolerance`.
         """
+        check_tensors({"V": V})
         A = _attention(Q, K)
         if V.shape[:-1] != K.shape[:-1]:
             raise UsageError(f"V must be {(*K.shape[:-1], 'v_head_size')}, got {tuple(V.shape)}")
-        if not torch.isfinite(V).all():
-            raise UsageError("V must be finite, got NaN or infinity")
+        if not V.is_floating_point():
+            raise UsageError(f"V must hold floating point numbers, got {V.dtype}")
+        check_finite("V", V)
         train = encode(A, self.max_bond_dim, self.tol, self.layout, decompose=_tt_svd)
         train = replace(train, cores=tuple(core.to(Q.dtype) for core in train.cores))
         report = _report(train, A, V.double())
@@ -121,6 +123,8 @@ class MatrixProductStateSimulator:
         Raises:
             UsageError: V has another batch or number of keys.
         """
+        _check_train(mps_tensors)
+        check_tensors({"V": V})
         layout, batch = mps_tensors.layout, mps_tensors.error.shape
         if V.ndim < 2 or V.shape[:-2] != batch or V.shape[-2] != layout.cols:
             raise UsageError(f"V must be {(*batch, layout.cols, 'v_head_size')}, got {tuple(V.shape)}")
@@ -158,18 +162,25 @@ class MatrixProductStateSimulator:
         Args:
             mps_tensors: what `encode_attention_mps` returned.
         """
+        _check_train(mps_tensors)
         return entanglement_entropy(mps_tensors)
 
 
+def _check_train(mps_tensors) -> None:
+    if not isinstance(mps_tensors, MatrixProduct):
+        wanted = "mps_tensors must be what encode_attention_mps returned"
+        raise UsageError(f"{wanted}, got {type(mps_tensors).__name__}")
+
+
 def _attention(Q, K) -> torch.Tensor:
+    check_tensors({"Q": Q, "K": K})
     if Q.ndim < 2 or K.shape[:-2] != Q.shape[:-2] or K.ndim != Q.ndim or K.shape[-1] != Q.shape[-1]:
         shapes = f"{tuple(Q.shape)}, {tuple(K.shape)}"
         raise UsageError(f"Q and K must be (..., q_len, head_size) and (..., kv_len, head_size), got {shapes}")
     for name, tensor in (("Q", Q), ("K", K)):
         if not tensor.is_floating_point() or not tensor.numel():
             raise UsageError(f"{name} must hold floating point numbers, got {tuple(tensor.shape)} of {tensor.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise UsageError(f"{name} must be finite, got NaN or infinity")
+        check_finite(name, tensor)
     return torch.softmax(Q.double() @ K.double().mT / Q.shape[-1] ** 0.5, -1)
 
 

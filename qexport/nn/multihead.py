@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from qexport.arguments import as_seed, check_tensors
 from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import attend
@@ -24,7 +25,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         num_samples: keys read per query. A query that sees no more keys than that is computed exactly.
         adaptive_samples: with `stratified`, share the samples out over queries and heads by the entropy of their rows.
         control_variate: sample in proportion to p |v - mean v|, around mean v.
-        precision, error_tolerance, residual: of `exact` and `tree`, as in the op table.
+        precision, error_tolerance, residual: of `exact` and `tree`, as in the op table. What the strategy does not read must
+            keep its default.
         heads: one dict per head with the keys above, from `quantum_backend` on, where heads differ; what a dict leaves out
             is as above.
         backend: who computes: `auto`, `kernel`, `reference` or an installed one (`qexport.nn.backend_names()`).
@@ -76,12 +78,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         self.head_groups = head_groups(shared, heads, num_heads)
         if backend != "auto":
             get_backend(backend)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise UsageError(f"seed must be a whole number of 64 bits, got {seed!r}")
         self.quantum_backend = quantum_backend
         self.backend = backend
         self.layer = QUANTUM_ATTENTION.attribute("layer").check(layer, "QuantumMultiheadAttention")
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("seed", torch.tensor(as_seed(seed), dtype=torch.int64, device=device), persistent=False)
 
     @classmethod
     def from_classical(cls, module: nn.MultiheadAttention, **quantum) -> "QuantumMultiheadAttention":
@@ -92,8 +92,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             quantum: the keyword arguments of this class, from `quantum_backend` on.
 
         Raises:
-            UsageError: one of them has a value outside its limits.
+            UsageError: another module, or one of the keyword arguments has a value outside its limits.
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise UsageError(f"from_classical takes an nn.MultiheadAttention, got {type(module).__name__}")
         weight = module.out_proj.weight
         new = cls(
             *(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None),
@@ -149,7 +151,11 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError, RuntimeError: shapes or types that do not fit, as in nn.MultiheadAttention.
+            UsageError: no tensors.
         """
+        check_tensors(
+            {"query": query, "key": key, "value": value}, {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        )
         arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if self.quantum_backend == "classical":
             return super().forward(query, key, value, *arguments)
@@ -263,11 +269,22 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         return torch.cat(outputs, -1), torch.stack(weights, 1) if need_weights else None
 
 
+def check_module(model) -> None:
+    """Check that a model is a torch module.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def number_layers(model: nn.Module) -> None:
     """Number the QuantumMultiheadAttention modules of a model in their order, so that no two draw alike at one seed.
 
     `replace_attention` does so by itself; call this after building a model out of such modules.
     """
+    check_module(model)
     modules = (m for m in model.modules() if isinstance(m, QuantumMultiheadAttention))
     for layer, module in enumerate(modules):
         module.layer = layer

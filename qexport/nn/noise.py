@@ -8,10 +8,12 @@ an error; the kernels of a CUDA device, which nobody waits for, turn them into N
 
 import torch
 
+from qexport.arguments import check_tensors
 from qexport.errors import UsageError
+from qexport.failures import one_line
 from qexport.nn.backends import to_numpy, to_torch
 from qexport.nn.cuda import cuda_memory, has_kernels
-from qexport.nn.functional import ATTRIBUTE_TYPES, autograd_inside, is_exact
+from qexport.nn.functional import ATTRIBUTE_TYPES, autograd_inside, is_exact, seed_argument
 from qexport.ops import QUANTUM_MEASURE, QUANTUM_NOISE, QUANTUM_OVERLAP
 from qexport.ops.kernels import kernels
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
@@ -45,7 +47,12 @@ def quantum_noise(
     Raises:
         UsageError: an attribute, a parameter or a row outside its limits.
     """
-    inputs = _inputs(probabilities, level, T1, T2, excited_population, kraus, unitary)
+    check_tensors({"probabilities": probabilities})
+    inputs = _inputs(
+        probabilities,
+        level,
+        {"T1": T1, "T2": T2, "excited_population": excited_population, "kraus": kraus, "unitary": unitary},
+    )
     return _noise(probabilities, *inputs, *QUANTUM_NOISE.resolve(attributes).values())
 
 
@@ -66,7 +73,8 @@ def quantum_overlap(
     Raises:
         UsageError: an attribute, a parameter or a shape outside its limits.
     """
-    inputs = _inputs(queries, level, T1, T2, excited_population, kraus)
+    check_tensors({"queries": queries, "keys": keys})
+    inputs = _inputs(queries, level, {"T1": T1, "T2": T2, "excited_population": excited_population, "kraus": kraus})
     return _overlap(queries, keys, *inputs, *QUANTUM_OVERLAP.resolve(attributes).values())
 
 
@@ -84,14 +92,25 @@ def quantum_measure(probabilities, seed=0, **attributes) -> torch.Tensor:
     Raises:
         UsageError: an attribute or a row outside its limits.
     """
-    seed = torch.as_tensor(seed, dtype=torch.int64)
+    check_tensors({"probabilities": probabilities})
+    seed = torch.as_tensor(seed_argument(seed))
     return _measure(probabilities, seed, *QUANTUM_MEASURE.resolve(attributes).values())
 
 
-def _inputs(rows, *parameters):
-    """Parameters as tensors of the type that the op takes beside these rows."""
+def _inputs(rows, level, optional: dict) -> list:
+    """The level and other parameters as tensors of the type that the op takes beside these rows.
+
+    Raises:
+        UsageError: one is no number and no array of numbers.
+    """
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return [None if x is None else torch.as_tensor(x, dtype=dtype) for x in parameters]
+    found = []
+    for name, value in {"level": level, **optional}.items():
+        try:
+            found.append(None if value is None and name in optional else torch.as_tensor(value, dtype=dtype))
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(f"{name} must be a number or a tensor, got {one_line(repr(value))}") from None
+    return found
 
 
 def _reference_noise(probabilities, level, *inputs, **attributes):

@@ -7,8 +7,9 @@ from torch import nn
 
 from qexport.errors import QexportError, UsageError
 from qexport.nn.backends import get_backend
-from qexport.nn.functional import quantum_attention
-from qexport.nn.multihead import QuantumMultiheadAttention
+from qexport.nn.functional import attend
+from qexport.nn.multihead import QuantumMultiheadAttention, check_module
+from qexport.ops import QUANTUM_ATTENTION
 
 # The name under which the attention function stands in transformers' registry.
 INTERFACE = "qexport"
@@ -41,11 +42,15 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
         The names of the modules whose attention is sampled now.
 
     Raises:
-        UsageError: a wrong recipe or backend, a recipe with noise, or a model that has neither kind of attention.
+        UsageError: a wrong recipe or backend, a recipe with noise or compression, or a model that has neither kind of
+            attention.
     """
     from qexport.recipe import make_recipe
 
+    check_module(model)
     recipe = make_recipe(recipe)
+    if recipe.compress is not None:
+        raise UsageError("compress is for converted models: leave it out here and give it to qexport.compress")
     if recipe.has_noise:
         raise UsageError("noise is for converted models: leave it out here and give it to qexport.convert")
     if backend != "auto":
@@ -151,22 +156,18 @@ def _attention_function(
     causal = causal and query.shape[2] > 1 and attention_mask is None
     if position_bias is not None:
         attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query, key), False
-    need_weights = bool(more.get("output_attentions"))
-    found = quantum_attention(
+    attributes |= {"is_causal": int(causal), "scale": scaling, "softcap": more.get("softcap") or 0.0}
+    output, weights = attend(
         query,
         key,
         value,
         attention_mask,
         torch.randint(2**63 - 1, ()) if module.training else site.seed,
-        backend=site.backend,
-        dropout_p=dropout,
-        need_weights=need_weights,
-        is_causal=int(causal),
-        scale=scaling,
-        softcap=more.get("softcap") or 0.0,
-        **attributes,
+        site.backend,
+        float(dropout),
+        bool(more.get("output_attentions")),
+        QUANTUM_ATTENTION.resolve(attributes),
     )
-    output, weights = found if need_weights else (found, None)
     return output.transpose(1, 2).contiguous(), weights
 
 

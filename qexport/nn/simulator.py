@@ -8,13 +8,14 @@ from numbers import Integral
 import torch
 from torch.nn import functional
 
+from qexport.arguments import as_seed, check_finite, check_tensors, real
 from qexport.errors import UsageError
 from qexport.nn.backends import get_backend
 from qexport.noise.channels import global_share, num_qubits
 from qexport.noise.density import kraus_operators, overlap_probabilities
 from qexport.noise.measured import MeasuredNoise, measured
 from qexport.noise.mitigation import Mitigation, mitigated, parse_mitigation
-from qexport.noise.model import NoiseModel, parse_noise
+from qexport.noise.model import NoiseModel, as_models, parse_noise
 from qexport.ops import QUANTUM_MEASURE
 from qexport.ops.kernels import kernels
 
@@ -82,7 +83,7 @@ class QuantumAttentionSimulator:
         self._device = None if backend in ("auto", "kernel", "reference") else _measure_rows(backend)
         if basis == "overlap":
             _check_overlap(self.noise, self.mitigation, self._device)
-        self.basis, self.renormalize, self.seed, self.backend = basis, renormalize, seed, backend
+        self.basis, self.renormalize, self.seed, self.backend = basis, renormalize, as_seed(seed), backend
         self.leak = None
 
     def simulate_attention(
@@ -125,14 +126,17 @@ class QuantumAttentionSimulator:
             (output (..., q_len, v_head_size), weights (..., q_len, n)), weights the measured frequencies, mitigated.
 
         Raises:
-            UsageError: shapes that do not fit, or a number outside its limits.
+            UsageError: shapes that do not fit, or a number outside its limits, NaN and infinity in tensors included.
         """
+        check_tensors({"Q": Q, "K": K, "V": V}, {"attn_mask": attn_mask})
+        if scale is not None and not isinstance(scale, torch.Tensor):
+            scale = real("scale", scale)
         K, V = _checked(Q, K, V, num_samples, enable_gqa)
         models = self.noise
         if noise_level is not None or self._named:
             models = tuple(model.at(LEVEL if noise_level is None else noise_level) for model in models)
         mask = _mask(attn_mask, is_causal, Q, K)
-        seed = self.seed if seed is None else seed
+        seed = self.seed if seed is None else as_seed(seed)
         if self.basis == "overlap":
             if scale is not None or (mask is not None and mask.dtype != torch.bool):
                 raise UsageError("basis overlap has no scores: scale must be None and attn_mask bool; leave them out")
@@ -195,11 +199,7 @@ def _models(noise_model, own: dict) -> tuple[tuple[NoiseModel, ...], bool]:
             raise UsageError(f"{name} is for noise given by its name, got {name}={value}; write it into the noise model")
     if isinstance(noise_model, str):
         return parse_noise(noise_model), False
-    models = (noise_model,) if isinstance(noise_model, NoiseModel) else tuple(noise_model)
-    for model in models:
-        if not isinstance(model, NoiseModel):
-            raise UsageError(f"noise_model must be a name, a text such as depolarizing:0.01 or NoiseModels, got {model!r}")
-    return models, False
+    return as_models(noise_model, "noise_model must be a name, a text such as depolarizing:0.01 or NoiseModels"), False
 
 
 def _measure_rows(backend: str):
@@ -237,6 +237,8 @@ def _checked(Q, K, V, num_samples, enable_gqa):
         )
     if num_samples is not None and not (isinstance(num_samples, Integral) and 1 <= num_samples <= MOST_SHOTS):
         raise UsageError(f"num_samples must be an int in 1 to {MOST_SHOTS}, or None for infinitely many, got {num_samples}")
+    for name, tensor in zip("QKV", (Q, K, V), strict=True):
+        check_finite(name, tensor)
     return K, V
 
 
@@ -250,6 +252,8 @@ def _mask(attn_mask, is_causal, Q, K):
             raise UsageError(f"attn_mask must be bool (true = attend) or float, got {attn_mask.dtype}")
         if not fits:
             raise UsageError(f"attn_mask must broadcast to {rows}, got {tuple(attn_mask.shape)}")
+        if attn_mask.is_floating_point():
+            check_finite("attn_mask, but for -inf,", attn_mask.masked_fill(attn_mask.isneginf(), 0))
     if not is_causal:
         return attn_mask
     causal = torch.ones(rows[-2:], dtype=torch.bool, device=Q.device).tril()
@@ -261,6 +265,7 @@ def _mask(attn_mask, is_causal, Q, K):
 def _softmax(Q, K, mask, scale):
     """(float64 rows, of zeros where a query sees no key; bool like them, keys that a query does not see, or None)."""
     scores = Q @ K.mT * (Q.shape[-1] ** -0.5 if scale is None else scale)
+    check_finite(f"Q K^T * scale in {scores.dtype}", scores)
     if mask is None:
         return scores.softmax(-1, dtype=torch.float64), None
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qexport.arguments import whole
+from qexport.arguments import check_tensors, several, whole
 from qexport.errors import UsageError
 from qexport.noise.measured import MeasuredNoise
 from qexport.noise.mitigation import Mitigation, mitigated, parse_mitigation
@@ -76,16 +76,16 @@ def compare_mitigation(
     Raises:
         UsageError: rows that are no probabilities, shots or runs below their limits, or a parameter outside its own.
     """
+    check_tensors({"p": p})
     check_rows("compare_mitigation", p, least=2)
     whole("shots", shots), whole("runs", runs, 2)
     p = p.detach().double().reshape(-1, p.shape[-1])
     p = p / p.sum(-1, keepdim=True)
-    models = [noise] if isinstance(noise, NoiseModel) else noise
     kernel = kernels() is not None and p.device.type == "cpu"
-    device = MeasuredNoise(models, p.shape[-1], basis, kernel=kernel)
+    device = MeasuredNoise(noise, p.shape[-1], basis, kernel=kernel)
     found = []
-    for method in methods:
-        method = parse_mitigation(method) if isinstance(method, str) else method
+    for method in several("methods", methods):
+        method = method if isinstance(method, Mitigation) else parse_mitigation(method)
         try:
             method.experiments(device, shots)
         except UsageError:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qexport.arguments import as_seed, check_tensors, whole
 from qexport.errors import UsageError
 from qexport.noise.channels import (
     amplitudes_of,
@@ -19,7 +20,7 @@ from qexport.noise.channels import (
     transition_matrices,
     walsh_hadamard,
 )
-from qexport.noise.model import NoiseModel
+from qexport.noise.model import NoiseModel, as_models
 from qexport.ops.kernels import kernels
 from qexport.ops.quantum_measure_ref import quantum_measure_ref
 from qexport.ops.quantum_noise import SPEC
@@ -44,9 +45,12 @@ class MeasuredNoise:
 
     def __init__(self, models: Sequence[NoiseModel], n: int, basis: str = "z", *, kernel: bool = False):
         """kernel: whether the C++ kernels compute where no gradient is asked for; rows must then be on the CPU."""
-        self.n, self.qubits, self.basis, self.kernel = n, num_qubits(n), basis, kernel
+        if basis not in ANY_MATRIX:
+            raise UsageError(f"basis must be one of {', '.join(ANY_MATRIX)}, got {basis!r}")
+        models = as_models(models)
+        self.n, self.qubits, self.basis, self.kernel = whole("n", n), num_qubits(n), basis, kernel
         self.channels = tuple(model for model in models if model.channel != "readout")
-        self.readouts = tuple(models[len(self.channels) :])
+        self.readouts = models[len(self.channels) :]
         for model in self.readouts:
             if model.channel != "readout":
                 raise UsageError(f"readout acts on what was measured and must come last, got {model.channel} behind it")
@@ -103,6 +107,7 @@ class MeasuredNoise:
 
         Differentiable in p and steps.
         """
+        check_tensors({"p": p})
         p = torch.nn.functional.pad(p, (0, (1 << self.qubits) - p.shape[-1]))
         basis = self.basis
         if basis == "x" and (not steps or not steps[0].ndim):  # the change of basis needs a step to go with
@@ -154,10 +159,14 @@ def measured(rows: torch.Tensor, shots: int | None, seed: int, layer: int = 0, *
 
     The frequencies carry the gradient f w / w.detach() of rows w. It is unbiased, since E f_i = w_i:
     E sum_i g_i f_i dw_i / w_i = sum_i g_i dw_i, the gradient of the expectation of sum_i g_i f_i for constants g.
+
+    Raises:
+        UsageError: rows that are no probabilities, shots below 1, or a seed that is no int64.
     """
+    check_tensors({"rows": rows})
     if shots is None:
         return rows
-    w = rows.detach()
+    w, seed = rows.detach(), as_seed(seed)
     if kernel:
         threads = torch.get_num_threads()
         f = torch.from_numpy(kernels().quantum_measure(w.numpy(), seed, shots=shots, layer=layer, threads=threads))

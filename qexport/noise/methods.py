@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qexport.arguments import real, several, whole
 from qexport.errors import UsageError
 from qexport.noise.channels import apply_transitions, inverse_matrices, kept_strength, matrices_of
 from qexport.noise.measured import MeasuredNoise
@@ -131,7 +132,7 @@ class ZeroNoiseExtrapolation(Mitigation):
     scales: tuple[float, ...] = (1, 2, 3)
 
     def __post_init__(self):
-        within = all(0 < x <= LARGEST_SCALE for x in self.scales)
+        within = all(0 < real("zne scales", x) <= LARGEST_SCALE for x in several("zne scales", self.scales))
         if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or not within:
             raise UsageError(
                 f"zne scales must be two or more different numbers above 0 and up to {LARGEST_SCALE}, "
@@ -218,7 +219,7 @@ class RepetitionCode(Mitigation):
     distance: int = 3
 
     def __post_init__(self):
-        if not 1 <= self.distance <= LARGEST_DISTANCE or self.distance % 2 == 0:
+        if not 1 <= whole("repetition distance", self.distance) <= LARGEST_DISTANCE or self.distance % 2 == 0:
             raise UsageError(f"repetition distance must be an odd number in 1 to {LARGEST_DISTANCE}, got {self.distance}")
 
     def experiments(self, noise, shots):

@@ -6,6 +6,7 @@ among them. The methods are in `methods`, and public here.
 
 import torch
 
+from qexport.arguments import as_seed, check_tensors, whole, wrapped_seed
 from qexport.errors import UsageError
 from qexport.noise.measured import MeasuredNoise, measured, with_gradient
 from qexport.noise.methods import (
@@ -68,14 +69,20 @@ def mitigated(mitigation: Mitigation, noise: MeasuredNoise, p, shots: int | None
         float64 (..., 2^q), unbiased up to what the method's own bias is; may be negative. Differentiable as `measured`.
 
     Raises:
-        UsageError: the method does not apply to this noise, has too few shots, or needs what the device cannot do.
+        UsageError: the method does not apply to this noise, has too few shots, or needs what the device cannot do; or an
+            argument is of another kind.
     """
-    estimate, experiments = 0, mitigation.experiments(noise, shots)
+    check_tensors({"p": p})
+    if not isinstance(mitigation, Mitigation):
+        raise UsageError(f"mitigation must be a Mitigation, as parse_mitigation makes it, got {mitigation!r}")
+    if shots is not None:
+        whole("shots", shots)
+    estimate, experiments, seed = 0, mitigation.experiments(noise, shots), as_seed(seed)
     for layer, experiment in enumerate(experiments):
         if device is None:
             found = measured(experiment.rows(p), experiment.shots, seed, layer, kernel=noise.kernel)
         else:
-            found = _on_device(device, mitigation, experiment, noise, p, seed * len(experiments) + layer)
+            found = _on_device(device, mitigation, experiment, noise, p, wrapped_seed(seed * len(experiments) + layer))
         estimate = estimate + experiment.read(found)
     return mitigation.finish(estimate)
 

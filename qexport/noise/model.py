@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qexport.arguments import real
 from qexport.errors import UsageError
 from qexport.ops.quantum_noise import SPEC
 
@@ -25,7 +27,7 @@ class NoiseModel:
             not given: `level` is then the time in units of T1.
 
     Raises:
-        UsageError: an unknown channel, or settings that its channel does not have.
+        UsageError: an unknown channel, what is no number, or settings that its channel does not have.
     """
 
     channel: str = "depolarizing"
@@ -38,6 +40,9 @@ class NoiseModel:
 
     def __post_init__(self):
         SPEC.resolve(self.attributes)
+        for name, value in {"level": self.level, **self.inputs}.items():
+            if not isinstance(value, (list, tuple)) and not hasattr(value, "__array__"):
+                real(f"noise {name}", value)
         if self.channel == "kraus":
             raise UsageError("[QuantumNoise] channel kraus is no noise model: a model has a name, and numbers")
         if self.channel == "thermal_relaxation":
@@ -87,11 +92,24 @@ class NoiseModel:
         given = {**self.attributes, **self.inputs}
         plain = {field.name: field.default for field in fields(self)}
         more = [
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            f"{name}={_text(value)}"
             for name, value in given.items()
-            if name not in ("channel", "level") and value != plain[name]
+            if name not in ("channel", "level") and _text(value) != _text(plain[name])
         ]
-        return ":".join([self.channel, f"{float(self.level):g}", *more])
+        return ":".join([self.channel, _text(self.level), *more])
+
+
+def as_models(noise, wanted: str = "noise must be one or several NoiseModels, as parse_noise makes them") -> tuple:
+    """The models of a NoiseModel or of several.
+
+    Raises:
+        UsageError: there is something else among them; the message begins with `wanted`.
+    """
+    models = (noise,) if isinstance(noise, (NoiseModel, str)) or not isinstance(noise, Iterable) else tuple(noise)
+    for model in models:
+        if not isinstance(model, NoiseModel):
+            raise UsageError(f"{wanted}, got {model!r}")
+    return models
 
 
 def parse_noise(text: str) -> tuple[NoiseModel, ...]:
@@ -136,6 +154,12 @@ def _with_settings(channel: str, *rest: str, level: float, text: str) -> NoiseMo
             raise UsageError(f"noise settings must be NAME=VALUE of {', '.join(sorted(known))}, got {setting!r} in {text!r}")
         settings[name] = value if name in ("scope", "convention") else _number(name, value, text)
     return NoiseModel(**settings)
+
+
+def _text(value) -> str:
+    """A number, one for each qubit, or a word."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _number(name: str, value: str, text: str) -> float:

@@ -6,6 +6,7 @@ from importlib import import_module
 import onnx
 from onnx import defs, helper
 
+from qexport.arguments import whole
 from qexport.errors import UsageError
 from qexport.ops import DOMAIN, OPS, VERSION, OpSpec
 
@@ -84,12 +85,14 @@ def function_proto(op_name: str, opset: int = 23, num_outputs: int = 1) -> onnx.
             calls it: pad shorter nodes with "".
 
     Raises:
-        UsageError: the op has no fallback, or none at that opset.
+        UsageError: the op has no fallback, or none at that opset, or `num_outputs` is outside its limits.
     """
     spec = spec_of(op_name)
     if not spec.fallback:
         raise UsageError(f"[{op_name}] standard ONNX cannot do this: the file runs with the op library alone")
-    nodes = import_module(f"qexport.ops.{spec.stem}").fallback_nodes(opset, num_outputs)
+    if not 1 <= whole("num_outputs", num_outputs) <= len(spec.outputs):
+        raise UsageError(f"[{op_name}] num_outputs must be from 1 to {len(spec.outputs)}, got {num_outputs}")
+    nodes = import_module(f"qexport.ops.{spec.stem}").fallback_nodes(whole("opset", opset), num_outputs)
     return helper.make_function(
         DOMAIN,
         spec.name,

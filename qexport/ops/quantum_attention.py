@@ -2,24 +2,18 @@
 
 from qexport.errors import UsageError
 from qexport.ops.spec import Attr, OpSpec, Param
-
-STRATEGIES = ("exact", "naive", "stratified", "adaptive", "hybrid", "tree")
-# `exact` and `tree` work in blocks of keys: low precision and an estimate of the error are theirs alone. The others draw
-# keys for each query by itself.
-BLOCKWISE = ("exact", "tree")
-PRECISIONS = ("fp32", "bf16", "int8", "auto")
-RESIDUALS = ("none", "verify_only", "unbiased", "james_stein")
+from qexport.ops.strategies import PRECISIONS, RESIDUALS, STRATEGIES, reads
 
 FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
 
 def _check(values: dict) -> None:
     strategy = values["strategy"]
-    if strategy not in BLOCKWISE and values["precision"] not in ("fp32", "auto"):
+    if not reads(strategy, "precision", values["precision"]):
         raise UsageError(
             f"[QuantumAttention] precision must be fp32 or auto with strategy {strategy}, got {values['precision']}"
         )
-    if values["error_tolerance"] > 0 and strategy != "tree":
+    if not reads(strategy, "error_tolerance", values["error_tolerance"]):
         raise UsageError(f"[QuantumAttention] error_tolerance needs strategy tree, got {strategy}; set it to 0")
 
 
@@ -84,7 +78,7 @@ SPEC = OpSpec(
     ),
     attributes=(
         Attr("strategy", "string", "How keys are sampled; see docs/math.md.", "stratified", choices=STRATEGIES),
-        Attr("num_samples", "ints", "Keys sampled per query: one number, or one per query head.", (32,), minimum=1),
+        Attr("num_samples", "ints", "Keys read per query: a number, or one per head.", (32,), minimum=1, maximum=2**31 - 1),
         Attr(
             "control_variate",
             "int",
@@ -115,7 +109,9 @@ SPEC = OpSpec(
             "verify_only",
             choices=RESIDUALS,
         ),
-        Attr("layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0),
+        Attr(
+            "layer", "int", "Number of the site in its model; part of the random counter.", 0, minimum=0, maximum=2**32 - 1
+        ),
         Attr("is_causal", "int", "1: query i sees key j when j <= i + offset.", 0, choices=(0, 1)),
         Attr("scale", "float", "Factor on Q K^T; 1/sqrt(head_size) when absent."),
         Attr("softcap", "float", "Scores become softcap * tanh(score / softcap); 0 is off.", 0.0, minimum=0),

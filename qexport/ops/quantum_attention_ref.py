@@ -6,8 +6,9 @@ from qexport.errors import UsageError
 from qexport.ops import key_summary as key_summaries
 from qexport.ops.draws_ref import combine, draw
 from qexport.ops.philox import philox4x32
-from qexport.ops.quantum_attention import BLOCKWISE, SPEC
+from qexport.ops.quantum_attention import SPEC
 from qexport.ops.quantum_attention_tree_ref import CPU, kept_keys, tree_attention_ref
+from qexport.ops.strategies import BLOCKWISE
 
 
 def quantum_attention_ref(

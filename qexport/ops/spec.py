@@ -1,8 +1,9 @@
 """How an op is described. One frozen table (`qexport.ops.OPS`) drives the schemas, the translation, the
 checks, the tests, `qexport ops` and docs/ops.md. Standard library only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from operator import index
 
 from qexport.errors import UsageError
 
@@ -35,10 +36,12 @@ class Attr:
         """
         where = f"[{where}] {self.name}"
         try:
+            if isinstance(value, str) and self.kind != "string":
+                raise TypeError
             if self.kind == "ints":
-                value = [int(v) for v in (value if isinstance(value, Sequence) else [value])]
+                value = [index(v) for v in (value if hasattr(value, "__len__") else [value])]
             else:
-                value = {"int": int, "float": float, "string": str}[self.kind](value)
+                value = {"int": index, "float": float, "string": str}[self.kind](value)
         except (TypeError, ValueError):
             raise UsageError(f"{where} must be of kind {self.kind}, got {value!r}") from None
         for v in value if self.kind == "ints" else [value]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qexport import __version__
 from qexport._swap import check_writable, whole_file
+from qexport.arguments import as_path, several
 from qexport.bundle import Bundle
 from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
@@ -90,7 +91,7 @@ def report(
     from qexport.reporting.page import page
 
     target = _check_output(output)
-    unknown = sorted(set(skip) - {*MEASURED, "all"})
+    unknown = sorted(set(several("skip", skip)) - {*MEASURED, "all"})
     if unknown:
         raise UsageError(f"skip: no part {unknown[0]!r}; parts: {', '.join(MEASURED)}, all")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -118,7 +119,7 @@ def report(
 
 def _check_output(output) -> Path:
     """Find out before anything runs whether the page can be written."""
-    target = Path(output)
+    target = as_path("output", output)
     if target.suffix not in (".html", ".htm"):
         raise UsageError(f"{target}: the page is an .html file; call it so")
     folder = target.absolute().parent

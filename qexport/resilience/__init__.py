@@ -22,7 +22,7 @@ from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
-from qexport.noise.model import NoiseModel, parse_channels
+from qexport.noise.model import NoiseModel, as_models, parse_channels
 from qexport.plotting import check_plot
 from qexport.progress import unwatched
 from qexport.providers import recorded
@@ -116,7 +116,7 @@ def measure_resilience(
         raise UsageError("library must be True or a path: without the op library there is no noise")
     if plot is not None:
         check_plot(plot)
-    models = parse_channels(noise) if isinstance(noise, str) else tuple(several("noise", noise))
+    models = parse_channels(noise) if isinstance(noise, str) else as_models(several("noise", noise))
     cells = _cells(models, levels, shots, mitigation, seeds, tolerance)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     masked = any(spec["kind"] == "mask" for spec in opened.manifest["inputs"])

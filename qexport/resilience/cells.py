@@ -52,7 +52,7 @@ def make_cell(mitigation: str, models: Sequence[NoiseModel], level: float, shots
     """
     if mitigation == NO_MITIGATION:
         return Cell(mitigation, level, shots, _text(models), (Run(_checked(models, level), 1.0, shots),))
-    if mitigation.partition(":")[0] not in SWEPT:
+    if str(mitigation).partition(":")[0] not in SWEPT:
         raise UsageError(f"mitigation {mitigation} {_NOT_SWEPT}")
     from qexport.noise.measured import MeasuredNoise
     from qexport.noise.methods import RepetitionCode, ZeroNoiseExtrapolation, majority

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from qexport import profiling
-from qexport.arguments import real, whole, wholes
+from qexport.arguments import real, several, whole, wholes
 from qexport.documents import finite, make_document
 from qexport.errors import QexportError, UsageError
 from qexport.failures import one_line
@@ -176,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 def _admitted(causal: bool, where: dict, strategies, inputs, threads: int) -> tuple[list[_Run], list[dict]]:
     """Who runs, with the time of a call on one key, which is all overhead; and who does not, with the reason."""
-    for name in strategies or ():
+    for name in () if strategies is None else several("strategies", strategies):
         if name not in FAMILIES:
             raise UsageError(f"no strategy {name!r}; known: {', '.join(FAMILIES)}")
     runs, left_out = [], []

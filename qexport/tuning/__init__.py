@@ -9,11 +9,10 @@
 import math
 import time as clock
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from qexport import installed, runtime
 from qexport._swap import check_writable
-from qexport.arguments import real, whole
+from qexport.arguments import as_path, real, whole
 from qexport.bundle import Bundle
 from qexport.bundle_writer import check_output
 from qexport.data import load_inputs
@@ -166,11 +165,14 @@ def _check(max_error, trials, time, seeds, threads, output) -> None:
             whole(name, value)
     if time is not None and not real("time", time) > 0:
         raise UsageError(f"time must be > 0 seconds, got {time}")
-    if output is not None and not str(output).endswith(SUFFIXES):
+    if output is None:
+        return
+    output = as_path("output", output)
+    if output.suffix not in SUFFIXES:
         check_output(output)
-    elif output is not None and not Path(output).absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no folder {Path(output).parent}; make it or choose another file")
-    elif output is not None:
+    elif not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.parent}; make it or choose another file")
+    else:
         check_writable(output)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE
 
 # Share of a query's keys that is read, from coarse to fine.
 DENSITIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)

@@ -14,7 +14,7 @@ from qexport.documents import make_document
 from qexport.errors import UsageError
 from qexport.installed import onnxruntime
 from qexport.manifest import package_version
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE
 from qexport.providers import full_names, recorded, uses_tf32
 from qexport.validation.certificate import IMPLAUSIBLE
 from qexport.validation.comparison import compare

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 from qexport.bundle import Bundle
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE
 
 # Relative Frobenius error end to end of a model that samples without a tolerance, unless the caller says otherwise. An
 # unbiased error e leaves a cosine of about 1 - e^2 / 2 to the classical output: 0.999 here.

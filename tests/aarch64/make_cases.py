@@ -28,7 +28,7 @@ from qexport import _core, get_library_path
 from qexport.compression.trellis import table
 from qexport.mps.layout import make_layout
 from qexport.ops import QUANTUM_ATTENTION
-from qexport.ops.quantum_attention import BLOCKWISE, STRATEGIES
+from qexport.ops.strategies import BLOCKWISE, STRATEGIES
 
 # Processors round sums in different orders. Half and bfloat16 outputs may land on the neighbour.
 LIMITS = {"float64": 1e-12, "float32": 5e-6, "float16": 2**-10, "bfloat16": 2**-7}

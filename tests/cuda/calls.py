@@ -8,7 +8,7 @@ from noise_cases import PARAMETERS, TYPES
 
 from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE, QUANTUM_NOISE
-from qexport.ops.quantum_attention import BLOCKWISE
+from qexport.ops.strategies import BLOCKWISE
 
 SEED = 1234567890123  # both words count
 

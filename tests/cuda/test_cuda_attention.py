@@ -10,7 +10,7 @@ from calls import SEED, attention, ids
 from devices import split
 from test_ops import DRAWING, SAMPLES, TOLERANCE, allowed_flips, assert_close
 
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES
 
 # One of each kind: what the emulation takes beside float32.
 FEW = ("plain", "longer_than_a_tile", "3d_grouped_odd", "softcap_mask_causal", "nonpad_causal", "causal_with_past", "window")

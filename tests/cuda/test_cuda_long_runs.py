@@ -6,7 +6,7 @@ import torch
 from qexport.installed import onnxruntime
 from qexport.nn import quantum_attention
 from qexport.ops.proto import make_node
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES, read_by
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
@@ -49,7 +49,13 @@ def contender(nodes, strategy, given):
 
 def in_torch(strategy, given):
     return quantum_attention(
-        given["q"], given["k"], given["v"], seed=given["seed"], strategy=strategy, backend="kernel", **ATTRIBUTES
+        given["q"],
+        given["k"],
+        given["v"],
+        seed=given["seed"],
+        strategy=strategy,
+        backend="kernel",
+        **read_by(strategy, ATTRIBUTES),
     )
 
 

@@ -16,7 +16,7 @@ from test_ops import SAMPLES, allowed_flips, assert_close
 
 from qexport import installed, runtime
 from qexport.ops.proto import make_node
-from qexport.ops.quantum_attention import STRATEGIES
+from qexport.ops.strategies import STRATEGIES
 from qexport.profiling.calls import make_call
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]

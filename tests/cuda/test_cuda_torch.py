@@ -10,6 +10,7 @@ from qexport.errors import UsageError
 from qexport.nn import MatrixProductStateSimulator, quantum_attention, quantum_measure, quantum_noise
 from qexport.nn.cuda import TorchMemory
 from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops.strategies import read_by
 
 SAMPLED = {"strategy": "stratified", "num_samples": [6]}
 
@@ -49,7 +50,7 @@ def qkv(dtype=torch.float32, rows=40, **more):
 class TestOnTheGpu:
     @pytest.mark.parametrize("strategy", ["exact", "naive", "stratified", "adaptive", "hybrid", "tree"])
     def test_auto_is_the_kernel_and_agrees_with_the_reference(self, strategy):
-        a = {"strategy": strategy, "num_samples": [6], "layer": 2}
+        a = read_by(strategy, {"strategy": strategy, "num_samples": [6], "layer": 2})
         auto, kernel, reference = (
             quantum_attention(*qkv(), seed=7, backend=b, **a) for b in ("auto", "kernel", "reference")
         )
@@ -83,6 +84,7 @@ class TestOnTheGpu:
         """A captured call reads its seed and its inputs each time that it runs."""
         inputs, seed = qkv(rows=300), torch.zeros((), dtype=torch.int64, device="cuda")
         a = {"strategy": strategy, "num_samples": [20], "control_variate": 0, "residual": "unbiased"}
+        a = read_by(strategy, a)
 
         def y():
             return quantum_attention(*inputs, seed=seed, **a)

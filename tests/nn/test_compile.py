@@ -14,6 +14,7 @@ from qexport.memory.rss import extra_rss
 from qexport.nn import QuantumMultiheadAttention, quantum_attention
 from qexport.nn.functional import ATTRIBUTES
 from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops.strategies import read_by
 
 WIDTH, HEADS = 16, 4
 HALVES = [{"num_samples": 3}] * 2 + [{"quantum_backend": "exact"}] * 2
@@ -21,7 +22,8 @@ HALVES = [{"num_samples": 3}] * 2 + [{"quantum_backend": "exact"}] * 2
 
 def module(**settings):
     torch.manual_seed(0)
-    return QuantumMultiheadAttention(WIDTH, HEADS, batch_first=True, **{"num_samples": 3} | settings).eval()
+    settings = read_by(settings.get("quantum_backend", "stratified"), {"num_samples": 3}) | settings
+    return QuantumMultiheadAttention(WIDTH, HEADS, batch_first=True, **settings).eval()
 
 
 def rows(*shape, seed=0):
@@ -223,14 +225,15 @@ def test_the_kernel_sees_the_memory_of_the_tensors(monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["exact", "naive", "stratified", "adaptive", "hybrid", "tree"])
 def test_thread_counts_give_the_same_bits(strategy):
-    made = module(quantum_backend=strategy, num_samples=64, adaptive_samples=False)
+    budget = read_by(strategy, {"num_samples": 64})
+    made = module(quantum_backend=strategy, adaptive_samples=False, **budget)
     x = rows(1, 600, WIDTH)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             q = rows(1, HEADS, 600, 8)
-            found.append(quantum_attention(q, q.flip(2), q, **made.head_groups[0][0]))
+            found.append(quantum_attention(q, q.flip(2), q, strategy=strategy, **budget))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)

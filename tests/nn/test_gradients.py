@@ -11,6 +11,7 @@ from qexport.nn import QuantumMultiheadAttention, exact_attention, quantum_atten
 from qexport.ops import QUANTUM_ATTENTION
 from qexport.ops.draws_ref import combine, draw
 from qexport.ops.quantum_attention_ref import quantum_attention_ref
+from qexport.ops.strategies import read_by
 
 LEVEL = 1e-6  # of each test, two-sided and after Bonferroni
 BATCH, HEADS, QUERIES, KEYS, SIZE = 2, 2, 4, 24, 4
@@ -75,7 +76,7 @@ def test_operator_has_the_gradient_of_the_reference_at_its_seed(name, strategy):
         inputs.append(torch.randn(shape).masked_fill(hidden, -torch.inf).requires_grad_())
     leaves = [x for x in inputs if x.requires_grad]
     need_weights, dropout_p = call.pop("need_weights", False), call.pop("dropout_p", 0.0)
-    attributes = call | {"strategy": strategy, "num_samples": 5, "layer": 3}
+    attributes = call | read_by(strategy, {"strategy": strategy, "num_samples": 5, "layer": 3})
 
     found = quantum_attention(*inputs, seed=9, need_weights=need_weights, dropout_p=dropout_p, **attributes)
     y, weights = found if need_weights else (found, None)
@@ -193,7 +194,7 @@ def test_gradient_of_a_float_mask():
     with torch.no_grad():
         bias[1] = -torch.inf
     for strategy in ("exact", "stratified", "hybrid", "naive", "adaptive"):
-        y = quantum_attention(q, k, v, bias, strategy=strategy, num_samples=4)
+        y = quantum_attention(q, k, v, bias, strategy=strategy, **read_by(strategy, {"num_samples": 4}))
         assert (y[:, :, 1] == 0).all()
         for grad in torch.autograd.grad((y * direction(y)).sum(), [q, k, v, bias]):
             assert grad.isfinite().all()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qexport.nn import QuantumMultiheadAttention, quantum_attention
+from qexport.ops.strategies import read_by
 
 WIDTH, HEADS, QUERIES, KEYS, LAYER, SEED = 32, 4, 6, 40, 3, 11
 SIZE = WIDTH // HEADS
@@ -75,14 +76,14 @@ def test_each_head_is_that_of_a_module_with_its_settings(name, mask, backend):
         members = [h for h in range(HEADS) if groups[h] == groups[head]]
         order = members + [h for h in range(HEADS) if h not in members]
         layer = LAYER + GROUP * sorted(set(groups)).index(groups[head])
-        whole = module(order, layer, **shared | own)
+        whole = module(order, layer, **read_by(own["quantum_backend"], shared) | own)
         want = attend(whole, MASKS[mask], order)
         torch.testing.assert_close(got[:, :, head], want[:, :, members.index(head)], rtol=0, atol=1e-6)
 
 
 def test_groups_do_not_draw_alike():
-    """Two heads on equal projections whose settings differ in what their strategy does not use."""
-    made = module([0, 0, 0, 0], heads=[EVEN | {"num_samples": 4, "residual": r} for r in ("none", "unbiased") * 2])
+    """Two heads on equal projections whose settings differ in what is the same for their strategy."""
+    made = module([0, 0, 0, 0], heads=[EVEN | {"num_samples": 4, "precision": p} for p in ("fp32", "auto") * 2])
     y = attend(made)
     for a in range(HEADS):
         for b in range(a):
@@ -122,6 +123,7 @@ def test_grouped_heads(strategy, backend):
     q, k, v = rows(2, 6, 9, 8), rows(2, 2, 33, 8, seed=1), rows(2, 2, 33, 5, seed=2)
     mask = rows(2, 6, 9, 33, seed=3) > -1
     options = {"strategy": strategy, "num_samples": [4, 5, 6, 7, 8, 9], "seed": 5, "layer": 2, "backend": backend}
+    options = read_by(strategy, options)
     got = quantum_attention(q, k, v, mask, **options)
     repeated = quantum_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask, **options)
     torch.testing.assert_close(got, repeated, rtol=0, atol=1e-6)
@@ -135,6 +137,6 @@ def test_grouped_heads(strategy, backend):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_kernel_and_reference_agree_on_a_module(strategy):
-    settings = {"quantum_backend": strategy, "num_samples": 6, "adaptive_samples": False}
+    settings = read_by(strategy, {"quantum_backend": strategy, "num_samples": 6, "adaptive_samples": False})
     a, b = (attend(module(backend=name, **settings), batch=3) for name in ("kernel", "reference"))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

@@ -198,10 +198,14 @@ def test_entropy_per_bond():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be an integer >= 1, got 0"),
-        (lambda: MatrixProductStateSimulator(max_bond_dim=2.5), "max_bond_dim must be an integer >= 1, got 2.5"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=0), "max_bond_dim must be >= 1, got 0"),
+        (lambda: MatrixProductStateSimulator(max_bond_dim=2.5), "max_bond_dim must be a whole number, got 2.5"),
         (lambda: MatrixProductStateSimulator(tolerance=0), r"tolerance must be in \(0, 1\), got 0"),
         (lambda: MatrixProductStateSimulator(tolerance=1), r"tolerance must be in \(0, 1\), got 1"),
+        (lambda: MatrixProductStateSimulator(tolerance=None), "tolerance must be a number, got None"),
+        (lambda: MatrixProductStateSimulator(tol="x"), "tol must be a number, got 'x'"),
+        (lambda: MatrixProductStateSimulator().mps_attention_forward(5, None), "mps_tensors must be what encode_.* got int"),
+        (lambda: MatrixProductStateSimulator.entanglement_entropy([]), "mps_tensors must be what encode_.* got list"),
         (lambda: MatrixProductStateSimulator(tol=2), r"tol must be in \(0, 1\), got 2"),
         (lambda: MatrixProductStateSimulator(layout="best"), "layout must be one of serial, interleaved, auto"),
     ],
@@ -215,14 +219,24 @@ def test_wrong_shapes():
     sim, (Q, K, V) = MatrixProductStateSimulator(), local_attention(16)
     with pytest.raises(UsageError, match=r"Q and K must be .*, got \(16, 2\), \(16, 1\)"):
         sim.encode_attention_mps(Q, K[:, :1], V)
+    with pytest.raises(UsageError, match=r"V must hold floating point numbers, got torch.int64"):
+        sim.encode_attention_mps(Q, K, V.long())
     with pytest.raises(UsageError, match=r"V must be \(16, 'v_head_size'\), got \(9, 16\)"):
         sim.encode_attention_mps(Q, K, V[:9])
-    with pytest.raises(UsageError, match="Q must be finite, got NaN or infinity"):
+    with pytest.raises(UsageError, match=r"Q must be finite, got nan at \[0, 0\]"):
         sim.encode_attention_mps(Q * float("nan"), K, V)
-    with pytest.raises(UsageError, match="K must be finite, got NaN or infinity"):
+    with pytest.raises(UsageError, match=r"K must be finite, got -?inf at \[0, 0\]"):
         sim.sample_attention(Q, K / 0, 3)
-    with pytest.raises(UsageError, match="V must be finite, got NaN or infinity"):
+    with pytest.raises(UsageError, match=r"V must be finite, got -?inf at \[0, 0\]"):
         sim.encode_attention_mps(Q, K, V * float("inf"))
+    with pytest.raises(UsageError, match=r"K must be a torch.Tensor, got numpy.ndarray; give torch.from_numpy\(K\)"):
+        sim.sample_attention(Q, K.numpy(), 3)
+    with pytest.raises(UsageError, match=r"V must be a torch.Tensor, got list; give torch.as_tensor\(V\)"):
+        sim.encode_attention_mps(Q, K, V.tolist())
+    with pytest.raises(UsageError, match=r"V must be a torch\.Tensor, got numpy\.ndarray"):
+        sim.mps_attention_forward(sim.encode_attention_mps(Q, K, V), V.numpy())
+    with pytest.raises(UsageError, match=r"seed must be .* 64 bits, .*, got -9223372036854775809"):
+        sim.sample_attention(Q, K, 3, seed=-(2**63) - 1)
     with pytest.raises(UsageError, match=r"Q must hold floating point numbers, got \(16, 2\) of torch.int64"):
         sim.encode_attention_mps(Q.long(), K, V)
     with pytest.raises(UsageError, match=r"Q must hold floating point numbers, got \(0, 16, 2\)"):

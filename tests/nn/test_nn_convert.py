@@ -115,7 +115,7 @@ def test_sites_have_the_settings_of_their_modules(name, bundles):
             "heads": [
                 ("attention", 2, "stratified", [3, 8]),
                 ("attention", 2 + 65536, "hybrid", [6]),
-                ("attention", 2 + 2 * 65536, "exact", [6]),
+                ("attention", 2 + 2 * 65536, "exact", [32]),  # which reads no budget: the default
             ],
             "grouped": [("", 7, "stratified", [3, 4, 5, 6])],
         }[name]

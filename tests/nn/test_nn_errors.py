@@ -87,11 +87,18 @@ def test_widths_of_keys_and_values_of_their_own():
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, int8, auto, got 'fp8'"),
         ({"precision": "int8"}, "precision must be fp32 or auto with strategy adaptive, got int8"),
         ({"error_tolerance": 0.1}, "error_tolerance needs strategy tree, got adaptive"),
+        (
+            {"quantum_backend": "exact", "num_samples": 4},
+            "num_samples needs strategy naive, .* or tree, got exact; leave num_s",
+        ),
+        ({"num_samples": 2**31}, "num_samples must be <= 2147483647, got 2147483648"),
+        ({"layer": 1.5}, "layer must be of kind int, got 1.5"),
+        ({"residual": "unbiased"}, "residual needs strategy tree, got adaptive; leave residual out"),
         ({"quantum_backend": "tree", "error_tolerance": 2}, "error_tolerance must be <= 1, got 2"),
         ({"quantum_backend": "tree", "residual": "some"}, "residual must be one of none, .* got 'some'"),
         ({"layer": -1}, "layer must be >= 0, got -1"),
-        ({"seed": 2**63}, f"seed must be a whole number of 64 bits, got {2**63}"),
-        ({"seed": 0.5}, "seed must be a whole number of 64 bits, got 0.5"),
+        ({"seed": 2**63}, rf"seed must be a whole number of 64 bits, -2\^63 to 2\^63 - 1, got {2**63}"),
+        ({"seed": 0.5}, r"seed must be .* 64 bits, .*, got 0\.5"),
         ({"heads": [{}] * 3}, "heads must have one entry for each of the 4 heads, got 3"),
         ({"heads": [{}] * 3 + [{"samples": 3}]}, r"heads\[3\] has no key 'samples'; known: quantum_backend, num_samples, "),
         ({"heads": [{}] * 3 + [{"num_samples": 0}]}, r"heads\[3\]: num_samples must be >= 1, got 0"),
@@ -100,6 +107,12 @@ def test_widths_of_keys_and_values_of_their_own():
             r"heads\[0\]: quantum_backend must be one of exact, .*'classical'",
         ),
         ({"heads": [{"error_tolerance": 0.1}] * 4}, r"heads\[0\]: error_tolerance needs strategy tree"),
+        ({"heads": [{"quantum_backend": "exact", "num_samples": 3}] * 4}, r"heads\[0\]: num_samples needs .* got exact"),
+        ({"heads": [{"num_samples": 3}] * 4, "quantum_backend": "exact"}, r"heads\[0\]: num_samples needs .* got exact"),
+        (
+            {"heads": [{"quantum_backend": "tree", "control_variate": True}] * 4},
+            r"heads\[0\]: control_variate needs .* tree",
+        ),
         ({"heads": {"num_samples": 3}}, "heads must be a list with one dict per head"),
         ({"heads": ["stratified"] * 4}, "heads must be a list with one dict per head"),
         ({"heads": [{}] * 4, "quantum_backend": "classical"}, "heads needs a quantum_backend that samples, got classical"),
@@ -188,6 +201,14 @@ def test_operator_types_and_attributes():
         quantum_attention(q, q, q, samples=3)
     with pytest.raises(UsageError, match=r"strategy must be one of exact, .* got 'best'"):
         quantum_attention(q, q, q, strategy="best")
+    with pytest.raises(UsageError, match=r"^\[QuantumAttention\] num_samples needs strategy .*, got exact; leave"):
+        quantum_attention(q, q, q, strategy="exact", num_samples=4)
+
+
+def test_heads_inherit_what_their_strategies_read():
+    heads = [{"quantum_backend": "exact"}] * 2 + [{}] * 2
+    groups = QuantumMultiheadAttention(WIDTH, HEADS, num_samples=4, control_variate=False, heads=heads).head_groups
+    assert [(a["strategy"], a["num_samples"]) for a, _ in groups] == [("exact", [4] * 2), ("adaptive", [4] * 2)]
 
 
 def test_there_is_no_second_derivative():

@@ -127,6 +127,16 @@ def test_converted_model_measures_what_torch_measures(tmp_path):
         (lambda p: quantum_noise(p, 0.1, channel="rays"), r"channel must be one of depolarizing, .*, got 'rays'"),
         (lambda p: quantum_measure(p, shots=0), r"shots must be >= 1, got 0"),
         (lambda p: quantum_overlap(p, p[:, :3], 0.1), r"keys"),
+        (lambda p: quantum_noise(p.numpy(), 0.1), r"probabilities must be a torch\.Tensor, got numpy\.ndarray; give torch"),
+        (lambda p: quantum_measure(p.tolist()), r"probabilities must be a torch\.Tensor, got list"),
+        (lambda p: quantum_overlap(p.numpy(), p, 0.1), r"queries must be a torch\.Tensor"),
+        (lambda p: quantum_overlap(p, p.numpy(), 0.1), r"keys must be a torch\.Tensor"),
+        (lambda p: quantum_noise(p, "much"), r"level must be a number or a tensor, got 'much'"),
+        (lambda p: quantum_noise(p, None), r"level must be a number or a tensor, got None"),
+        (
+            lambda p: quantum_noise(p, 0.1, T1={}, T2=1.0, channel="thermal_relaxation"),
+            r"T1 must be a number or a tensor, got {}",
+        ),
     ],
 )
 def test_what_is_refused(call, message):
