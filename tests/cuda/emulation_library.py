@@ -21,7 +21,7 @@ FLAGS = (
 # Accesses that nothing orders end the process (emulation_races.h): the compiler calls a function for each, but not for those
 # of what orders threads.
 RACES = os.environ.get("QEXPORT_EMULATED_RACES") == "1"
-WATCHED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1")
+WATCHED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-threadsafe-statics")
 RUNTIME, DETECTOR = (ROOT / "tests" / "cuda" / name for name in ("emulation.cc", "emulation_races.cc"))
 
 
