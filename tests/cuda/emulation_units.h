@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include "emulation_builtins.h"
 
@@ -14,12 +16,21 @@ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulation::shared);
 }
 inline uint32_t join_halves(uint16_t low, uint16_t high) { return uint32_t{high} << 16 | low; }
+// What __half2float makes of all bits: computed for each operand it would take longer than the products.
+inline const std::vector<float> float_of_half = [] {
+  std::vector<float> all(1 << 16);
+  for (size_t bits = 0; bits < all.size(); ++bits) {
+    __half_raw raw;
+    raw.x = static_cast<uint16_t>(bits);
+    all[bits] = __half2float(raw);
+  }
+  return all;
+}();
 template <class T>
-float half_at(uint32_t pair, int i) {
+__forceinline__ float half_at(uint32_t pair, int i) {
   const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
-  T value;
-  std::memcpy(static_cast<void*>(&value), &bits, 2);
-  return static_cast<float>(value);
+  if constexpr (std::is_same<T, __half>::value) return float_of_half[bits];
+  return __uint_as_float(uint32_t{bits} << 16);
 }
 
 // Every lane computes its own four elements: of rows lane / 4 and 8 more, which four lanes hold, times two columns, each of
