@@ -1,21 +1,15 @@
 // What the emulation has to notice: kernels that a GPU would run wrongly, each of which must end its process or leave its
 // output unwritten.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstdio>
 #include <numeric>
 
-#include "barriers.cuh"
-#include "wgmma.cuh"
+#include "planted.h"
 
 namespace qexport {
 namespace cuda {
 namespace {
 
 constexpr uint32_t kNothing = 0xffffffffu;  // as shared memory holds before anything is written
-constexpr size_t kSharedBytes = 8192;
 alignas(16) uint32_t output[4 * kWarp] = {}, input[2 * kWarp] = {};
 
 // A copy for each thread, of which `kPending` groups are not waited for.
@@ -50,7 +44,7 @@ __global__ void vote_of_half_a_warp() {
   if (threadIdx.x >= kWarp / 2) return;
   output[threadIdx.x] = __ballot_sync(kFullWarp, 1);
 }
-__global__ void write_behind_shared() { dynamic_shared<uint32_t>()[kSharedBytes / 4 + threadIdx.x] = 0; }
+__global__ void write_behind_shared() { dynamic_shared<uint32_t>()[kPlantedBytes / 4 + threadIdx.x] = 0; }
 __global__ void misaligned_store() {
   *reinterpret_cast<uint4*>(output + threadIdx.x) = uint4{0, 0, 0, 0};  // 4 bytes from one thread to the next
 }
@@ -62,12 +56,12 @@ __global__ void barrier_that_one_warp_misses() {
 enum class When { kEarly, kLate, kOtherRegisters };
 template <When kWhen>
 __global__ void product() {
-  for (size_t i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x) dynamic_shared<uint32_t>()[i] = 0x3c003c00;
+  for (size_t i = threadIdx.x; i < kPlantedBytes / 4; i += blockDim.x) dynamic_shared<uint32_t>()[i] = 0x3c003c00;
   __syncthreads();
   float d[8][4] = {};
   uint32_t ones[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
   wgmma_fence();
-  wgmma_values(d, ones, wgmma_matrix(dynamic_shared<char>(), kSharedBytes), __half{});
+  wgmma_values(d, ones, wgmma_matrix(dynamic_shared<char>(), kPlantedBytes), __half{});
   wgmma_commit();
   if (kWhen == When::kOtherRegisters) ones[0] = 0;
   const float early = d[7][3];
@@ -75,23 +69,10 @@ __global__ void product() {
   output[threadIdx.x] = static_cast<uint32_t>(kWhen == When::kEarly ? early : d[7][3]);
 }
 
-// Whether the kernel, of so many threads ends the process.
-bool dies(void (*kernel)(), int threads) {
-  std::fflush(nullptr);
-  const pid_t child = fork();
-  if (child == 0) {
-    if (!std::freopen("/dev/null", "w", stderr)) _exit(2);
-    Status status;
-    launch(status, kernel, dim3(1), dim3(static_cast<unsigned>(threads)), kSharedBytes, nullptr);
-    _exit(0);
-  }
-  int how = 0;
-  return waitpid(child, &how, 0) == child && !(WIFEXITED(how) && WEXITSTATUS(how) == 0);
-}
 // What the last thread has read of its last copy.
 uint32_t copied(void (*kernel)()) {
   Status status;
-  launch(status, kernel, dim3(1), dim3(kWarp), kSharedBytes, nullptr);
+  launch(status, kernel, dim3(1), dim3(kWarp), kPlantedBytes, nullptr);
   return output[kWarp - 1];
 }
 
@@ -99,19 +80,14 @@ uint32_t copied(void (*kernel)()) {
 uint32_t sum_of_outputs(void (*kernel)(), unsigned blocks) {
   Status status;
   std::fill_n(output, kWarp, 0u);
-  launch(status, kernel, dim3(blocks), dim3(kWarp), kSharedBytes, nullptr);
+  launch(status, kernel, dim3(blocks), dim3(kWarp), kPlantedBytes, nullptr);
   return std::accumulate(output, output + kWarp, 0u);
 }
 
 uint32_t product_of_ones(void (*kernel)()) {
   Status status;
-  launch(status, kernel, dim3(1), dim3(4 * kWarp), kSharedBytes, nullptr);
+  launch(status, kernel, dim3(1), dim3(4 * kWarp), kPlantedBytes, nullptr);
   return output[4 * kWarp - 1];
-}
-
-int wrong = 0;
-void expect(bool holds, const char* what) {
-  if (!holds) std::printf("not so: %s\n", what), ++wrong;
 }
 
 }  // namespace

@@ -1,12 +1,7 @@
 // What emulation_races.h has to notice, and what it must not: kernels that nothing orders must end their process.
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <cstdio>
 #include <memory>
 
-#include "barriers.cuh"
-#include "wgmma.cuh"
+#include "planted.h"
 
 namespace qexport {
 namespace cuda {
@@ -100,7 +95,7 @@ template <bool kWaits>
 __global__ void write_to_a_product() {
   uint32_t* const shared = dynamic_shared<uint32_t>();
   float d[8][4] = {};
-  const uint64_t matrix = wgmma_matrix(dynamic_shared<char>(), 8192);
+  const uint64_t matrix = wgmma_matrix(dynamic_shared<char>(), kPlantedBytes);
   wgmma_keys(d, matrix, matrix, 0, __half{});
   wgmma_commit();
   if (kWaits) wgmma_wait<0>();
@@ -121,25 +116,6 @@ __global__ void sum_of_all_blocks() { atomicAdd(memory, 1u); }
 __global__ void flag_of_all_blocks() { *static_cast<volatile uint32_t*>(memory) = 1; }
 __global__ void neighbours_of_one_word() {
   if (blockIdx.x < 2) reinterpret_cast<uint16_t*>(memory)[2 * threadIdx.x + blockIdx.x] = 1;
-}
-
-// Whether the kernel ends the process, run so often, by blocks of as many threads.
-bool dies(void (*kernel)(), int threads, unsigned blocks = 1, int runs = 1) {
-  std::fflush(nullptr);
-  const pid_t child = fork();
-  if (child == 0) {
-    if (!std::freopen("/dev/null", "w", stderr)) _exit(2);
-    Status status;
-    for (int i = 0; i < runs; ++i) launch(status, kernel, dim3(blocks), dim3(static_cast<unsigned>(threads)), 8192, nullptr);
-    _exit(status.ok() ? 0 : 2);
-  }
-  int how = 0;
-  return waitpid(child, &how, 0) == child && WIFSIGNALED(how);
-}
-
-int wrong = 0;
-void expect(bool holds, const char* what) {
-  if (!holds) std::printf("not so: %s\n", what), ++wrong;
 }
 
 }  // namespace
