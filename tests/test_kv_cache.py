@@ -56,6 +56,12 @@ def made(tmp_path_factory):
     return make
 
 
+def export(folder, path):
+    """The classical model of a folder without a cache, as any exporter could have written it; the path of the file."""
+    ir.save(open_source(folder, opset=24, positions=True).model, path)
+    return path
+
+
 def logits_of(model, ids) -> np.ndarray:
     """Logits (tokens, vocabulary) of one text, without a cache."""
     with torch.no_grad():
@@ -206,10 +212,9 @@ def test_bfloat16_is_converted_and_not_run(made, tmp_path):
 
 
 def test_an_onnx_file_with_position_ids(made, tmp_path):
-    """No torch on the way: the classical model without a cache, as any exporter could have written it."""
+    """No torch on the way."""
     model, folder, _ = made("Mistral")
-    ir.save(open_source(folder, opset=24, positions=True).model, tmp_path / "decoder.onnx")
-    report = convert(tmp_path / "decoder.onnx", tmp_path / "b", kv_cache=LENGTH, strategy="exact")
+    report = convert(export(folder, tmp_path / "decoder.onnx"), tmp_path / "b", kv_cache=LENGTH, strategy="exact")
     assert report.max_difference < 1e-5
     got = Generator(tmp_path / "b").generate(PROMPTS, max_new_tokens=20, stop=[])
     assert got == [greedy(model, prompt, 20) for prompt in PROMPTS]

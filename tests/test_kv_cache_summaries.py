@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_kv_cache import random_model
+from test_kv_cache import export, random_model
 
 import qexport
 from qexport.conversion import convert
@@ -12,12 +12,19 @@ from qexport.ops.key_summary import CLUSTER_KEYS, fields
 
 
 @pytest.fixture(scope="module")
-def summarised(tmp_path_factory):
+def decoder(tmp_path_factory):
+    """An .onnx file of a random Llama without a cache: exported once, converted often."""
+    folder = tmp_path_factory.mktemp("decoder")
+    random_model("Llama", max_position_embeddings=4096).save_pretrained(folder)
+    return export(folder, folder / "decoder.onnx")
+
+
+@pytest.fixture(scope="module")
+def summarised(decoder, tmp_path_factory):
     """(folder of exact, folder of tree with 64 keys) of a model with a cache of 1600 tokens: three chunks."""
     folder = tmp_path_factory.mktemp("summaries")
-    random_model("Llama", max_position_embeddings=2048).save_pretrained(folder / "model")
-    convert(folder / "model", folder / "exact", kv_cache=1600, strategy="exact")
-    convert(folder / "model", folder / "tree", kv_cache=1600, strategy="tree", num_samples=64)
+    convert(decoder, folder / "exact", kv_cache=1600, strategy="exact")
+    convert(decoder, folder / "tree", kv_cache=1600, strategy="tree", num_samples=64)
     return folder / "exact", folder / "tree"
 
 
@@ -68,14 +75,16 @@ def test_validate_and_profile_with_summaries(summarised):
         qexport.tune(summarised[1], max_error=0.1)
 
 
-def test_which_recipes_and_models_have_summaries(tmp_path):
-    cases = [("Llama", 640, {}), ("Llama", 300, {"num_samples": 64}), ("Mistral", 640, {"num_samples": 64})]
-    for number, (name, length, options) in enumerate(cases):
-        folder = tmp_path / f"model_{number}"
-        random_model(name, max_position_embeddings=1024).save_pretrained(folder)
-        report = convert(folder, None, kv_cache=length, dry_run=True, **options)
-        assert report.manifest["kv_cache"]["summaries"] == [], (name, length, options)
-    random_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "long")
-    for tolerance, layers in ((0.1, 2), (0.09, 0)):  # 4000 keys, and 4000 keys / 0.9^2
-        report = convert(tmp_path / "long", None, kv_cache=4096, dry_run=True, error_tolerance=tolerance)
-        assert len(report.manifest["kv_cache"]["summaries"]) == layers, tolerance
+def test_which_recipes_and_models_have_summaries(decoder, tmp_path):
+    random_model("Mistral", max_position_embeddings=1024).save_pretrained(tmp_path)
+    window = export(tmp_path, tmp_path / "window.onnx")
+    cases = [
+        (decoder, 640, {}, 0),
+        (decoder, 300, {"num_samples": 64}, 0),
+        (window, 640, {"num_samples": 64}, 0),
+        (decoder, 4096, {"error_tolerance": 0.1}, 2),  # from 4000 keys on
+        (decoder, 4096, {"error_tolerance": 0.09}, 0),  # 4000 keys / 0.9^2
+    ]
+    for model, length, options, layers in cases:
+        report = convert(model, None, kv_cache=length, dry_run=True, **options)
+        assert len(report.manifest["kv_cache"]["summaries"]) == layers, (model.name, length, options)

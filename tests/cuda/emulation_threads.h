@@ -71,7 +71,7 @@ struct Thread {
 struct Warp {
   Meeting meeting;
   const char* operation = "";  // that its lanes meet at
-  uint64_t slot[2][32][2];     // by parity of the meeting: a thread is never two of them ahead
+  uint64_t slot[2][32][3];     // by parity of the meeting: a thread is never two of them ahead
 };
 
 constexpr size_t kStackBytes = 256 * 1024;
@@ -113,8 +113,8 @@ void start_product(const Product& product);
 void close_products();
 void finish_products(int pending);
 
-// Every lane gives up to 16 bytes; returns the slots of all lanes.
-using Slot = uint64_t[2];
+// Every lane gives up to 24 bytes; returns the slots of all lanes.
+using Slot = uint64_t[3];
 const Slot* exchange(const char* operation, const void* value, size_t size);
 template <class T>
 const Slot* exchange(const char* operation, const T& value) {
