@@ -1,4 +1,3 @@
-#undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include <algorithm>
 #include <numeric>
 #include <utility>
@@ -31,7 +30,7 @@ void enter() {
   block->meeting.leave();
   if (own_warp().meeting.arrived) die("a lane ends while others of its warp wait for it");
   own_warp().meeting.leave();
-  std::longjmp(block->scheduler, 1);
+  __builtin_longjmp(block->scheduler, 1);
 }
 
 // What a kernel calls here is not a part of it.
@@ -56,19 +55,19 @@ std::vector<Work> take_done(std::vector<Work>& all, std::vector<size_t>& groups,
 }
 
 // Lets a thread run until it waits or ends.
-void resume(Thread& thread) {
+[[gnu::noinline]] void resume(Thread& thread) {
   block->now = &thread;
-  if (setjmp(block->scheduler)) {
+  if (__builtin_setjmp(block->scheduler)) {
     block->now = nullptr;
     return;
   }
-  if (thread.started) std::longjmp(thread.here, 1);
+  if (thread.started) __builtin_longjmp(thread.here, 1);
   thread.started = true;
   setcontext(&thread.start);
 }
 
-void yield() {
-  if (!setjmp(block->now->here)) std::longjmp(block->scheduler, 1);
+[[gnu::noinline]] void yield() {
+  if (!__builtin_setjmp(block->now->here)) __builtin_longjmp(block->scheduler, 1);
 }
 
 // Waits until the meeting that is under way is over.

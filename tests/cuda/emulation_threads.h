@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
-#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -50,11 +49,13 @@ struct Product {
   Clocks started;
 };
 
+using Jump = void* [5];  // of __builtin_setjmp: it saves no registers, and unlike swapcontext asks nothing of the kernel
+
 struct Thread {
   dim3 index;
   int lane, warp;
   ucontext_t start;
-  std::jmp_buf here;  // where it goes on; unlike swapcontext, longjmp asks nothing of the kernel
+  Jump here;  // where it goes on
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
   bool watched = true;             // its accesses are those of the kernel, and not of what is called below
@@ -83,7 +84,7 @@ struct Block {
   Meeting meeting;
   std::map<const void*, Meeting> phases;  // barriers that count arrivals, by their place in shared memory
   std::map<int, Meeting> numbered;
-  std::jmp_buf scheduler;
+  Jump scheduler;
   std::mt19937 chance;  // of the order in which threads go on
   Thread* now = nullptr;
 };

@@ -19,7 +19,7 @@ def test_sampling_costs_less_than_one_percent_of_the_correlation(tmp_path):
     need("text2vec")
     bundle = tmp_path / "bundle"
     qexport.convert(minilm_dir(), bundle, strategy="stratified", num_samples=32)
-    qexport.convert(minilm_dir(), tmp_path / "default")
+    qexport.convert(bundle / "classical.onnx", tmp_path / "default")
     eight = with_attributes(bundle / "model.onnx", bundle / "eight.onnx", num_samples=[8])
     first, second, scores = pairs("test")
     assert len(scores) == 1379
