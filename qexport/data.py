@@ -53,6 +53,8 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
     if not isinstance(data, (str, os.PathLike)):
         raise UsageError(f"{WANTED}, got {one_line(repr(data))}")
     path = Path(data)
+    if path.is_dir():
+        raise QexportError(f"{path}: a folder; give the .npz or .txt file itself")
     if not path.is_file():
         raise QexportError(f"{path}: no such data file")
     if path.suffix == ".npz":

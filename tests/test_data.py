@@ -137,6 +137,11 @@ def test_files_that_cannot_be_read(bundle, tmp_path, name, content, message):
     assert message in text
 
 
+def test_a_folder_is_no_data(bundle, tmp_path):
+    (tmp_path / "d.npz").mkdir()
+    assert "d.npz: a folder; give the .npz or .txt file" in error_of(bundle, tmp_path / "d.npz")
+
+
 def test_pickles_are_not_loaded(bundle, tmp_path):
     np.savez(tmp_path / "d.npz", input_ids=np.array([{"a": 1}], dtype=object))
     assert "not a readable .npz file" in error_of(bundle, tmp_path / "d.npz")
