@@ -122,7 +122,7 @@ def test_a_fixed_dimension(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.npz", b"not a zip", "not a readable .npz file"),
+        ("d.npz", b"not a zip", "not a readable .npz file (no zip archive of arrays); write it with numpy.savez"),
         ("d.txt", b"\n  \n\n", "holds no text"),
         ("d.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("d.txt", b"some words", "has no tokenizer/tokenizer.json"),
