@@ -91,6 +91,11 @@ class Bundle:
         return self.path / MODEL
 
     @property
+    def model_sha256(self) -> str | None:
+        """The converted model's, as it was written; by it a report knows what was measured. None where it is not listed."""
+        return self.manifest["files"].get(MODEL, {}).get("sha256")
+
+    @property
     def classical_path(self) -> Path:
         """The classical model, the baseline."""
         return self.path / CLASSICAL

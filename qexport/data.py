@@ -6,6 +6,7 @@ holds no seed; the caller adds it.
 
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
     if not isinstance(data, (str, os.PathLike)):
         raise UsageError(f"{WANTED}, got {one_line(repr(data))}")
     path = Path(data)
+    if path.is_dir():
+        raise QexportError(f"{path}: a folder; give the .npz or .txt file itself")
     if not path.is_file():
         raise QexportError(f"{path}: no such data file")
     if path.suffix == ".npz":
@@ -189,6 +192,8 @@ def _has_past(spec) -> bool:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):  # of which numpy says that it may be a pickle, and how to load it all the same
+        raise QexportError(f"{path}: not a readable .npz file (no zip archive of arrays); write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -198,10 +198,12 @@ class Generator:
                 f"top_k {top_k} draws tokens, but temperature 0 takes the likeliest; give a temperature above 0, such as 0.8"
             )
         longest = max(len(prompt) for prompt in prompts)
-        if longest + max_new_tokens - 1 > self.length:
+        room = self.length + 1 - longest  # the last token that is told needs no place
+        if max_new_tokens > room:
+            mend = f"lower max_new_tokens to {room}" if room > 0 else "shorten the prompt"
             raise QexportError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the cache of {self.length}; "
-                "lower max_new_tokens or convert with a longer --kv-cache"
+                f"{mend} or convert with a longer --kv-cache"
             )
         stop = set(self._names["stop_tokens"] if stop is None else several("stop", stop))
         draws = [np.random.default_rng([seed % 2**64, row]) for row in range(len(prompts))]

@@ -76,7 +76,9 @@ def session(path, *, library=True, providers=None, options=None, allow_fallback=
     ort = installed.onnxruntime()
     path = as_path("path", path)
     if path.is_dir():
-        path = path / "model.onnx"
+        folder, path = path, path / "model.onnx"
+        if not path.is_file():
+            raise QexportError(f"{folder}: no bundle, it has no model.onnx; make one with 'qexport convert MODEL -o DIR'")
     if not path.is_file():
         raise QexportError(f"{path}: no such model file")
     providers = check_providers(providers)

@@ -77,8 +77,10 @@ def test_a_ratio_out_of_reach_writes_the_smallest(lm, tmp_path):
     report = compress(lm, tmp_path / "out", token_ids(), ratio=50, profile=False)
     assert not report.passed
     (reason,) = report.reasons
-    assert reason.startswith("a ratio of 50 cannot be reached: the weights take 0.0")
-    assert reason.endswith(f"this is {report.size['ratio']:.2f}")
+    wanted, found = (f"{size / 1e6:.4g} MB" for size in (report.size["before"] / 50, report.size["after"]))
+    assert reason.startswith(f"a ratio of 50 cannot be reached: that is a file of {wanted}, the weights take 0.0")
+    assert reason.endswith(f"this one has {found}")
+    assert wanted != found
     assert report.size["ratio"] > 6.5
     again = compress(lm, tmp_path / "again", token_ids(), ratio=5000, profile=False)
     assert again.size == report.size

@@ -57,13 +57,13 @@ def refused(done, code: int) -> str:
 
 
 def test_output_equals_pythons(packed, runner, tmp_path):
-    done = run(runner, packed, "--runs", 3, "--threads", 1, "--save", tmp_path)
+    done = run(runner, packed, "--runs", 3, "--threads", 1, "--save", tmp_path / "cpp" / "new")
     assert (done.returncode, done.stderr) == (0, "")
     assert "output hidden: relative error 0, allowed 0.05" in done.stdout
     assert "3 runs" in done.stdout
     assert done.stdout.endswith("PASSED\n")
     assert run(sys.executable, packed / "run.py", "--save", tmp_path / "python").returncode == 0
-    assert (tmp_path / "output_0.npy").read_bytes() == (tmp_path / "python" / "output_0.npy").read_bytes()
+    assert (tmp_path / "cpp" / "new" / "output_0.npy").read_bytes() == (tmp_path / "python" / "output_0.npy").read_bytes()
 
 
 @pytest.fixture
@@ -198,7 +198,10 @@ def test_a_provider_that_is_not_there(packed, runner):
 
 
 def test_a_place_to_save_that_is_none(packed, runner, tmp_path):
-    assert "output_0.npy: cannot be written" in refused(run(runner, packed, "--save", tmp_path / "nowhere"), 1)
+    (tmp_path / "file").touch()
+    assert "file" in refused(run(runner, packed, "--save", tmp_path / "file" / "nowhere"), 1)
+    (tmp_path / "output_0.npy").mkdir()
+    assert "output_0.npy: cannot be written" in refused(run(runner, packed, "--save", tmp_path), 1)
 
 
 def test_no_damaged_sample_crashes_it(damaged, runner):

@@ -122,7 +122,7 @@ def test_a_fixed_dimension(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.npz", b"not a zip", "not a readable .npz file"),
+        ("d.npz", b"not a zip", "not a readable .npz file (no zip archive of arrays); write it with numpy.savez"),
         ("d.txt", b"\n  \n\n", "holds no text"),
         ("d.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("d.txt", b"some words", "has no tokenizer/tokenizer.json"),
@@ -135,6 +135,11 @@ def test_files_that_cannot_be_read(bundle, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     text = error_of(bundle, tmp_path / name)
     assert message in text
+
+
+def test_a_folder_is_no_data(bundle, tmp_path):
+    (tmp_path / "d.npz").mkdir()
+    assert "d.npz: a folder; give the .npz or .txt file" in error_of(bundle, tmp_path / "d.npz")
 
 
 def test_pickles_are_not_loaded(bundle, tmp_path):

@@ -1,6 +1,7 @@
 """Deployments: all that a device needs, and whatever was changed in one is found and named."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def test_what_is_packed(bundle, packed):
     assert manifest["min_onnxruntime"] == Bundle.open(bundle).manifest["min_onnxruntime"]
     assert (packed / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
     assert (packed / "lib" / LIBRARY).read_bytes() == Path(installed.get_library_path()).read_bytes()
+
+
+def test_the_program_of_the_guide(packed, tmp_path):
+    """As a reader would run it, beside the folder OUT."""
+    guide = (Path(__file__).parent.parent / "docs" / "deploying.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", guide, flags=re.S)
+    (tmp_path / "OUT").symlink_to(packed)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "(1, 16, 16)\n"), done.stderr
 
 
 def test_stored_outputs_are_those_of_the_sampled_model(bundle, packed):

@@ -178,9 +178,10 @@ def test_arguments_outside_their_limits(generator, prompts, options, words):
 
 
 def test_prompts_and_texts_that_do_not_fit(generator):
-    one_line(
-        QexportError, "prompt of 40 tokens and 10 new ones do not fit", generator.generate, [[3] * 40], max_new_tokens=10
-    )
+    words = "prompt of 40 tokens and 10 new ones do not fit into the cache of 48; lower max_new_tokens to 9 or"
+    one_line(QexportError, words, generator.generate, [[3] * 40], max_new_tokens=10)
+    assert len(generator.generate([[3] * 40], max_new_tokens=9, stop=[])[0]) == 9
+    one_line(QexportError, "48; shorten the prompt or convert", generator.generate, [[3] * 49], max_new_tokens=1)
     generator.reset(2)
     one_line(UsageError, "one list for each of the 2 rows, got 1", generator.append, [[3]])
     one_line(QexportError, "more were given", generator.append, [[3], [3] * 49])

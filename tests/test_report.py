@@ -215,6 +215,17 @@ def test_a_changed_file_fails(tmp_path, measured):
     assert any("comes from report.json, which was made of" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("part", ["validate", "profile"])
+def test_figures_of_a_model_that_was_replaced_are_not_reused(bundle, tmp_path, measured, part):
+    """In the same folder, with the same attentions: only the file tells."""
+    document = json.loads(measured.read_text())["parts"][part]
+    assert document["model_sha256"] == Bundle.open(bundle).manifest["files"]["model.onnx"]["sha256"]
+    (tmp_path / "old.json").write_text(json.dumps(document))
+    again = make_bundle(tmp_path / "again", attention={"strategy": "naive", "num_samples": [4]})
+    with pytest.raises(UsageError, match=r"old\.json: was measured on another model than"):
+        report(again, tmp_path / "r.html", reuse=[tmp_path / "old.json"])
+
+
 def test_a_part_that_does_not_fit_the_bundle_is_missing_with_its_reason(bundle, tmp_path, monkeypatch, measured):
     def fail(*_, **__):
         raise QexportError("no attention can be measured")

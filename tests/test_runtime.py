@@ -111,6 +111,10 @@ def test_an_external_file_beside_the_model_loads(tmp_path):
     np.testing.assert_array_equal(runtime.run(session, None, {"x": np.ones(2, np.float32)})[0], np.full(1000, 2))
 
 
+def test_a_folder_that_is_no_bundle(tmp_path):
+    assert "no bundle, it has no model.onnx; make one with 'qexport convert MODEL -o DIR'" in error_of(tmp_path)
+
+
 def test_a_bundle_runs_with_and_without_the_library(tmp_path, monkeypatch):
     make_bundle(tmp_path / "b", attention={"strategy": "exact"})
     feed = {"input_ids": np.arange(10)[None], "attention_mask": np.ones((1, 10), np.int64)}

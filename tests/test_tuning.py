@@ -159,7 +159,7 @@ def test_the_ratio_that_is_shown_and_judged_lies_in_its_interval(bundle, monkeyp
     show_tuning(report, verbose=False)
     shown = capsys.readouterr().out
     assert "0.90 x   0.90 to 0.90" in shown
-    assert "1.11 times as fast" in shown
+    assert "1.11 times as fast as the classical model (95 %: 1.11 to 1.11)\n" in shown
 
 
 def test_a_tolerance_below_rounding_is_said_to_be_out_of_reach(bundle, tmp_path):

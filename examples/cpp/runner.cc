@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <limits>
@@ -225,6 +226,7 @@ int run(const Options& options) {
   };
 
   const std::vector<Ort::Value> found = call();
+  if (!options.save.empty()) std::filesystem::create_directories(options.save);
   bool passed = true;
   for (size_t k = 0; k < outputs.size(); ++k) {
     const Array value = as_array(found[k], outputs[k]);

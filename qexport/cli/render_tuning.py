@@ -37,8 +37,10 @@ def show_tuning(report, verbose: bool) -> None:
         click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
         return
     best = found["best"]
-    faster = 1 / _time_ratio(best)
-    click.echo(f"BEST: {best['label']}, error {percent(best['error'])}, {faster:.2f} times as fast as the classical model")
+    interval = best["ratio"]["median_ci95"]
+    spread = f" (95 %: {1 / interval[1]:.2f} to {1 / interval[0]:.2f})" if interval else ""
+    faster = f"{1 / _time_ratio(best):.2f} times as fast as the classical model{spread}"
+    click.echo(f"BEST: {best['label']}, error {percent(best['error'])}, {faster}")
     if found["output"]:
         place, is_recipe = quote(found["output"]), found["output"].endswith((".yaml", ".yml"))
         following = f"qexport convert MODEL -o DIR --config {place}" if is_recipe else f"qexport validate {place}"

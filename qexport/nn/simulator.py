@@ -120,7 +120,7 @@ class QuantumAttentionSimulator:
             is_causal: query i sees keys 0 .. i.
             scale: of the scores, 1 / sqrt(d) when None; not in basis overlap.
             enable_gqa: K and V may have fewer heads, axis -3, a divisor of Q's.
-            seed: in place of the simulator's.
+            seed: in place of the simulator's, with which all calls draw alike; runs to average need one each.
 
         Returns:
             (output (..., q_len, v_head_size), weights (..., q_len, n)), weights the measured frequencies, mitigated.

@@ -39,6 +39,7 @@ class ProfileReport:
         sizes: one dict per batch size and length: latencies in milliseconds, per op, and memory in bytes, of both models.
         versions: of qexport and what it ran on.
         target: the URL of the machine, None for this one.
+        model_sha256: of the converted model.
     """
 
     bundle: str
@@ -47,6 +48,7 @@ class ProfileReport:
     sizes: list[dict]
     versions: dict
     target: str | None = None
+    model_sha256: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data."""
@@ -135,7 +137,7 @@ def profile(
         entries.append(entry)
     settings = recorded(providers, allow_fallback)
     settings |= {"runs": runs, "warmup": warmup, "threads": threads, "library": bool(library)}
-    return ProfileReport(str(opened.path), settings, machine(), entries, versions())
+    return ProfileReport(str(opened.path), settings, machine(), entries, versions(), model_sha256=opened.model_sha256)
 
 
 def _least(path, session, feed: dict, shared) -> dict[str, int | None]:

@@ -95,7 +95,12 @@ def _reused(bundle: Bundle, files) -> tuple[dict, list[str]]:
 
 
 def _check_model(bundle: Bundle, document: dict, file) -> None:
-    """Whether the attentions of a document are the bundle's."""
+    """Whether a document is of the bundle's model: its file, where the document names it, and its attentions."""
+    if (was := document.get("model_sha256")) and was != bundle.model_sha256:
+        raise UsageError(
+            f"{file}: was measured on another model than {bundle.path} holds, perhaps before it was converted again; "
+            "measure that one"
+        )
     measured = {site_label(site) for site in document.get("sites", [])}
     strangers = sorted(measured - {site_label(site) for site in bundle.manifest["sites"]})
     if strangers:

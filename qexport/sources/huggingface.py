@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 
+from qexport.bundle import read_manifest
 from qexport.errors import QexportError, UsageError
 from qexport.progress import portion, unwatched
 from qexport.sources.huggingface_inputs import example_inputs
@@ -48,12 +50,7 @@ def open_folder(
         QexportError: an architecture that transformers does not know, weights missing or damaged, or the export fails.
     """
     if not (folder / "config.json").is_file():
-        if (folder / "manifest.json").is_file():
-            raise UsageError(
-                f"{folder}: a bundle, which is converted already; give the model that it was made of, "
-                f"or change its recipe with 'qexport tune {folder}'"
-            )
-        raise UsageError(f"{folder}: no config.json; give a Hugging Face folder, an .onnx or a .pt2 file")
+        raise UsageError(_what_else(folder))
     task = ALIASES.get(task, task) or ("causal-lm" if positions else "feature-extraction")
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")
@@ -89,6 +86,18 @@ def open_folder(
     source.tokenizer = _tokenizer_text(folder, tokenizer)
     source.stop_tokens = _stop_tokens(model)
     return source
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without config.json is, and what to give in its place."""
+    try:
+        read_manifest(folder)
+    except QexportError:
+        return f"{folder}: no config.json; give a Hugging Face folder, an .onnx or a .pt2 file"
+    return (
+        f"{folder}: a bundle, which is converted already; give the model that it was made of, "
+        f"or change its recipe with 'qexport tune {quote(str(folder))}'"
+    )
 
 
 def _load(folder: Path, task: str):

@@ -35,6 +35,7 @@ class ValidationReport:
         worst_site: the entry of `sites` with the largest error; None where no site could be measured.
         settings: the providers that it ran on.
         target: the URL of the machine it was computed on, None for this one.
+        model_sha256: of the converted model.
     """
 
     bundle: str
@@ -54,6 +55,7 @@ class ValidationReport:
     settings: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     target: str | None = None
+    model_sha256: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data; figures that are not finite are None."""
@@ -143,6 +145,7 @@ def validate(
         worst_site=_worst(sites),
         settings=recorded(**where),
         versions={"qexport": package_version("qexport"), "onnxruntime": onnxruntime().__version__},
+        model_sha256=opened.model_sha256,
     )
     report.notes = _notes(report, opened)
     if tf32 and "float32" in found.dtypes.values():
