@@ -202,7 +202,10 @@ def _output_names(torch, model, kwargs, folder) -> list[str]:
         with quiet(), torch.no_grad():
             outputs = model(**kwargs)
     except Exception as error:
-        raise QexportError(f"{folder}: {type(model).__name__} does not run on example inputs: {reason_of(error)}") from error
+        raise QexportError(
+            f"{folder}: {type(model).__name__} does not run on example inputs: {reason_of(error)}; "
+            "give package.module:callable, which brings its own"
+        ) from error
     names = []
     for key, value in outputs.items():
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if torch.is_tensor(leaf)]
