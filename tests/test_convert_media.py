@@ -1,4 +1,4 @@
-"""convert of Hugging Face folders whose models take videos, or sound as frames."""
+"""convert of Hugging Face folders whose models take videos, sound as frames, or images among texts."""
 
 import numpy as np
 import pytest
@@ -81,3 +81,46 @@ def test_videos_and_frames_of_sound(name, tmp_path):
         expected = model(**feeds)[0].numpy()
     got = session(tmp_path / "b").run(None, {name: value.numpy() for name, value in feeds.items()})[0]
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    torch.manual_seed(0)
+    texts = SMALL | {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 64}
+    images = SMALL | PATCHES | {"model_type": "clip_vision_model"}
+    config = transformers.LlavaConfig(text_config=texts, vision_config=images, image_token_index=98)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_a_model_that_reads_images_as_tokens_is_converted_for_texts(llava, tmp_path):
+    model, folder = llava
+    report = convert(folder, tmp_path / "b", task="causal-lm", strategy="exact")
+    assert (len(report.sites), report.left_alone) == (2, [])
+    assert [i["name"] for i in report.manifest["inputs"]] == ["input_ids", "attention_mask"]
+    assert "images are left out" in report.notes[0]
+    ids = torch.randint(98, (3, 9))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits.numpy()
+    got = session(tmp_path / "b").run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_it_has_a_cache_for_texts(llava):
+    report = convert(llava[1], None, kv_cache=32, dry_run=True)
+    assert len(report.sites) == 2
+
+
+def test_images_beside_texts_stay_inputs(tmp_path):
+    config = transformers.CLIPConfig(
+        text_config=SMALL | {"vocab_size": 99, "projection_dim": 16},
+        vision_config=SMALL | PATCHES | {"projection_dim": 16},
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "model")
+    report = convert(tmp_path / "model", None, dry_run=True)
+    assert {"input_ids", "pixel_values"} <= {i["name"] for i in report.manifest["inputs"]}
+    assert (len(report.sites), report.notes) == (4, [])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qexport.errors import QexportError, UsageError
 from qexport.progress import portion, unwatched
-from qexport.sources.huggingface_inputs import example_inputs
+from qexport.sources.huggingface_inputs import example_inputs, reads_images_as_tokens
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.source import Source
 from qexport.sources.torch_export import export_module, import_torch
@@ -17,7 +17,7 @@ TASKS = {
     "token-classification": ("AutoModelForTokenClassification",),
     "question-answering": ("AutoModelForQuestionAnswering",),
     "masked-lm": ("AutoModelForMaskedLM",),
-    "causal-lm": ("AutoModelForCausalLM",),
+    "causal-lm": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
     "seq2seq-lm": ("AutoModelForSeq2SeqLM",),
     "image-classification": ("AutoModelForImageClassification",),
     "object-detection": ("AutoModelForObjectDetection",),
@@ -86,6 +86,8 @@ def open_folder(
         say=portion(say, 0.5, 1.0),
     )
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
+    if reads_images_as_tokens(model):
+        source.notes.append("its images are left out: what reads texts is converted")
     source.tokenizer = _tokenizer_text(folder, tokenizer)
     source.stop_tokens = _stop_tokens(model)
     return source

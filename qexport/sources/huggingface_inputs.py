@@ -19,6 +19,8 @@ RANDOM_TOKENS = 48
 RANDOM_FRAMES = 200
 # How configurations call the width of a frame in models that read (frames, width); Whisper and its kin read (bins, frames).
 FRAME_WIDTHS = ("feature_projection_input_dim", "input_feat_per_channel")
+# How configurations call the token that stands for a part of an image.
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
 # Position ids of these start behind the padding id, so the table is larger than the longest text.
 OFFSET_POSITIONS = {
     "roberta",
@@ -67,7 +69,7 @@ def example_inputs(torch, model, tokenizer, positions):
             add("token_type_ids", torch.zeros_like(ids), "token_types", config.type_vocab_size, "batch", "sequence")
         if longest := _longest(config):
             limits["sequence"] = longest
-    if "pixel_values" in accepted:
+    if "pixel_values" in accepted and not reads_images_as_tokens(model):
         vision = getattr(model.config, "vision_config", model.config)
         size = getattr(vision, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -102,6 +104,13 @@ def example_inputs(torch, model, tokenizer, positions):
             f"{type(model).__name__} takes {main!r}, for which no example inputs are known; give package.module:callable"
         )
     return kwargs, specs, axes, limits
+
+
+def reads_images_as_tokens(model) -> bool:
+    """Whether images stand for tokens of a text, which is read without any where none is given."""
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    has_token = any(getattr(model.config, name, None) is not None for name in IMAGE_TOKENS)
+    return has_token and pixels is not None and pixels.default is None
 
 
 def _frame_width(config) -> int | None:

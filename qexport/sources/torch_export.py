@@ -93,6 +93,8 @@ def export_module(
         ranges = _ranges(program.exported_program)
         notes = _name_axes(program.model, list(axes.values() if isinstance(axes, Mapping) else axes), ranges)
     model = convert_opset(program.model, opset, name)
+    for value, own in zip(model.graph.outputs, output_names or (), strict=False):  # the exporter names a twin by the other
+        value.name = own
     leaves = tensors(torch, (args, kwargs))
     if len(leaves) != len(model.graph.inputs):
         raise QexportError(
