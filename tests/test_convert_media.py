@@ -124,3 +124,17 @@ def test_images_beside_texts_stay_inputs(tmp_path):
     report = convert(tmp_path / "model", None, dry_run=True)
     assert {"input_ids", "pixel_values"} <= {i["name"] for i in report.manifest["inputs"]}
     assert (len(report.sites), report.notes) == (4, [])
+
+
+def test_a_batch_that_the_model_fixes_is_one_item(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.PixtralVisionModel(transformers.PixtralVisionConfig(**SMALL, **PATCHES)).eval()
+    model.save_pretrained(tmp_path / "model")
+    report = convert(tmp_path / "model", tmp_path / "b", strategy="exact")  # it joins the images of a batch
+    assert report.notes == ["batch is fixed at 1: the model computes with that size"]
+    assert [i["shape"] for i in report.manifest["inputs"]] == [[1, 3, 32, 32]]
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixels)[0].numpy()
+    got = session(tmp_path / "b").run(None, {"pixel_values": pixels.numpy()})[0]
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -70,6 +70,17 @@ def test_an_output_that_is_returned_twice_keeps_both_names():
     assert [value.name for value in source.model.graph.outputs] == list(source.expected) == names
 
 
+class Checked(torch.nn.Module):
+    def forward(self, x):
+        torch._check_tensor_all(x.abs() < 1e6)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_check_of_values_leaves_the_graph():
+    source = export_module(Checked(), (torch.randn(2, 1, 3, 4),), {}, kind="torch", name="t", opset=23)
+    assert [node.op_type for node in source.model.graph] == ["Attention"]
+
+
 def test_an_input_that_the_module_ignores_stays_an_input(tmp_path):
     report = convert("torch_zoo:unused_input", tmp_path / "b", strategy="stratified", num_samples=64)
     assert [i["name"] for i in report.manifest["inputs"]] == ["x", "extra"]

@@ -73,18 +73,28 @@ def open_folder(
         target = getattr(torch, dtype)
         model = model.to(target)
         kwargs = {k: v.to(target) if v.is_floating_point() else v for k, v in kwargs.items()}
-    source = export_module(
-        model,
-        (),
-        kwargs,
-        kind="huggingface",
-        name=folder.resolve().name,
-        opset=opset,
-        axes=axes,
-        output_names=_output_names(torch, model, kwargs, folder),
-        specs=specs,
-        say=portion(say, 0.5, 1.0),
-    )
+
+    def export(kwargs, axes, say):
+        return export_module(
+            model,
+            (),
+            kwargs,
+            kind="huggingface",
+            name=folder.resolve().name,
+            opset=opset,
+            axes=axes,
+            output_names=names,
+            specs=specs,
+            say=say,
+        )
+
+    names = _output_names(torch, model, kwargs, folder)
+    source = export(kwargs, axes, portion(say, 0.5, 1.0))
+    if any(axes[spec.name].get(0) == "batch" and spec.shape[0] == 2 for spec in source.inputs):
+        # the model computes with the size of the batch, and one item at a time is worth more than pairs
+        free = {name: {i: axis for i, axis in own.items() if axis != "batch"} for name, own in axes.items()}
+        source = export({name: value[:1] for name, value in kwargs.items()}, free, portion(say, 0.5, 1.0))
+        source.notes.append("batch is fixed at 1: the model computes with that size")
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     if reads_images_as_tokens(model):
         source.notes.append("its images are left out: what reads texts is converted")

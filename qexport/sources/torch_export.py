@@ -128,7 +128,7 @@ def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_nam
     import onnxscript.optimizer
 
     from qexport.nn.translation import translation_table
-    from qexport.sources import grouped_products
+    from qexport.sources import missing_operators
 
     def export(model, args, kwargs, dynamic_shapes):
         return torch.onnx.export(
@@ -139,7 +139,7 @@ def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_nam
             opset_version=max(opset, EXPORTER_OPSET),
             dynamic_shapes=dynamic_shapes,
             output_names=output_names,
-            custom_translation_table=translation_table() | grouped_products.translation_table(),
+            custom_translation_table=translation_table() | missing_operators.translation_table(),
             verbose=False,
             optimize=False,
         )

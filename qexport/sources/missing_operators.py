@@ -1,9 +1,11 @@
-"""The ONNX nodes of grouped products, as mixtures of experts compute them, which torch.onnx.export has none for.
+"""ONNX nodes of operators that torch.onnx.export has none for: grouped products and checks of values.
 
-rows (S, i), sorted by their expert; weights (E, i, o); ends (E,), where the rows of each expert end  ->  (S, o)
+Mixtures of experts multiply rows (S, i), sorted by their expert, with weights (E, i, o); the rows of each expert end at ends
+(E,); the result is (S, o). Checks, whose results nothing uses, leave the graph again.
 """
 
 import onnxscript
+from onnxscript import BOOL
 from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.tensor_typing import TFloat, TInt
 
@@ -24,10 +26,14 @@ def _grouped_product(rows: TFloat, weights: TFloat, ends: TInt) -> TFloat:
     return result
 
 
-def _translated(rows, weights, offs=None, bias=None, out_dtype=None):
+def _grouped(rows, weights, offs=None, bias=None, out_dtype=None):
     if offs is None or bias is not None or out_dtype is not None:
         raise NotImplementedError("a grouped product with a bias, another type or without offsets")
     return _grouped_product(rows, weights, offs)
+
+
+def _is_all_true(flags: BOOL) -> BOOL:
+    return op.Cast(op.ReduceMin(op.Cast(flags, to=6), keepdims=0), to=9)
 
 
 def translation_table() -> dict:
@@ -37,4 +43,4 @@ def translation_table() -> dict:
     operators = [torch.ops.aten._grouped_mm.default]
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         operators.append(torch.ops.transformers.grouped_mm_fallback.default)
-    return dict.fromkeys(operators, _translated)
+    return dict.fromkeys(operators, _grouped) | {torch.ops.aten._is_all_true.default: _is_all_true}
