@@ -93,7 +93,7 @@ def open_folder(
     if any(axes[spec.name].get(0) == "batch" and spec.shape[0] == 2 for spec in source.inputs):
         # the model computes with the size of the batch, and one item at a time is worth more than pairs
         free = {name: {i: axis for i, axis in own.items() if axis != "batch"} for name, own in axes.items()}
-        source = export({name: value[:1] for name, value in kwargs.items()}, free, portion(say, 0.5, 1.0))
+        source = export({name: value[:1] for name, value in kwargs.items()}, free, portion(say, 1.0, 1.0))
         source.notes.append("batch is fixed at 1: the model computes with that size")
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     if reads_images_as_tokens(model):
