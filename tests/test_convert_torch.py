@@ -12,6 +12,7 @@ import torch_zoo
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
 from qexport.runtime import session
+from qexport.sources.torch_export import export_module
 
 ATOL = 1e-5
 
@@ -55,6 +56,29 @@ def test_callables(name, tmp_path):
     assert_same_model(tmp_path / "b", module, inputs)
     assert_same_model(tmp_path / "b", module, larger(inputs))
     assert_same_model(tmp_path / "b", module, larger(inputs), library=False)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return y, y, x + 1
+
+
+def test_an_output_that_is_returned_twice_keeps_both_names():
+    names = ["first", "again", "other"]
+    source = export_module(Twice(), (torch.randn(2, 1, 3, 4),), {}, kind="torch", name="t", opset=23, output_names=names)
+    assert [value.name for value in source.model.graph.outputs] == list(source.expected) == names
+
+
+class Checked(torch.nn.Module):
+    def forward(self, x):
+        torch._check_tensor_all(x.abs() < 1e6)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_check_of_values_leaves_the_graph():
+    source = export_module(Checked(), (torch.randn(2, 1, 3, 4),), {}, kind="torch", name="t", opset=23)
+    assert [node.op_type for node in source.model.graph] == ["Attention"]
 
 
 def test_an_input_that_the_module_ignores_stays_an_input(tmp_path):

@@ -86,7 +86,7 @@ def _check(node: ir.Node, model: ir.Model, windows: "_Windows") -> Site:
     if heads is None or None in sizes:
         raise DeclinedError("the number or the size of its heads is not told by the graph")
     if size(k, 2) is None or size(k, 2) != size(q, 2):
-        raise DeclinedError("its keys are not the keys of its own queries (cross-attention)")
+        raise DeclinedError("its keys are not those of its own queries alone (cross-attention, or a sink)")
     return Site(node, heads, sizes, windows.of(node))
 
 

@@ -11,10 +11,13 @@ from qexport.rewrite import DeclinedError, LeftAlone
 from qexport.rewrite.graph import Builder, attribute, consumers, is_op, shown
 from qexport.rewrite.heads import Heads, find_heads
 from qexport.rewrite.masks import attention_mask
-from qexport.rewrite.products import Operand, Weighed, flips, scores_product, unflipped, values_product
-from qexport.rewrite.scores import QUANTISED, find_scores, inference_dropout, is_product
+from qexport.rewrite.probabilities import find_values
+from qexport.rewrite.products import Operand, Weighed, scores_product, unflipped, values_product
+from qexport.rewrite.scores import find_scores
+from qexport.rewrite.sinks import add_sink
 from qexport.rewrite.sites import module_of, site_name
-from qexport.rewrite.values import constant, known_size, many, rank, scalar, size
+from qexport.rewrite.ungroup_attention import ungrouped
+from qexport.rewrite.values import known_size, many, rank, scalar, size
 
 _SAMPLED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -49,84 +52,21 @@ def _module_around(product: ir.Node) -> str:
     return ""
 
 
-def find_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value, bool, list[ir.Value]] | None:
-    """Walk on from a Softmax to the product with the values.
-
-    Returns:
-        (product node, its operand that holds the probabilities, whether transposed, the values on the way up to there), or
-        None when the softmax weighs no values.
-
-    Raises:
-        DeclinedError: it does, but the probabilities are used elsewhere too or pass an op that Attention lacks.
-    """
-    value, way, flipped = softmax.outputs[0], [], False
-    for _ in range(12):
-        if not flipped:
-            way.append(value)
-        users = consumers(value)
-        guard = _nan_guard(value, users)
-        if guard is not None:
-            way.append(guard[0])
-            value = guard[1]
-            continue
-        products = [u for u in users if is_product(u)]
-        quantised = [u for u in users if u.op_type in (*QUANTISED, "QuantizeLinear")]
-        if quantised and _meets_product(quantised[0]):
-            raise DeclinedError(f"its probabilities are quantised ({quantised[0].op_type}) before they weigh the values")
-        if len(users) > 1 or value.is_graph_output():
-            if not products and not any(_meets_product(u, 3) for u in users):
-                return None
-            other = [f"{u.op_type} {shown(u)}" for u in users if u not in products[:1]]
-            raise DeclinedError(f"its probabilities are also used by {other[0] if other else 'an output of the graph'}")
-        if not users:
-            return None
-        user = users[0]
-        if is_product(user):
-            return (user, value, flipped, way) if not _weighs_constant(user, value) else None
-        if is_op(user, "Dropout") and not inference_dropout(user):
-            raise DeclinedError("its probabilities pass a Dropout in training mode; export the model in eval mode")
-        if is_op(user, "Cast", "Identity", "Dropout") or (not flipped and (flips(user) or is_op(user, "Reshape"))):
-            flipped |= flips(user)
-            value = user.outputs[0]
-            continue
-        if _meets_product(user, 2) and is_op(user, "Mul", "Add", "Sub", "Div", "Where", "Transpose", "Reshape", "Slice"):
-            raise DeclinedError(f"its probabilities pass {user.op_type} {shown(user)} before they weigh the values")
-        return None
-    return None
-
-
-def _nan_guard(value: ir.Value, users: list[ir.Node]) -> tuple[ir.Value, ir.Value] | None:
-    """(flag, guarded probabilities) of Where(IsNaN(p), 0, p), which exporters put behind a softmax."""
-    if len(users) != 2 or not any(is_op(u, "IsNaN") for u in users):
-        return None
-    check, select = users if is_op(users[0], "IsNaN") else users[::-1]
-    if not is_op(select, "Where") or select.inputs[0] is not check.outputs[0] or select.inputs[2] is not value:
-        return None
-    return (check.outputs[0], select.outputs[0]) if scalar(select.inputs[1]) == 0 else None
-
-
-def _meets_product(node: ir.Node, depth: int = 4) -> bool:
-    """Whether a product of matrices follows within a few nodes."""
-    if is_product(node) or node.op_type in (
-        "MatMulInteger",
-        "QLinearMatMul",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-    ):
-        return True
-    return depth > 0 and any(_meets_product(u, depth - 1) for out in node.outputs for u in consumers(out))
-
-
-def _weighs_constant(product: ir.Node, probabilities: ir.Value) -> bool:
-    other = product.inputs[1] if product.inputs[0] is probabilities else product.inputs[0]
-    return other.const_value is not None or constant(other, limit=1 << 40, depth=0) is not None
-
-
 def _fuse(
-    softmax: ir.Node, product: ir.Node, probabilities: ir.Value, flipped: bool, way: list[ir.Value], opset: int
+    softmax: ir.Node,
+    product: ir.Node,
+    probabilities: ir.Value,
+    flipped: bool,
+    way: list[ir.Value],
+    cut: ir.Node | None,
+    opset: int,
 ) -> None:
     _check_axis(softmax, rank(softmax.outputs[0]) or rank(product.outputs[0]))
     scores = find_scores(softmax)
+    if cut is not None and not scores.sinks:
+        raise DeclinedError(f"its probabilities pass Slice {shown(cut)} before they weigh the values")
+    if scores.sinks and (cut is None or scores.softcap):
+        raise DeclinedError(f"its scores have a sink, {'and a soft cap' if scores.softcap else 'whose weight is used'}")
     keys = scores_product(scores.product)
     values = values_product(product, probabilities, keys.rows, flipped)
     if keys.rank != values.rank:
@@ -155,6 +95,9 @@ def _fuse(
         )
     mask = attention_mask(builder, scores, heads, q4, k4)
     _replace_shapes(builder, [*scores.chain, *way], heads, q4, k4)
+    for sink, where in scores.sinks:
+        operands = (q4, *ungrouped(builder, q4, k4, v4))
+        q4, k4, v4, mask = add_sink(builder, heads.aligned(sink, where), scale, operands, mask)
     _emit(builder, product, q4, k4, v4, mask, scale, scores, heads, values, softmax)
 
 
@@ -164,6 +107,7 @@ def _broadcast(builder: Builder, scores, heads: Heads, operands: list[ir.Value])
     Key heads are not repeated for those of the queries, which they serve.
     """
     met = [(value, where) for value, _, where in (*scores.factors, *scores.biases, *scores.masks)]
+    met += scores.sinks
     if not heads.form.plain:
         n = len(heads.form.order)
         for value, axis in ((value, axis) for value, where in met if where == n for axis in heads.form.order[:-2]):

@@ -2,6 +2,8 @@
 
     e = Exp(x - m),  e / sum(e)  ->  Softmax(x)        m the maximum of x, or nothing; sum(e) may have a small number added
 
+    Softmax(x - m)                    ->  Softmax(x)
+
 Reduced axes may be kept, or come back by Unsqueeze, Reshape and Expand; the quotient may be a product with the Reciprocal.
 """
 
@@ -25,6 +27,9 @@ def fuse_softmax(model: ir.Model) -> list[LeftAlone]:
     Returns:
         What looks like one and stays, with the reason.
     """
+    for softmax in [node for node in model.graph.all_nodes() if is_op(node, "Softmax")]:
+        if attribute(softmax, "axis", -1) in (-1, (rank(softmax.outputs[0]) or 0) - 1):
+            softmax.replace_input_with(0, _without_maximum(softmax.inputs[0]))
     left_alone = []
     for exp in [node for node in model.graph.all_nodes() if is_op(node, "Exp") and follows_product(node.inputs[0])]:
         sums = [node for node in _nodes_behind(exp, 3) if is_op(node, "ReduceSum")]

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
 from qexport.rewrite.graph import attribute, consumers, is_op, shown
+from qexport.rewrite.sinks import is_sink
 from qexport.rewrite.values import constant, is_single, known_size, rank, scalar
 
 QUANTISED = (
@@ -33,8 +34,9 @@ class Scores:
 
     `product` is the node of Q K^T; the scores are `scale` times it, through `softcap` (0: none), plus `biases` (value,
     factor, rank of the scores where it was added), kept where all of `masks` (value, keep when true, rank) say so.
-    `factors` are values (value, divides, rank), one for all or one per row, that multiply the scores or divide them. `chain`
-    holds the values in between, `reshapes` the Reshape nodes among them; `cast` says that the type changes on the way.
+    `factors` are values (value, divides, rank), one for all or one per row, that multiply the scores or divide them. `sinks`
+    holds the column (value, rank) that stands behind the scores in the softmax, where one does. `chain` holds the values in
+    between with a column per key, `reshapes` the Reshape nodes among them; `cast` says that the type changes on the way.
     """
 
     product: ir.Node
@@ -43,6 +45,7 @@ class Scores:
     factors: list[tuple[ir.Value, bool, int | None]] = field(default_factory=list)
     biases: list[tuple[ir.Value, float, int | None]] = field(default_factory=list)
     masks: list[tuple[ir.Value, bool, int | None]] = field(default_factory=list)
+    sinks: list[tuple[ir.Value, int | None]] = field(default_factory=list)
     chain: list[ir.Value] = field(default_factory=list)
     reshapes: list[ir.Node] = field(default_factory=list)
     cast: bool = False
@@ -88,6 +91,12 @@ def _step(node: ir.Node, scale: float, found: Scores) -> tuple[ir.Value, float, 
         return node.inputs[0], scale, node
     if op == "Reshape":
         found.reshapes.append(node)
+        return node.inputs[0], scale, node
+    if is_sink(node) and not follows_product(node.inputs[1]):
+        if found.sinks or scale != 1.0 or found.factors or found.biases or found.masks or found.reshapes:
+            raise DeclinedError(f"its scores are scaled, masked or reshaped together with the sink of {shown(node)}")
+        found.sinks.append((node.inputs[1], rank(node.outputs[0])))
+        found.chain.clear()
         return node.inputs[0], scale, node
     if op in ("Add", "Sub"):
         inner, other = _split(node)

@@ -16,14 +16,20 @@ def ungroup_attention(model: ir.Model) -> None:
     for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention") and not attribute(n, "q_num_heads")]:
         if any(x is not None for x in node.inputs[4:6]):
             continue  # past heads are as many as the repeated ones
-        found = [_before_repeat(x) for x in node.inputs[1:3]]
-        if None in found:
-            continue
-        (k, k_perm), (v, v_perm) = found
-        kv_heads, q_heads = known_size(k, k_perm[1]), known_size(node.inputs[0], 1) or known_size(node.inputs[1], 1)
-        if kv_heads == known_size(v, v_perm[1]) and q_heads and q_heads % kv_heads == 0:
-            for index, (value, perm) in enumerate(found, 1):
-                node.replace_input_with(index, Builder(node).transpose(value, perm))
+        for index, value in enumerate(ungrouped(Builder(node), *node.inputs[:3]), 1):
+            node.replace_input_with(index, value)
+
+
+def ungrouped(builder: Builder, q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """K and V with the heads that they repeat for those of Q; as they are where that is not certain."""
+    found = [_before_repeat(x) for x in (k, v)]
+    if None in found:
+        return k, v
+    (own_k, k_perm), (own_v, v_perm) = found
+    kv_heads, q_heads = known_size(own_k, k_perm[1]), known_size(q, 1) or known_size(k, 1)
+    if kv_heads != known_size(own_v, v_perm[1]) or not q_heads or q_heads % kv_heads:
+        return k, v
+    return builder.transpose(own_k, k_perm), builder.transpose(own_v, v_perm)
 
 
 def _before_repeat(value: ir.Value) -> tuple[ir.Value, list[int]] | None:

@@ -7,7 +7,7 @@ from shlex import quote
 from qexport.bundle import read_manifest
 from qexport.errors import QexportError, UsageError
 from qexport.progress import portion, unwatched
-from qexport.sources.huggingface_inputs import example_inputs
+from qexport.sources.huggingface_inputs import example_inputs, reads_images_as_tokens
 from qexport.sources.quiet import quiet, reason_of
 from qexport.sources.source import Source
 from qexport.sources.torch_export import export_module, import_torch
@@ -19,7 +19,7 @@ TASKS = {
     "token-classification": ("AutoModelForTokenClassification",),
     "question-answering": ("AutoModelForQuestionAnswering",),
     "masked-lm": ("AutoModelForMaskedLM",),
-    "causal-lm": ("AutoModelForCausalLM",),
+    "causal-lm": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
     "seq2seq-lm": ("AutoModelForSeq2SeqLM",),
     "image-classification": ("AutoModelForImageClassification",),
     "object-detection": ("AutoModelForObjectDetection",),
@@ -70,19 +70,31 @@ def open_folder(
         target = getattr(torch, dtype)
         model = model.to(target)
         kwargs = {k: v.to(target) if v.is_floating_point() else v for k, v in kwargs.items()}
-    source = export_module(
-        model,
-        (),
-        kwargs,
-        kind="huggingface",
-        name=folder.resolve().name,
-        opset=opset,
-        axes=axes,
-        output_names=_output_names(torch, model, kwargs, folder),
-        specs=specs,
-        say=portion(say, 0.5, 1.0),
-    )
+
+    def export(kwargs, axes, say):
+        return export_module(
+            model,
+            (),
+            kwargs,
+            kind="huggingface",
+            name=folder.resolve().name,
+            opset=opset,
+            axes=axes,
+            output_names=names,
+            specs=specs,
+            say=say,
+        )
+
+    names = _output_names(torch, model, kwargs, folder)
+    source = export(kwargs, axes, portion(say, 0.5, 1.0))
+    if any(axes[spec.name].get(0) == "batch" and spec.shape[0] == 2 for spec in source.inputs):
+        # the model computes with the size of the batch, and one item at a time is worth more than pairs
+        free = {name: {i: axis for i, axis in own.items() if axis != "batch"} for name, own in axes.items()}
+        source = export({name: value[:1] for name, value in kwargs.items()}, free, portion(say, 1.0, 1.0))
+        source.notes.append("batch is fixed at 1: the model computes with that size")
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
+    if reads_images_as_tokens(model):
+        source.notes.append("its images are left out: what reads texts is converted")
     source.tokenizer = _tokenizer_text(folder, tokenizer)
     source.stop_tokens = _stop_tokens(model)
     return source
@@ -211,7 +223,10 @@ def _output_names(torch, model, kwargs, folder) -> list[str]:
         with quiet(), torch.no_grad():
             outputs = model(**kwargs)
     except Exception as error:
-        raise QexportError(f"{folder}: {type(model).__name__} does not run on example inputs: {reason_of(error)}") from error
+        raise QexportError(
+            f"{folder}: {type(model).__name__} does not run on example inputs: {reason_of(error)}; "
+            "give package.module:callable, which brings its own"
+        ) from error
     names = []
     for key, value in outputs.items():
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if torch.is_tensor(leaf)]

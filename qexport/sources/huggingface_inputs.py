@@ -15,6 +15,12 @@ SENTENCES = (
 )
 # Length of made-up texts, where there is no tokenizer: also more than a query samples by default.
 RANDOM_TOKENS = 48
+# Frames of made-up sound, where the model does not fix their number.
+RANDOM_FRAMES = 200
+# How configurations call the width of a frame in models that read (frames, width); Whisper and its kin read (bins, frames).
+FRAME_WIDTHS = ("feature_projection_input_dim", "input_feat_per_channel")
+# How configurations call the token that stands for a part of an image.
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
 # Position ids of these start behind the padding id, so the table is larger than the longest text.
 OFFSET_POSITIONS = {
     "roberta",
@@ -63,13 +69,17 @@ def example_inputs(torch, model, tokenizer, positions):
             add("token_type_ids", torch.zeros_like(ids), "token_types", config.type_vocab_size, "batch", "sequence")
         if longest := _longest(config):
             limits["sequence"] = longest
-    if "pixel_values" in accepted:
+    if "pixel_values" in accepted and not reads_images_as_tokens(model):
         vision = getattr(model.config, "vision_config", model.config)
         size = getattr(vision, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        frames = [vision.num_frames] if main == "pixel_values" and getattr(vision, "num_frames", 0) else []  # of a video
+        pixels = torch.randn(2, *frames, getattr(vision, "num_channels", 3), height, width, generator=generator)
         add("pixel_values", pixels, "continuous", None, "batch")
-    if main == "input_features":
+    if main == "input_features" and (width := _frame_width(model.config)):
+        sound = torch.randn(2, RANDOM_FRAMES, width, generator=generator)
+        add("input_features", sound, "continuous", None, "batch", "frames")
+    elif main == "input_features":
         frames = 2 * getattr(model.config, "max_source_positions", 1500)
         bins = getattr(model.config, "num_mel_bins", None) or getattr(model.config, "feature_size", 80)
         if model.config.model_type == "audio-spectrogram-transformer":
@@ -94,6 +104,19 @@ def example_inputs(torch, model, tokenizer, positions):
             f"{type(model).__name__} takes {main!r}, for which no example inputs are known; give package.module:callable"
         )
     return kwargs, specs, axes, limits
+
+
+def reads_images_as_tokens(model) -> bool:
+    """Whether images stand for tokens of a text, which is read without any where none is given."""
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    has_token = any(getattr(model.config, name, None) is not None for name in IMAGE_TOKENS)
+    return has_token and pixels is not None and pixels.default is None
+
+
+def _frame_width(config) -> int | None:
+    """The last axis of input_features where the frames are the axis before it, else None."""
+    widths = [width for name in FRAME_WIDTHS if (width := getattr(config, name, None))]
+    return widths[0] if widths else getattr(getattr(config, "encoder_config", None), "num_mel_bins", None)  # Parakeet
 
 
 def _text(torch, tokenizer, vocab, longest, generator):

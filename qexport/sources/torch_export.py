@@ -93,6 +93,8 @@ def export_module(
         ranges = _ranges(program.exported_program)
         notes = _name_axes(program.model, list(axes.values() if isinstance(axes, Mapping) else axes), ranges)
     model = convert_opset(program.model, opset, name)
+    for value, own in zip(model.graph.outputs, output_names or (), strict=False):  # the exporter names a twin by the other
+        value.name = own
     leaves = tensors(torch, (args, kwargs))
     if len(leaves) != len(model.graph.inputs):
         raise QexportError(
@@ -126,6 +128,7 @@ def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_nam
     import onnxscript.optimizer
 
     from qexport.nn.translation import translation_table
+    from qexport.sources import missing_operators
 
     def export(model, args, kwargs, dynamic_shapes):
         return torch.onnx.export(
@@ -136,7 +139,7 @@ def _to_onnx(torch, module, args, kwargs, dynamic_shapes, opset: int, output_nam
             opset_version=max(opset, EXPORTER_OPSET),
             dynamic_shapes=dynamic_shapes,
             output_names=output_names,
-            custom_translation_table=translation_table(),
+            custom_translation_table=translation_table() | missing_operators.translation_table(),
             verbose=False,
             optimize=False,
         )

@@ -167,15 +167,6 @@ DECLINED = {
         Spelling(KT + "s0 = MatMul(q, kt) s2 = Clip(s0, low, high) " + SOFT, constants=LOW[2:] + ", float high = {1}"),
         "Clip that changes them",
     ),
-    "a sink beside the keys": (
-        Spelling(
-            KT + "s0 = MatMul(q, kt) s2 = Concat<axis=-1>(s0, sink) p0 = Softmax<axis=-1>(s2) "
-            "p = Slice(p0, zero, minus, three) y = MatMul(p, v)",
-            inputs=HEADS + ", float[b,4,l,1] sink",
-            constants="int64[1] zero = {0}, int64[1] minus = {-1}, int64[1] three = {3}",
-        ),
-        "pass Slice",
-    ),
     "groups that were rows of the queries": (
         Spelling(
             KT + "s2 = MatMul(q, kt) p0 = Softmax<axis=-1>(s2) p = Reshape(p0, four) y = MatMul(p, v)",

@@ -120,7 +120,11 @@ def test_what_gets_a_cache(mask, attention, has_window):
             WITH_MASK,
             "its mask depends on the length of the text",
         ),
-        (CAUSAL, "Attention <is_causal = 1> (q, other, other)", "not the keys of its own queries (cross-attention)"),
+        (
+            CAUSAL,
+            "Attention <is_causal = 1> (q, other, other)",
+            "not those of its own queries alone (cross-attention, or a sink)",
+        ),
     ],
 )
 def test_what_declines(mask, attention, reason):

@@ -6,11 +6,14 @@ import hand_spellings
 import onnx
 import pytest
 import rare_spellings
+import sink_spellings
 import spellings
 from harness import Rewritten, assert_same, feeds, parse, run
 
-FUSED = spellings.FUSED | rare_spellings.FUSED | axes_spellings.FUSED | hand_spellings.FUSED
-DECLINED = declined_spellings.DECLINED | rare_spellings.DECLINED | axes_spellings.DECLINED | hand_spellings.DECLINED
+FUSED, DECLINED = {}, {}
+for spelled in (axes_spellings, declined_spellings, hand_spellings, rare_spellings, sink_spellings, spellings):
+    FUSED |= getattr(spelled, "FUSED", {})
+    DECLINED |= getattr(spelled, "DECLINED", {})
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -56,7 +59,7 @@ def test_declines_with_the_reason(name):
 
 
 def test_a_reason_names_a_nameless_node_by_its_output():
-    source = parse(DECLINED["a sink beside the keys"][0].text)
+    source = parse(DECLINED["keys whose weight is dropped"][0].text)
     for node in source.graph.node:
         node.name = ""
     done = Rewritten(source)
@@ -94,6 +97,11 @@ def test_grouped_heads_are_not_repeated(name):
     done = Rewritten(parse(FUSED[name].text))
     assert (done.sites[0].q_heads, done.sites[0].kv_heads, done.sites[0].head_size) == (4, 2, 8)
     assert not {"Expand", "Tile"} & set(done.ops())
+
+
+def test_a_sink_lets_groups_share_a_key_head():
+    site = Rewritten(parse(FUSED["a sink and groups of heads"].text)).sites[0]
+    assert (site.q_heads, site.kv_heads, site.head_size) == (4, 2, 9)  # one axis for the sink
 
 
 @pytest.mark.parametrize("name", [name for name in axes_spellings.FUSED if "groups" in name and "open" not in name])
