@@ -3,7 +3,8 @@
     Softmax([scale Q K^T + mask, sink]) without its last column, times V
 
 is attention with one key more, of value 0. Q gets an axis more, -sink / scale, along which the keys are 1 and that key is 0:
-all scores of a query are lower by its sink, which a softmax does not see, and that of the new key is 0.
+all scores of a query are lower by its sink, which a softmax does not see, and that of the new key is 0. More axes, where
+keys are 0, fill heads up to a multiple of 8: tiles of the CUDA kernels ask for rows of whole 16 bytes.
 """
 
 import numpy as np
@@ -33,24 +34,25 @@ def add_sink(
 ) -> tuple[ir.Value, ...]:
     """Q, K, V and the mask of an Attention with the key of a sink, which is broadcastable to (batch, heads, queries, 1)."""
     q, k, v = operands
+    count = 8 - (known_size(k, 3) or -1) % 8
     per_scale = builder.node("CastLike", builder.const(np.float32(-1 / scale)), sink, like=sink, shape=[])
     level = builder.node("Mul", sink, per_scale, like=sink, shape=sink.shape)
-    q = _appended(builder, q, 3, builder.node("CastLike", level, q, like=q, shape=sink.shape))
-    k = _appended(builder, _appended(builder, k, 3, 1.0), 2, 0.0)
-    v = _appended(builder, v, 2, 0.0)
+    q = _appended(builder, q, 3, builder.node("CastLike", level, q, like=q, shape=sink.shape), count)
+    k, v = (_appended(builder, x, 2, 0.0) for x in (_appended(builder, k, 3, np.eye(count)[0], count), v))
     if mask is not None:  # nothing added, or true
         mask = _appended(builder, mask, rank(mask) - 1, 0.0 if mask.dtype == q.dtype else 1.0)
     return q, k, v, mask
 
 
-def _appended(builder: Builder, value: ir.Value, axis: int, what: ir.Value | float) -> ir.Value:
-    """A value with one place more along an axis, which holds `what`."""
+def _appended(builder: Builder, value: ir.Value, axis: int, what, count: int = 1) -> ir.Value:
+    """A value with `count` places more along an axis, which hold `what`, a value or numbers."""
     if not isinstance(what, ir.Value):
-        what = builder.node("CastLike", builder.const(np.float32(what)), value, like=value, shape=[])
+        what = np.asarray(what, np.float32)
+        what = builder.node("CastLike", builder.const(what), value, like=value, shape=what.shape)
     n, own = rank(value), known_size(value, axis)
-    target = builder.concat(*(1 if a == axis else builder.axes(value, a, a + 1) for a in range(n)))
+    target = builder.concat(*(count if a == axis else builder.axes(value, a, a + 1) for a in range(n)))
     shape = [size(value, a) for a in range(n)]
-    shape[axis] = 1
+    shape[axis] = count
     more = builder.node("Expand", what, target, like=value, shape=shape)
-    shape[axis] = own and own + 1
+    shape[axis] = own and own + count
     return builder.node("Concat", value, more, like=value, shape=shape, axis=axis)
