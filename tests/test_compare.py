@@ -261,6 +261,12 @@ def test_what_cannot_be_compared_is_one_line(write, documents, qexport):
         for size in d["sizes"]:
             size["batch"] = 7
 
+    def other_data(d):
+        d["data"]["source"], d["passed"] = "other.txt", False
+        outputs = [metrics for mode in d["outputs"].values() for metrics in mode.values()]
+        for metrics in [*outputs, *(site[mode] for site in d["sites"] for mode in ("local", "propagated"))]:
+            metrics["relative_error"] += 1.0
+
     doctor = write("doctor.json", make_document("doctor", {"ok": True, "findings": []}))
     cases = (
         ("the first holds validate, the second profile", checked, timed),
@@ -268,6 +274,7 @@ def test_what_cannot_be_compared_is_one_line(write, documents, qexport):
         ("outputs of validate: ['hidden'] against ['logits']", checked, write("b.json", documents["validate"], renamed)),
         ("nodes of the classical model", timed, write("c.json", documents["profile"], other_graph)),
         ("no figure in common", timed, write("d.json", documents["profile"], other_sizes)),
+        ("none is judged: errors of validate", checked, write("f.json", documents["validate"], other_data)),
         ("its validate lacks 'sites'", checked, write("e.json", documents["validate"], lambda d: d.pop("sites"))),
         ("cannot be read", checked, "absent.json"),
     )

@@ -46,7 +46,8 @@ def compare(before, after, *, threshold: float = 0.05) -> Comparison:
         threshold: changes up to this share of the earlier figure never count.
 
     Raises:
-        UsageError: a file is no report, or the two are of different kinds, models, sizes or inputs, or `threshold` < 0.
+        UsageError: a file is no report, or the two are of different kinds, models, sizes or inputs, no figure can be
+            judged, or `threshold` < 0.
     """
     if not 0 <= real("threshold", threshold) < math.inf:
         raise UsageError(f"threshold must be a number >= 0, got {threshold}")
@@ -76,6 +77,9 @@ def compare(before, after, *, threshold: float = 0.05) -> Comparison:
             notes.append(f"{', '.join(alone)} is in {file} alone")
     if not figures:
         raise UsageError(f"{before} and {after} have no figure in common: they are of different sizes or settings")
+    if all(figure["verdict"] == UNJUDGED for figure in figures):
+        why = notes[0] if notes else "they are shown only"
+        raise UsageError(f"{before} and {after} cannot be compared, of {len(figures)} figures none is judged: {why}")
     passed = all(figure["verdict"] != WORSE for figure in figures)
     return Comparison(str(before), str(after), passed, threshold, figures, notes)
 
