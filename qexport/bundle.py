@@ -92,8 +92,10 @@ class Bundle:
 
     @property
     def model_sha256(self) -> str | None:
-        """The converted model's, as it was written; by it a report knows what was measured. None where it is not listed."""
-        return self.manifest["files"].get(MODEL, {}).get("sha256")
+        """Of the sha256 of the converted model and of its weights beside it, as they were written; by it a report knows what
+        was measured. None where they are not listed."""
+        parts = [file["sha256"] for name, file in self.manifest["files"].items() if name == MODEL or name.endswith(".data")]
+        return hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest() if parts else None
 
     @property
     def classical_path(self) -> Path:

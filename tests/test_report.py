@@ -217,9 +217,12 @@ def test_a_changed_file_fails(tmp_path, measured):
 
 @pytest.mark.parametrize("part", ["validate", "profile"])
 def test_figures_of_a_model_that_was_replaced_are_not_reused(bundle, tmp_path, measured, part):
-    """In the same folder, with the same attentions: only the file tells."""
+    """In the same folder, with the same attentions: only the files tell, be it that of other weights."""
     document = json.loads(measured.read_text())["parts"][part]
-    assert document["model_sha256"] == Bundle.open(bundle).manifest["files"]["model.onnx"]["sha256"]
+    measured_on = Bundle.open(bundle)
+    assert document["model_sha256"] == measured_on.model_sha256
+    measured_on.manifest["files"]["model.onnx.data"] = {"sha256": "0" * 64}
+    assert document["model_sha256"] != measured_on.model_sha256
     (tmp_path / "old.json").write_text(json.dumps(document))
     again = make_bundle(tmp_path / "again", attention={"strategy": "naive", "num_samples": [4]})
     with pytest.raises(UsageError, match=r"old\.json: was measured on another model than"):

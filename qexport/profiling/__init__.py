@@ -39,7 +39,7 @@ class ProfileReport:
         sizes: one dict per batch size and length: latencies in milliseconds, per op, and memory in bytes, of both models.
         versions: of qexport and what it ran on.
         target: the URL of the machine, None for this one.
-        model_sha256: of the converted model.
+        model_sha256: of the converted model and its weights.
     """
 
     bundle: str

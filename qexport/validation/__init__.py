@@ -35,7 +35,7 @@ class ValidationReport:
         worst_site: the entry of `sites` with the largest error; None where no site could be measured.
         settings: the providers that it ran on.
         target: the URL of the machine it was computed on, None for this one.
-        model_sha256: of the converted model.
+        model_sha256: of the converted model and its weights.
     """
 
     bundle: str
