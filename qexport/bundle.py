@@ -93,8 +93,9 @@ class Bundle:
     @property
     def model_sha256(self) -> str | None:
         """Of the sha256 of the converted model and of its weights beside it, as they were written; by it a report knows what
-        was measured. None where they are not listed."""
-        parts = [file["sha256"] for name, file in self.manifest["files"].items() if name == MODEL or name.endswith(".data")]
+        was measured. None where they are not listed, as in a bundle that is being written."""
+        files = self.manifest.get("files", {})
+        parts = [file["sha256"] for name, file in files.items() if name == MODEL or name.endswith(".data")]
         return hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest() if parts else None
 
     @property
