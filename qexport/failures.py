@@ -42,8 +42,10 @@ def _load_failure(path, message: str, runtime: str, library: bool) -> str:
     if match := re.search(r"No Op registered for (\w+) with domain_version of (\d+)", message):
         return f"op {match[1]} of opset {match[2]} is unknown to {runtime}; upgrade it or lower the --opset"
     if match := re.search(r"Could not find an implementation for (\w+)\((\d+)\)", message):
-        what = f"{match[1]} of opset {match[2]} in the types of the model"
-        return f"{runtime} has no kernel here for {what}; if they are bfloat16, --provider cuda has, or --dtype float32"
+        return (
+            f"{runtime} has no kernel here for {match[1]} of opset {match[2]} in the types of the model; "
+            "where they are bfloat16, run it with --provider cuda or convert with --dtype float32"
+        )
     if match := re.search(r"Please load external data into raw data for tensor: (\S+)", message):
         return (
             f"{runtime} needs {match[1]!r} to compute shapes, but it is stored outside the file; keep small tensors inside"

@@ -139,4 +139,4 @@ def test_nothing_to_compress(tmp_path, case):
 
 def test_bfloat16_that_onnxruntime_cannot_run(tmp_path):
     path = language_model(tmp_path / "lm.onnx", dtype=ml_dtypes.bfloat16)
-    assert "bfloat16 takes --provider cuda" in refused(tmp_path, path, token_ids())
+    assert "where they are bfloat16, run it with --provider cuda" in refused(tmp_path, path, token_ids())
