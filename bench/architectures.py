@@ -63,7 +63,8 @@ def cases(only: list[str] | None = None) -> list[Case]:
 def _tiny(cls, own: dict, shared: dict) -> dict:
     """The shared keys that `cls` knows, and its own; for the configurations that it holds as well."""
     default = cls()
-    keys = {key: value for key, value in shared.items() if hasattr(default, key) or key in cls.attribute_map} | own
+    known = {*default.to_dict(), *cls.attribute_map}
+    keys = {key: value for key, value in shared.items() if key in known} | own
     for name in cls.sub_configs:
         part, its_own = getattr(default, name, None), own.get(name, {})
         if hasattr(part, "to_dict") and its_own != "default":
@@ -184,9 +185,8 @@ def _difference(found: np.ndarray | None, expected: np.ndarray, mask: np.ndarray
     finite = np.isfinite(expected)
     if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
         return np.inf
-    if not finite.any():
-        return 0.0
-    return float(np.abs(found[finite] - expected[finite]).max() / max(np.abs(expected[finite]).max(), 1e-30))
+    span = np.abs(expected[finite]).max(initial=1e-30)
+    return float(np.abs(found[finite] - expected[finite]).max(initial=0) / span)
 
 
 def _child(case: Case, work: Path, answer) -> None:
