@@ -31,8 +31,7 @@ from qexport.errors import QexportError
 from qexport.sources.huggingface import TASKS
 
 FILE = Path(__file__).with_suffix(".toml")
-# What takes long to load: processes are copies of one that has done it.
-LOADED_ONCE = ["transformers.modeling_utils", "onnxscript.optimizer", "torch.onnx", "qexport.conversion"]
+LOADED_ONCE = ["transformers.modeling_utils", "onnxscript.optimizer", "torch.onnx", "qexport.conversion"]  # for all jobs
 # Sizes of the compared inputs by axis; sound has samples or frames.
 SIZES = {"batch": 3, "sequence": 21, "decoder_sequence": 13, "samples": 12345, "frames": 150}
 

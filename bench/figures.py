@@ -192,14 +192,16 @@ def kv_cache() -> str:
 
 # What the reasons of `convert` are in a few words; names of nodes and what follows a semicolon are dropped from the others.
 FEW_WORDS = (
+    (r"torch cannot export .* complex-.*", "torch cannot export complex numbers"),
+    (r"torch cannot export .* GuardOnDataDependentSymNode.*", "torch cannot export what it does depending on values"),
     (r"torch cannot export the model to ONNX: (\w+).*", r"torch cannot export it (\1)"),
     (r".* takes '(\w+)', for which no example inputs are known.*", r"no example inputs are known for \1"),
-    (r".* does not run on example inputs.*", "needs more inputs than the examples: give package.module:callable"),
+    (r".* does not run on example inputs.*", "does not run on the example inputs: give package.module:callable"),
     (r"no attention found.*", "no softmax between two products of matrices"),
     (r".*onnxruntime \S+ has no kernel here for (\w+).*", r"onnxruntime has no kernel for its \1"),
     (r"(the classical ONNX model differs from the source) by.*", r"\1"),
     (r"none of its \d+ attentions can be converted; [^:]+: (.*)", r"\1"),
-    (r" '[^']*'", ""),
+    (r"( in)? '[^']*'", ""),
     (r"; .*", ""),
 )
 
@@ -221,7 +223,7 @@ def architectures() -> str:
     for row in whole:
         if row["notes"]:
             notes.setdefault(row["notes"], []).append(row["type"])
-    remarks = " ".join(f"{', '.join(types)}: {note}." for note, types in notes.items())
+    remarks = " ".join(f"{', '.join(types)}: {note.removeprefix('its ')}." for note, types in notes.items())
     compared = sorted((row["difference"], row["type"]) for row in rows if row["difference"] is not None)
     first = paragraph(f"""
     ## Model types that convert takes
