@@ -3,6 +3,7 @@
 python -m bench.figures writes both files.
 """
 
+import re
 from pathlib import Path
 
 from bench import comparisons, summary
@@ -31,6 +32,7 @@ def page() -> str:
         attention.tree(),
         attention.decode(),
         kv_cache(),
+        architectures(),
         comparisons.noise(),
         comparisons.compression(),
         attention.goals(),
@@ -186,6 +188,62 @@ def kv_cache() -> str:
     longer past: caches in place with the library (exact, and the tree with summaries, whose error docs/math.md tells) and
     without it, and joined {source("kv_cache", results)}.
     """) + table(header, rows)
+
+
+# What the reasons of `convert` are in a few words; names of nodes and what follows a semicolon are dropped from the others.
+FEW_WORDS = (
+    (r"torch cannot export .* complex-.*", "torch cannot export complex numbers"),
+    (r"torch cannot export .* GuardOnDataDependentSymNode.*", "torch cannot export what it does depending on values"),
+    (r"torch cannot export the model to ONNX: (\w+).*", r"torch cannot export it (\1)"),
+    (r".* takes '(\w+)', for which no example inputs are known.*", r"no example inputs are known for \1"),
+    (r".* does not run on example inputs.*", "does not run on the example inputs: give package.module:callable"),
+    (r"no attention found.*", "no softmax between two products of matrices"),
+    (r".*onnxruntime \S+ has no kernel here for (\w+).*", r"onnxruntime has no kernel for its \1"),
+    (r"(the classical ONNX model differs from the source) by.*", r"\1"),
+    (r"none of its \d+ attentions can be converted; [^:]+: (.*)", r"\1"),
+    (r"( in)? '[^']*'", ""),
+    (r"; .*", ""),
+)
+
+
+def architectures() -> str:
+    results = load("architectures")
+    rows, versions = results["architectures"], results["parameters"]
+    whole = [row for row in rows if row["difference"] is not None and not row["left_alone"]]
+    kinds, others = {}, {}
+    for row in whole:
+        kinds.setdefault(row["kind"], []).append(row["type"])
+    for row in (row for row in rows if row not in whole):
+        words = row["reason"]
+        for pattern, few in FEW_WORDS:
+            words = re.sub(pattern, few, words)
+        converted = f"{row['converted']} of {row['converted'] + row['left_alone']}" if row["converted"] else "none"
+        others.setdefault((words, converted), []).append(row["type"])
+    notes = {}
+    for row in whole:
+        if row["notes"]:
+            notes.setdefault(row["notes"], []).append(row["type"])
+    remarks = " ".join(f"{', '.join(types)}: {note.removeprefix('its ')}." for note, types in notes.items())
+    compared = sorted((row["difference"], row["type"]) for row in rows if row["difference"] is not None)
+    first = paragraph(f"""
+    ## Model types that convert takes
+    {len(rows)} model types of transformers {versions["transformers"]}, exported by torch {versions["torch"]}, each as a tiny
+    model of {versions["layers"]} layers with random weights and converted with strategy exact: {len(whole)} convert in every
+    attention. At another batch and length, with padding, with the op library and without, outputs differ from torch's eager
+    attention by {compared[len(compared) // 2][0]:.0e} of the largest value in the median, and by {compared[-1][0]:.0e} in
+    {compared[-1][1]} {source("architectures", results)}.
+    """)
+    taken = table(
+        ("every attention converts", "types", "names"),
+        [(kind, len(types), ", ".join(types)) for kind, types in kinds.items()],
+        words=True,
+    )
+    left = table(
+        ("not every attention converts", "converted", "why"),
+        [(", ".join(types), converted, words) for (words, converted), types in others.items()],
+        words=True,
+    )
+    return first + taken + "\n" + paragraph(remarks) + left
 
 
 def put(text: str, figures: str) -> str:
