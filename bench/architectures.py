@@ -240,8 +240,12 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="only these model types")
     parser.add_argument("--resume", metavar="FILE", help="take rows from this file, and append the others to it")
     arguments = parser.parse_args()
+    try:
+        chosen = cases(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "layers": 2}
-    rows = measured(cases(arguments.only), arguments.jobs, arguments.limit, arguments.resume)
+    rows = measured(chosen, arguments.jobs, arguments.limit, arguments.resume)
     common.report("architectures", arguments.jobs, versions, {"architectures": rows}, arguments.json)
 
 
