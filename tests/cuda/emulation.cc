@@ -8,7 +8,8 @@ namespace emulation {
 
 namespace {
 
-constexpr size_t kBehind = 1024;                      // bytes of shared memory behind what a kernel asked for
+constexpr size_t kBehind = 1024;    // bytes of shared memory behind what a kernel asked for
+constexpr size_t kApart = 17 * 64;  // of stacks' ends, which would share a few lines of the cache otherwise
 constexpr char kUnwritten = static_cast<char>(0xff);  // memory that a kernel does not fill: here NaN of every type
 
 }  // namespace
@@ -133,6 +134,12 @@ const Slot* exchange(const char* operation, const void* value, size_t size) {
   return slots;
 }
 
+void multiply(const char* operation, const Fragments& own, void (*product)(const Slot*)) {
+  const bool last = own_warp().meeting.arrived == 31;
+  const Slot* const lanes = exchange(operation, own);
+  if (last) product(lanes);
+}
+
 void phase_init(const void* barrier, int arrivals) {
   const Unwatched unwatched;
   block->phases[barrier].running = static_cast<unsigned>(arrivals);
@@ -218,7 +225,7 @@ void run_block(Block& own, size_t shared_bytes, const std::function<void()>& bod
     stacks.pop_back();
     getcontext(&thread.start);
     thread.start.uc_stack.ss_sp = thread.stack.get();
-    thread.start.uc_stack.ss_size = kStackBytes;
+    thread.start.uc_stack.ss_size = kStackBytes - i % 64 * kApart;
     makecontext(&thread.start, enter, 0);
     ++block->meeting.running, ++block->warps[i / 32].meeting.running;
   }

@@ -22,7 +22,8 @@ FLAGS = (
 # of what orders threads.
 RACES = os.environ.get("QEXPORT_EMULATED_RACES") == "1"
 WATCHED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-threadsafe-statics")
-RUNTIME, DETECTOR = (ROOT / "tests" / "cuda" / name for name in ("emulation.cc", "emulation_races.cc"))
+RUNTIME = [ROOT / "tests" / "cuda" / name for name in ("emulation.cc", "emulation_mma.cc")]
+DETECTOR = ROOT / "tests" / "cuda" / "emulation_races.cc"
 
 
 def cuda_headers() -> Path | None:
@@ -50,10 +51,10 @@ def _text(source: Path, seen: set) -> str:
 
 
 def _compile(source: Path, races: bool, headers: Path, compiler: str, cache: Path) -> Path:
-    watched = () if source in (RUNTIME, DETECTOR) else WATCHED
+    watched = () if source in (*RUNTIME, DETECTOR) else WATCHED
     flags = *FLAGS, *(("-DQEXPORT_EMULATED_RACES", "-g1", *watched) if races else ())
-    if source == RUNTIME:
-        flags += ("-O2",)  # kernels take longer to compile than to run, but this is where all their threads wait
+    if source in RUNTIME:
+        flags += ("-O3",)  # kernels take longer to compile than to run, but this is what all their threads do most
     includes = *(f"-I{folder}" for folder in INCLUDES), "-isystem", str(headers)
     command = [compiler, *flags, *includes, "-x", "c++", "-c"]
     key = hashlib.sha256("\n".join([*command, _text(source, set())]).encode()).hexdigest()[:16]
@@ -72,7 +73,7 @@ def build(cache: Path, program: Path | None = None, races: bool = RACES, kernels
     headers, compiler = cuda_headers(), os.environ.get("CXX", "g++")
     cuda = ROOT / "cpp" / "cuda"
     sources = [*sorted(cuda.glob("*.cu")), cuda / "table.cc"] if kernels else []
-    sources += [RUNTIME, *([DETECTOR] if races else []), *([program] if program else [])]
+    sources += [*RUNTIME, *([DETECTOR] if races else []), *([program] if program else [])]
     with open(cache / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the tests that run at the same time one compiles, the others find it done
         objects = list(pool.map(lambda source: _compile(source, races, headers, compiler, cache), sources))

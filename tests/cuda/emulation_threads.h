@@ -72,7 +72,7 @@ struct Thread {
 struct Warp {
   Meeting meeting;
   const char* operation = "";  // that its lanes meet at
-  uint64_t slot[2][32][3];     // by parity of the meeting: a thread is never two of them ahead
+  uint64_t slot[2][32][4];     // by parity of the meeting: a thread is never two of them ahead
 };
 
 constexpr size_t kStackBytes = 256 * 1024;
@@ -114,8 +114,8 @@ void start_product(const Product& product);
 void close_products();
 void finish_products(int pending);
 
-// Every lane gives up to 24 bytes; returns the slots of all lanes.
-using Slot = uint64_t[3];
+// Every lane gives up to 32 bytes; returns the slots of all lanes.
+using Slot = uint64_t[4];
 const Slot* exchange(const char* operation, const void* value, size_t size);
 template <class T>
 const Slot* exchange(const char* operation, const T& value) {
@@ -128,6 +128,16 @@ T from_slot(const Slot& slot) {
   std::memcpy(&value, slot, sizeof(T));
   return value;
 }
+// What a lane gives to a product of its warp: its parts of both matrices, and its four accumulators.
+struct Fragments {
+  uint32_t a[4], b[2];
+  float* c;
+};
+void multiply_half(const Slot* lanes);  // m16n8k16
+void multiply_bfloat16(const Slot* lanes);
+void multiply_tf32(const Slot* lanes);  // m16n8k8
+// The lane that comes last makes the product.
+void multiply(const char* operation, const Fragments& own, void (*product)(const Slot*));
 inline void check_mask(unsigned mask) {
   if (mask != 0xffffffffu) die("warp operation without the full mask");
 }

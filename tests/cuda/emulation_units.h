@@ -33,53 +33,14 @@ __forceinline__ float half_at(uint32_t pair, int i) {
   return __uint_as_float(uint32_t{bits} << 16);
 }
 
-// Of a lane: two rows and two columns of a product, whose elements four and eight lanes hold.
-struct Fragments {
-  uint32_t a[4], b[2];
-};
-// Every lane computes its own four elements: of rows lane / 4 and 8 more, times columns 2 * (lane % 4) and the next.
+// Products of a warp (emulation_mma.cc): one lane makes them for all, in the accumulators that each gives.
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const int self = emulation::block->now->lane;
-  float A[2][16], B[2][16];
-  const auto* all = emulation::exchange("mma_16816", Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-  for (int j = 0; j < 4; ++j) {
-    const auto from = emulation::from_slot<Fragments>(all[self / 4 * 4 + j]);
-    for (int i = 0; i < 4; ++i) {
-      for (int e = 0; e < 2; ++e) A[i % 2][2 * j + e + i / 2 * 8] = half_at<T>(from.a[i], e);
-    }
-  }
-  for (int j = 0; j < 8; ++j) {
-    const auto from = emulation::from_slot<Fragments>(all[self % 4 * 8 + j]);
-    for (int i = 0; i < 2; ++i) {
-      for (int e = 0; e < 2; ++e) B[j / 4][2 * (j % 4) + e + i * 8] = half_at<T>(from.b[i], e);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 16; ++k) c[i] += A[i / 2][k] * B[i % 2][k];
-  }
+  const auto multiply = std::is_same<T, __half>::value ? emulation::multiply_half : emulation::multiply_bfloat16;
+  emulation::multiply("mma_16816", {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, c}, multiply);
 }
-
-inline float tf32(uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); }
-// What a unit drops, of its operands and of its sums.
 inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const int self = emulation::block->now->lane;
-  double A[2][8], B[2][8];
-  const auto* all = emulation::exchange("mma_1688", Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  for (int j = 0; j < 4; ++j) {
-    const auto from = emulation::from_slot<Fragments>(all[self / 4 * 4 + j]);
-    for (int i = 0; i < 4; ++i) A[i % 2][j + i / 2 * 4] = tf32(from.a[i]);
-  }
-  for (int j = 0; j < 8; ++j) {
-    const auto from = emulation::from_slot<Fragments>(all[self % 4 * 8 + j]);
-    for (int i = 0; i < 2; ++i) B[j / 4][j % 4 + i * 4] = tf32(from.b[i]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    double sum = c[i];
-    for (int k = 0; k < 8; ++k) sum += A[i / 2][k] * B[i % 2][k];
-    c[i] = static_cast<float>(sum);
-    if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);
-  }
+  emulation::multiply("mma_1688", {{a[0], a[1], a[2], a[3]}, {b0, b1}, c}, emulation::multiply_tf32);
 }
 
 inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
