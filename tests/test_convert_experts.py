@@ -6,7 +6,9 @@ import torch
 import transformers
 
 from qexport.conversion import convert
+from qexport.errors import QexportError
 from qexport.runtime import session
+from qexport.sources.torch_export import export_module
 
 CONFIG = {
     "vocab_size": 99,
@@ -47,3 +49,17 @@ def test_a_mixture_of_experts_computes_what_torch_does(mixtral, tmp_path):
 def test_torch_has_an_operator_of_its_own_for_bfloat16(mixtral):
     report = convert(mixtral[1], None, task="causal-lm", dtype="bfloat16", dry_run=True)
     assert (len(report.sites), report.left_alone) == (2, [])
+
+
+class Paired(torch.nn.Module):
+    """As many matrices on the left as on the right, which leaves no rows to share out."""
+
+    def forward(self, left, right):
+        return torch._grouped_mm(left, right)
+
+
+def test_a_grouped_product_without_a_node_is_one_line():
+    inputs = torch.randn(2, 8, 16).bfloat16(), torch.randn(2, 16, 8).bfloat16()
+    with pytest.raises(QexportError, match=r"torch cannot export .*without offsets") as raised:
+        export_module(Paired(), inputs, {}, kind="torch", name="t", opset=23)
+    assert "\n" not in str(raised.value)

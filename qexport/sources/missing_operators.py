@@ -14,16 +14,17 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TFloat, TInt
 def _grouped_product(rows: TFloat, weights: TFloat, ends: TInt) -> TFloat:
     zero = op.Constant(value_ints=[0])
     start = op.Identity(zero)
-    result = op.MatMul(op.Slice(rows, zero, zero, zero), op.Gather(weights, 0))  # no rows yet, in the type of the weights
+    # Not one growing tensor, which would be copied for each expert. It begins with no rows, in the type of the weights.
+    parts = op.SequenceConstruct(op.MatMul(op.Slice(rows, zero, zero, zero), op.Gather(weights, 0)))
     for expert in range(op.Squeeze(op.Shape(weights, start=0, end=1))):
         end = op.Unsqueeze(op.Cast(op.Gather(ends, expert), to=7), zero)
         if op.Squeeze(start < end):  # experts without rows are not read
             own = op.MatMul(op.Slice(rows, start, end, zero), op.Gather(weights, expert))
-            result = op.Concat(result, own, axis=0)
+            parts = op.SequenceInsert(parts, own)
         else:
-            result = op.Identity(result)
+            parts = op.Identity(parts)
         start = op.Identity(end)
-    return result
+    return op.ConcatFromSequence(parts, axis=0)
 
 
 def _grouped(rows, weights, offs=None, bias=None, out_dtype=None):
