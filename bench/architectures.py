@@ -1,6 +1,6 @@
 """What `convert` takes: a tiny random model of every type of transformers in architectures.toml, converted and compared.
 
-    python -m bench.architectures [--only TYPE ..] [--jobs 2] [--resume FILE] [--json FILE]
+    python -m bench.architectures [--only TYPE ..] [--threads 2] [--resume FILE] [--json FILE]
 
 A model has two layers. It is converted with strategy exact in a process of its own. The bundle is run, with the op library
 and without, on inputs of another batch and length than those of the conversion; one text of three is padded by a third. The
@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a job is a thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a conversion is a thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -31,7 +31,7 @@ from qexport.errors import QexportError
 from qexport.sources.huggingface import TASKS
 
 FILE = Path(__file__).with_suffix(".toml")
-LOADED_ONCE = ["transformers.modeling_utils", "onnxscript.optimizer", "torch.onnx", "qexport.conversion"]  # for all jobs
+LOADED_ONCE = ["transformers.modeling_utils", "onnxscript.optimizer", "torch.onnx", "qexport.conversion"]  # for all
 # Sizes of the compared inputs by axis; sound has samples or frames.
 SIZES = {"batch": 3, "sequence": 21, "decoder_sequence": 13, "samples": 12345, "frames": 150}
 
@@ -215,7 +215,7 @@ def watched(case: Case, limit: float) -> dict:
     return row | {"reason": shorten(row["reason"], 200, placeholder=" …")}
 
 
-def measured(chosen: list[Case], jobs: int, limit: float, resume: str | None) -> list[dict]:
+def measured(chosen: list[Case], threads: int, limit: float, resume: str | None) -> list[dict]:
     """The rows of all cases; those in the file `resume` are taken from it, and the others appended."""
     rows = {}
     if resume and Path(resume).is_file():
@@ -230,13 +230,13 @@ def measured(chosen: list[Case], jobs: int, limit: float, resume: str | None) ->
             with open(resume, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, [case for case in chosen if case.type not in rows]))
     return [rows[case.type] for case in chosen]
 
 
 def main():
-    parser = common.parser(__doc__.split("\n")[0], jobs=2, limit=100.0)
+    parser = common.parser(__doc__.split("\n")[0], threads="conversions at a time, each in a thread", limit=100.0)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="only these model types")
     parser.add_argument("--resume", metavar="FILE", help="take rows from this file, and append the others to it")
     arguments = parser.parse_args()
@@ -245,8 +245,8 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "layers": 2}
-    rows = measured(chosen, arguments.jobs, arguments.limit, arguments.resume)
-    common.report("architectures", arguments.jobs, versions, {"architectures": rows}, arguments.json)
+    rows = measured(chosen, arguments.threads, arguments.limit, arguments.resume)
+    common.report("architectures", arguments.threads, versions, {"architectures": rows}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from qexport.ops import DOMAIN
 SCHEMA_VERSION = 1
 
 
-def parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The options that every benchmark has, --json and --threads, and its own numeric ones with their defaults."""
+def parser(description: str, threads: str = "intra-op threads of onnxruntime", **defaults) -> argparse.ArgumentParser:
+    """The options that every benchmark has, --json and --threads (of what), and its own numeric ones with their defaults."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     arguments.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    arguments.add_argument("--threads", type=int, default=1, help="intra-op threads of onnxruntime")
+    arguments.add_argument("--threads", type=int, default=1, help=threads)
     for name, value in defaults.items():
         arguments.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     return arguments

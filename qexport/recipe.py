@@ -82,6 +82,8 @@ class LayerRecipe(_Entry):
 class Recipe(_Entry):
     """How a whole model is computed; docs/converting.md has the keys, and what those that are None mean.
 
+    `make_recipe` makes one whose values fit each other, and says in one line what is wrong; here pydantic does, key by key.
+
     Attributes:
         seed: default of the model's seed input, of 64 bits.
         layers: overrides; the last one that fits a site wins.
