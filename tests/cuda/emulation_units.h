@@ -36,8 +36,8 @@ __forceinline__ float half_at(uint32_t pair, int i) {
 // Products of a warp (emulation_mma.cc): one lane makes them for all, in the accumulators that each gives.
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto multiply = std::is_same<T, __half>::value ? emulation::multiply_half : emulation::multiply_bfloat16;
-  emulation::multiply("mma_16816", {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, c}, multiply);
+  const auto product = std::is_same<T, __half>::value ? emulation::multiply_half : emulation::multiply_bfloat16;
+  emulation::multiply("mma_16816", {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, c}, product);
 }
 inline void mma_1688(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::multiply("mma_1688", {{a[0], a[1], a[2], a[3]}, {b0, b1}, c}, emulation::multiply_tf32);
