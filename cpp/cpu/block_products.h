@@ -9,15 +9,22 @@
 #pragma once
 
 #include "pack_blocks.h"
+#include "tiles.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
 
-// Rows of the packed Q^T, in the elements of the blocks.
+// Rows of the packed Q^T, in the elements of the blocks. Tiles read whole rows of keys, whose ends are zero.
 static QEXPORT_INLINE int64_t query_elements(const KvBlocks& blocks) {
-  return blocks.precision == Precision::fp32   ? blocks.head_size
+  return blocks.tiles                          ? blocks.key_row
+         : blocks.precision == Precision::fp32 ? blocks.head_size
          : blocks.precision == Precision::bf16 ? (blocks.head_size + 1) / 2
                                                : (blocks.head_size + 3) / 4;
+}
+
+// Rows of p that belong to a block.
+static QEXPORT_INLINE int64_t value_elements(const KvBlocks& blocks) {
+  return blocks.precision == Precision::fp32 ? kBlockKeys : kBlockKeys / 2;
 }
 
 #if defined(QEXPORT_LOW_PRECISION)
@@ -28,7 +35,7 @@ static void pack_block_queries(const KvBlocks& blocks, float* q_t, int64_t ld, i
   for (int64_t at = 0; at < vecs * kLanes; at += kLanes) {
     const auto row = [&](int64_t x) QEXPORT_INLINE_LAMBDA { return x < size ? load<vf>(q_t + x * ld + at) : vf{}; };
     if (blocks.precision == Precision::bf16) {
-      for (int64_t x = 0; x < size; x += 2) store(q_t + x / 2 * ld + at, bf16_pairs(row(x), row(x + 1)));
+      for (int64_t i = 0; i < query_elements(blocks); ++i) store(q_t + i * ld + at, bf16_pairs(row(2 * i), row(2 * i + 1)));
       continue;
     }
     vf most{}, check{};
@@ -100,7 +107,7 @@ template <class Math, int kVecs>
 static __attribute__((noinline)) void value_list(const KvBlocks& blocks, const float* values, const int32_t* list,
                                                  int64_t count, const float* p, float* o_t, int64_t ld,
                                                  const float* rescale) {
-  const int64_t steps = blocks.value_block / blocks.value_row;
+  const int64_t steps = value_elements(blocks);
   for_row_blocks(blocks.v_head_size, [&](int64_t x, auto rows) QEXPORT_INLINE_LAMBDA {
     vf sum[decltype(rows)::value][kVecs];
     load_sums(sum, o_t + x * ld, ld, rescale);
@@ -109,6 +116,77 @@ static __attribute__((noinline)) void value_list(const KvBlocks& blocks, const f
     }
     store_sums(sum, o_t + x * ld, ld);
   });
+}
+
+#if defined(QEXPORT_TILES)
+// Accumulators 0 .. kVecs - 1 = the scores of the 16 keys of a block.
+template <int kVecs>
+static QEXPORT_INLINE void score_tiles(const KvBlocks& blocks, const float* k, const float* q_t, int64_t ld) {
+  for_tiles<kVecs>([](auto v) QEXPORT_INLINE_LAMBDA { tile_zero<v>(); });
+  for (int64_t x = 0; x < blocks.key_row; x += kBlockKeys) {
+    tile_load<kWideA>(k + x, blocks.key_row);
+    for_tiles<kVecs>([&](auto v) QEXPORT_INLINE_LAMBDA {
+      tile_load<kWideB>(q_t + x * ld + v * kLanes, ld);
+      tile_product<v, kWideA, kWideB>();
+    });
+  }
+}
+
+template <int kVecs>
+static QEXPORT_INLINE void store_tiles(float* c, int64_t ld) {
+  for_tiles<kVecs>([&](auto v) QEXPORT_INLINE_LAMBDA { tile_store<v>(c + v * kLanes, ld); });
+}
+
+template <int kVecs>
+static void score_tile_list(const KvBlocks& blocks, const float* keys, const int32_t* list, int64_t count, const float* q_t,
+                            float* s, int64_t ld) {
+  for (int64_t i = 0; i < count; ++i, s += kBlockKeys * ld) {
+    score_tiles<kVecs>(blocks, keys + list[i] * blocks.key_block, q_t, ld);
+    store_tiles<kVecs>(s, ld);
+  }
+}
+
+// o_t has whole tiles of rows.
+template <int kVecs>
+static void value_tile_list(const KvBlocks& blocks, const float* values, const int32_t* list, int64_t count, const float* p,
+                            float* o_t, int64_t ld) {
+  const auto products = [&](auto pair, const float* v, const float* rows) QEXPORT_INLINE_LAMBDA {
+    constexpr int a = pair ? kWideA : kHalfA, b = pair ? kWideB : kHalfB;
+    tile_load<a>(v, blocks.value_row);
+    for_tiles<kVecs>([&](auto n) QEXPORT_INLINE_LAMBDA {
+      tile_load<b>(rows + n * kLanes, ld);
+      tile_product<n, a, b>();
+    });
+  };
+  const int64_t steps = value_elements(blocks);
+  for (int64_t x = 0; x < blocks.v_head_size; x += kBlockKeys) {
+    for_tiles<kVecs>([&](auto n) QEXPORT_INLINE_LAMBDA { tile_load<n>(o_t + x * ld + n * kLanes, ld); });
+    for (int64_t i = 0; i < count;) {
+      const float *v = values + blocks.value_start(list[i]) + x * blocks.value_row, *rows = p + i * steps * ld;
+      const bool pair = i + 1 < count && list[i] % 2 == 0 && list[i + 1] == list[i] + 1;
+      pair ? products(std::true_type{}, v, rows) : products(std::false_type{}, v, rows);
+      i += pair ? 2 : 1;
+    }
+    store_tiles<kVecs>(o_t + x * ld, ld);
+  }
+}
+
+// run(integral constant vecs) for 1 to 4 vectors of lanes.
+template <class Run>
+static QEXPORT_INLINE void for_all_lanes(int vecs, const Run& run) {
+  if (vecs == 1) return run(std::integral_constant<int, 1>{});
+  if (vecs == 2) return run(std::integral_constant<int, 2>{});
+  vecs == 3 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 4>{});
+}
+#endif
+
+// o_t[rows][ld] *= rescale[lanes].
+static void rescale_rows(float* o_t, int64_t ld, int64_t rows, int vecs, const float* rescale) {
+  for (int64_t at = 0; at < vecs * kLanes; at += kLanes) {
+    const vf factor = load<vf>(rescale + at);
+    if (!lane_bits(factor != 1.0f)) continue;
+    for (int64_t x = 0; x < rows; ++x) store(o_t + x * ld + at, load<vf>(o_t + x * ld + at) * factor);
+  }
 }
 
 // body(v, integral constant kVecs) for all vectors of lanes, two at a time.
@@ -123,6 +201,13 @@ static QEXPORT_INLINE void for_lanes(int vecs, const Body& body) {
 static __attribute__((noinline)) void score_blocks(const KvBlocks& blocks, const float* keys, const int32_t* list,
                                                    int64_t count, const float* q_t, const float* q_scale, float* s,
                                                    int64_t ld, int vecs) {
+#if defined(QEXPORT_TILES)
+  if (blocks.tiles) {
+    return for_all_lanes(vecs, [&](auto n) QEXPORT_INLINE_LAMBDA {
+      score_tile_list<n>(blocks, keys, list, count, q_t, s, ld);
+    });
+  }
+#endif
   for_lanes(vecs, [&](int at, auto n) QEXPORT_INLINE_LAMBDA {
     constexpr int kVecs = decltype(n)::value;
 #if defined(QEXPORT_LOW_PRECISION)
@@ -141,6 +226,14 @@ static __attribute__((noinline)) void score_blocks(const KvBlocks& blocks, const
 static __attribute__((noinline)) void value_blocks(const KvBlocks& blocks, const float* values, const int32_t* list,
                                                    int64_t count, const float* p, float* o_t, int64_t ld, int vecs,
                                                    const float* rescale) {
+#if defined(QEXPORT_TILES)
+  if (blocks.tiles) {
+    if (rescale) rescale_rows(o_t, ld, blocks.v_head_size, vecs, rescale);
+    return for_all_lanes(vecs, [&](auto n) QEXPORT_INLINE_LAMBDA {
+      value_tile_list<n>(blocks, values, list, count, p, o_t, ld);
+    });
+  }
+#endif
   for_lanes(vecs, [&](int at, auto n) QEXPORT_INLINE_LAMBDA {
     constexpr int kVecs = decltype(n)::value;
     const float* factor = rescale ? rescale + at : nullptr;

@@ -17,13 +17,13 @@ struct BlockedScratch {
 static BlockedScratch blocked_scratch(const AttentionJob& job, Arena& arena) {
   const KvBlocks& blocks = job.blocks;
   BlockedScratch s;
-  s.q_t = arena.take<float>(blocks.head_size * kMaxRows);
+  s.q_t = arena.take<float>(greater(blocks.head_size, query_elements(blocks)) * kMaxRows);
   s.q_scale = arena.take<float>(kMaxRows);
   s.q_mean = arena.take<float>(kMaxRows);
   s.s = arena.take<float>(kBlockedTile * kMaxRows);
   s.p = blocks.precision == Precision::fp32 ? s.s : arena.take<float>(kBlockedTile / 2 * kMaxRows);
   s.bias = arena.take<float>(job.tensors.mask.data ? kBlockedTile * kMaxRows : 0);
-  s.o_t = arena.take<float>(blocks.v_head_size * kMaxRows);
+  s.o_t = arena.take<float>(packed_row(blocks.v_head_size) * kMaxRows);
   return s;
 }
 
@@ -89,6 +89,7 @@ static void blocked_exact_block(const AttentionJob& job, RowBlock block, char* m
   const QuantumAttentionParams& params = job.params;
   const KvBlocks& blocks = job.blocks;
   const int64_t head = block.batch * params.kv_heads + block.kv_head;
+  const TileRegisters registers;
   Rows rows;
   set_rows(job, block, rows);
   Arena arena{memory, 0};

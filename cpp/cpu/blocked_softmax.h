@@ -124,6 +124,45 @@ static __attribute__((noinline)) void exp2_score_list(const KvBlocks& blocks, co
   }
 }
 
+#if defined(QEXPORT_TILES)
+// The same on tiles. The products of a block of keys are asked for before the softmax of the block before it, which the
+// vectors compute meanwhile.
+template <int kVecs>
+static __attribute__((noinline)) void exp2_score_tiles(const KvBlocks& blocks, const float* keys, const int32_t* list,
+                                                       int64_t count, const float* q_t, const float* m, int64_t ld, float* p,
+                                                       float* highest, float* total) {
+  constexpr int64_t kLd = kVecs * kLanes;
+  alignas(64) float scores[2][kBlockKeys * kLd];
+  vf shift[kVecs], most[kVecs], sum_p[kVecs] = {};
+  for (int v = 0; v < kVecs; ++v) {
+    shift[v] = load<vf>(m + v * kLanes) + 0.5f;
+    most[v] = splat(-kInf);
+  }
+  const auto products = [&](int64_t i) QEXPORT_INLINE_LAMBDA {
+    score_tiles<kVecs>(blocks, keys + list[i] * blocks.key_block, q_t, ld);
+    store_tiles<kVecs>(scores[i % 2], kLd);
+  };
+  products(0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + 1 < count) products(i + 1);
+    const float* s = scores[i % 2];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kBlockKeys; j += 2, s += 2 * kLd, p += ld) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const vf lo = load<vf>(s + v * kLanes) - shift[v], hi = load<vf>(s + kLd + v * kLanes) - shift[v];
+        most[v] = max(hi, max(lo, most[v]));
+        store(p + v * kLanes, exp2_pair(lo, hi, sum_p[v]));
+      }
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) {
+    store(highest + v * kLanes, most[v] + 0.5f);
+    store(total + v * kLanes, sum_p[v]);
+  }
+}
+#endif
+
 // The probabilities of blocks that every row attends to, from the m of earlier tiles. Returns false, with nothing but p
 // changed, where that m is too small for 2^(s - m), or still -inf: then score_blocks and exp2_scores must do it. Where it
 // succeeds, m is raised where it is passed by more than kSlack, l belongs to the new m, and alpha is as in exp2_scores but
@@ -141,6 +180,11 @@ static bool exp2_score_blocks(const KvBlocks& blocks, const float* keys, const i
       exp2_score_list<decltype(math), kVecs>(blocks, keys, list, count, q_t + at, q_scale + at, m + at, ld, p + at,
                                              highest + at, total + at);
     };
+#if defined(QEXPORT_TILES)
+    if (blocks.tiles) {
+      return exp2_score_tiles<kVecs>(blocks, keys, list, count, q_t + at, m + at, ld, p + at, highest + at, total + at);
+    }
+#endif
 #if defined(QEXPORT_LOW_PRECISION)
     if (blocks.precision == Precision::bf16) return run(Bf16Math{});
     if (blocks.precision == Precision::int8) return run(Int8Math{});

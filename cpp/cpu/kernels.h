@@ -64,6 +64,7 @@ struct Kernels {
   int64_t few_rows;                                  // rows of a block of `exact_part`
   int64_t sampled_rows;                              // rows of a block of the other kernels
   bool low_precision;                                // bf16 and int8 blocks are supported
+  bool tiles;                                        // blocks in bf16 are laid out for tiles
   size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread
   size_t (*part_bytes)(const AttentionJob& job);     // of one element of part_state
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
@@ -117,6 +118,9 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512bf16 {  // avx512 with products of bfloat16 (BF16) and of 8-bit integers (VNNI)
+extern const Kernels kernels;
+}
+namespace amx {  // avx512bf16 with tiles
 extern const Kernels kernels;
 }
 namespace neon {

@@ -3,6 +3,7 @@
 
 #include "microkernel.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
@@ -114,6 +115,22 @@ static QEXPORT_INLINE void pack_bf16_pair(DType type, const char* even, const ch
   }
 }
 
+#if defined(QEXPORT_TILES)
+// The values of 16 keys transposed, rows of dst `stride` apart.
+template <bool kPlain>
+static QEXPORT_INLINE void pack_value_tile(DType type, const char* const* value, int64_t size, int64_t stride, float* dst) {
+  for (int64_t x = 0; x < size; x += kLanes) {
+    vf m[kLanes];
+    for (int j = 0; j < kLanes; ++j) m[j] = row_part<kPlain>(type, value[j], size, x);
+    transpose(m);
+    for (int i = 0; i < kLanes; ++i) {
+      const __m256i row = (__m256i)_mm512_cvtneps_pbh((__m512)m[i]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(dst + (x + i) * stride), row);
+    }
+  }
+}
+#endif
+
 // One int8 key; its scale is NaN where an element of it is not finite.
 template <bool kPlain>
 static QEXPORT_INLINE void pack_int8_row(DType type, const char* row, const float* mean, int64_t size, int64_t stride,
@@ -161,6 +178,9 @@ static void pack_block(const KvBlocks& blocks, DType type, const char* const* ke
                             reinterpret_cast<int32_t*>(extra + kBlockKeys) + j);
     }
   }
+#if defined(QEXPORT_TILES)
+  if (blocks.tiles) return pack_value_tile<kPlain>(type, value, v_size, v_stride, v);
+#endif
   for (int64_t j = 0; j < kBlockKeys; j += 2, v += v_stride) {
     pack_bf16_pair<kPlain>(type, value[j], value[j + 1], v_size, v_stride, v);
   }
@@ -189,7 +209,7 @@ static void pack_blocks(const AttentionJob& job, int64_t b, int64_t kv_head, int
     const float* mean = blocks.mean_row > 0 ? blocks.head_mean(head) : nullptr;
     const bool plain = all_there && type == DType::f32 && blocks.head_size % 16 == 0 && blocks.v_head_size % 16 == 0;
     float* k = blocks.head_keys(head) + i * blocks.key_block;
-    float* v = blocks.head_values(head) + i * blocks.value_block;
+    float* v = blocks.head_values(head) + blocks.value_start(i);
     plain ? pack_block<true>(blocks, type, key, value, mean, k, v) : pack_block<false>(blocks, type, key, value, mean, k, v);
   }
 }

@@ -28,8 +28,10 @@ KvBlocks choose_blocks(const AttentionJob& job) {
   const bool pays = p.q_len * job.group >= kBlockedRows && job.total_len > 0;
   const bool low = p.precision != Precision::fp32 && kernels().low_precision && pays;
   if (p.strategy != Strategy::tree && (p.strategy != Strategy::exact || !low)) return {};
-  const Precision precision = !low ? Precision::fp32 : p.precision == Precision::automatic ? Precision::bf16 : p.precision;
-  return block_layout(precision, job.total_len, p.head_size, p.v_head_size);
+  // Tiles leave int8 nothing to gain: softmax takes longer than the products.
+  const bool bf16 = p.precision == Precision::automatic || kernels().tiles;
+  const Precision precision = !low ? Precision::fp32 : bf16 ? Precision::bf16 : p.precision;
+  return block_layout(precision, kernels().tiles, job.total_len, p.head_size, p.v_head_size);
 }
 
 // (batch, kv head) pairs whose blocks are in memory at once; whole batch items for `tree`, whose heads share their budget.
@@ -104,8 +106,8 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.packed_value = take(packed, keys * static_cast<size_t>(packed_row(p.v_head_size)));
   const KvBlocks& blocks = job.blocks;
   const size_t at_once = static_cast<size_t>(heads_at_once(job)) * sizeof(float);
-  layout.block_keys = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.key_block));
-  layout.block_values = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.count * blocks.value_block));
+  layout.block_keys = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.stored * blocks.key_block));
+  layout.block_values = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.stored * blocks.value_block));
   layout.key_mean = take(blocks.count > 0, at_once * static_cast<size_t>(blocks.mean_row));
   layout.tree = take(true, tree_bytes(job, heads_at_once(job)));
   const bool clustered = clusters_values(p);

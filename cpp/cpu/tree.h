@@ -19,6 +19,9 @@ constexpr int64_t kHalfSample = 4;  // clusters drawn for each of the two half-s
 inline int64_t least_shared(int64_t budget) { return (budget + 3) / 4; }
 inline int64_t most_shared(int64_t budget) { return 4 * budget; }
 
+// Blocks of a slope with those that are left empty: slopes begin with a pair of blocks (kv_blocks.h).
+inline int64_t slope_blocks(int64_t head_size) { return (head_size + 2 * kBlockKeys - 1) / (2 * kBlockKeys) * 2; }
+
 struct TreeState {
   bool used;
   int64_t clusters;    // of a head, rounded up to whole blocks of summaries

@@ -58,8 +58,8 @@ size_t carve(AttentionJob& job, int64_t heads, char* memory) {
     used += (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
   };
   for (KvBlocks* blocks : {&t.centroids, &t.spreads, &t.slopes, &t.natural}) {
-    take(blocks->keys, heads * blocks->count * blocks->key_block);
-    take(blocks->values, heads * blocks->count * blocks->value_block);
+    take(blocks->keys, heads * blocks->stored * blocks->key_block);
+    take(blocks->values, heads * blocks->stored * blocks->value_block);
   }
   take(t.order, heads * job.blocks.count * kBlockKeys);
   take(t.count, heads * t.clusters);
@@ -231,10 +231,13 @@ void layout_tree(AttentionJob& job) {
   TreeState& t = job.tree;
   const Precision precision = job.blocks.precision == Precision::fp32 ? Precision::fp32 : Precision::bf16;
   t.clusters = (job.blocks.count + kBlockKeys - 1) / kBlockKeys * kBlockKeys;
-  t.centroids = block_layout(precision, job.blocks.count, p.head_size, p.v_head_size);
-  t.spreads = block_layout(precision, job.blocks.count, p.head_size, 0);
+  const auto layout = [&](int64_t keys, int64_t head_size, int64_t v_head_size) {
+    return block_layout(precision, kernels().tiles, keys, head_size, v_head_size);
+  };
+  t.centroids = layout(job.blocks.count, p.head_size, p.v_head_size);
+  t.spreads = layout(job.blocks.count, p.head_size, 0);
   const int64_t slopes = p.is_causal ? (job.total_len + kTreeChunk - 1) / kTreeChunk : 1;
-  t.slopes = block_layout(precision, slopes * packed_row(p.head_size), 0, p.v_head_size);
+  t.slopes = layout(slopes * slope_blocks(p.head_size) * kBlockKeys, 0, p.v_head_size);
   if (p.is_causal) t.natural = job.blocks;
 }
 

@@ -78,6 +78,13 @@ static void pack_summary_keys(const KvBlocks& blocks, const float* rows, int64_t
 }
 
 static void pack_summary_values(const KvBlocks& blocks, const float* rows, int64_t stride, int64_t size, float* block) {
+#if defined(QEXPORT_TILES)
+  if (blocks.tiles) {
+    const char* row[kBlockKeys];
+    for (int64_t j = 0; j < kBlockKeys; ++j) row[j] = reinterpret_cast<const char*>(rows + j * stride);
+    return pack_value_tile<false>(DType::f32, row, size, blocks.value_row, block);
+  }
+#endif
   for (int64_t j = 0; j < kBlockKeys; j += blocks.precision == Precision::fp32 ? 1 : 2) {
     const char* row = reinterpret_cast<const char*>(rows + j * stride);
     if (blocks.precision == Precision::fp32) {
@@ -139,9 +146,10 @@ static void pack_slope(const AttentionJob& job, int64_t head, const float* sum, 
   const int64_t rows = packed_row(job.params.head_size), dv = packed_row(job.params.v_head_size);
   const float share = keys ? kLn2 / static_cast<float>(keys) : 0.0f;
   for (int64_t x = 0; x < rows * dv; x += kLanes) store(slope + x, load<vf>(sum + x) * share);
-  float* blocks = slopes.head_values(head) + index * rows / kBlockKeys * slopes.value_block;
-  for (int64_t x = 0; x < rows; x += kBlockKeys, blocks += slopes.value_block) {
-    pack_summary_values(slopes, slope + x * dv, dv, job.params.v_head_size, blocks);
+  const int64_t first = index * slope_blocks(job.params.head_size);
+  for (int64_t i = 0; i < rows / kBlockKeys; ++i) {
+    pack_summary_values(slopes, slope + i * kBlockKeys * dv, dv, job.params.v_head_size,
+                        slopes.head_values(head) + slopes.value_start(first + i));
   }
 }
 
@@ -212,7 +220,7 @@ static void build_tree(const AttentionJob& job, int64_t b, int64_t kv_head, char
     pack_summary_keys(tree.centroids, s.mean, d, p.head_size,
                       tree.centroids.head_keys(head) + block * tree.centroids.key_block);
     pack_summary_values(tree.centroids, s.value, dv, p.v_head_size,
-                        tree.centroids.head_values(head) + block * tree.centroids.value_block);
+                        tree.centroids.head_values(head) + tree.centroids.value_start(block));
     pack_summary_keys(tree.spreads, s.variance, d, p.head_size,
                       tree.spreads.head_keys(head) + block * tree.spreads.key_block);
   }

@@ -20,7 +20,7 @@ struct TreeScratch {
   float *score, *draw;              // (clusters)
   int32_t *list, *every;            // (clusters), (every_block): 0, 1, 2, ...
   uint8_t *chosen, *done;           // (clusters)
-  float *slope, *trial, *half[2];   // (v_head_size, ld)
+  float *slope, *trial, *half[2];   // (v_head_size up to whole blocks, ld)
   float *sampled_mean, *row;        // (kHalfSample + 1, packed_row(v_head_size)), (packed_row(v_head_size))
 };
 
@@ -39,7 +39,7 @@ static TreeScratch tree_scratch(const AttentionJob& job, Arena& arena) {
   s.list = arena.take<int32_t>(clusters);
   s.every = arena.take<int32_t>(every_block(job));
   for (uint8_t** p : {&s.chosen, &s.done}) *p = arena.take<uint8_t>(clusters);
-  for (float** p : {&s.slope, &s.trial, &s.half[0], &s.half[1]}) *p = arena.take<float>(dv * kTreeRows);
+  for (float** p : {&s.slope, &s.trial, &s.half[0], &s.half[1]}) *p = arena.take<float>(packed_row(dv) * kTreeRows);
   s.sampled_mean = arena.take<float>((kHalfSample + 1) * packed_row(dv));
   s.row = arena.take<float>(packed_row(dv));
   return s;
@@ -49,6 +49,7 @@ static TreeScratch tree_scratch(const AttentionJob& job, Arena& arena) {
 struct Tile {
   Tile(const AttentionJob& job_, const RowBlock& block_) : job(job_), block(block_) {}
 
+  const TileRegisters registers;
   const AttentionJob& job;
   const RowBlock& block;
   Rows rows;
@@ -79,14 +80,15 @@ static void tile_queries(Tile& t) {
   // Rows of q_summary that the slope's last block reads beyond the head.
   const KvBlocks& slopes = tree.slopes;
   const int64_t used = query_elements(tree.centroids), count = whole / kBlockKeys;
-  for (int64_t i = used * ld; i < count * (slopes.value_block / slopes.value_row) * ld; i += kLanes) {
+  for (int64_t i = used * ld; i < count * value_elements(slopes) * ld; i += kLanes) {
     store(t.s.q_summary + i, vf{});
   }
   for (int64_t i = 0; i < slopes.v_head_size * ld; i += kLanes) store(t.s.slope + i, vf{});
   const int64_t chunk = t.job.params.is_causal ? t.open / kTreeChunk : 0;
-  if (chunk * count >= slopes.count) return;  // no keys before the rows
-  value_blocks(slopes, slopes.head_values(t.head) + chunk * count * slopes.value_block, t.s.every, count, t.s.q_summary,
-               t.s.slope, ld, t.rows.vecs, nullptr);
+  const int64_t start = chunk * slope_blocks(size);
+  if (start >= slopes.count) return;  // no keys before the rows
+  value_blocks(slopes, slopes.head_values(t.head) + slopes.value_start(start), t.s.every, count, t.s.q_summary, t.s.slope, ld,
+               t.rows.vecs, nullptr);
 }
 
 // weight: log2 of the weight of each cluster; score: how much is lost, by the model, where only its centroid is taken.
@@ -137,14 +139,8 @@ static void tile_scores(Tile& t) {
 
 // O takes in the factor that it waits for.
 static void settle(Tile& t) {
-  for (int64_t at = 0; at < t.ld; at += kLanes) {
-    const vf alpha = load<vf>(t.alpha + at);
-    store(t.alpha + at, splat(1.0f));
-    if (!lane_bits(alpha != 1.0f)) continue;
-    for (int64_t i = at; i < t.job.params.v_head_size * t.ld; i += t.ld) {
-      store(t.s.exact.o_t + i, load<vf>(t.s.exact.o_t + i) * alpha);
-    }
-  }
+  rescale_rows(t.s.exact.o_t, t.ld, t.job.params.v_head_size, t.rows.vecs, t.alpha);
+  for (int64_t at = 0; at < t.ld; at += kLanes) store(t.alpha + at, splat(1.0f));
 }
 
 // Scores of the places of a cluster that hold no key become -inf.
