@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "harness.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {
@@ -52,7 +52,14 @@ static void peaks() {
   vf a = splat(0.5f), b = splat(1.0f);
   __asm__ volatile("" : "+m"(a), "+m"(b));  // not constants
   micro::peak("fp32_gflops", 1e-9 * operations_per_second<vf>(2.0 * kLanes, [a, b](vf x) { return x * a + b; }));
-#if defined(__AVX512BF16__)
+#if defined(QEXPORT_TILES)
+  const TileRegisters registers;
+  for_tiles<8>([](auto i) { tile_zero<i>(); });
+  micro::peak("bf16_gflops", 1e-9 * operations_per_second<vf>(2.0 * 16 * 16 * 32, [](vf x) {
+                               tile_product<0, kWideA, kWideB>();
+                               return x;
+                             }));
+#elif defined(__AVX512BF16__)
   const __m512bh h = (__m512bh)a;
   micro::peak("bf16_gflops", 1e-9 * operations_per_second<__m512>(64, [h](__m512 x) { return _mm512_dpbf16_ps(x, h, h); }));
 #endif

@@ -119,10 +119,11 @@ static __attribute__((noinline)) void value_list(const KvBlocks& blocks, const f
 }
 
 #if defined(QEXPORT_TILES)
-// Accumulators 0 .. kVecs - 1 = the scores of the 16 keys of a block.
+// Accumulators 0 .. kVecs - 1 = the scores of the 16 keys of a block, plus start[lane].
 template <int kVecs>
-static QEXPORT_INLINE void score_tiles(const KvBlocks& blocks, const float* k, const float* q_t, int64_t ld) {
-  for_tiles<kVecs>([](auto v) QEXPORT_INLINE_LAMBDA { tile_zero<v>(); });
+static QEXPORT_INLINE void score_tiles(const KvBlocks& blocks, const float* k, const float* q_t, int64_t ld,
+                                       const float* start) {
+  for_tiles<kVecs>([&](auto v) QEXPORT_INLINE_LAMBDA { tile_load<v>(start + v * kLanes, 0); });
   for (int64_t x = 0; x < blocks.key_row; x += kBlockKeys) {
     tile_load<kWideA>(k + x, blocks.key_row);
     for_tiles<kVecs>([&](auto v) QEXPORT_INLINE_LAMBDA {
@@ -140,8 +141,9 @@ static QEXPORT_INLINE void store_tiles(float* c, int64_t ld) {
 template <int kVecs>
 static void score_tile_list(const KvBlocks& blocks, const float* keys, const int32_t* list, int64_t count, const float* q_t,
                             float* s, int64_t ld) {
+  alignas(64) const float zero[kVecs * kLanes] = {};
   for (int64_t i = 0; i < count; ++i, s += kBlockKeys * ld) {
-    score_tiles<kVecs>(blocks, keys + list[i] * blocks.key_block, q_t, ld);
+    score_tiles<kVecs>(blocks, keys + list[i] * blocks.key_block, q_t, ld, zero);
     store_tiles<kVecs>(s, ld);
   }
 }
@@ -150,21 +152,20 @@ static void score_tile_list(const KvBlocks& blocks, const float* keys, const int
 template <int kVecs>
 static void value_tile_list(const KvBlocks& blocks, const float* values, const int32_t* list, int64_t count, const float* p,
                             float* o_t, int64_t ld) {
-  const auto products = [&](auto pair, const float* v, const float* rows) QEXPORT_INLINE_LAMBDA {
-    constexpr int a = pair ? kWideA : kHalfA, b = pair ? kWideB : kHalfB;
-    tile_load<a>(v, blocks.value_row);
-    for_tiles<kVecs>([&](auto n) QEXPORT_INLINE_LAMBDA {
-      tile_load<b>(rows + n * kLanes, ld);
-      tile_product<n, a, b>();
-    });
-  };
   const int64_t steps = value_elements(blocks);
   for (int64_t x = 0; x < blocks.v_head_size; x += kBlockKeys) {
     for_tiles<kVecs>([&](auto n) QEXPORT_INLINE_LAMBDA { tile_load<n>(o_t + x * ld + n * kLanes, ld); });
+    const auto add = [&](auto pair, int64_t i) QEXPORT_INLINE_LAMBDA {
+      constexpr int a = pair ? kWideA : kHalfA, b = pair ? kWideB : kHalfB;
+      tile_load<a>(values + blocks.value_start(list[i]) + x * blocks.value_row, blocks.value_row);
+      for_tiles<kVecs>([&](auto n) QEXPORT_INLINE_LAMBDA {
+        tile_load<b>(p + i * steps * ld + n * kLanes, ld);
+        tile_product<n, a, b>();
+      });
+    };
     for (int64_t i = 0; i < count;) {
-      const float *v = values + blocks.value_start(list[i]) + x * blocks.value_row, *rows = p + i * steps * ld;
       const bool pair = i + 1 < count && list[i] % 2 == 0 && list[i + 1] == list[i] + 1;
-      pair ? products(std::true_type{}, v, rows) : products(std::false_type{}, v, rows);
+      pair ? add(std::true_type{}, i) : add(std::false_type{}, i);
       i += pair ? 2 : 1;
     }
     store_tiles<kVecs>(o_t + x * ld, ld);

@@ -24,6 +24,31 @@ static QEXPORT_INLINE vf tile_maximum(const float* s, int64_t ld, int64_t count)
 }
 
 #if defined(QEXPORT_LOW_PRECISION)
+// exp2_pair: 2^(lo + kPairShift) and 2^(hi + kPairShift) in bfloat16, side by side, for lo, hi <= 120; adds both to `total`:
+// the sum of the rounded numbers, so that rounding them changes which mean of V is taken, not its weight.
+#if defined(QEXPORT_TILES)
+// 2^y in bfloat16, in the upper half of each lane, for y <= 120; 0 below -126, NaN stays NaN. Beside products of tiles
+// fused operations go through one port and additions through two, so that few operations count: 2^r is the polynomial below
+// on [0, 1), which lies in [1, 2] as well.
+static QEXPORT_INLINE vu exp2_bf16(vf y) {
+  const vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf poly = splat(0.07802417f);
+  poly = poly * r + 0.22606776f;
+  poly = poly * r + 0.69583331f;
+  poly = poly * r + (0.99992523f + 0.00390625f);
+  return bits_of((vf)_mm512_maskz_scalef_ps(0xFFFF, (__m512)poly, (__m512)y));
+}
+
+constexpr float kPairShift = 0.0f;
+
+static QEXPORT_INLINE vf exp2_pair(vf lo, vf hi, vf& total) {
+  const vu low = exp2_bf16(lo), high = exp2_bf16(hi);
+  total += float_of(low & 0xFFFF0000u) + float_of(high & 0xFFFF0000u);
+  // The upper halves of `low` become the lower halves of `high`.
+  const __m512i upper = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);
+  return (vf)_mm512_mask_shuffle_epi8((__m512i)high, 0x3333333333333333u, (__m512i)low, upper);
+}
+#else
 // y = n + r with |r| <= 1/2; y is at least -126, NaN stays NaN.
 static QEXPORT_INLINE vf split_exponent(vf y, vf& n) {
   const vf clamped = max(splat(-126.0f), y);
@@ -41,8 +66,7 @@ static QEXPORT_INLINE vu exp2_fraction(vf r) {
   return bits_of(poly);
 }
 
-// 2^(lo + 1/2) and 2^(hi + 1/2) in bfloat16, side by side, for lo, hi <= 120; adds both to `total`: the sum of the rounded
-// numbers, so that rounding them changes which mean of V is taken, not its weight.
+constexpr float kPairShift = 0.5f;
 static QEXPORT_INLINE vf exp2_pair(vf lo, vf hi, vf& total) {
   vf n_lo, n_hi;
   const vu fraction_lo = exp2_fraction(split_exponent(lo, n_lo)), fraction_hi = exp2_fraction(split_exponent(hi, n_hi));
@@ -55,16 +79,22 @@ static QEXPORT_INLINE vf exp2_pair(vf lo, vf hi, vf& total) {
 }
 
 #endif
+#endif
 
 // The score of a sum of products; int8 has a scale per key and per query.
 static QEXPORT_INLINE vf score_of(vf sum, const float*, vf) { return sum; }
 static QEXPORT_INLINE vf score_of(vi sum, const float* scale, vf q_scale) { return to_float(sum) * *scale * q_scale; }
 
-// What exp2_pair wants taken from its arguments.
+// What write_pair wants taken from its arguments.
+#if defined(QEXPORT_LOW_PRECISION)
 template <class Math>
-constexpr float kPairShift = std::is_same<Math, Fp32Math>::value ? 0.0f : 0.5f;
+constexpr float kShift = std::is_same<Math, Fp32Math>::value ? 0.0f : kPairShift;
+#else
+template <class Math>
+constexpr float kShift = 0.0f;
+#endif
 
-// The probabilities of keys 2 i and 2 i + 1, from scores less m + kPairShift, in the form that value_blocks reads; returns
+// The probabilities of keys 2 i and 2 i + 1, from scores less m + kShift, in the form that value_blocks reads; returns
 // the next row of p.
 template <class Math, int kVecs>
 static QEXPORT_INLINE float* write_pair(const vf (&lo)[kVecs], const vf (&hi)[kVecs], vf (&total)[kVecs], float* p,
@@ -93,7 +123,7 @@ static __attribute__((noinline)) void exp2_score_list(const KvBlocks& blocks, co
   const int64_t steps = query_elements(blocks);
   vf shift[kVecs], scale[kVecs], most[kVecs], sum_p[kVecs] = {};
   for (int v = 0; v < kVecs; ++v) {
-    shift[v] = load<vf>(m + v * kLanes) + kPairShift<Math>;
+    shift[v] = load<vf>(m + v * kLanes) + kShift<Math>;
     scale[v] = load<vf>(q_scale + v * kLanes);
     most[v] = splat(-kInf);
   }
@@ -119,27 +149,24 @@ static __attribute__((noinline)) void exp2_score_list(const KvBlocks& blocks, co
     });
   }
   for (int v = 0; v < kVecs; ++v) {
-    store(highest + v * kLanes, most[v] + kPairShift<Math>);
+    store(highest + v * kLanes, most[v] + kShift<Math>);
     store(total + v * kLanes, sum_p[v]);
   }
 }
 
 #if defined(QEXPORT_TILES)
-// The same on tiles. The products of a block of keys are asked for before the softmax of the block before it, which the
-// vectors compute meanwhile.
+// The same on tiles, but highest[lanes] = the exponent of `total`, which is at most 7 more. The products of a block of keys
+// are asked for before the softmax of the block before it, which the vectors compute meanwhile.
 template <int kVecs>
 static __attribute__((noinline)) void exp2_score_tiles(const KvBlocks& blocks, const float* keys, const int32_t* list,
                                                        int64_t count, const float* q_t, const float* m, int64_t ld, float* p,
                                                        float* highest, float* total) {
   constexpr int64_t kLd = kVecs * kLanes;
-  alignas(64) float scores[2][kBlockKeys * kLd];
-  vf shift[kVecs], most[kVecs], sum_p[kVecs] = {};
-  for (int v = 0; v < kVecs; ++v) {
-    shift[v] = load<vf>(m + v * kLanes) + 0.5f;
-    most[v] = splat(-kInf);
-  }
+  alignas(64) float scores[2][kBlockKeys * kLd], start[kLd];
+  vf sum_p[kVecs] = {};
+  for (int v = 0; v < kVecs; ++v) store(start + v * kLanes, -load<vf>(m + v * kLanes));
   const auto products = [&](int64_t i) QEXPORT_INLINE_LAMBDA {
-    score_tiles<kVecs>(blocks, keys + list[i] * blocks.key_block, q_t, ld);
+    score_tiles<kVecs>(blocks, keys + list[i] * blocks.key_block, q_t, ld, start);
     store_tiles<kVecs>(scores[i % 2], kLd);
   };
   products(0);
@@ -150,14 +177,12 @@ static __attribute__((noinline)) void exp2_score_tiles(const KvBlocks& blocks, c
     for (int64_t j = 0; j < kBlockKeys; j += 2, s += 2 * kLd, p += ld) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        const vf lo = load<vf>(s + v * kLanes) - shift[v], hi = load<vf>(s + kLd + v * kLanes) - shift[v];
-        most[v] = max(hi, max(lo, most[v]));
-        store(p + v * kLanes, exp2_pair(lo, hi, sum_p[v]));
+        store(p + v * kLanes, exp2_pair(load<vf>(s + v * kLanes), load<vf>(s + kLd + v * kLanes), sum_p[v]));
       }
     }
   }
   for (int v = 0; v < kVecs; ++v) {
-    store(highest + v * kLanes, most[v] + 0.5f);
+    store(highest + v * kLanes, (vf)_mm512_maskz_getexp_ps(0xFFFF, (__m512)sum_p[v]));
     store(total + v * kLanes, sum_p[v]);
   }
 }
@@ -225,7 +250,7 @@ static __attribute__((noinline)) bool exp2_scores(Precision precision, float* s,
       }
     } else {
 #if defined(QEXPORT_LOW_PRECISION)
-      const vf shift = origin + 0.5f;
+      const vf shift = origin + kPairShift;
       for (int64_t j = 0; j < count; j += 2) {
         const vf lo = load<vf>(s + j * ld + at) - shift, hi = load<vf>(s + (j + 1) * ld + at) - shift;
         store(p + j / 2 * ld + at, exp2_pair(lo, hi, total));
