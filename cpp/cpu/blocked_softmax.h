@@ -106,7 +106,7 @@ static QEXPORT_INLINE float* write_pair(const vf (&lo)[kVecs], const vf (&hi)[kV
       continue;
     }
 #endif
-    const vf e_lo = exp2_nonpositive(lo[v]), e_hi = exp2_nonpositive(hi[v]);
+    const vf e_lo = exp2(lo[v]), e_hi = exp2(hi[v]);
     total[v] += e_lo + e_hi;
     store(p + v * kLanes, e_lo);
     store(p + ld + v * kLanes, e_hi);
@@ -222,7 +222,7 @@ static bool exp2_score_blocks(const KvBlocks& blocks, const float* keys, const i
   moved = false;
   for (int at = 0; at < vecs * kLanes; at += kLanes) {
     const vf rise = load<vf>(highest + at);
-    const vf step = rise > kSlack ? rise : vf{}, factor = exp2_nonpositive(-step);
+    const vf step = rise > kSlack ? rise : vf{}, factor = exp2(-step);
     store(m + at, load<vf>(m + at) + step);
     store(l + at, (load<vf>(l + at) + load<vf>(total + at)) * factor);
     store(alpha + at, factor);
@@ -244,7 +244,7 @@ static __attribute__((noinline)) bool exp2_scores(Precision precision, float* s,
     vf total{};
     if (precision == Precision::fp32) {
       for (int64_t j = 0; j < count; ++j) {
-        const vf e = exp2_nonpositive(load<vf>(s + j * ld + at) - origin);
+        const vf e = exp2(load<vf>(s + j * ld + at) - origin);
         total += e;
         store(p + j * ld + at, e);
       }
@@ -257,7 +257,7 @@ static __attribute__((noinline)) bool exp2_scores(Precision precision, float* s,
       }
 #endif
     }
-    const vf factor = exp2_nonpositive(m_old - origin);
+    const vf factor = exp2(m_old - origin);
     const vf rescale = load<vf>(alpha + at) * factor;
     moved |= lane_bits((rescale != 1.0f) & (m_old != -kInf)) != 0;
     store(m + at, m_new);

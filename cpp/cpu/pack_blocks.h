@@ -119,13 +119,23 @@ static QEXPORT_INLINE void pack_bf16_pair(DType type, const char* even, const ch
 // The values of 16 keys transposed, rows of dst `stride` apart.
 template <bool kPlain>
 static QEXPORT_INLINE void pack_value_tile(DType type, const char* const* value, int64_t size, int64_t stride, float* dst) {
+  constexpr int kPairs = kBlockKeys / 2;
+  alignas(64) uint16_t places[2 * kLanes];  // of (even, odd) side by side in (16 even, 16 odd)
+  for (int i = 0; i < kLanes; ++i) places[2 * i] = static_cast<uint16_t>(i), places[2 * i + 1] = static_cast<uint16_t>(kLanes + i);
+  const __m512i order = _mm512_load_si512(places);
   for (int64_t x = 0; x < size; x += kLanes) {
-    vf m[kLanes];
-    for (int j = 0; j < kLanes; ++j) m[j] = row_part<kPlain>(type, value[j], size, x);
-    transpose(m);
-    for (int i = 0; i < kLanes; ++i) {
-      const __m256i row = (__m256i)_mm512_cvtneps_pbh((__m512)m[i]);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(dst + (x + i) * stride), row);
+    vf m[kPairs];
+    for (int j = 0; j < kPairs; ++j) {
+      const vf even = row_part<kPlain>(type, value[2 * j], size, x), odd = row_part<kPlain>(type, value[2 * j + 1], size, x);
+      m[j] = (vf)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+    }
+    transpose_step<1>(m);
+    transpose_step<2>(m);
+    transpose_step<4>(m);
+    for (int i = 0; i < kPairs; ++i) {  // m[i] holds the rows x + i and x + i + 8
+      float* row = dst + (x + i) * stride;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row), _mm512_castsi512_si256((__m512i)m[i]));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + kPairs * stride), _mm512_extracti64x4_epi64((__m512i)m[i], 1));
     }
   }
 }

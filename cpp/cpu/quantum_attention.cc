@@ -19,13 +19,13 @@ constexpr size_t kMaxKeptBytes = size_t{16} << 20;
 
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Blocks in low precision where they are allowed, known and pay: packing them costs what about kBlockedRows rows of fp32
-// attention lose.
-constexpr int64_t kBlockedRows = 56;
+// Blocks in low precision where they are allowed, known and pay: packing them costs what about so many rows of fp32 attention
+// lose, with tiles and without.
+constexpr int64_t kTileRows = 24, kBlockedRows = 56;
 
 KvBlocks choose_blocks(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
-  const bool pays = p.q_len * job.group >= kBlockedRows && job.total_len > 0;
+  const bool pays = p.q_len * job.group >= (kernels().tiles ? kTileRows : kBlockedRows) && job.total_len > 0;
   const bool low = p.precision != Precision::fp32 && kernels().low_precision && pays;
   if (p.strategy != Strategy::tree && (p.strategy != Strategy::exact || !low)) return {};
   // Tiles leave int8 nothing to gain: softmax takes longer than the products.

@@ -112,9 +112,20 @@ static QEXPORT_INLINE void store_compressed(int32_t* dst, uint32_t bits, vi x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^y for y <= 0, to about 1 ulp near 0; 0 for -inf and where float32 runs out; NaN stays NaN.
+// 1 / x to about 1 ulp, for x and 1 / x that are normal numbers; 0 and infinite x give NaN.
+static QEXPORT_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  // A division takes as long as 16 multiplications. An estimate to 14 bits and a step of Newton's method, which doubles them.
+  const vf estimate = (vf)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
+  return estimate + estimate * (1.0f - x * estimate);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 2^y for y < 127, to about 1 ulp near 0; 0 for -inf and where float32 runs out; NaN stays NaN.
 // 2^r is its degree-5 polynomial of least relative error (7.5e-8) on the interval of r.
-static QEXPORT_INLINE vf exp2_nonpositive(vf y) {
+static QEXPORT_INLINE vf exp2(vf y) {
 #if defined(__AVX512F__)
   // y = floor(y) + r, r in [0, 1); scalef multiplies by 2^floor(y) and turns -inf into 0.
   const vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -142,7 +153,7 @@ static QEXPORT_INLINE vf exp2_nonpositive(vf y) {
 #endif
 }
 
-static QEXPORT_INLINE vf exp_nonpositive(vf x) { return exp2_nonpositive(x * kLog2E); }
+static QEXPORT_INLINE vf exp_nonpositive(vf x) { return exp2(x * kLog2E); }
 
 // tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|). Near 0, where 1 - e has lost its digits, x times the polynomial
 // of x^2 of least relative error (1.3e-8): a softcap far above all scores must leave them as they are.
@@ -165,11 +176,11 @@ static QEXPORT_INLINE vf exchange(vf a, vf b, std::integer_sequence<int, L...>) 
   return __builtin_shufflevector(a, b, (kUpper ? ((L & S) ? kLanes + L - S : L) : ((L & S) ? kLanes + L : L + S))...);
 }
 
-template <int S>
-static QEXPORT_INLINE void transpose_step(vf (&m)[kLanes]) {
+template <int S, int kCount>
+static QEXPORT_INLINE void transpose_step(vf (&m)[kCount]) {
   using Lanes = std::make_integer_sequence<int, kLanes>;
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (i & S) continue;
     const vf a = m[i], b = m[i + S];
     m[i] = exchange<S, true>(a, b, Lanes{});

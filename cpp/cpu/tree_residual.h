@@ -35,8 +35,8 @@ static void half_sample(Tile& t, const int32_t* list, const float* factor, int64
     vf sum{}, tail{};
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = i * kBlockKeys; j < (i + 1) * kBlockKeys; j += 2) {
-        const vf lo = exp2_nonpositive(load<vf>(scores + j * ld + at) - origin) * factor[i];
-        const vf hi = exp2_nonpositive(load<vf>(scores + (j + 1) * ld + at) - origin) * factor[i];
+        const vf lo = exp2(load<vf>(scores + j * ld + at) - origin) * factor[i];
+        const vf hi = exp2(load<vf>(scores + (j + 1) * ld + at) - origin) * factor[i];
         sum += lo + hi;
         if (pairs) {
 #if defined(QEXPORT_LOW_PRECISION)
@@ -47,7 +47,7 @@ static void half_sample(Tile& t, const int32_t* list, const float* factor, int64
           store(scores + (j + 1) * ld + at, hi);
         }
       }
-      const vf w = exp2_nonpositive(load<vf>(t.s.weight + list[i] * ld + at) - origin) * factor[i];
+      const vf w = exp2(load<vf>(t.s.weight + list[i] * ld + at) - origin) * factor[i];
       tail += w;
       store(minus + i * ld + at, -w);
     }
@@ -92,7 +92,7 @@ static void correct_tail(Tile& t) {
     vf highest = m;
     for (int64_t j = 0; j < drawn * kBlockKeys; ++j) highest = max(load<vf>(scores + j * ld + at), highest);
     for (int64_t i = 0; i < drawn; ++i) highest = max(load<vf>(t.s.weight + list[i] * ld + at), highest);
-    const vf scale = exp2_nonpositive(m - (highest == -kInf ? vf{} : highest));
+    const vf scale = exp2(m - (highest == -kInf ? vf{} : highest));
     store(t.m + at, highest);
     store(t.l + at, load<vf>(t.l + at) * scale);
     for (int64_t x = 0; x < dv; ++x) store(o + x * ld + at, load<vf>(o + x * ld + at) * scale);

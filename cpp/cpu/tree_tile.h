@@ -109,18 +109,18 @@ static void tile_scores(Tile& t) {
     for (int64_t c = 0; c < n; ++c) {
       const vf variance = load<vf>(model + c * ld + at);
       const vf excess = max(variance - 2.0f, vf{});
-      const vf damped = min(variance, splat(2.0f)) + excess / (1.0f + excess * 0.25f);
+      const vf damped = min(variance, splat(2.0f)) + excess * reciprocal(1.0f + excess * 0.25f);
       const vf log_weight = load<vf>(weight + c * ld + at) + damped * (0.5f * kLog2E) + t.s.draw[c];
       highest = max(log_weight, highest);
       store(weight + c * ld + at, log_weight);
       // e^variance - 1, the variance of the weights of the cluster; where rounding leaves less than 0, 0 (NaN stays)
-      const vf spread_of_weights = 1.0f / exp2_nonpositive(max(variance * -kLog2E, splat(-30.0f))) - 1.0f;
+      const vf spread_of_weights = exp2(min(variance * kLog2E, splat(30.0f))) - 1.0f;
       store(model + c * ld + at, max(vf{}, spread_of_weights));
     }
     vf total{};
     const vf origin = highest == -kInf ? vf{} : highest;
     for (int64_t c = 0; c < n; ++c) {
-      const vf w = exp2_nonpositive(load<vf>(weight + c * ld + at) - origin);
+      const vf w = exp2(load<vf>(weight + c * ld + at) - origin);
       total += w;
       store(lost + c * ld + at, w * w * load<vf>(model + c * ld + at));
     }
