@@ -11,7 +11,7 @@ import pytest
 from qexport import _core
 
 # Those that the kernels are compiled for on this architecture.
-_X86, _ARM = ("generic", "avx2", "avx512", "avx512bf16"), ("neon",)
+_X86, _ARM = ("generic", "avx2", "avx512", "avx512bf16", "amx"), ("neon",)
 ISAS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), ("generic",))
 
 

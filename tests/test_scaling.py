@@ -69,7 +69,9 @@ def test_everybody_is_measured_or_named(causal):
     away = {name for name, package in packages.items() if find_spec(package) is None}
     assert absent == away | ({"Linformer", "uniform"} if causal else {"GroupQueryAttention"})
     assert {c["strategy"] for c in report.contenders} == set(FAMILIES) - absent
-    assert ("exact bf16" in found) == (_core.isa() == "avx512bf16")
+    assert {name for name in ("exact fp32", "exact bf16", "exact int8") if name in found} == {
+        f"exact {precision}" for precision in _core.precisions()
+    }
     for name, contender in found.items():
         assert [row["n"] for row in contender["lengths"]] == [40, 80]
         assert contender["stopped"] is None

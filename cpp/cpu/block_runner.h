@@ -3,10 +3,29 @@
 
 #include <algorithm>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 #include "workers.h"
 
 namespace qexport {
+
+// Results below 2^-126 are 0 while it lives. Where scores lie far apart many probabilities are, and Intel's processors take
+// 100 ns for a vector that has one: exact attention took 75 times as long.
+class FlushToZero {
+ public:
+#if defined(__SSE2__)
+  FlushToZero() : control_(_mm_getcsr()) { _mm_setcsr(control_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(control_); }
+
+ private:
+  unsigned control_;
+#else
+  FlushToZero() {}
+#endif
+};
 
 // Runs body(block, scratch) over every block of at most `max_rows` query rows.
 class BlockRunner {
@@ -45,7 +64,10 @@ class BlockRunner {
   // body(i, scratch) for i in [0, total).
   template <class Body>
   void each(int64_t total, const Body& body) {
-    for_each_piece(total, serial_ ? 1 : parallel_.max_threads, scratch_, per_worker_, parallel_, body);
+    for_each_piece(total, serial_ ? 1 : parallel_.max_threads, scratch_, per_worker_, parallel_, [&](int64_t i, char* scratch) {
+      const FlushToZero flush;
+      body(i, scratch);
+    });
   }
 
   // Waking a thread pool costs tens of microseconds: small calls stay on the calling thread.

@@ -20,13 +20,10 @@ constexpr bool kTiles = true;
 // Accumulators are the registers 0 to 3, one for each vector of lanes of a block of rows.
 constexpr int kWideA = 4, kWideB = 5, kHalfA = 6, kHalfB = 7;
 
-// The shapes of the registers while it lives; without it a tile instruction is not legal. Making it takes 200 cycles. Results
-// below 2^-126 are 0 meanwhile, as those of tiles always are: with them a vector of 2^y would take 100 ns.
+// The shapes of the registers while it lives. Without it a tile instruction is not legal; making it takes 200 cycles.
 class TileRegisters {
  public:
-  TileRegisters() : control_(_mm_getcsr()) {
-    constexpr unsigned kFlushToZero = 0x8000;
-    _mm_setcsr(control_ | kFlushToZero);
+  TileRegisters() {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
@@ -35,15 +32,9 @@ class TileRegisters {
     static_assert(sizeof shapes == 64, "what ldtilecfg reads");
     asm volatile("ldtilecfg %0" : : "m"(shapes));
   }
-  ~TileRegisters() {
-    asm volatile("tilerelease");
-    _mm_setcsr(control_);
-  }
+  ~TileRegisters() { asm volatile("tilerelease"); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
-
- private:
-  unsigned control_;
 };
 
 template <int kTile>

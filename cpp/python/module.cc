@@ -22,6 +22,13 @@ py::tuple philox(const Words& key_lo, const Words& key_hi, const Words& c0, cons
                         py::vectorize(philox_word<3>)(key_lo, key_hi, c0, c1, c2, c3));
 }
 
+std::vector<std::string> precisions() {
+  std::vector<std::string> names{"fp32"};
+  if (computes_in(Precision::bf16)) names.push_back("bf16");
+  if (computes_in(Precision::int8)) names.push_back("int8");
+  return names;
+}
+
 }  // namespace
 }  // namespace qexport
 
@@ -37,5 +44,6 @@ PYBIND11_MODULE(_core, m) {
   qexport::define_trellis(m);
   m.def("philox", &qexport::philox, "key_lo"_a, "key_hi"_a, "c0"_a, "c1"_a, "c2"_a, "c3"_a,
         "The four words of the Philox4x32-10 block of a key and a counter; uint32 arguments that broadcast.");
-  m.def("isa", &qexport::isa_name, "The instruction set in use: generic, avx2, avx512, avx512bf16 or neon.");
+  m.def("isa", &qexport::isa_name, "The instruction set in use: generic, avx2, avx512, avx512bf16, amx or neon.");
+  m.def("precisions", &qexport::precisions, "The precisions in which QuantumAttention has products here: fp32, bf16, int8.");
 }

@@ -15,7 +15,6 @@ TREE_KEYS = 256
 DENSITIES = (16, 8, 4)  # n over the number of keys that `tree` reads exactly
 TOLERANCE = 0.1
 TOP, RANK, SHARE = 64, 256, 8  # keys of top-k, mixtures of Linformer, n over the keys of uniform sampling
-LOW_PRECISION = "avx512bf16"  # the instruction set with products of bfloat16 and int8
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,10 @@ def _ours(name: str, family: str, where: dict, keys=None, absent: str = "", **at
 
 
 def _exact(causal: bool, where: dict) -> list[Entry]:
-    isa, away = _core.isa(), ""
+    there, away = _core.precisions(), f"needs products in {{}}, which the kernels for {_core.isa()} do not have"
     if device(full_names(where.get("providers")))[0] == "cuda":
-        away = "on CUDA float32 is not computed in {}"
-    elif isa not in ("avx512bf16", "amx"):
-        away = f"needs products in {{}}, which {LOW_PRECISION} has and {isa} has not"
-    absent = {name: "" if name == "fp32" else away.format(name) for name in ("fp32", "bf16", "int8")}
+        there, away = ["fp32"], "on CUDA float32 is not computed in {}"
+    absent = {name: "" if name in there else away.format(name) for name in ("fp32", "bf16", "int8")}
     return [
         _ours(f"exact {name}", "exact", where, strategy="exact", precision=name, absent=reason)
         for name, reason in absent.items()

@@ -73,8 +73,11 @@ size_t quantum_attention_cpu_scratch_bytes(const QuantumAttentionParams& params,
 void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors, void* scratch,
                            const ParallelFor& parallel);
 
-// The instruction set in use: "generic", "avx2", "avx512", "avx512bf16" or "neon". The environment variable QEXPORT_ISA
-// overrides the choice; `isa_error` is null, or says why the override cannot be honoured.
+// Whether the kernels in use compute products in `precision` where that is asked for; if not, in one of more digits.
+bool computes_in(Precision precision);
+
+// The instruction set in use: "generic", "avx2", "avx512", "avx512bf16", "amx" or "neon". The environment variable
+// QEXPORT_ISA overrides the choice; `isa_error` is null, or says why the override cannot be honoured.
 const char* isa_name();
 const char* isa_error();
 
