@@ -19,16 +19,16 @@ function(qexport_flags target)
 endfunction()
 
 # Adds the kernels of attention, density matrices and matrix product states to `target` once more, compiled with FLAGS for
-# one instruction set. With REST_OF only those of attention: the others would come out as that set's again, and are its.
+# one instruction set. With REST_OF only those of blocks of keys: the others would come out as that set's again, and are its.
 function(qexport_add_isa target isa)
   cmake_parse_arguments(PARSE_ARGV 2 arg "" REST_OF FLAGS)
-  add_library(qexport_${isa} OBJECT cpu/attention_kernels.cc)
+  add_library(qexport_${isa} OBJECT cpu/block_kernels.cc)
   target_compile_definitions(qexport_${isa} PRIVATE QEXPORT_ISA=${isa})
   if(arg_REST_OF)
     target_compile_definitions(qexport_${isa} PRIVATE QEXPORT_REST_OF=${arg_REST_OF})
   else()
     target_sources(qexport_${isa} PRIVATE cpu/density_kernels.cc cpu/mps_kernels.cc cpu/product_kernels.cc
-                                          cpu/trellis_kernels.cc)
+                                          cpu/row_kernels.cc cpu/trellis_kernels.cc)
   endif()
   target_link_libraries(qexport_${isa} PRIVATE EigenHeaders::EigenHeaders)
   target_include_directories(qexport_${isa} PRIVATE include)

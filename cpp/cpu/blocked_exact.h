@@ -1,8 +1,9 @@
 // Exact attention of a block of rows over K and V in blocks of 16 keys: bfloat16 and int8.
 #pragma once
 
+#include "arena.h"
 #include "blocked_softmax.h"
-#include "exact_block.h"
+#include "scores.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {

@@ -1,8 +1,8 @@
 // Exact attention of a block of rows: online softmax over tiles of keys, never more than kTile scores per row in memory.
 #pragma once
 
-#include "blocked_softmax.h"
 #include "few_rows.h"
+#include "tile_softmax.h"
 
 namespace qexport {
 namespace QEXPORT_ISA {

@@ -1,6 +1,7 @@
 // The products of a handful of query rows with K and V, where they lie and in the type that they have.
 #pragma once
 
+#include "key_rows.h"
 #include "scores.h"
 
 namespace qexport {

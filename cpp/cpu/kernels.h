@@ -58,13 +58,11 @@ struct RowBlock {
   int64_t number = 0;
 };
 
-struct Kernels {
-  const char* name;
-  int64_t exact_rows;                                // rows of a block of `exact` and `blocked`
+// Attention that reads K and V where they lie, or as float32.
+struct RowKernels {
+  int64_t exact_rows;                                // rows of a block of `exact` and of Kernels::blocked
   int64_t few_rows;                                  // rows of a block of `exact_part`
   int64_t sampled_rows;                              // rows of a block of the other kernels
-  bool low_precision;                                // bf16 and int8 blocks are supported
-  bool tiles;                                        // blocks in bf16 are laid out for tiles
   size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread
   size_t (*part_bytes)(const AttentionJob& job);     // of one element of part_state
   void (*exact)(const AttentionJob& job, RowBlock block, char* scratch);
@@ -75,12 +73,21 @@ struct Kernels {
   void (*tree_decode)(const AttentionJob& job, RowBlock block, char* scratch);
   size_t (*summary_bytes)(const AttentionJob& job);  // scratch of update_summary
   void (*update_summary)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
-  void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);  // exact, from job.blocks
   void (*sampled)(const AttentionJob& job, RowBlock block, char* scratch);  // and the probabilities, if they are an output
   void (*entropy)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*qk_matmul_output)(const AttentionJob& job, RowBlock block, char* scratch);
   void (*exact_with_probabilities)(const AttentionJob& job, RowBlock block, char* scratch);
-  void (*pack)(const AttentionJob& job, int64_t batch, int64_t kv_head);      // fills packed_key and packed_value
+  void (*pack)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills packed_key and packed_value
+  void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+  void (*cluster_values)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  bool low_precision;                                                         // bf16 and int8 blocks are supported
+  bool tiles;                                                                 // blocks in bf16 are laid out for tiles
+  size_t (*scratch_bytes)(const AttentionJob& job);                           // of one thread, for the kernels from here
+  void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);    // exact, from job.blocks
   void (*key_mean)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills blocks.key_mean
   // Fills blocks [first, end) of one head.
   void (*pack_blocks)(const AttentionJob& job, int64_t batch, int64_t kv_head, int64_t first, int64_t end);
@@ -97,8 +104,7 @@ struct Kernels {
                      double* norm, char* scratch);
   // Adds squared error and squared norm of the rows `queries` of the head of `block` to sums[0] and sums[1].
   void (*tree_audit)(const AttentionJob& job, RowBlock block, const int64_t* queries, double* sums, char* scratch);
-  void (*value_stats)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
-  void (*cluster_values)(const AttentionJob& job, int64_t batch, int64_t kv_head, char* scratch);
+  const RowKernels* rows;
   const DensityKernels<float>* density_f32;
   const DensityKernels<double>* density_f64;
   const MpsKernels* mps;
@@ -106,8 +112,7 @@ struct Kernels {
   const TrellisKernels* trellis;
 };
 
-// Defined by the copies of attention_kernels.cc, density_kernels.cc, mps_kernels.cc, product_kernels.cc and
-// trellis_kernels.cc that this build holds.
+// Defined by the copies of block_kernels.cc that this build holds.
 namespace generic {
 extern const Kernels kernels;
 }

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as attention_kernels.cc; one matrix of a batch per thread, or all threads on one.
+// Compiled once per instruction set, as row_kernels.cc; one matrix of a batch per thread, or all threads on one.
 #include "mps_encode.h"
 
 namespace qexport {

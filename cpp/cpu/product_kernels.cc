@@ -1,4 +1,4 @@
-// MPSDecode and products with trains. Compiled once per instruction set, as attention_kernels.cc. float16 and bfloat16 are
+// MPSDecode and products with trains. Compiled once per instruction set, as row_kernels.cc. float16 and bfloat16 are
 // float32 inside.
 #include "mpo_linear.h"
 #include "mps_attention.h"

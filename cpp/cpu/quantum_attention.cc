@@ -19,8 +19,8 @@ constexpr size_t kMaxKeptBytes = size_t{16} << 20;
 
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Blocks in low precision where they are allowed, known and pay: packing them costs what about so many rows of fp32 attention
-// lose, with tiles and without.
+// Blocks in low precision where they are allowed, known and pay: packing them costs what about so many rows of fp32
+// attention lose, with tiles and without.
 constexpr int64_t kTileRows = 24, kBlockedRows = 56;
 
 KvBlocks choose_blocks(const AttentionJob& job) {
@@ -28,7 +28,8 @@ KvBlocks choose_blocks(const AttentionJob& job) {
   const bool pays = p.q_len * job.group >= (kernels().tiles ? kTileRows : kBlockedRows) && job.total_len > 0;
   const bool low = p.precision != Precision::fp32 && kernels().low_precision && pays;
   if (p.strategy != Strategy::tree && (p.strategy != Strategy::exact || !low)) return {};
-  const Precision lowest = p.precision == Precision::int8 && computes_in(Precision::int8) ? Precision::int8 : Precision::bf16;
+  const Precision lowest =
+      p.precision == Precision::int8 && computes_in(Precision::int8) ? Precision::int8 : Precision::bf16;
   return block_layout(low ? lowest : Precision::fp32, kernels().tiles, job.total_len, p.head_size, p.v_head_size);
 }
 
@@ -49,7 +50,7 @@ AttentionJob make_job(const QuantumAttentionParams& params, const QuantumAttenti
   const int64_t least = *std::min_element(params.num_samples, params.num_samples + params.num_samples_count);
   if (params.strategy != Strategy::naive && least >= job.total_len) job.params.strategy = Strategy::exact;
   const int64_t rows = job.group * params.q_len;  // of a kv head
-  const bool few_rows = rows > 0 && rows <= kernels().few_rows;
+  const bool few_rows = rows > 0 && rows <= kernels().rows->few_rows;
   job.tree_decode = job.params.strategy == Strategy::tree && few_rows && decode_applies(job);
   if (job.params.strategy == Strategy::tree && !tree_applies(job)) job.params.strategy = Strategy::exact;
   // Means of values hold later ones, which a causal query must not see.
@@ -69,11 +70,11 @@ bool needs_packing(const AttentionJob& job) {
   const bool as_is = p.type == DType::f32 && t.k.row_stride == p.head_size && t.v.row_stride == p.v_head_size;
   const size_t bytes = static_cast<size_t>(p.batch * p.kv_heads * job.total_len) * sizeof(float) *
                        static_cast<size_t>(packed_row(p.head_size) + packed_row(p.v_head_size));
-  return job.blocks.count == 0 && !as_is && job.group * p.q_len > kernels().exact_rows && bytes <= kMaxPackedBytes;
+  return job.blocks.count == 0 && !as_is && job.group * p.q_len > kernels().rows->exact_rows && bytes <= kMaxPackedBytes;
 }
 
 size_t kept_bytes(const AttentionJob& job) {
-  const int64_t rows = kernels().sampled_rows;
+  const int64_t rows = kernels().rows->sampled_rows;
   return static_cast<size_t>(BlockRunner::count(job, rows) * rows * job.total_len) * sizeof(float);
 }
 
@@ -118,10 +119,10 @@ Layout make_layout(const AttentionJob& job, const ParallelFor& parallel) {
   layout.budget = take(adaptive, rows * sizeof(double));
   layout.probabilities = take(keeps_probabilities(job), kept_bytes(job));
   const size_t parts = kv * static_cast<size_t>(job.parts);
-  layout.part_state = take(job.parts > 1, job.parts > 1 ? parts * kernels().part_bytes(job) : 0);
+  layout.part_state = take(job.parts > 1, job.parts > 1 ? parts * kernels().rows->part_bytes(job) : 0);
   layout.parts_left = take(job.parts > 1, kv * sizeof(int32_t));
-  const size_t summary = job.tensors.present_key_summary ? kernels().summary_bytes(job) : 0;
-  layout.per_worker = padded(std::max(summary, kernels().scratch_bytes(job))) + 64;
+  const size_t summary = job.tensors.present_key_summary ? kernels().rows->summary_bytes(job) : 0;
+  layout.per_worker = padded(std::max({summary, kernels().scratch_bytes(job), kernels().rows->scratch_bytes(job)})) + 64;
   layout.workers = used;
   layout.total = used + layout.per_worker * static_cast<size_t>(parallel.max_threads);
   return layout;
@@ -168,7 +169,7 @@ void run_blocked(AttentionJob& job, BlockRunner& runner) {
       const int64_t head = first + i / pieces, block = i % pieces * kPiece;
       k.pack_blocks(job, head / kv_heads, head % kv_heads, block, std::min(block + kPiece, job.blocks.count));
     });
-    runner.blocks(k.exact_rows, first, n, [&](RowBlock block, char* s) { k.blocked(job, block, s); });
+    runner.blocks(k.rows->exact_rows, first, n, [&](RowBlock block, char* s) { k.blocked(job, block, s); });
   }
 }
 
@@ -250,7 +251,7 @@ void quantum_attention_cpu(const QuantumAttentionParams& params, const QuantumAt
     job.parts_left = reinterpret_cast<int32_t*>(base + layout.parts_left);
     std::fill_n(job.parts_left, p.batch * p.kv_heads, static_cast<int32_t>(job.parts));
   }
-  const Kernels& k = kernels();
+  const RowKernels& k = *kernels().rows;
   BlockRunner runner(job, base + layout.workers, layout.per_worker, parallel);
   const int64_t kv = p.batch * p.kv_heads;
   const double work = static_cast<double>(p.batch * p.q_heads * p.q_len) * static_cast<double>(job.total_len) *

@@ -1,6 +1,7 @@
 // Fills one chunk of key_summary: 512 keys in clusters of 16 by a balanced principal tree, and the means of each cluster.
 #pragma once
 
+#include "key_rows.h"
 #include "qexport/key_summary.h"
 #include "tree_cluster.h"
 

@@ -2,13 +2,13 @@
 //
 //     C[16][16] += A[16][2 n] B[2 n][16]     C in float32; B in pairs of rows, as block_products.h keeps queries and p
 //
-// n is 16 for the wide operands and 8, one block of keys, for the half ones. Such a product takes 16 cycles, in which vectors
-// do other work; filling the registers is what the processor renames, so that one name for each operand is enough.
+// n is 16 for the wide operands and 8, one block of keys, for the half ones. Either product takes 16 cycles. The processor
+// renames the registers as they are filled, so that one name for each operand is enough.
 #pragma once
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(QEXPORT_EMULATED_TILES)
 #define QEXPORT_TILES 1
 #endif
 
@@ -19,17 +19,21 @@ namespace QEXPORT_ISA {
 constexpr bool kTiles = true;
 // Accumulators are the registers 0 to 3, one for each vector of lanes of a block of rows.
 constexpr int kWideA = 4, kWideB = 5, kHalfA = 6, kHalfB = 7;
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
+};
+static_assert(sizeof(TileShapes) == 64, "what ldtilecfg reads");
 
+#if defined(QEXPORT_EMULATED_TILES)
+#include "emulated_tiles.h"  // of the tests
+#else
 // The shapes of the registers while it lives. Without it a tile instruction is not legal; making it takes 200 cycles.
 class TileRegisters {
  public:
   TileRegisters() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
-    } const shapes;
-    static_assert(sizeof shapes == 64, "what ldtilecfg reads");
+    const TileShapes shapes;
     asm volatile("ldtilecfg %0" : : "m"(shapes));
   }
   ~TileRegisters() { asm volatile("tilerelease"); }
@@ -37,10 +41,6 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-template <int kTile>
-static QEXPORT_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
 // Rows `stride` floats apart.
 template <int kTile>
 static QEXPORT_INLINE void tile_load(const float* p, int64_t stride) {
@@ -54,6 +54,7 @@ template <int kC, int kA, int kB>
 static QEXPORT_INLINE void tile_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
+#endif
 
 // body(integral constant i) for i = 0 .. kCount - 1: the number of a register is part of the instruction.
 template <class Body, int... I>

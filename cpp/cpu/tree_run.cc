@@ -190,7 +190,7 @@ void run_tiles(const AttentionJob& job, int64_t first_place, int64_t places, Blo
   const bool plain = p.is_causal || !job.tensors.mask.data;
   AttentionJob exact = job;
   if (p.is_causal) exact.blocks = job.tree.natural;
-  const int64_t rows = kernels().exact_rows / kTreeRows * kTreeRows, parts = (p.q_len + rows - 1) / rows;
+  const int64_t rows = kernels().rows->exact_rows / kTreeRows * kTreeRows, parts = (p.q_len + rows - 1) / rows;
   runner.each(places * parts, [&](int64_t i, char* scratch) {
     // Later rows first: under a causal mask they take longest.
     const int64_t place = first_place + i / parts, first = (parts - 1 - i % parts) * rows;

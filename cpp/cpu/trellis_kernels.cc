@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as attention_kernels.cc: the Viterbi algorithm on the trellis of a shift register.
+// Compiled once per instruction set, as row_kernels.cc: the Viterbi algorithm on the trellis of a shift register.
 //
 // A state is what of a window the next one keeps, its low kTrellisWindow - bits bits. Window w = (top << S) | q, S bits in
 // q, comes from state w >> bits and leads to state q: the best way to q is the best of 2^bits windows that differ in their

@@ -1,7 +1,7 @@
 // The values in clusters, for `hybrid` with control variate: what a key that is not read is worth (docs/math.md, "hybrid").
 #pragma once
 
-#include "pack_blocks.h"
+#include "key_source.h"
 #include "selection.h"
 #include "tree_cluster.h"
 
