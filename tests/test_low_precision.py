@@ -50,7 +50,8 @@ def test_every_form(case, keys, precision):
 
 @pytest.mark.parametrize("isa", sorted({"avx512bf16", "amx"}.intersection(ISAS)))
 def test_every_form_on_every_instruction_set(isa):
-    code = "import test_low_precision as t; print(len([t.test_every_form(*a) for a in t.product(t.CASES, (1, 9), t.PRECISIONS)]))"
+    cases = "t.product(t.CASES, (1, 9), t.PRECISIONS)"
+    code = f"import test_low_precision as t; print(len([t.test_every_form(*case) for case in {cases}]))"
     assert int(run_on(isa, code)) == 2 * len(CASES) * len(PRECISIONS)
 
 
@@ -168,7 +169,7 @@ def test_scores_that_rise_from_tile_to_tile(precision, highest, causal):
     assert relative(y, expected) <= min(limit, 0.5)
 
 
-@pytest.mark.parametrize("precision", ("fp32", *PRECISIONS))
+@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
 def test_scores_far_apart_take_no_longer(precision):
     """Probabilities below 2^-126 took an Intel processor 100 ns for each vector that has one: 75 times as long in all."""
     rng = np.random.default_rng(0)
@@ -205,8 +206,9 @@ def test_tree_errs_as_in_float32(precision, size, v_size, causal, residual):
     centres = 2 * rng.standard_normal((200, size), dtype=np.float32)
     kinds = rng.integers(0, 200, keys)
     k = (centres[kinds] + 0.3 * rng.standard_normal((keys, size), dtype=np.float32))[None]
-    v = (rng.standard_normal((200, v_size), dtype=np.float32)[kinds] + rng.standard_normal((keys, v_size), dtype=np.float32))[None]
+    v = rng.standard_normal((200, v_size), dtype=np.float32)[kinds] + rng.standard_normal((keys, v_size), dtype=np.float32)
     q = (centres[kinds] * 0.5 + rng.standard_normal((keys, size), dtype=np.float32))[None]
+    v = v[None]
     exact = run(q, k, v, None, causal)[0]
     change = {"strategy": "tree", "num_samples": [128], "residual": residual}
     found = {name: run(q, k, v, None, causal, precision=name, **change)[0] for name in ("fp32", precision)}

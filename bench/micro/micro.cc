@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "blocked_exact.h"
+#include "exact_block.h"
 #include "harness.h"
 #include "peaks.h"
 #include "train_groups.h"
