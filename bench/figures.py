@@ -30,6 +30,7 @@ def page() -> str:
         comparisons.scaling(),
         attention.exact(),
         attention.tree(),
+        attention.on_tiles(),
         attention.decode(),
         kv_cache(),
         architectures(),

@@ -47,6 +47,7 @@ def _answers(goals: dict[str, float]) -> str:
             f"more, and causal from 2048 tokens on {ratio('exact fp32, causal, against MultiHeadAttention, n >= 2048')}",
             "Without sampling",
         ),
+        ("And on a Xeon with AMX?", _tiles(), "On a Xeon with AMX"),
         (
             "And a whole model?",
             f"about as fast as before on short inputs: the slowest of {models} models and 8 to 512 tokens {whole}, MiniLM "
@@ -87,6 +88,19 @@ def _exact_step() -> float:
     """How many times as long GroupQueryAttention takes as our exact step behind 16384 tokens, at the least."""
     step = {"contender": "exact fp32, static cache", "past": 16384, "data": "gaussian"}
     return min(row["x_gqa"] for row in load("attention")["decode"] if matches(row, step))
+
+
+def _tiles() -> str:
+    """What the default is worth there, against MultiHeadAttention."""
+    rows = [row for row in load("attention_amx")["prefill"] if row["contender"] == "default"]
+
+    def least(causal: bool, n: int) -> str:
+        return times(min(row["x_mha"] for row in rows if row["causal"] == causal and row["n"] >= n))
+
+    return (
+        f"the default {least(False, 0)} or more, from 2048 tokens on {least(False, 2048)}, and causal {least(True, 2048)}: its "
+        "products are made by tiles"
+    )
 
 
 def _longest_minilm() -> str:

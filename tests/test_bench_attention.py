@@ -114,8 +114,8 @@ ROWS = [{"n": n, "name": name, "x": x} for n, name, x in ((4, "a", 0.5), (8, "a1
         ({"where": {"n": [4, 8]}}, 0.5, "missed"),
         ({"where": {"n": 32}}, None, "not measured"),
         ({"where": {"m": 1}}, None, "not measured"),
-        ({"isa": "other"}, None, "needs other"),
-        ({"isa": "here"}, 1.5, "missed"),
+        ({"isa": ["other", "another"]}, None, "needs other or another"),
+        ({"isa": ["other", "here"]}, 1.5, "missed"),
     ],
 )
 def test_goals_are_decided_by_the_right_row(change, measured, verdict, monkeypatch, tmp_path):

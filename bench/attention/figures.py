@@ -6,6 +6,38 @@ from bench.markdown import load, paragraph, source, table, times
 
 def exact() -> str:
     results = load("attention")
+    return paragraph(f"""
+    ## Without sampling
+    Strategy `exact` on heads of 64 ({results["parameters"]["isa"]}): median time in float32, and how
+    many times as long onnxruntime's MultiHeadAttention and Attention and torch's scaled_dot_product_attention take on the
+    same inputs, calls interleaved; under bf16 and int8 how many times as long MultiHeadAttention takes as that precision
+    {source("attention", results)}.
+    """) + _exact_table(results)
+
+
+def on_tiles() -> str:
+    """The same benchmark on a processor with AMX: both tables, and the goals that it misses there."""
+    results = load("attention_amx")
+    missed = [
+        f"{row['goal']} ({row['limit']}): {row['measured']:.3g}"
+        for row in results["goals"]
+        if row["verdict"] == "missed" and row["command"] == "python -m bench.attention"
+    ]
+    return (
+        paragraph(f"""
+        ## On a Xeon with AMX
+        Both tables above once more, where products of bfloat16 are made by tiles ([cpu.md](cpu.md)) and `int8` is computed
+        so too {source("attention", results)}.
+        """)
+        + _exact_table(results)
+        + "\n"
+        + _tree_table(results)
+        + "\n"
+        + paragraph(f"Goals missed there: {'; '.join(missed) or 'none'}.")
+    )
+
+
+def _exact_table(results: dict) -> str:
     by_place = {}
     for row in results["prefill"]:
         by_place.setdefault((row["causal"], row["threads"], row["n"]), {})[row["contender"]] = row
@@ -19,23 +51,25 @@ def exact() -> str:
             times(found["exact fp32, 4-D"]["x_attention"]),
             times(found["exact fp32, 4-D"]["x_sdpa"]),
             times(found["exact bf16"]["x_mha"]),
-            times(found["exact int8"]["x_mha"]),
+            times(found.get("exact int8", {}).get("x_mha")),
         )
         for (causal, threads, n), found in by_place.items()
         if n in (128, 512, 2048, 4096, 16384)
     ]
-    header = ("n", "", "threads", "fp32", "MultiHeadAttention", "Attention", "torch SDPA", "bf16", "int8")
-    return paragraph(f"""
-    ## Without sampling
-    Strategy `exact` on heads of 64 ({results["parameters"]["isa"]}): median time in float32, and how
-    many times as long onnxruntime's MultiHeadAttention and Attention and torch's scaled_dot_product_attention take on the
-    same inputs, calls interleaved; under bf16 and int8 how many times as long MultiHeadAttention takes as that precision
-    {source("attention", results)}.
-    """) + table(header, rows)
+    return table(("n", "", "threads", "fp32", "MultiHeadAttention", "Attention", "torch SDPA", "bf16", "int8"), rows)
 
 
 def tree() -> str:
-    results = load("attention")
+    return paragraph("""
+    ## Speed and error on trained activations
+    All heads of a model in one call, relative error of a head's output, mean and
+    worst head, and how many times as long MultiHeadAttention takes (clustering counted). `tree 1/8` reads an eighth of the
+    keys exactly. Performer and Linformer come from their packages with random features and projections, since these heads
+    were trained without them; top-k and uniform sampling are torch programs.
+    """) + _tree_table(load("attention"))
+
+
+def _tree_table(results: dict) -> str:
     shown = (
         "default",
         "exact bf16",
@@ -59,13 +93,7 @@ def tree() -> str:
         for row in results["activations"]
         if row["data"] in ("minilm-2048", "minilm-4096", "whisper-1500") and row["contender"] in shown
     ]
-    return paragraph("""
-    ## Speed and error on trained activations
-    All heads of a model in one call, relative error of a head's output, mean and
-    worst head, and how many times as long MultiHeadAttention takes (clustering counted). `tree 1/8` reads an eighth of the
-    keys exactly. Performer and Linformer come from their packages with random features and projections, since these heads
-    were trained without them; top-k and uniform sampling are torch programs.
-    """) + table(("activations", "attention", "mean", "worst head", "time", "MultiHeadAttention"), rows)
+    return table(("activations", "attention", "mean", "worst head", "time", "MultiHeadAttention"), rows)
 
 
 def decode() -> str:

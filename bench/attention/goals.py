@@ -30,8 +30,8 @@ def _judge(goal: dict, tables: dict[str, list[dict]], isa: str, fresh: str | Non
         command = f"python -m bench.{goal['file']}"
         if fresh is None:
             tables = json.loads(file.read_text()) if file.is_file() else {}
-    if goal.get("isa", isa) != isa:
-        return row | {"verdict": f"needs {goal['isa']}", "decided_by": "", "command": command}
+    if isa not in goal.get("isa", [isa]):
+        return row | {"verdict": f"needs {' or '.join(goal['isa'])}", "decided_by": "", "command": command}
     found = [r for r in tables.get(goal["table"], []) if matches(r, goal["where"]) and r.get(goal["value"]) is not None]
     if not found:
         return row | {"verdict": "not measured", "decided_by": "", "command": command}

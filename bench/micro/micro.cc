@@ -94,8 +94,8 @@ void blocks(Precision precision, const char* word, int64_t d) {
   bool moved;
   for (float& x : m) x = 100.0f;  // above all scores
   micro::measure(name, "pair", kPairs, [&] {
-    exp2_score_blocks(job.blocks, job.blocks.keys, list, job.blocks.count, q.get(), scale.get(), kMaxRows, kVecs, m, l, alpha,
-                      p.get(), moved);
+    exp2_score_blocks(job.blocks, job.blocks.keys, list, job.blocks.count, q.get(), scale.get(), kMaxRows, kVecs, m, l,
+                      alpha, p.get(), moved);
     micro::keep(p.get());
   });
   title(name, "values p v", word, d);

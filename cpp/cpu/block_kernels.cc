@@ -33,15 +33,17 @@ static size_t block_scratch_bytes(const AttentionJob& job) {
 #define QEXPORT_STRING_(x) #x
 #define QEXPORT_STRING(x) QEXPORT_STRING_(x)
 
-#if defined(QEXPORT_LOW_PRECISION)
-constexpr bool kLowPrecision = true;
+#if defined(QEXPORT_TILES)
+constexpr Precision kLowest = Precision::bf16;  // int8 has nothing to gain: softmax takes longer than the products
+#elif defined(QEXPORT_LOW_PRECISION)
+constexpr Precision kLowest = Precision::int8;
 #else
-constexpr bool kLowPrecision = false;
+constexpr Precision kLowest = Precision::fp32;
 #endif
 
 extern const Kernels kernels;
 const Kernels kernels = {QEXPORT_STRING(QEXPORT_ISA),
-                         kLowPrecision,
+                         kLowest,
                          kTiles,
                          block_scratch_bytes,
                          blocked_exact_block,

@@ -204,14 +204,13 @@ static __attribute__((noinline)) void score_blocks(const KvBlocks& blocks, const
                                                    int64_t ld, int vecs) {
 #if defined(QEXPORT_TILES)
   if (blocks.tiles) {
-    return for_all_lanes(vecs, [&](auto n) QEXPORT_INLINE_LAMBDA {
-      score_tile_list<n>(blocks, keys, list, count, q_t, s, ld);
-    });
+    return for_all_lanes(vecs,
+                         [&](auto n) QEXPORT_INLINE_LAMBDA { score_tile_list<n>(blocks, keys, list, count, q_t, s, ld); });
   }
 #endif
   for_lanes(vecs, [&](int at, auto n) QEXPORT_INLINE_LAMBDA {
     constexpr int kVecs = decltype(n)::value;
-#if defined(QEXPORT_LOW_PRECISION)
+#if defined(QEXPORT_LOW_PRECISION) && !defined(QEXPORT_TILES)
     if (blocks.precision == Precision::bf16) {
       return score_list<Bf16Math, kVecs>(blocks, keys, list, count, q_t + at, nullptr, s + at, ld);
     }
@@ -230,15 +229,14 @@ static __attribute__((noinline)) void value_blocks(const KvBlocks& blocks, const
 #if defined(QEXPORT_TILES)
   if (blocks.tiles) {
     if (rescale) rescale_rows(o_t, ld, blocks.v_head_size, vecs, rescale);
-    return for_all_lanes(vecs, [&](auto n) QEXPORT_INLINE_LAMBDA {
-      value_tile_list<n>(blocks, values, list, count, p, o_t, ld);
-    });
+    return for_all_lanes(vecs,
+                         [&](auto n) QEXPORT_INLINE_LAMBDA { value_tile_list<n>(blocks, values, list, count, p, o_t, ld); });
   }
 #endif
   for_lanes(vecs, [&](int at, auto n) QEXPORT_INLINE_LAMBDA {
     constexpr int kVecs = decltype(n)::value;
     const float* factor = rescale ? rescale + at : nullptr;
-#if defined(QEXPORT_LOW_PRECISION)
+#if defined(QEXPORT_LOW_PRECISION) && !defined(QEXPORT_TILES)
     if (blocks.precision != Precision::fp32) {
       return value_list<Bf16Math, kVecs>(blocks, values, list, count, p + at, o_t + at, ld, factor);
     }

@@ -64,10 +64,11 @@ class BlockRunner {
   // body(i, scratch) for i in [0, total).
   template <class Body>
   void each(int64_t total, const Body& body) {
-    for_each_piece(total, serial_ ? 1 : parallel_.max_threads, scratch_, per_worker_, parallel_, [&](int64_t i, char* scratch) {
-      const FlushToZero flush;
-      body(i, scratch);
-    });
+    for_each_piece(total, serial_ ? 1 : parallel_.max_threads, scratch_, per_worker_, parallel_,
+                   [&](int64_t i, char* scratch) {
+                     const FlushToZero flush;
+                     body(i, scratch);
+                   });
   }
 
   // Waking a thread pool costs tens of microseconds: small calls stay on the calling thread.

@@ -138,8 +138,7 @@ static bool exp2_score_blocks(const KvBlocks& blocks, const float* keys, const i
     if (blocks.tiles) {
       return exp2_score_tiles<kVecs>(blocks, keys, list, count, q_t + at, m + at, ld, p + at, highest + at, total + at);
     }
-#endif
-#if defined(QEXPORT_LOW_PRECISION)
+#elif defined(QEXPORT_LOW_PRECISION)
     if (blocks.precision == Precision::bf16) return run(Bf16Math{});
     if (blocks.precision == Precision::int8) return run(Int8Math{});
 #endif

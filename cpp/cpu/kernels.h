@@ -84,9 +84,9 @@ struct RowKernels {
 
 struct Kernels {
   const char* name;
-  bool low_precision;                                                         // bf16 and int8 blocks are supported
-  bool tiles;                                                                 // blocks in bf16 are laid out for tiles
-  size_t (*scratch_bytes)(const AttentionJob& job);                           // of one thread, for the kernels from here
+  Precision lowest;                                  // of the precisions that blocks may have: it and those before it
+  bool tiles;                                        // blocks in bf16 are laid out for tiles
+  size_t (*scratch_bytes)(const AttentionJob& job);  // of one thread, for the kernels from here
   void (*blocked)(const AttentionJob& job, RowBlock block, char* scratch);    // exact, from job.blocks
   void (*key_mean)(const AttentionJob& job, int64_t batch, int64_t kv_head);  // fills blocks.key_mean
   // Fills blocks [first, end) of one head.

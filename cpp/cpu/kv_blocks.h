@@ -6,8 +6,8 @@
 //
 //     precision | key block                                                       | value block
 //     fp32      | (16, head_size)                                                 | (16, v_head_size)
-//     bf16      | (16, head_size / 2) pairs of neighbours along the head          | (8, v_head_size) pairs of keys 2 i, 2 i + 1
-//     int8      | (16, head_size / 4) quadruples, 16 scales, 16 times -128 * sum  | as bf16
+//     bf16      | (16, head_size / 2) pairs of neighbours along the head          | (8, v_head_size) pairs of keys 2 i, 2 i
+//     + 1 int8      | (16, head_size / 4) quadruples, 16 scales, 16 times -128 * sum  | as bf16
 //
 // For tiles (tiles.h) values of bf16 are transposed: row x of a block holds its 8 pairs, beside those of its neighbour, so
 // that blocks 2 i and 2 i + 1 share lines of the cache.
@@ -48,7 +48,9 @@ struct KvBlocks {
   int64_t value_start(int64_t i) const {
     return tiles ? i / 2 * 2 * value_block + i % 2 * (kBlockKeys / 2) : i * value_block;
   }
-  size_t bytes_per_head() const { return static_cast<size_t>(stored * (key_block + value_block) + mean_row) * sizeof(float); }
+  size_t bytes_per_head() const {
+    return static_cast<size_t>(stored * (key_block + value_block) + mean_row) * sizeof(float);
+  }
 };
 
 // The layout of `keys` keys per head, by kernels that have tiles or not; the pointers are left null.

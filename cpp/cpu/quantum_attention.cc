@@ -26,11 +26,10 @@ constexpr int64_t kTileRows = 24, kBlockedRows = 56;
 KvBlocks choose_blocks(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
   const bool pays = p.q_len * job.group >= (kernels().tiles ? kTileRows : kBlockedRows) && job.total_len > 0;
-  const bool low = p.precision != Precision::fp32 && kernels().low_precision && pays;
-  if (p.strategy != Strategy::tree && (p.strategy != Strategy::exact || !low)) return {};
-  const Precision lowest =
-      p.precision == Precision::int8 && computes_in(Precision::int8) ? Precision::int8 : Precision::bf16;
-  return block_layout(low ? lowest : Precision::fp32, kernels().tiles, job.total_len, p.head_size, p.v_head_size);
+  const Precision wanted = p.precision == Precision::automatic ? Precision::bf16 : p.precision;
+  const Precision precision = pays ? std::min(wanted, kernels().lowest) : Precision::fp32;
+  if (p.strategy != Strategy::tree && (p.strategy != Strategy::exact || precision == Precision::fp32)) return {};
+  return block_layout(precision, kernels().tiles, job.total_len, p.head_size, p.v_head_size);
 }
 
 // (batch, kv head) pairs whose blocks are in memory at once; whole batch items for `tree`, whose heads share their budget.
@@ -203,11 +202,7 @@ void share_budget(const AttentionJob& job, int64_t b) {
 
 }  // namespace
 
-bool computes_in(Precision precision) {
-  // Tiles leave int8 nothing to gain: softmax takes longer than the products.
-  const bool low = kernels().low_precision && !(kernels().tiles && precision == Precision::int8);
-  return precision == Precision::fp32 || low;
-}
+bool computes_in(Precision precision) { return precision <= kernels().lowest; }
 
 size_t quantum_attention_cpu_scratch_bytes(const QuantumAttentionParams& params, const QuantumAttentionTensors& tensors,
                                            const ParallelFor& parallel) {

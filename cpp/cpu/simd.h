@@ -115,7 +115,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 // 1 / x to about 1 ulp, for x and 1 / x that are normal numbers; 0 and infinite x give NaN.
 static QEXPORT_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-  // A division takes as long as 16 multiplications. An estimate to 14 bits and a step of Newton's method, which doubles them.
+  // A division takes as long as 16 multiplications. An estimate to 14 bits and a step of Newton's method, which doubles
+  // them.
   const vf estimate = (vf)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
   return estimate + estimate * (1.0f - x * estimate);
 #else

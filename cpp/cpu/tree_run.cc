@@ -10,12 +10,12 @@ namespace qexport {
 namespace {
 
 constexpr int64_t kFewestQueries = 32, kFewestKeys = 256;
-// On tiles exact attention is so fast that the tree of a query's share costs what reading so many keys does.
-constexpr double kKeysOfTree = 600.0;
+// On tiles exact attention is so fast that a query's share of the tree costs what reading so many keys does.
+constexpr double kKeysOfTree = 800.0;
 // With a tolerance, building and trying the tree costs more than it saves below so many queries, and below so many keys for
 // a tolerance of 1 (measured on trained activations: docs/math.md).
 constexpr int64_t kQueriesForTolerance = 1024;
-constexpr double kKeysForTolerance = 200.0;
+constexpr double kKeysForTolerance = 200.0, kKeysForToleranceOnTiles = 600.0;
 // The same of decoding: at a tolerance of kFreeTolerance or more; below it the square of the tolerance counts.
 constexpr double kKeysForDecodeTolerance = 4000.0, kFreeTolerance = 0.1;
 constexpr double kMostDensity = 0.5;  // of the keys that are read; more than that costs what exact attention costs
@@ -209,12 +209,13 @@ void run_tiles(const AttentionJob& job, int64_t first_place, int64_t places, Blo
 bool tree_applies(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
   const auto tolerance = static_cast<double>(p.error_tolerance), keys = static_cast<double>(job.total_len);
-  if (tolerance > 0.0 && (p.q_len < kQueriesForTolerance || keys * tolerance < kKeysForTolerance)) return false;
+  const bool tiles = kernels().tiles && p.precision != Precision::fp32;
+  const double fewest = tiles ? kKeysForToleranceOnTiles : kKeysForTolerance;
+  if (tolerance > 0.0 && (p.q_len < kQueriesForTolerance || keys * tolerance < fewest)) return false;
   const auto least = static_cast<double>(*std::min_element(p.num_samples, p.num_samples + p.num_samples_count));
   // Keys in reach of a query and what the tree costs it in keys, in the mean; half of its own chunk is read whatever the
   // budget.
   const double reach = keys - (p.is_causal ? 0.5 * static_cast<double>(p.q_len) : 0.0);
-  const bool tiles = kernels().tiles && p.precision != Precision::fp32;
   const double read = least + (p.is_causal ? 0.5 * kTreeChunk : 0.0) + (tiles ? kKeysOfTree : 0.0);
   return p.q_len >= kFewestQueries && job.total_len >= kFewestKeys && p.softcap == 0.0f && p.left_window < 0 &&
          p.right_window < 0 && read <= kMostDensity * reach && mask_drops_keys(job);

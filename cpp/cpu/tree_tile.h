@@ -87,8 +87,8 @@ static void tile_queries(Tile& t) {
   const int64_t chunk = t.job.params.is_causal ? t.open / kTreeChunk : 0;
   const int64_t start = chunk * slope_blocks(size);
   if (start >= slopes.count) return;  // no keys before the rows
-  value_blocks(slopes, slopes.head_values(t.head) + slopes.value_start(start), t.s.every, count, t.s.q_summary, t.s.slope, ld,
-               t.rows.vecs, nullptr);
+  value_blocks(slopes, slopes.head_values(t.head) + slopes.value_start(start), t.s.every, count, t.s.q_summary, t.s.slope,
+               ld, t.rows.vecs, nullptr);
 }
 
 // weight: log2 of the weight of each cluster; score: how much is lost, by the model, where only its centroid is taken.
