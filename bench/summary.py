@@ -97,10 +97,7 @@ def _tiles() -> str:
     def least(causal: bool, n: int) -> str:
         return times(min(row["x_mha"] for row in rows if row["causal"] == causal and row["n"] >= n))
 
-    return (
-        f"the default {least(False, 0)} or more, from 2048 tokens on {least(False, 2048)}, and causal {least(True, 2048)}: its "
-        "products are made by tiles"
-    )
+    return f"the default {least(False, 0)} or more, from 2048 tokens on {least(False, 2048)}, and causal {least(True, 2048)}"
 
 
 def _longest_minilm() -> str:

@@ -202,7 +202,7 @@ def test_windows_that_begin_in_any_block(precision, left_window):
 def test_tree_errs_as_in_float32(precision, size, v_size, causal, residual):
     """So long that the tree pays wherever products are fast; the last cluster and the last pair of blocks are not full."""
     rng = np.random.default_rng(size)
-    keys = 5000
+    keys = 6000
     centres = 2 * rng.standard_normal((200, size), dtype=np.float32)
     kinds = rng.integers(0, 200, keys)
     k = (centres[kinds] + 0.3 * rng.standard_normal((keys, size), dtype=np.float32))[None]

@@ -33,7 +33,7 @@ def on_tiles() -> str:
         + "\n"
         + _tree_table(results)
         + "\n"
-        + paragraph(f"Goals missed there: {'; '.join(missed) or 'none'}.")
+        + f"Goals missed there: {'; '.join(missed) or 'none'}.\n"
     )
 
 

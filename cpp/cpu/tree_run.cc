@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kFewestQueries = 32, kFewestKeys = 256;
 // On tiles exact attention is so fast that a query's share of the tree costs what reading so many keys does.
-constexpr double kKeysOfTree = 800.0;
+constexpr double kKeysOfTree = 1100.0;
 // With a tolerance, building and trying the tree costs more than it saves below so many queries, and below so many keys for
 // a tolerance of 1 (measured on trained activations: docs/math.md).
 constexpr int64_t kQueriesForTolerance = 1024;
