@@ -29,18 +29,24 @@ def errors(found, reference):
     return (np.linalg.norm(found - reference, axis=(2, 3)) / np.linalg.norm(reference, axis=(2, 3))).ravel()
 
 
-def test_error_and_estimate_at_an_eighth_of_the_keys(held_out):
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_error_and_estimate_at_an_eighth_of_the_keys(held_out, precision):
     inputs, reference = held_out
-    found, estimate = run(inputs, strategy="tree", num_samples=[256], precision="auto")
+    found, estimate = run(inputs, strategy="tree", num_samples=[256], precision=precision)
     error = errors(found, reference)
+    if precision == "auto" and _core.isa() == "amx":  # where reading all of so few keys is faster
+        assert error.max() <= 0.02
+        assert not estimate.any()
+        return
     assert error.mean() <= 0.10
     assert error.max() <= 0.25
     ratio = estimate / error
     assert np.mean((ratio < 1.5) & (ratio > 1 / 1.5)) >= 0.9
 
 
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
 @pytest.mark.parametrize("tolerance", [0.1, 0.2])
-def test_the_tolerance_is_kept(held_out, tolerance):
+def test_the_tolerance_is_kept(held_out, tolerance, precision):
     inputs, reference = held_out
-    found, _ = run(inputs, strategy="tree", num_samples=[64], precision="auto", error_tolerance=tolerance)
+    found, _ = run(inputs, strategy="tree", num_samples=[64], precision=precision, error_tolerance=tolerance)
     assert np.mean(errors(found, reference) <= tolerance) >= 0.95
