@@ -2,7 +2,6 @@
 
 import dataclasses
 from itertools import product
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -167,22 +166,6 @@ def test_scores_that_rise_from_tile_to_tile(precision, highest, causal):
     # A score s is off by its share of rounding, about 2^-9 s in bfloat16 and 2^-7 s in int8, and so is the weight.
     limit = {"bf16": 2**-8, "int8": 2**-6}[precision] * max(highest, 4)
     assert relative(y, expected) <= min(limit, 0.5)
-
-
-@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
-def test_scores_far_apart_take_no_longer(precision):
-    """Probabilities below 2^-126 took an Intel processor 100 ns for each vector that has one: 75 times as long in all."""
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 512, 64), dtype=np.float32) for _ in range(3))
-    far = [q * 25, k, v, None, False]
-    assert relative(run(*far, precision=precision)[0], reference(*far)) <= 0.2
-    seconds = {"near": [], "far": []}
-    for _ in range(9):
-        for name, inputs in (("near", [q, *far[1:]]), ("far", far)):
-            start = perf_counter()
-            run(*inputs, precision=precision)
-            seconds[name].append(perf_counter() - start)
-    assert min(seconds["far"]) < 8 * min(seconds["near"])
 
 
 @pytest.mark.parametrize("left_window", [0, 5, 40])
