@@ -15,13 +15,8 @@ static QEXPORT_INLINE vf score_of(vf sum, const float*, vf) { return sum; }
 static QEXPORT_INLINE vf score_of(vi sum, const float* scale, vf q_scale) { return to_float(sum) * *scale * q_scale; }
 
 // What write_pair wants taken from its arguments.
-#if defined(QEXPORT_LOW_PRECISION)
 template <class Math>
 constexpr float kShift = std::is_same<Math, Fp32Math>::value ? 0.0f : kPairShift;
-#else
-template <class Math>
-constexpr float kShift = 0.0f;
-#endif
 
 // The probabilities of keys 2 i and 2 i + 1, from scores less m + kShift, in the form that value_blocks reads; returns
 // the next row of p.

@@ -1,5 +1,6 @@
 // Picks the instruction set once, at the first call.
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 #if defined(QEXPORT_HAVE_X86) && defined(__linux__)
@@ -75,22 +76,24 @@ Choice choose() {
 #endif
   const char* variable = std::getenv("QEXPORT_ISA");
   const std::string wanted = variable ? variable : "";
+  // From the best on, and no further than needed: asking for the tiles changes the process.
   const Kernels* best = nullptr;
-  const Kernels* chosen = nullptr;
+  for (const Copy* copy = std::end(kCopies); !best && copy-- != std::begin(kCopies);) {
+    const bool candidate = wanted.empty() ? copy->pays() : wanted == copy->kernels->name;
+    if (candidate && copy->runs()) best = copy->kernels;
+  }
+  if (best) return {best, ""};
   bool known = false;
   std::string names, usable;
   for (const Copy& copy : kCopies) {
-    names += (names.empty() ? "" : ", ") + std::string(copy.kernels->name);
-    known = known || wanted == copy.kernels->name;
-    if (!copy.runs()) continue;
-    usable += (usable.empty() ? "" : ", ") + std::string(copy.kernels->name);
-    if (copy.pays()) best = copy.kernels;
-    if (wanted == copy.kernels->name) chosen = copy.kernels;
+    const std::string name = copy.kernels->name;
+    known = known || wanted == name;
+    names += (names.empty() ? "" : ", ") + name;
+    if (copy.runs()) usable += (usable.empty() ? "" : ", ") + name;
   }
-  if (wanted.empty()) return {best, ""};
-  if (chosen) return {chosen, ""};
-  if (!known) return {best, "QEXPORT_ISA must be one of " + names + ", got " + wanted};
-  return {best, "QEXPORT_ISA is " + wanted + ", which this processor does not have; unset it or choose one of " + usable};
+  const Kernels* least = kCopies[0].kernels;  // runs everywhere
+  if (!known) return {least, "QEXPORT_ISA must be one of " + names + ", got " + wanted};
+  return {least, "QEXPORT_ISA is " + wanted + ", which this processor does not have; unset it or choose one of " + usable};
 }
 
 const Choice& choice() {

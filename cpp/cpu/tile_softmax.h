@@ -78,6 +78,8 @@ static QEXPORT_INLINE vf exp2_pair(vf lo, vf hi, vf& total) {
 }
 
 #endif
+#else
+constexpr float kPairShift = 0.0f;  // there are no pairs
 #endif
 
 // Turns s[count][ld], count even where p is bf16, into p = 2^(s - m), and updates the running maximum m and sum l of
