@@ -2,6 +2,7 @@
 and runs the command line for tests. Where tests share the machine (`-n`), each has one thread of OpenMP:
 read before torch is."""
 
+import functools
 import gc
 import os
 import shutil
@@ -26,6 +27,16 @@ def _nothing_old_to_collect():
     half a second each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sources_are_read_once():
+    """torch's exporter parses the source of each of the thousand functions of torchlib for every export, for a second."""
+    values = sys.modules.get("onnxscript._internal.values")
+    if values and isinstance(values.TracedOnnxFunction.function_ir, property):
+        once = functools.cached_property(values.TracedOnnxFunction.function_ir.fget)
+        once.__set_name__(values.TracedOnnxFunction, "function_ir")
+        values.TracedOnnxFunction.function_ir = once
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,9 @@
 """Every file of examples/ runs, in order, in a folder of its own, and says what it should."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from bench.packages import RegistryAwayError, fetch
@@ -44,10 +43,7 @@ def folder(first, module_path):
 
 
 def run(example, folder):
-    command = [sys.executable, str(example), *ARGUMENTS.get(example.name[:2], [])]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return forks.printed(example.read_text(), folder, name=str(example), arguments=ARGUMENTS.get(example.name[:2], ()))
 
 
 def test_examples_are_numbered_from_one():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 INCLUDES = (ROOT / "cpp" / "include", ROOT / "cpp" / "cuda", ROOT / "tests" / "cuda")
 ALIGNMENT = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")  # x86 reads 16 bytes anywhere, a GPU does not
 FLAGS = (
-    *("-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-DQEXPORT_CUDA_EMULATION", *ALIGNMENT),
 )
 # Accesses that nothing orders end the process (emulation_races.h): the compiler calls a function for each, but not for those
