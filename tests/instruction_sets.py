@@ -12,6 +12,7 @@ from qexport import _core
 _X86, _ARM = ("generic", "avx2", "avx512", "avx512bf16", "amx"), ("neon",)
 ISAS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), ("generic",))
 
+
 def run_on(isa: str, code: str) -> str:
     """What `code` prints with the tests folder as its own; skips where this processor has no `isa`, or uses it anyway."""
     if isa == _core.isa():

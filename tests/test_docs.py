@@ -2,15 +2,13 @@
 programs of docs/integration.md run."""
 
 import inspect
-import os
 import re
 import runpy
-import subprocess
-import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import forks
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -73,9 +71,4 @@ def test_the_programs_of_the_integration_guide(tmp_path):
         else:
             program.append(block)
     assert len(program) >= 8
-    (tmp_path / "guide.py").write_text("\n".join(program))
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the tensors are too small for more
-    done = subprocess.run(
-        [sys.executable, "guide.py"], cwd=tmp_path, env=one_thread, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    forks.printed("\n".join(program), tmp_path, name="guide.py")

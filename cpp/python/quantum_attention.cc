@@ -10,7 +10,7 @@
 namespace qexport {
 namespace {
 
-constexpr const char* kName = "QuantumAttention";
+constexpr const char* kAttention = "QuantumAttention";
 
 // The strides of an array of (batch, heads, len, size), or of (batch, len, heads * size).
 void set_strides(const ArrayView& array, HeadRows& rows) {
@@ -23,7 +23,7 @@ void set_strides(const ArrayView& array, HeadRows& rows) {
 void set_lengths(const Memory& memory, py::object& object, std::vector<int64_t>& lengths, QuantumAttentionInputs& in) {
   if (object.is_none()) return;
   if (memory.cuda()) {
-    const ArrayView tensor = memory.view(object, kName, "nonpad_kv_seqlen");
+    const ArrayView tensor = memory.view(object, kAttention, "nonpad_kv_seqlen");
     if (tensor.type != DType::i64) throw std::invalid_argument("[QuantumAttention] nonpad_kv_seqlen must be int64");
     in.nonpad_kv_seqlen = static_cast<const int64_t*>(tensor.data), in.nonpad_shape = tensor.shape;
     return;
@@ -64,18 +64,18 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
                                               q_num_heads,
                                               kv_num_heads};
   check_attributes(attributes);
-  const ArrayView queries = memory.view(Q, kName, "Q", true), keys = memory.view(K, kName, "K", true),
-                  values = memory.view(V, kName, "V", true);
+  const ArrayView queries = memory.view(Q, kAttention, "Q", true), keys = memory.view(K, kAttention, "K", true),
+                  values = memory.view(V, kAttention, "V", true);
   QuantumAttentionInputs in{queries,
                             keys,
                             values,
-                            memory.view(attn_mask, kName, "attn_mask"),
-                            memory.view(past_key, kName, "past_key"),
-                            memory.view(past_value, kName, "past_value"),
+                            memory.view(attn_mask, kAttention, "attn_mask"),
+                            memory.view(past_key, kAttention, "past_key"),
+                            memory.view(past_value, kAttention, "past_value"),
                             nullptr,
                             {},
-                            memory.cuda() ? 0 : seed_value(seed, kName),
-                            memory.view(key_summary, kName, "key_summary")};
+                            memory.cuda() ? 0 : seed_value(seed, kAttention),
+                            memory.view(key_summary, kAttention, "key_summary")};
   const TensorView* same_type[] = {&in.q, &in.k, &in.v, &in.past_key, &in.past_value};
   for (const TensorView* tensor : same_type) {
     if (tensor->present && (tensor->type != in.q.type || tensor->type == DType::boolean || tensor->type == DType::f64 ||
@@ -110,7 +110,7 @@ py::tuple quantum_attention(py::object Q, py::object K, py::object V, py::object
     call.tensors.present_key_summary = static_cast<float*>(output(call.key_summary, single, summary));
   }
   if (const CudaKernels* cuda = memory.cuda()) {
-    memory.run(kName, memory.seed(seed, kName), cuda->quantum_attention_scratch_bytes(call.params, call.tensors),
+    memory.run(kAttention, memory.seed(seed, kAttention), cuda->quantum_attention_scratch_bytes(call.params, call.tensors),
                cuda->quantum_attention, call.params, call.tensors);
   } else {
     const py::gil_scoped_release release;

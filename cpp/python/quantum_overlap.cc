@@ -8,16 +8,16 @@
 namespace qexport {
 namespace {
 
-constexpr const char* kName = "QuantumOverlap";
+constexpr const char* kOverlap = "QuantumOverlap";
 
 py::array quantum_overlap(py::object queries, py::object keys, py::object level, py::object T1, py::object T2,
                           py::object excited_population, py::object kraus, const std::string& channel,
                           const std::string& scope, const std::string& convention, int threads) {
   if (const char* error = isa_error()) throw std::invalid_argument(error);
   const NoiseChannelAttributes attributes{channel, scope, convention};
-  check_attributes(kName, attributes, false);
-  const QuantumOverlapInputs in{view(queries, kName, "queries"), view(keys, kName, "keys"),
-                                channel_inputs(kName, level, T1, T2, excited_population, kraus)};
+  check_attributes(kOverlap, attributes, false);
+  const QuantumOverlapInputs in{view(queries, kOverlap, "queries"), view(keys, kOverlap, "keys"),
+                                channel_inputs(kOverlap, level, T1, T2, excited_population, kraus)};
   const QuantumOverlapCall call = resolve_overlap(attributes, in);
   py::array overlaps = empty(call.overlaps, queries.attr("dtype"));
   const QuantumOverlapTensors tensors{in.queries.data, in.keys.data, overlaps.mutable_data()};

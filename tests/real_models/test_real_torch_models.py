@@ -90,7 +90,8 @@ def test_stories_are_told_with_sampled_attention(stories, tmp_path):
     bundle, _ = stories
     classical = opened(bundle / "classical.onnx")
     ids = greedy_story(classical, 96)
-    text = b"".join(stories15m_vocabulary()[token] for token in ids[0, 1:]).decode()
+    vocabulary = stories15m_vocabulary()
+    text = b"".join(vocabulary[token] for token in ids[0, 1:]).decode()
     assert text.startswith(" Once upon a time, there was a little girl named Lily.")
 
     sampled = opened(with_attributes(bundle / "model.onnx", tmp_path / "sampled.onnx", num_samples=[16]))
