@@ -9,7 +9,7 @@ from qexport.arguments import whole
 from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
 from qexport.manifest import IR_VERSION, make_manifest
-from qexport.progress import portion, unwatched
+from qexport.progress import listener, portion
 
 OPSETS = (17, 24)
 # protobuf refuses 2 GiB; nodes and names need room beside the weights.
@@ -93,7 +93,7 @@ def convert(
     from qexport.kv_cache import OPSET as CACHE_OPSET
     from qexport.recipe import make_recipe
 
-    say = progress or unwatched
+    say = listener(progress)
     if kv_cache is not None:
         whole("kv_cache", kv_cache, 2)
     least = OPSETS[0] if kv_cache is None else CACHE_OPSET

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qexport.documents import make_document
 from qexport.errors import QexportError
-from qexport.progress import portion, unwatched
+from qexport.progress import listener, portion
 
 SENTENCES = Path(__file__).with_name("demo_sentences.txt")
 SEQ = 128  # length that is profiled; the sentences have their own
@@ -54,7 +54,7 @@ def demo(output="qexport_demo", *, providers=None, allow_fallback=False, progres
     from qexport.runtime import check_start
     from qexport.validation import validate
 
-    say, where = progress or unwatched, {"providers": providers, "allow_fallback": allow_fallback}
+    say, where = listener(progress), {"providers": providers, "allow_fallback": allow_fallback}
     check_start(**where)  # before anything is written
     conversion = convert(minilm_folder(), output, progress=portion(say, 0.0, 0.5))
     validation = validate(output, SENTENCES, **where, progress=portion(say, 0.5, 0.8))

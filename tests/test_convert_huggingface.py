@@ -225,6 +225,12 @@ def test_disentangled_attention_is_declined(folder_of, tmp_path):
         convert(folder_of("deberta", "DebertaV2Model", "DebertaV2Config", config), tmp_path / "b")
 
 
+def test_attention_in_blocks_becomes_full_and_says_so(folder_of, tmp_path):
+    config = TEXT | {"num_hidden_layers": 1, "block_size": 16, "num_random_blocks": 2}
+    report = convert(folder_of("big_bird", "BigBirdModel", "BigBirdConfig", config), tmp_path / "b", dry_run=True)
+    assert report.notes == ["attends to all tokens at every length; the source reads more than 144 in sparse blocks"]
+
+
 def test_a_pooler_without_weights_is_left_out(folder_of, tmp_path):
     folder = folder_of("masked", "BertForMaskedLM", "BertConfig", TEXT)
     report = convert(folder, tmp_path / "b")

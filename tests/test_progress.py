@@ -18,6 +18,7 @@ from qexport import convert, profile, tune, validate
 from qexport.attention import map_attention
 from qexport.compression import compress
 from qexport.deployment import pack_deployment, verify_deployment
+from qexport.errors import UsageError
 from qexport.reporting import report
 from qexport.resilience import measure_resilience
 from qexport.scaling import sweep
@@ -43,6 +44,12 @@ CALLS = {
         bundle, folder / "page.html", skip=("scaling", "samples"), seq=(4,), runs=2, seeds=2, progress=say
     ),
 }
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_flag_is_no_listener(name, bundle, tmp_path):
+    with pytest.raises(UsageError, match="progress must be a function of the step in words and the share done, got True"):
+        CALLS[name](bundle, tmp_path, True)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -243,8 +243,8 @@ int run(const Options& options) {
     const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
     if (i >= kWarmup) times.push_back(time.count());
   }
-  std::printf("latency: p50 %.3f ms, p90 %.3f ms, p99 %.3f ms; %d runs\n", percentile(times, 0.5), percentile(times, 0.9),
-              percentile(times, 0.99), options.runs);
+  std::printf("latency: p50 %.3f ms, p90 %.3f ms, p99 %.3f ms; %d run%s\n", percentile(times, 0.5), percentile(times, 0.9),
+              percentile(times, 0.99), options.runs, options.runs == 1 ? "" : "s");
   std::puts(passed ? "PASSED" : "FAILED: the outputs are not the stored ones");
   return passed ? 0 : kOutOfTolerance;
 }

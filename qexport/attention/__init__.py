@@ -12,7 +12,7 @@ from qexport.arguments import as_path, as_seed, wholes
 from qexport.attention.maps import MEASURES, AttentionMaps, SiteMap, entropy, site_labels
 from qexport.bundle import Bundle
 from qexport.errors import QexportError, UsageError
-from qexport.progress import portion, unwatched
+from qexport.progress import listener, portion
 from qexport.providers import recorded
 
 __all__ = ["MEASURES", "AttentionMaps", "SiteMap", "entropy", "map_attention", "site_labels"]
@@ -63,7 +63,7 @@ def map_attention(
     from qexport.data import load_inputs
     from qexport.installed import onnxruntime
 
-    say = progress or unwatched
+    say = listener(progress)
     if not library:
         raise UsageError("library must be True or a path: attention maps come from the op library")
     seed = as_seed(seed)

@@ -160,7 +160,7 @@ def show_profile(report, verbose: bool) -> None:
     click.echo(
         f"{_measured(found)}: {machine['processor']}, {machine['cpu_count']} cores, "
         f"onnxruntime {found['versions']['onnxruntime']}, {', '.join(settings['providers'])}, threads: {threads}, "
-        f"{settings['runs']} runs, interleaved"
+        f"{plural(settings['runs'], 'run')}, interleaved"
     )
     rows = []
     for size in found["sizes"]:

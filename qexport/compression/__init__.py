@@ -26,7 +26,7 @@ from qexport.errors import UsageError
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
-from qexport.progress import portion, unwatched
+from qexport.progress import listener, portion
 
 # Every so manieth batch judges what the others were fitted to.
 JUDGING = 4
@@ -123,7 +123,7 @@ def compress(
         QexportError: the model, the data or the runtime is at fault, nothing can be compressed, or the loss is above
             `max_drop` before any weight is touched or with the most accurate forms.
     """
-    started, say = time.monotonic(), progress or unwatched
+    started, say = time.monotonic(), listener(progress)
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, products=products, heal=heal)
     check_output(output)
     # what was found outlives a bundle that cannot be written, so that its context is the last to end

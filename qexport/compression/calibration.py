@@ -29,7 +29,7 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
     Raises:
         QexportError: the model does not run, or a value that a weight is multiplied with is not finite.
     """
-    wanted = {input_names(layer): layer for layer in layers}
+    wanted = {input_names(layer): layer for layer in layers if not layer.is_stack}
     groups, room = [[]], GRAM_MEMORY
     for names, layer in wanted.items():
         if store.has(_key(names)):
@@ -69,7 +69,10 @@ def calibrate(bundle: Bundle, layers: list[Layer], inputs: Inputs, library, stor
 
 def weights_of(layer: Layer, store: Checkpoint) -> np.ndarray:
     """The Gram matrix of a layer's inputs (in, in), or how much each entry of its table counts (entries,): as often as it
-    was picked, and a little more, for other inputs pick others."""
+    was picked, and a little more, for other inputs pick others. Experts are picked inside of loops, which nothing watches:
+    their rows count alike."""
+    if layer.is_stack:
+        return np.full(layer.flat_shape[0], 1 / layer.flat_shape[0])
     found = store.load(_key(input_names(layer)))
     return found if found.ndim == 2 else found / max(found.sum(), 1) + OTHERS / (1 - OTHERS) / len(found)
 

@@ -85,6 +85,8 @@ def methods(layer: Layer, allowed: tuple[str, ...]) -> list[Method]:
     if HALF in allowed and layer.nbytes >= 4 * rows * columns:
         found.append(Method(HALF))
     found += [Method(INTEGER, bits, block) for bits in BITS if f"int{bits}" in allowed for block in _blocks(layer, rows)]
+    if layer.is_stack:  # the others are made whole, or fitted to inputs that nothing sees
+        return found
     if TRELLIS in allowed and kernels() is not None:
         found += [Method(TRELLIS, rate=rate) for rate in RATES]
     if LOW_RANK in allowed and len(layer.kinds) == 1:
@@ -110,7 +112,7 @@ def _common_block(rank: int) -> int:
 
 def matrix_shape(layer: Layer) -> tuple[int, int]:
     """Shape of `layer.matrix()`, without reading it."""
-    return layer.shape[::-1] if layer.transposed or not layer.products else layer.shape
+    return layer.flat_shape[::-1] if layer.transposed or not layer.products else layer.flat_shape
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,12 @@ class _Writer:
     def __init__(self, model: ir.Model, layer: Layer, accuracy_level: int):
         self.model, self.graph, self.layer, self.level = model, model.graph, layer, accuracy_level
         self.stored: dict[str, ir.Value] = {}
+        self.scales: dict[tuple[str, bool], ir.Value] = {}
 
     def half(self, form: Half) -> None:
         """A Cast, which the runtime computes once, when it loads the file."""
         builder = self._first()
-        half = self._keep("half", self.layer.turned(form.matrix))
+        half = self._keep("half", self.layer.turned(form.matrix).reshape(self.layer.shape))
         self._take_place(builder.node("Cast", half, like=self.layer.value, shape=self.layer.shape, to=self._dtype))
 
     def trellis(self, form: Trellis) -> None:
@@ -190,10 +191,12 @@ class _Writer:
         """Add a function to the model, once."""
         add_function(self.model, make(bits, self.model.opset_imports[""]))
 
-    def _first(self) -> Builder:
-        """Nodes right before the first use of the weight."""
+    def _first(self, what: str = "") -> Builder:
+        """Nodes right before the first use of the weight, and not inside of loops, which would make them anew each time."""
+        if self.layer.is_stack:
+            return Builder(self.graph[0], self.layer.name + what)
         users = {use.node for use in self.layer.value.uses()}
-        return Builder(next(node for node in self.graph if node in users), self.layer.name)
+        return Builder(next(node for node in self.graph if node in users), self.layer.name + what)
 
     def _take_place(self, value: ir.Value, but: tuple[ir.Node, ...] = ()) -> None:
         """A value of the same matrix in all uses of the weight, but for those by some nodes."""
@@ -213,7 +216,7 @@ class _Writer:
             "MatMulNBits",
             X,
             packed,
-            self._scales(builder, form, what, flat=True),
+            self._scales(form, what, flat=True),
             like=self.layer.value,
             shape=shape,
             domain=RUNTIME,
@@ -228,14 +231,13 @@ class _Writer:
         indices = node.inputs[1]
         packed = form.packed()
         self.graph.opset_imports[RUNTIME] = 1
-        entries = len(packed)
+        entries, width = self.layer.shape[:-1], form.codes.shape[0]
         if self.layer.products:  # a product wants three axes of the same numbers
-            table = builder.node("Reshape", self._keep(what, packed), [entries, -1], dtype=ir.DataType.UINT8)
+            table = builder.node("Reshape", self._keep(what, packed), [*entries, -1], dtype=ir.DataType.UINT8)
         else:
-            table = self._keep(what, packed.reshape(entries, -1))
-        width = form.codes.shape[0]
-        scales = self._scales(builder, form, what, flat=False)
-        shape = None if indices.shape is None else [*indices.shape, width]
+            table = self._keep(what, packed.reshape(*entries, -1))
+        scales = self._scales(form, what, flat=False)
+        shape = None if indices.shape is None else [*indices.shape, *entries[1:], width]
         return builder.node(
             "GatherBlockQuantized",
             table,
@@ -247,17 +249,25 @@ class _Writer:
             bits=form.bits,
             block_size=form.block,
             gather_axis=0,
-            quantize_axis=1,
+            quantize_axis=len(entries),
         )
 
-    def _scales(self, builder: Builder, form: Quantized, what: str, flat: bool) -> ir.Value:
+    def _scales(self, form: Quantized, what: str, flat: bool) -> ir.Value:
+        """Made once, before all that uses the weight."""
+        if (what, flat) in self.scales:
+            return self.scales[what, flat]
         by_column = form.scales.T
-        if flat and not self.layer.picks:
+        if not flat:
+            by_column = by_column.reshape(*self.layer.shape[:-1], -1)
+        elif not self.layer.picks:
             by_column = by_column.reshape(-1)
-        scales = self._keep(f"{what}_scales", by_column)
+        scales, builder = self._keep(f"{what}_scales", by_column), self._first(f"/{what}{'/flat' * flat}")
         if self._dtype != ir.DataType.FLOAT16:
             scales = builder.node("Cast", scales, like=self.layer.value, to=self._dtype)
-        return builder.node("Reshape", scales, [-1], like=scales) if flat and self.layer.picks else scales
+        if flat and self.layer.picks:
+            scales = builder.node("Reshape", scales, [-1], like=scales)
+        self.scales[what, flat] = scales
+        return scales
 
     def _keep(self, what: str, array: np.ndarray, name: str | None = None) -> ir.Value:
         """An initializer, made once per layer."""

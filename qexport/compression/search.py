@@ -141,7 +141,8 @@ class Search:
     def _options(self, layer: Layer) -> list[Option]:
         """The methods of a layer as options: bytes under a limit of the squared error at the model's output."""
         allowed, is_rounded = self.allowed(layer), layer.name in names_of(self.rounded)
-        if LOW_RANK in allowed and positions(layer, self.store) < ENOUGH * forms.matrix_shape(layer)[0]:
+        few = not layer.is_stack and positions(layer, self.store) < ENOUGH * forms.matrix_shape(layer)[0]
+        if LOW_RANK in allowed and few:
             allowed = tuple(method for method in allowed if method != LOW_RANK)
             if not is_rounded:
                 self.unseen.append(layer)

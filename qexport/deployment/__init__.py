@@ -24,7 +24,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.external_data import external_files, load_structure
 from qexport.failures import one_line
 from qexport.manifest import package_version
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.providers import SHORT, uses_tf32
 from qexport.validation.limits import DEFAULT_MAX_ERROR, limits_of
 from qexport.validation.sensitivity import quantizes, sensitivity
@@ -104,7 +104,7 @@ def pack_deployment(
     provider = next((short for short in PROVIDERS if provider in (short, SHORT[short])), provider)
     if provider not in PROVIDERS:
         raise UsageError(f"provider must be {' or '.join(PROVIDERS)}, got {provider!r}")
-    target, say = check_target(target), progress or unwatched
+    target, say = check_target(target), listener(progress)
     say("checking the bundle", 0.0)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=True)
     with write_bundle(output, DEPLOYMENT) as writer:
@@ -180,7 +180,7 @@ def verify_deployment(path, *, runs: int = 20, progress=None) -> VerificationRep
         QexportError: not a deployment; a file changed, is missing or was added (the message names it); or the model cannot
             be run.
     """
-    path, say = as_path("path", path), progress or unwatched
+    path, say = as_path("path", path), listener(progress)
     if not path.is_dir():
         raise QexportError(f"{path}: no such folder; pack a deployment with '{DEPLOYMENT.command}'")
     if (path / MANIFEST).is_file() and (path / SEAL).is_file() and _read(path / SEAL) != seal_text(path):

@@ -115,7 +115,7 @@ def report(found):
         lines.append(f"output {name}: {shown}, allowed {found['tolerance']:.2g}")
     if found["latency_ms"]:
         times = ", ".join(f"{name} {time:.3f} ms" for name, time in found["latency_ms"].items())
-        lines.append(f"latency: {times}; {found['runs']} runs")
+        lines.append(f"latency: {times}; {found['runs']} run{'s' * (found['runs'] != 1)}")
     lines.append("PASSED" if found["passed"] else "FAILED: the outputs are not the stored ones")
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from qexport.profiling.calls import make_call, shared_buffers
 from qexport.profiling.model_memory import model_memory, needed
 from qexport.profiling.timing import interleaved, ratio, throughput
 from qexport.profiling.trace import arena_peak, node_table, op_table, placement, read_trace
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.providers import full_names, provider_name, recorded
 
 CLASSICAL, CONVERTED = "classical", "converted"
@@ -93,7 +93,7 @@ def profile(
     whole("runs", runs), whole("warmup", warmup, 0)
     if threads is not None:
         whole("threads", threads)
-    say = progress or unwatched
+    say = listener(progress)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if target is not None:
         from qexport.remote.measuring import measure_there

@@ -13,7 +13,7 @@ from qexport.data import load_inputs
 from qexport.deployment.library import LIBRARY, MACHINES, PLUGIN, copy_library
 from qexport.errors import UsageError
 from qexport.external_data import check_external_data
-from qexport.progress import portion, unwatched
+from qexport.progress import listener, portion
 from qexport.providers import CUDA, provider_name
 from qexport.remote.connection import Connection, Target, connect
 
@@ -41,7 +41,7 @@ def measure_there(report_type, function: str, bundle, target, arguments: dict, *
         QexportError: the bundle, the connection, what is installed there or the function is at fault; one line says which.
     """
     target = target if isinstance(target, Target) else Target(str(target))
-    say = progress or unwatched
+    say = listener(progress)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     for path in (opened.model_path, opened.classical_path):
         check_external_data(path)  # runtimes before 1.25 would read whatever file a model names

@@ -16,7 +16,7 @@ from qexport.arguments import as_path, several
 from qexport.bundle import Bundle
 from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.providers import full_names, recorded
 from qexport.reporting.judgement import verdict
 from qexport.reporting.parts import MEASURED, Wanted, gather
@@ -97,7 +97,7 @@ def report(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     skipped = MEASURED if "all" in skip else tuple(skip)
     wanted = Wanted(data, seq, runs, seeds, max_error, threads, full_names(providers), allow_fallback, skipped)
-    parts, missing, notes = gather(opened, wanted, reuse, progress or unwatched)
+    parts, missing, notes = gather(opened, wanted, reuse, listener(progress))
     found = Report(
         bundle=str(opened.path),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -81,7 +81,7 @@ def latency(timed: dict) -> str:
             rows.append((*where, *times, f"{model['samples_per_second']:.3g}", ratio if which == CONVERTED else ""))
     settings = timed["settings"]
     about = (
-        f"{settings['runs']} runs of each model, in turn, after {settings['warmup']} to warm up; "
+        f"{plural(settings['runs'], 'run')} of each model, in turn, after {settings['warmup']} to warm up; "
         f"{', '.join(settings['providers'])}, threads: {settings['threads'] or 'all'}. "
     )
     header = ("model", "batch", "length", "p50 ms", "p90 ms", "p99 ms", "items/s", "time ratio (95 %)")

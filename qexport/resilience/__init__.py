@@ -24,7 +24,7 @@ from qexport.manifest import package_version
 from qexport.metrics import choose_metric
 from qexport.noise.model import NoiseModel, as_models, parse_channels
 from qexport.plotting import check_plot
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.providers import recorded
 from qexport.recipe_values import INFINITE
 from qexport.resilience import plot as picture
@@ -111,7 +111,7 @@ def measure_resilience(
         QexportError: the bundle, the data, the op library, the runtime or its providers are at fault, or no attention can
             be noisy.
     """
-    started, say = time.monotonic(), progress or unwatched
+    started, say = time.monotonic(), listener(progress)
     if not library:
         raise UsageError("library must be True or a path: without the op library there is no noise")
     if plot is not None:

@@ -21,7 +21,7 @@ from qexport.failures import one_line
 from qexport.memory.rss import extra_rss
 from qexport.plotting import check_plot
 from qexport.profiling.timing import interleaved
-from qexport.progress import portion, unwatched
+from qexport.progress import listener, portion
 from qexport.providers import CPU, full_names, provider_name, recorded
 from qexport.runtime import check_start
 from qexport.scaling import plot as picture
@@ -114,7 +114,7 @@ def sweep(
             in `qexport.session`.
         QexportError: the runtime or a provider is at fault, or no contender is left.
     """
-    start, say = time.perf_counter(), progress or unwatched
+    start, say = time.perf_counter(), listener(progress)
     # torch's idle threads must not spin while another contender is timed; read once, when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     lengths = sorted(set(wholes("lengths", lengths)))

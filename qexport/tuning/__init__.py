@@ -21,7 +21,7 @@ from qexport.errors import QexportError, UsageError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.providers import option_words, recorded
 from qexport.tuning.measurement import SiteTable, key_counts, measure
 from qexport.tuning.output import SUFFIXES, recipe_of, write
@@ -106,7 +106,7 @@ def tune(
     """
     _check(max_error, trials, time, seeds, threads, output)
     started = clock.monotonic()
-    say = progress or unwatched
+    say = listener(progress)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     where = {"providers": providers, "allow_fallback": allow_fallback}
     installed.get_library_path()

@@ -8,7 +8,7 @@ from qexport.documents import make_document
 from qexport.feeds import Inputs
 from qexport.installed import onnxruntime
 from qexport.manifest import package_version
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.providers import recorded
 from qexport.tuning import MOST_FEEDS, check_measurable, site_entry, watched_sites
 from qexport.tuning.measurement import key_counts, measure
@@ -74,7 +74,7 @@ def error_by_samples(
         QexportError: the bundle, the data, the op library, the runtime or its providers are at fault, or no attention has
             keys to sample.
     """
-    say = progress or unwatched
+    say = listener(progress)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_measurable(opened)
     inputs = load_inputs(opened, data, seq=seq)

@@ -13,7 +13,7 @@ from qexport.bundle import Bundle
 from qexport.errors import QexportError
 from qexport.external_data import load_structure
 from qexport.feeds import Inputs
-from qexport.progress import unwatched
+from qexport.progress import listener
 from qexport.validation.certificate import CertificateAccumulator, head_weights
 from qexport.validation.probes import beside, open_probe, ordered_sites, watch
 from qexport.validation.sensitivity import quantizes, sensitivity
@@ -80,7 +80,7 @@ def compare(
     Raises:
         QexportError: a model does not load or run.
     """
-    say = progress or unwatched
+    say = listener(progress)
     result, where = Comparison(), {"providers": providers, "allow_fallback": allow_fallback}
     modes = [("fallback", False, seeds[:1], 0.0, 0.1)] + ([("library", library, seeds, 0.1, 0.3)] if library else [])
     for mode, lib, chosen, start, end in modes:
