@@ -1,10 +1,12 @@
-"""convert of mixtures of experts, whose products are grouped by expert."""
+"""convert and compress of mixtures of experts, whose products are grouped by expert."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 
+from qexport.compression import compress
 from qexport.conversion import convert
 from qexport.errors import QexportError
 from qexport.runtime import session
@@ -32,11 +34,16 @@ def mixtral(tmp_path_factory):
     return model, folder
 
 
-def test_a_mixture_of_experts_computes_what_torch_does(mixtral, tmp_path):
-    model, folder = mixtral
-    report = convert(folder, tmp_path / "b", task="causal-lm", strategy="exact")
+@pytest.fixture(scope="module")
+def converted(mixtral, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles") / "mixtral"
+    return folder, convert(mixtral[1], folder, task="causal-lm", strategy="exact")
+
+
+def test_a_mixture_of_experts_computes_what_torch_does(mixtral, converted):
+    model, report = mixtral[0], converted[1]
     assert (len(report.sites), report.left_alone) == (2, [])
-    bundle = session(tmp_path / "b")
+    bundle = session(converted[0])
     for length in (1, 13):  # of one token, two experts see nothing
         ids = torch.randint(99, (1, length), generator=torch.Generator().manual_seed(length))
         mask = torch.ones_like(ids)
@@ -44,6 +51,20 @@ def test_a_mixture_of_experts_computes_what_torch_does(mixtral, tmp_path):
             expected = model(ids, attention_mask=mask, use_cache=False).logits.numpy()
         got = bundle.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
         assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_its_experts_are_compressed(converted, tmp_path):
+    """The file holds codes of them, and no matrix in floats."""
+    ids = np.random.default_rng(0).integers(1, 99, (32, 8))
+    np.savez(tmp_path / "data.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    report = compress(converted[0], tmp_path / "c", tmp_path / "data.npz", ratio=3, methods=["int8"], profile=False)
+    experts = [layer for layer in report.layers if layer["kinds"] == ["experts"]]
+    assert [layer["shape"] for layer in experts] == [[4, 32, 128], [4, 64, 32]] * 2
+    assert all(layer["method"].startswith("int8") and layer["relative_error"] < 0.01 for layer in experts)
+    assert report.outputs["logits"]["relative_error"] < 0.1
+    weights = onnx.load(tmp_path / "c" / "model.onnx").graph.initializer
+    assert not [w.name for w in weights if len(w.dims) == 3 and w.data_type == onnx.TensorProto.FLOAT]
+    assert not any(layer["name"] == w.name for layer in experts for w in weights)
 
 
 def test_torch_has_an_operator_of_its_own_for_bfloat16(mixtral):
