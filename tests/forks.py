@@ -23,7 +23,8 @@ def _run(program: str, folder: Path, name: str, arguments, environment: dict) ->
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [name, *arguments]
-    sys.path.insert(0, str(folder))
+    checkout = str(Path(__file__).parents[1])  # where a new process looks, too: there is qexport without its kernels
+    sys.path[:] = [str(folder), *(place for place in sys.path if place != checkout)]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = name
     with contextlib.redirect_stdout(io.StringIO()) as out:
