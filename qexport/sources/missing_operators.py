@@ -14,8 +14,9 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TFloat, TInt
 def _grouped_product(rows: TFloat, weights: TFloat, ends: TInt) -> TFloat:
     zero = op.Constant(value_ints=[0])
     start = op.Identity(zero)
-    # Not one growing tensor, which would be copied for each expert. It begins with no rows, in the type of the weights.
-    parts = op.SequenceConstruct(op.MatMul(op.Slice(rows, zero, zero, zero), op.Gather(weights, 0)))
+    # Not one growing tensor, which would be copied for each expert. It begins with no rows, in the type of the others.
+    none = op.ConstantOfShape(op.Concat(zero, op.Shape(weights, start=2, end=3), axis=0))
+    parts = op.SequenceConstruct(op.CastLike(none, rows))
     for expert in range(op.Squeeze(op.Shape(weights, start=0, end=1))):
         end = op.Unsqueeze(op.Cast(op.Gather(ends, expert), to=7), zero)
         if op.Squeeze(start < end):  # experts without rows are not read
