@@ -31,7 +31,7 @@ from qexport.errors import QexportError
 from qexport.sources.huggingface import TASKS
 
 FILE = Path(__file__).with_suffix(".toml")
-LOADED_ONCE = ["transformers.modeling_utils", "onnxscript.optimizer", "torch.onnx", "qexport.conversion"]  # for all
+LOADED_ONCE = ["transformers.modeling_utils", "onnxscript.optimizer", "torch.onnx"]  # for all
 # Sizes of the compared inputs by axis; sound has samples or frames.
 SIZES = {"batch": 3, "sequence": 21, "decoder_sequence": 13, "samples": 12345, "frames": 150}
 

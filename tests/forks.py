@@ -20,11 +20,11 @@ def printed(program: str, folder: Path, *, name: str, arguments=(), environment=
 
 
 def _run(program: str, folder: Path, name: str, arguments, environment: dict) -> str:
+    assert "qexport" not in sys.modules, "its kernels would be chosen already"
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [name, *arguments]
-    checkout = str(Path(__file__).parents[1])  # where a new process looks, too: there is qexport without its kernels
-    sys.path[:] = [str(folder), *(place for place in sys.path if place != checkout)]
+    sys.path.insert(0, str(folder))
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = name
     with contextlib.redirect_stdout(io.StringIO()) as out:

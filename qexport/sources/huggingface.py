@@ -95,8 +95,8 @@ def open_folder(
     source.limits |= {axis: size for axis, size in limits.items() if any(axis in spec.shape for spec in source.inputs)}
     if reads_images_as_tokens(model):
         source.notes.append("its images are left out: what reads texts is converted")
-    kinds = {getattr(part, "attention_type", None) for part in (model.config, *model.modules())}
-    if kinds >= {"block_sparse", "original_full"}:  # BigBird has switched, at the length of the examples
+    kinds = [getattr(part, "attention_type", None) for part in (model.config, *model.modules())]
+    if "block_sparse" in kinds and "original_full" in kinds:  # BigBird has switched, at the length of the examples
         dense = (5 + 2 * model.config.num_random_blocks) * model.config.block_size
         source.notes.append(f"attends to all tokens at every length; the source reads more than {dense} in sparse blocks")
     source.tokenizer = _tokenizer_text(folder, tokenizer)
