@@ -139,6 +139,15 @@ def test_a_weight_is_found(case):
     np.testing.assert_array_equal(layers["w"].as_stored(layers["w"].matrix()), weights["w"])
 
 
+def test_a_branch_keeps_its_own_weights():
+    graph = ir.from_proto(model_of(*FOUND["experts of a branch"][:2]))
+    (branch,) = {use.node.graph for use in graph.graph.initializers["w"].uses()} - {graph.graph}
+    own = ir.Value(name="own", shape=ir.Shape([64, 4, 64]), const_value=ir.tensor(EXPERTS["w"], name="own"))
+    branch.register_initializer(own)
+    next(node for node in branch if node.op_type == "Gather").replace_input_with(0, own)
+    assert [layer.name for layer in find_layers(graph)] == ["w"]
+
+
 @pytest.mark.parametrize("case", DECLINED)
 def test_a_weight_is_left_alone(case):
     source, weights = DECLINED[case]

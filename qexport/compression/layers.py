@@ -85,15 +85,15 @@ def find_layers(model: ir.Model) -> list[Layer]:
     found = {}
     for node in model.graph.all_nodes():
         for value in node.inputs:
-            if value is not None and value.name not in found and _is_weight(value):
+            if value is not None and value.name not in found and _is_weight(value, model.graph):
                 found[value.name] = _layer(value, model.graph)
     return [layer for layer in found.values() if layer is not None]
 
 
-def _is_weight(value: ir.Value) -> bool:
+def _is_weight(value: ir.Value, graph: ir.Graph) -> bool:
     tensor = value.const_value
     return (
-        value.is_initializer()
+        graph.initializers.get(value.name) is value  # and not of a subgraph, which has its own
         and not value.is_graph_input()
         and not value.is_graph_output()
         and tensor is not None
