@@ -9,6 +9,7 @@
 #include "exact_block.h"
 #include "harness.h"
 #include "peaks.h"
+#include "tile_permission.h"
 #include "train_groups.h"
 #include "tree_cluster.h"
 
@@ -157,6 +158,6 @@ void run() {
 }  // namespace qexport
 
 int main() {
-  qexport::isa_name();  // asks Linux for the tiles, where there are any
+  if (qexport::QEXPORT_ISA::kTiles) qexport::ask_for_tiles();
   qexport::QEXPORT_ISA::run();
 }

@@ -3,12 +3,8 @@
 #include <iterator>
 #include <string>
 
-#if defined(QEXPORT_HAVE_X86) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "kernels.h"
+#include "tile_permission.h"
 
 namespace qexport {
 namespace {
@@ -38,15 +34,8 @@ bool runs_avx512bf16() {
 // Intel's processors multiply vectors of bfloat16 at half the speed of float32 (measured on a Xeon, family 6, model 207).
 bool pays_avx512bf16() { return !__builtin_cpu_is("intel"); }
 
-// Linux gives the registers to a process that asks for them, which others may have forbidden.
 bool runs_amx() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return runs_avx512bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
+  return runs_avx512bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && ask_for_tiles();
 }
 #endif
 
