@@ -74,8 +74,10 @@ def as_path(name: str, value) -> Path:
     """A path of a file or folder.
 
     Raises:
-        UsageError: it is neither a text nor a path.
+        UsageError: it is neither a text nor a path, or empty, which would be the folder that one is in.
     """
+    if value == "":
+        raise UsageError(f"{name} is empty; give a path, '.' for the folder that you are in")
     try:
         return Path(value)
     except TypeError:

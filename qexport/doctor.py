@@ -69,7 +69,10 @@ def _kernel() -> Finding:
     try:
         error = kernel_error("CPUExecutionProvider")
     except Exception as failure:  # whatever onnxruntime raises here is the finding
-        return Finding("kernel", BROKEN, str(failure).splitlines()[0], "reinstall qexport, or use a newer onnxruntime")
+        found = str(failure).splitlines()[0]
+        if (start := found.find("QEXPORT_ISA")) >= 0:
+            return Finding("kernel", BROKEN, found[start:], "unset QEXPORT_ISA, or set it to one that this processor has")
+        return Finding("kernel", BROKEN, found, "reinstall qexport, or use a newer onnxruntime")
     if not error < 1e-5:
         return Finding("kernel", BROKEN, f"QuantumAttention is off by {error:.2g}", "reinstall qexport and report this")
     return Finding("kernel", OK, f"QuantumAttention agrees with numpy to {error:.0e}{_instruction_set()}")

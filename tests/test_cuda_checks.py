@@ -171,6 +171,16 @@ def test_doctor_is_content_where_the_kernel_runs(monkeypatch):
     assert "no code for this GPU" in cuda_finding().found
 
 
+def test_doctor_names_the_variable_that_asks_for_an_unknown_instruction_set(monkeypatch):
+    def fails(provider):
+        raise RuntimeError("Exception during initialization: QEXPORT_ISA must be one of generic, got mmx")
+
+    monkeypatch.setattr(doctor, "kernel_error", fails)
+    finding = next(finding for finding in doctor.doctor() if finding.subject == "kernel")
+    assert finding.found == "QEXPORT_ISA must be one of generic, got mmx"
+    assert finding.mend.startswith("unset QEXPORT_ISA")
+
+
 def test_doctor_calls_it_broken_only_where_there_is_a_gpu(monkeypatch):
     for gpu, state in ((True, doctor.BROKEN), (False, doctor.NOTE)):
         obstacle = cuda_checks.Obstacle("something is wrong", "mend it", gpu)

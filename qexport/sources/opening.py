@@ -2,8 +2,8 @@
 
 import os
 import re
-from pathlib import Path
 
+from qexport.arguments import as_path
 from qexport.errors import QexportError, UsageError
 from qexport.progress import unwatched
 from qexport.sources.source import Source
@@ -36,7 +36,7 @@ def open_source(
             "function that returns (module, inputs) and give 'package.module:function'"
         )
     text = str(model)
-    path = Path(text)
+    path = as_path("model", model)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     # os.path, not Path: a name that is no path at all is no error there
