@@ -25,11 +25,15 @@ from qexport.sources.opening import open_source
 
 LENGTH = 48
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22]]
-# Grouped heads; windows of 6 keys and a soft cap in every other layer; a window in all of them; learned positions.
+# Grouped heads; windows of 6 keys and a soft cap in every other layer; a window in all of them; sinks, with a window in the
+# first layer; learned positions.
 MODELS = {
     "Llama": TEXT | {"num_key_value_heads": 2},
     "Gemma2": TEXT | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
     "Mistral": TEXT | {"num_key_value_heads": 2, "sliding_window": 5},
+    "GptOss": TEXT
+    | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6, "intermediate_size": 32, "num_local_experts": 4}
+    | {"num_experts_per_tok": 2},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 64, "eos_token_id": 2},
 }
 
@@ -37,7 +41,11 @@ MODELS = {
 def random_model(name, **changes):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**MODELS[name] | changes)
-    return getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
+    for parameter, weights in model.named_parameters():
+        if parameter.endswith("sinks"):  # begin at next to nothing
+            torch.nn.init.normal_(weights)
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,9 @@ one buffer as past and present: then nothing of the past is copied. One graph se
 
 That a mask is causal is seen by computing it, not by its spelling. A window over the last keys stays a mask, since Attention
 has none before opset 25.
+
+The key of a sink (see `qexport.rewrite.sinks`), which all queries see, is the first of a cache that has one place more; it
+is all zeros, as a new cache is, and nothing is written there.
 """
 
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from qexport.rewrite.classical import tidy
 from qexport.rewrite.graph import Builder, attribute, is_op
 from qexport.rewrite.masks import depends
 from qexport.rewrite.scores import MASKED
+from qexport.rewrite.sinks import without_sink
 from qexport.rewrite.sites import module_of
 from qexport.rewrite.values import known_size, rank, size
 
@@ -31,12 +35,13 @@ PAST_LENGTH = "past_len"
 
 @dataclass(frozen=True)
 class Site:
-    """One attention that can be cached: `kv_heads`, the sizes of keys and values, and the window (None: all the past)."""
+    """One attention that can be cached: its new keys and values, (batch, kv_heads, sequence, size) each, the window (None:
+    all the past), and whether it has a sink."""
 
     node: ir.Node
-    kv_heads: int
-    sizes: tuple[int, int]
+    new: tuple[ir.Value, ir.Value]
     window: int | None
+    sink: bool
 
 
 def cache_attention(model: ir.Model, length: int, ids: str, positions: str) -> tuple[list[tuple[str, str]], list[LeftAlone]]:
@@ -73,7 +78,9 @@ def _check(node: ir.Node, model: ir.Model, windows: "_Windows") -> Site:
     Raises:
         DeclinedError: it is no causal self-attention, or has a past already.
     """
-    q, k, v = node.inputs[:3]
+    q, *rest = (*node.inputs[:4], None)[:4]
+    bare = without_sink(node)
+    k, v, mask = bare or rest
     if any(x is not None for x in node.inputs[4:]):
         raise DeclinedError("it has keys and values of earlier steps already")
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
@@ -82,12 +89,11 @@ def _check(node: ir.Node, model: ir.Model, windows: "_Windows") -> Site:
         raise DeclinedError("it lies in a branch or loop of the graph")
     if rank(q) != 4 or attribute(node, "q_num_heads"):
         raise DeclinedError("its heads are not an axis of their own")
-    heads, sizes = known_size(k, 1), (known_size(k, 3), known_size(v, 3))
-    if heads is None or None in sizes:
+    if None in (known_size(k, 1), known_size(k, 3), known_size(v, 3)):
         raise DeclinedError("the number or the size of its heads is not told by the graph")
     if size(k, 2) is None or size(k, 2) != size(q, 2):
-        raise DeclinedError("its keys are not those of its own queries alone (cross-attention, or a sink)")
-    return Site(node, heads, sizes, windows.of(node))
+        raise DeclinedError("its keys are not those of its own queries alone, as in cross-attention")
+    return Site(node, (k, v), windows.of(mask, bool(attribute(node, "is_causal", 0))), bare is not None)
 
 
 class _Windows:
@@ -97,15 +103,14 @@ class _Windows:
         self.model, self.ids, self.positions, self.length = model, ids, positions, length
         self.known: dict[int, int | None] = {}
 
-    def of(self, node: ir.Node) -> int | None:
-        """How many keys back a query sees, None when it sees the whole past.
+    def of(self, mask: ir.Value | None, causal: bool) -> int | None:
+        """How many keys back a query sees, None when it sees the whole past; `causal` is what the Attention is itself.
 
         Raises:
             DeclinedError: the mask is no causal one, or depends on the tokens.
         """
-        mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None:
-            if attribute(node, "is_causal", 0):
+            if causal:
                 return None
             raise DeclinedError("it is not causal: later tokens change what earlier ones see")
         if id(mask) not in self.known:
@@ -176,56 +181,71 @@ def _compute(model: ir.Model, value: ir.Value, feeds: dict[str, np.ndarray]) -> 
 
 
 class _Shared:
-    """The values that the caches of all sites share: past_len, nonpad_kv_seqlen, and the masks of windows."""
+    """The values that the caches of all sites share: past_len, nonpad_kv_seqlen, and the masks of windows; with a sink in
+    front of the keys, too."""
 
     def __init__(self, model: ir.Model, ids: ir.Value, positions: ir.Value, length: int):
         self.length = length
         self.builder = builder = Builder(model.graph[0], "kv_cache")
         builder.module = None
         self.batch = size(ids, 0)
-        self.past = _input(model, PAST_LENGTH, ir.DataType.INT64, [self.batch])
+        past = _input(model, PAST_LENGTH, ir.DataType.INT64, [self.batch])
         whole = {"dtype": ir.DataType.INT64}
         q_len = builder.axes(ids, 1, 2)
-        self.valid = builder.node("Add", self.past, q_len, **whole, shape=[self.batch])
+        valid = builder.node("Add", past, q_len, **whole, shape=[self.batch])
         count = builder.node("Squeeze", q_len, [0], **whole, shape=[])
         zero, one = (builder.const(np.int64(number)) for number in (0, 1))
         steps = builder.node("Range", zero, count, one, **whole, shape=[size(ids, 1)])
-        starts = builder.node("Unsqueeze", self.past, [1], **whole, shape=[self.batch, 1])
-        self.places = builder.node("Add", starts, steps, **whole, shape=[self.batch, size(ids, 1)])
-        told = builder.node("Cast", self.places, to=positions.dtype.value, dtype=positions.dtype, shape=self.places.shape)
+        starts = builder.node("Unsqueeze", past, [1], **whole, shape=[self.batch, 1])
+        self.positions = builder.node("Add", starts, steps, **whole, shape=[self.batch, size(ids, 1)])
+        told = builder.node(
+            "Cast", self.positions, to=positions.dtype.value, dtype=positions.dtype, shape=self.positions.shape
+        )
         positions.replace_all_uses_with(told)
         model.graph.inputs.remove(positions)
-        self.masks: dict[int, ir.Value] = {}
+        self.masks: dict[tuple[int, bool], ir.Value] = {}
+        self.counts: dict[bool, tuple[ir.Value, ir.Value]] = {False: (past, valid)}
 
-    def window_mask(self, window: int) -> ir.Value:
-        """True where a key lies at most `window - 1` before the query: (batch, 1, q_len, length)."""
-        if window not in self.masks:
+    def places(self, sink: bool) -> tuple[ir.Value, ir.Value]:
+        """How many places of a cache are taken before and after the new tokens: (batch,) each."""
+        if sink not in self.counts:
+            whole = {"dtype": ir.DataType.INT64, "shape": [self.batch]}
+            one = self.builder.const(np.int64(1))
+            self.counts[sink] = tuple(self.builder.node("Add", count, one, **whole) for count in self.counts[False])
+        return self.counts[sink]
+
+    def window_mask(self, window: int, sink: bool) -> ir.Value:
+        """True where a key lies at most `window - 1` before the query, or is the sink: (batch, 1, q_len, keys)."""
+        if (window, sink) not in self.masks:
             builder = self.builder
-            last = builder.node("Sub", self.places, builder.const(np.int64(window)), dtype=ir.DataType.INT64)
+            last = builder.node("Sub", self.positions, builder.const(np.int64(window)), dtype=ir.DataType.INT64)
             last = builder.node("Unsqueeze", last, [1, 3], dtype=ir.DataType.INT64)
-            keys = builder.const(np.arange(self.length))
-            shape = [self.batch, 1, size(self.places, 1), self.length]
-            self.masks[window] = builder.node("Greater", keys, last, dtype=ir.DataType.BOOL, shape=shape)
-        return self.masks[window]
+            of_keys = np.arange(self.length)
+            if sink:
+                of_keys = np.concatenate([[self.length], of_keys])
+            shape = [self.batch, 1, size(self.positions, 1), len(of_keys)]
+            mask = builder.node("Greater", builder.const(of_keys), last, dtype=ir.DataType.BOOL, shape=shape)
+            self.masks[window, sink] = mask
+        return self.masks[window, sink]
 
 
 def _cache(model: ir.Model, site: Site, layer: int, shared: _Shared) -> list[tuple[str, str]]:
     """Put the caches of one site between its keys and values and its Attention; their (past, present) names."""
     node, pairs = site.node, []
-    for index, part in ((1, "key"), (2, "value")):
-        new = node.inputs[index]
-        shape = [shared.batch, site.kv_heads, shared.length, site.sizes[index - 1]]
+    taken, valid = shared.places(site.sink)
+    for index, (part, new) in enumerate(zip(("key", "value"), site.new, strict=True), 1):
+        shape = [shared.batch, known_size(new, 1), shared.length + site.sink, known_size(new, 3)]
         past = _input(model, f"past_key_values.{layer}.{part}", new.dtype, shape)
         present = ir.Value(name=f"present.{layer}.{part}", type=ir.TensorType(new.dtype), shape=ir.Shape(shape))
-        scatter = ir.Node("", "TensorScatter", [past, new, shared.past], outputs=[present], name=f"{present.name}/append")
+        scatter = ir.Node("", "TensorScatter", [past, new, taken], outputs=[present], name=f"{present.name}/append")
         scatter.metadata_props.update(node.metadata_props)
         model.graph.insert_before(node, scatter)
         node.replace_input_with(index, present)
         model.graph.outputs.append(present)
         pairs.append((past.name, present.name))
     node.resize_inputs(7)
-    node.replace_input_with(3, shared.window_mask(site.window) if site.window is not None else None)
-    node.replace_input_with(6, shared.valid)
+    node.replace_input_with(3, shared.window_mask(site.window, site.sink) if site.window is not None else None)
+    node.replace_input_with(6, valid)
     node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     return pairs
 

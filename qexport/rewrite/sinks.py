@@ -44,6 +44,29 @@ def add_sink(
     return q, k, v, mask
 
 
+def without_sink(node: ir.Node) -> tuple[ir.Value | None, ...] | None:
+    """K, V and the mask of an Attention as they are without the key of `add_sink`; None where it has no such key."""
+    k, v = (_shorter(value, 2, 0.0) for value in node.inputs[1:3])
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if k is None or v is None:
+        return None
+    if mask is None:
+        return k, v, None
+    mask = _shorter(mask, (rank(mask) or 0) - 1, float(mask.dtype == ir.DataType.BOOL))
+    return None if mask is None else (k, v, mask)
+
+
+def _shorter(value: ir.Value, axis: int, number: float) -> ir.Value | None:
+    """What `_appended` gave one place more along an axis, which holds `number`; None where it did not."""
+    node = value.producer()
+    if not is_op(node, "Concat") or attribute(node, "axis") != axis or len(node.inputs) != 2:
+        return None
+    (body, last), what = node.inputs, None
+    if is_op(last.producer(), "Expand") and is_op(cast := last.producer().inputs[0].producer(), "CastLike"):
+        what = constant(cast.inputs[0])
+    return body if known_size(last, axis) == 1 and what is not None and (what == number).all() else None
+
+
 def _appended(builder: Builder, value: ir.Value, axis: int, what, count: int = 1) -> ir.Value:
     """A value with `count` places more along an axis, which hold `what`, a value or numbers."""
     if not isinstance(what, ir.Value):

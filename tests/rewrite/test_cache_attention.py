@@ -123,7 +123,7 @@ def test_what_gets_a_cache(mask, attention, has_window):
         (
             CAUSAL,
             "Attention <is_causal = 1> (q, other, other)",
-            "not those of its own queries alone (cross-attention, or a sink)",
+            "not those of its own queries alone, as in cross-attention",
         ),
     ],
 )
