@@ -10,8 +10,8 @@ def exact() -> str:
     ## Without sampling
     Strategy `exact` on heads of 64 ({results["parameters"]["isa"]}): median time in float32, and how
     many times as long onnxruntime's MultiHeadAttention and Attention and torch's scaled_dot_product_attention take on the
-    same inputs, calls interleaved; under bf16 and int8 how many times as long MultiHeadAttention takes as that precision
-    {source("attention", results)}.
+    same inputs, calls interleaved; under bf16, int8 and default how many times as long MultiHeadAttention takes as that
+    precision, or as the recipe that `convert` takes without a word {source("attention", results)}.
     """) + _exact_table(results)
 
 
@@ -52,27 +52,32 @@ def _exact_table(results: dict) -> str:
             times(found["exact fp32, 4-D"]["x_sdpa"]),
             times(found["exact bf16"]["x_mha"]),
             times(found.get("exact int8", {}).get("x_mha")),
+            times(found["default"]["x_mha"]),
         )
         for (causal, threads, n), found in by_place.items()
         if n in (128, 512, 2048, 4096, 16384)
     ]
-    return table(("n", "", "threads", "fp32", "MultiHeadAttention", "Attention", "torch SDPA", "bf16", "int8"), rows)
+    return table(
+        ("n", "", "threads", "fp32", "MultiHeadAttention", "Attention", "torch SDPA", "bf16", "int8", "default"), rows
+    )
 
 
 def tree() -> str:
-    return paragraph("""
+    results = load("attention")
+    return paragraph(f"""
     ## Speed and error on trained activations
     All heads of a model in one call, relative error of a head's output, mean and
     worst head, and how many times as long MultiHeadAttention takes (clustering counted). `tree 1/8` reads an eighth of the
     keys exactly. Performer and Linformer come from their packages with random features and projections, since these heads
-    were trained without them; top-k and uniform sampling are torch programs.
-    """) + _tree_table(load("attention"))
+    were trained without them; top-k and uniform sampling are torch programs {source("attention", results)}.
+    """) + _tree_table(results)
 
 
 def _tree_table(results: dict) -> str:
     shown = (
         "default",
         "exact bf16",
+        "tree 1/32",
         "tree 1/16",
         "tree 1/8",
         "tree 1/4",
@@ -91,33 +96,39 @@ def _tree_table(results: dict) -> str:
             times(row["x_mha"]),
         )
         for row in results["activations"]
-        if row["data"] in ("minilm-2048", "minilm-4096", "whisper-1500") and row["contender"] in shown
+        if row["data"] in ("minilm-2048", "minilm-4096", "minilm-16384", "whisper-1500") and row["contender"] in shown
     ]
     return table(("activations", "attention", "mean", "worst head", "time", "MultiHeadAttention"), rows)
 
 
 def decode() -> str:
     results = load("attention")
-    most = max(row["threads"] for row in results["decode"])
-    rows = [
-        (
-            f"{row['past'] // 1024}k",
-            row["contender"],
-            f"{row['ms']:.3g} ms",
-            times(row["x_mha"]),
-            times(row["x_gqa"]),
-            f"{row['percent_of_bandwidth']:.0f} %" if row["percent_of_bandwidth"] else "",
-        )
-        for row in results["decode"]
-        if row["threads"] == most and row["past"] in (1024, 16384, 65536) and row["data"] == "gaussian"
-    ]
+    pasts = {"gaussian": (1024, 16384, 65536), "stories": (16384,)}
+    shown = [row for row in results["decode"] if row["past"] in pasts.get(row["data"], ())]
+    most = max(row["threads"] for row in shown)
+    alone = {(row["data"], row["past"], row["contender"]): row for row in shown if row["threads"] == 1}
+    rows = []
+    for row in shown:
+        if row["threads"] == most:
+            one = alone[row["data"], row["past"], row["contender"]]
+            rows.append(
+                (
+                    f"{row['past'] // 1024}k, {row['data']}",
+                    row["contender"],
+                    f"{row['ms']:.3g} ms",
+                    *(f"{one[x]:.2f}, {times(row[x])}" if row[x] else "" for x in ("x_mha", "x_gqa")),
+                    f"{row['percent_of_bandwidth']:.0f} %" if row["percent_of_bandwidth"] else "",
+                    *(f"{100 * row[x]:.3g} %" if row[x] > 1e-5 else f"{row[x]:.0e}" for x in ("error_mean", "error_worst")),
+                )
+            )
     header = ("past", "attention", "time", "MultiHeadAttention", "GroupQueryAttention", "of the bandwidth")
     return paragraph(f"""
     ## Decoding
-    One new token over a past, 8 heads of 64, {most} threads; how many times as long MultiHeadAttention with
-    past and GroupQueryAttention with a shared buffer take, and what reading the cache once at the measured speed of the
-    memory would be of the time.
-    """) + table(header, rows)
+    One new token over a past, 8 heads of 64 on Gaussian keys, where no sample of the keys can be good, or the 6 heads of 48
+    of a middle layer of stories15M: the time on {most} threads; how many times as long MultiHeadAttention with past and
+    GroupQueryAttention with a shared buffer take, on 1 thread and on {most}; what reading the cache once at the measured
+    speed of the memory would be of the time; relative error of a head, mean and worst {source("attention", results)}.
+    """) + table((*header, "mean", "worst head"), rows)
 
 
 def goals() -> str:
@@ -135,5 +146,5 @@ def goals() -> str:
     ]
     return paragraph("""
     ## Goals
-    From `bench/goals.toml`, each with what decides it.
+    From `bench/goals.toml`, each with what decides it, on the machines of the tables above and below.
     """) + table(("goal", "limit", "measured", "", "where"), rows)

@@ -1,5 +1,6 @@
 """The figures of a GPU, where there are any: nothing without a run."""
 
+from bench.attention.goals import judged
 from bench.markdown import RESULTS, load, paragraph, table, times
 
 OURS = "exact, onnxruntime"
@@ -152,6 +153,6 @@ def _others(results: dict) -> str:
 def _goals(results: dict) -> str:
     rows = [
         (row["goal"], row["limit"], f"{row['measured']:.3g}" if row["measured"] is not None else "", row["verdict"])
-        for row in results["goals"]
+        for row in judged(results, "", file="cuda")
     ]
     return paragraph("## On a GPU: goals") + table(("goal", "limit", "measured", ""), rows) if rows else ""
