@@ -88,7 +88,9 @@ def add_cache(source: Source, length: int, recipe, left_alone: list) -> None:
         raise QexportError(f"{source.name}: {site.module or site.name} cannot have a KV cache: {site.reason}")
     if not pairs:
         raise QexportError(f"{source.name}: no attention found that could have a KV cache")
-    summaries, _ = add_summaries(source.model, recipe)
+    summaries, reason = add_summaries(source.model, recipe)
+    if reason:
+        source.notes.append(f"a step of decoding reads the whole cache: {reason}")
     pasts = {past for past, _ in (*pairs, *summaries)}
     source.inputs = [ids, InputSpec(PAST_LENGTH, "int64", [ids.shape[0]], "past_length", length)]
     for value in source.model.graph.inputs:

@@ -42,7 +42,7 @@ def test_convert_validate_profile_inspect(qexport, bundle, tmp_path):
     assert code == 0, err
     report = json.loads(out)
     assert [(site["strategy"], site["error_tolerance"]) for site in report["sites"]] == [("tree", 0.02)] * 2
-    code, out, err = qexport("validate", target, "--max-error", "2", "--json")
+    code, out, err = qexport("validate", target, "--max-error", "200%", "--json")
     assert code == 0, err
     assert json.loads(out)["passed"] is True
     code, out, err = qexport("profile", target, "--runs", "3", "--seq", "8,16", "--json")
@@ -54,7 +54,7 @@ def test_convert_validate_profile_inspect(qexport, bundle, tmp_path):
 
 
 def test_text_output(qexport, bundle):
-    code, out, _ = qexport("validate", bundle, "--max-error", "2")
+    code, out, _ = qexport("validate", bundle, "--max-error", "200%")
     assert code == 0
     assert "encoder.0.attention" in out
     assert "PASSED" in out

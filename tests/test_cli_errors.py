@@ -30,7 +30,9 @@ def classical(bundle):
         (["convert", "model.onnx", "-o", "x", "--num-samples", "some"], ["'some' is not a whole number"]),
         (["convert", "model.onnx", "-o", "x", "--strategy", "best"], ["'best'", "stratified"]),
         (["convert", "model.onnx", "-o", "x", "--precision", "fp8"], ["'fp8'", "bf16"]),
-        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "5"], ["error_tolerance", "5", "0.01 for 1 %"]),
+        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "5"], ["5 is 500 %", "write 5% or 0.05"]),
+        (["validate", "x", "--max-error", "5"], ["5 is 500 %", "write 5% or 0.05"]),
+        (["convert", "model.onnx", "-o", "x", "--error-tolerance", "500%"], ["error_tolerance", "5", "0.01 for 1 %"]),
         (
             ["convert", "m.onnx", "-o", "x", "--strategy", "naive", "--error-tolerance", "0.1"],
             ["naive", "needs strategy tree"],

@@ -5,6 +5,7 @@ Command modules are imported when they run, so that `--help` needs neither torch
 
 import errno
 import json
+import math
 import os
 import sys
 from importlib import import_module
@@ -123,9 +124,14 @@ class Share(click.ParamType):
             return value
         text = str(value).strip()
         try:
-            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+            number = float(text.removesuffix("%"))
         except ValueError:
             self.fail(f"{value!r} is not a relative error such as 0.01 or 1%", param, ctx)
+        if text.endswith("%"):
+            return number / 100
+        if 1 < number < math.inf:
+            self.fail(f"{text} is {100 * number:g} %; write {text}% or {number / 100:g} for {text} %", param, ctx)
+        return number
 
 
 class Shots(click.ParamType):

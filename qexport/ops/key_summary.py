@@ -103,7 +103,12 @@ def _clusters(K, members):
 
 def pays(keys: int, tolerance: float) -> bool:
     """Whether a step over `keys` keys tries to read fewer of them within `tolerance`; else it reads all at once."""
-    return not tolerance or keys * min(tolerance / FREE_TOLERANCE, 1) ** 2 >= KEYS_FOR_TOLERANCE
+    return not tolerance or keys >= paying_length(tolerance)
+
+
+def paying_length(tolerance: float) -> int:
+    """The fewest keys of which a step tries to read fewer within `tolerance`."""
+    return math.ceil(KEYS_FOR_TOLERANCE / min(tolerance / FREE_TOLERANCE, 1) ** 2)
 
 
 def decode_step(q, K, V, bounds, first: int, end: int, summary, samples, a, seed: int, place: int, position: int):

@@ -9,7 +9,7 @@ classical model reads its whole cache. All attentions have one or none has, sinc
 
 import onnx_ir as ir
 
-from qexport.ops.key_summary import chunks, key_summary_shape, pays
+from qexport.ops.key_summary import CHUNK_KEYS, SINK_KEYS, chunks, key_summary_shape, pays, paying_length
 from qexport.recipe import Recipe
 from qexport.rewrite import DeclinedError, Site
 from qexport.rewrite.graph import is_op
@@ -21,7 +21,8 @@ def add_summaries(model: ir.Model, recipe: Recipe) -> tuple[list[tuple[str, str]
     """Add the inputs to the classical `model`, whose Attention nodes read caches.
 
     Returns:
-        The names of the inputs and of the outputs to come as (past, present) pairs; none, and the reason.
+        The names of the inputs and of the outputs to come as (past, present) pairs; or none, and why a step reads the whole
+        cache, "" where the recipe wants nothing else.
     """
     nodes = [node for node in model.graph if is_op(node, "Attention")]
     try:
@@ -44,15 +45,16 @@ def _check(node: ir.Node, layer: int, recipe: Recipe) -> None:
     """Raise DeclinedError where a summary would never be read."""
     sampling = recipe.resolve(module_of(node), node.name or f"attention_{layer}", heads_of(node)[0])
     if sampling["strategy"] != "tree":
-        raise DeclinedError(f"strategy {sampling['strategy']} reads the whole cache")
+        raise DeclinedError("")
     if not pays(size(node.inputs[1], 2), sampling["error_tolerance"]):
         raise DeclinedError(
-            f"with an error_tolerance of {sampling['error_tolerance']:g} a step reads the whole cache at this length"
+            f"an error_tolerance of {sampling['error_tolerance']:g} pays from "
+            f"{paying_length(sampling['error_tolerance'])} tokens on"
         )
     if node.inputs[3] is not None:
         raise DeclinedError("an attention sees a window of keys only")
     if chunks(size(node.inputs[1], 2)) == 0:
-        raise DeclinedError("the cache is too short to be summarised")
+        raise DeclinedError(f"a summary needs {SINK_KEYS + CHUNK_KEYS} tokens")
 
 
 def summarize_cache(model: ir.Model, sites: list[Site], pairs: list[tuple[str, str]]) -> None:
