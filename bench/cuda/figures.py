@@ -95,8 +95,8 @@ def _tree(results: dict) -> str:
         return ""
     return paragraph("""
     ## On a GPU: long inputs of trained models
-    On the card above, in float16; weights rounded to 8 bits; positions stretched, so optimistic (bench/README.md): error of a head, mean
-    and worst, and how many times as long onnxruntime's MultiHeadAttention takes, and its own flash kernel.
+    On the card above, in float16; weights rounded to 8 bits; positions stretched, so optimistic (bench/README.md): error of
+    a head, mean and worst, and how many times as long onnxruntime's MultiHeadAttention takes, and its own flash kernel.
     """) + _filled(("activations", "n", "attention", "mean", "worst head", "time", "MultiHeadAttention", "own flash"), rows)
 
 
@@ -117,8 +117,9 @@ def _decode(results: dict) -> str:
         return ""
     return paragraph("""
     ## On a GPU: decoding
-    On the card above: one new token over a past, 8 heads of 64 in float16, how many times as long onnxruntime's GroupQueryAttention with a
-    shared buffer takes, and what reading the cache once at the speed of the copy would be of the time.
+    On the card above: one new token over a past, 8 heads of 64 in float16, how many times as long onnxruntime's
+    GroupQueryAttention with a shared buffer takes, and what reading the cache once at the speed of the copy would be of the
+    time.
     """) + table(("past", "kv heads", "attention", "time", "GroupQueryAttention", "of the copy"), rows)
 
 
@@ -145,8 +146,8 @@ def _others(results: dict) -> str:
         return ""
     return paragraph("""
     ## On a GPU: the other ops
-    On the card above, in float32: time on the device, what copying the rows would be of it, and how many times as long torch takes with the
-    matrix at hand, or core by core where that has a time of the device.
+    On the card above, in float32: time on the device, what copying the rows would be of it, and how many times as long torch
+    takes with the matrix at hand, or core by core where that has a time of the device.
     """) + table(("op", "", "time", "of the copy", "torch"), rows)
 
 
@@ -155,4 +156,8 @@ def _goals(results: dict) -> str:
         (row["goal"], row["limit"], f"{row['measured']:.3g}" if row["measured"] is not None else "", row["verdict"])
         for row in judged(results, "", file="cuda")
     ]
-    return paragraph("## On a GPU: goals\nOn the card above.") + table(("goal", "limit", "measured", ""), rows) if rows else ""
+    head = paragraph("""
+    ## On a GPU: goals
+    On the card above.
+    """)
+    return head + table(("goal", "limit", "measured", ""), rows) if rows else ""

@@ -9,7 +9,7 @@ classical model reads its whole cache. All attentions have one or none has, sinc
 
 import onnx_ir as ir
 
-from qexport.ops.key_summary import CHUNK_KEYS, SINK_KEYS, chunks, key_summary_shape, pays, paying_length
+from qexport.ops.key_summary import CHUNK_KEYS, SINK_KEYS, chunks, key_summary_shape, paying_length, pays
 from qexport.recipe import Recipe
 from qexport.rewrite import DeclinedError, Site
 from qexport.rewrite.graph import is_op
