@@ -55,6 +55,10 @@ class Generator:
             )
         self.length, self._names = cache["length"], cache
         self._specs = {spec["name"]: spec for spec in self.bundle.manifest["inputs"]}
+        if any(self._specs[past]["dtype"] == "bfloat16" for past, _ in cache["caches"]):
+            raise QexportError(
+                f"{self.bundle.path}: its caches are bfloat16, which numpy does not have; convert with --dtype float16"
+            )
         where = {"providers": providers, "allow_fallback": allow_fallback}
         self._session = runtime.session(self.bundle.model_path, library=library, options=options, **where)
         self._device = runtime.device_of(self._session)

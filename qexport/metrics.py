@@ -26,12 +26,13 @@ LOOKS_AHEAD = 1e-3
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of one output; `tokens` is the input of token ids that perplexity predicts."""
+    """A figure of one output; `tokens` is the input of token ids that perplexity predicts, `classes` the axis of logits."""
 
     name: str
     output: str
     symbols: tuple
     tokens: str | None = None
+    classes: int = -1
 
     def add(self, manifest: dict, feed: dict, classical: np.ndarray, value: np.ndarray) -> tuple[float, int]:
         """(sum, count) over a batch; `mean` makes the figure of their totals."""
@@ -39,7 +40,7 @@ class Metric:
         if self.name == PERPLEXITY:
             return _surprise(feed[self.tokens], value, padded)
         if self.name == TOP1:
-            same = rows(classical, padded).argmax(-1) == rows(value, padded).argmax(-1)
+            same = rows(classical, padded).argmax(self.classes) == rows(value, padded).argmax(self.classes)
             return float(same.sum()), same.size
         cosines = _cosines(_embeddings(classical, padded), _embeddings(value, padded))
         return float(cosines.sum()), len(cosines)
@@ -80,7 +81,9 @@ def choose_metric(bundle: Bundle, inputs, classical, name: str | None) -> Metric
     logits = [o for o in floats if "logit" in o.name or is_vocabulary(values[o.name])]
     found = {COSINE: Metric(COSINE, floats[0].name, tuple(floats[0].shape))}
     if logits:
-        found[TOP1] = Metric(TOP1, logits[0].name, tuple(logits[0].shape))
+        # Logits of the pixels of an image are (batch, classes, height, width).
+        classes = 1 if tokens is None and values[logits[0].name].ndim > 3 else -1
+        found[TOP1] = Metric(TOP1, logits[0].name, tuple(logits[0].shape), classes=classes)
         if is_vocabulary(values[logits[0].name]) and _looks_back(classical, logits[0].name, feed, tokens, values):
             found[PERPLEXITY] = Metric(PERPLEXITY, logits[0].name, tuple(logits[0].shape), tokens["name"])
     if name is None:
@@ -116,9 +119,10 @@ def _surprise(ids: np.ndarray, logits: np.ndarray, padded) -> tuple[float, int]:
 
 
 def _embeddings(value: np.ndarray, padded) -> np.ndarray:
-    """(batch, numbers): the mean over the positions that count; all of an item's numbers where there is one position."""
+    """(batch, numbers): the mean over the positions that count; all of an item's numbers where there is one position, or an
+    image, whose axes tell nothing of what they are."""
     value = value.astype(np.float64)
-    if value.ndim < 3:
+    if value.ndim < 3 or (padded is None and value.ndim > 3):
         return value.reshape(len(value), -1)
     axis, mask = padded or (1, np.ones(value.shape[:2], bool))
     moved = np.moveaxis(value, axis, 1)

@@ -10,6 +10,9 @@ from qexport.errors import UsageError
 from qexport.generation import Generator
 from qexport.providers import recorded
 
+# Tokens of the prompt that tell how the text of the first new ones looks.
+CONTEXT = 8
+
 
 @dataclass
 class GeneratedText:
@@ -68,27 +71,33 @@ def generate_text(
         raise UsageError("the prompt holds no token; give a text")
     wanted, room = options.pop("max_new_tokens", 100), generator.length - len(ids) + 1
     limit = min(wanted, room) if room >= 1 else wanted
-    tokens: list[int] = []
-    shown, times = tokenizer.decode(ids), []
+    sequence, times = list(ids), []
+    # What a token adds to the text depends on those before it, of which a few will do: sequence[known:fresh]. Finding it out
+    # and telling it is no part of a step.
+    known, fresh, told, telling = max(0, len(ids) - CONTEXT), len(ids), "", 0.0
 
     def show(_, token: int) -> None:
-        nonlocal shown
-        times.append(time.perf_counter())
-        tokens.append(token)
-        text = tokenizer.decode(ids + tokens)
+        nonlocal known, fresh, told, telling
+        now = time.perf_counter()
+        times.append(now - telling)
+        sequence.append(token)
+        if on_text is None:
+            return
+        before, text = tokenizer.decode(sequence[known:fresh]), tokenizer.decode(sequence[known:])
+        more = text.removeprefix(before) if text.startswith(before) else ""
         # a character of several tokens ends in a replacement character until it is complete
-        if on_text is not None and text.startswith(shown) and not text.endswith("\ufffd"):
-            on_text(text[len(shown) :])
-            shown = text
+        if more and not more.endswith("\ufffd"):
+            on_text(more)
+            known, fresh, told = fresh, len(sequence), told + more
+        telling += time.perf_counter() - now
 
     began = time.perf_counter()
     generator.generate([ids], max_new_tokens=limit, on_token=show, **options)
-    start, whole = tokenizer.decode(ids), tokenizer.decode(ids + tokens)
-    if on_text is not None and whole != shown and whole.startswith(shown):
-        on_text(whole[len(shown) :])
+    tokens, text = sequence[len(ids) :], tokenizer.decode(sequence).removeprefix(tokenizer.decode(ids))
+    if on_text is not None and text != told and text.startswith(told):
+        on_text(text[len(told) :])
     first, last = (times[0], times[-1]) if times else (time.perf_counter(),) * 2
-    text, settings = whole.removeprefix(start), recorded(**where)
     finish_reason = "stop" if len(tokens) < limit else "cache" if limit < wanted else "length"
     return GeneratedText(
-        prompt, text, len(ids), tokens, finish_reason, generator.length, first - began, last - first, settings
+        prompt, text, len(ids), tokens, finish_reason, generator.length, first - began, last - first, recorded(**where)
     )

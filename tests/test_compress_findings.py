@@ -1,11 +1,12 @@
 """compress stopped and taken up again."""
 
 import pytest
-from compression_cases import token_ids
+from compression_cases import language_model, token_ids
 
 from qexport import conversion
 from qexport.bundle import Bundle, sha256
 from qexport.compression import compress
+from qexport.compression.checkpoint import Checkpoint
 from qexport.errors import QexportError
 
 
@@ -67,6 +68,23 @@ def test_other_data_is_no_continuation(lm, tmp_path):
     report = compress(lm, tmp_path / "out", token_ids(32), ratio=4, profile=False)
     assert any("took up" in note for note in report.notes)
     assert report.size["ratio"] >= 4
+
+
+def test_a_model_of_other_weights_beside_its_file_is_no_continuation(lm, tmp_path, monkeypatch):
+    """Above 2 GB two trainings of one model are one .onnx file and differ in the file beside it."""
+    monkeypatch.setattr(conversion, "EXTERNAL_ABOVE", 1000)
+    other = language_model(tmp_path / "other.onnx", up=lambda weights: 3 * weights)
+    for model, known in ((lm, False), (other, False), (lm, True)):
+        report = compress(model, tmp_path / "out", token_ids(), ratio=4, findings=tmp_path / "findings", profile=False)
+        assert (tmp_path / "out" / "model.onnx.data").exists()
+        assert any("took up" in note for note in report.notes) == known
+
+
+def test_two_runs_in_one_folder_do_not_read_each_other(tmp_path):
+    one, two = (Checkpoint(tmp_path / "store", {"data": name}) for name in ("one", "two"))
+    one.save("loss", 1.0)
+    assert one.load("loss") == 1.0
+    assert not two.has("loss")
 
 
 def test_a_full_disk_while_the_model_is_written(lm, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from qexport.bundle import Bundle
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
 from qexport.runtime import session
+from qexport.sources.huggingface_inputs import longest_text
 
 SMALL = {
     "hidden_size": 32,
@@ -192,6 +193,21 @@ def test_minilm_samples_are_english_with_padding(minilm):
     assert "the river rose" in text.lower()
     assert inputs["attention_mask"].min() == 0
     assert list(stored(bundle, "output")) == ["last_hidden_state", "pooler_output"]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "longformer", "luke", "mpnet", "esm"])
+def test_the_longest_text_is_what_the_model_takes(name):
+    """Tables of positions that begin behind the padding id serve shorter texts than they have rows."""
+    changes = {"vocab_size": 99, "max_position_embeddings": 66, "pad_token_id": 1}
+    if name == "esm":
+        changes |= {"position_embedding_type": "absolute", "mask_token_id": 3}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **SMALL, **changes)).eval()
+    longest = longest_text(model, model.config)
+    ids = torch.full((1, longest), 7)
+    with torch.no_grad():
+        model(input_ids=ids)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.cat([ids, ids[:, :1]], 1))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -149,6 +149,12 @@ def test_padding_is_found_by_name_and_by_size():
     assert padded_axis((2, 3), None, masks) is None  # (batch, features) must not be taken for (batch, positions)
     assert padded_axis((2, 3), ["batch", "sequence"], masks)[0] == 1
     assert padded_axis((2, 7, 8), None, masks) is None
+    decoder = {"name": "d", "kind": "token_ids", "shape": ["batch", "decoder_sequence"], "dtype": "int64"}
+    masks = keep_masks({"inputs": [decoder, mask_spec("batch", "sequence")]}, {"m": mask})
+    assert padded_axis((2, 3, 8), ["batch", "decoder_sequence", 8], masks) is None
+    assert (
+        padded_axis((2, 3, 8), ["batch", "Addlogits_dim_1", 8], masks)[0] == 1
+    )  # as an exporter calls what it does not know
     additive = keep_masks({"inputs": [mask_spec("b", "s", dtype="float32")]}, {"m": np.array([[0, -1e9]], np.float32)})
     np.testing.assert_array_equal(additive[0][1], [[True, False]])
 

@@ -252,6 +252,25 @@ def test_half_a_character_waits_for_its_other_half(bundle, monkeypatch, count):
     assert ("\ufffd" in report.text) == count % 2
 
 
+def test_telling_a_token_reads_some_tokens_before_it_and_not_all(bundle, monkeypatch):
+    """A step is what is timed: decoding the whole text at each would make long texts look slow."""
+    read = []
+
+    class Counted(Pairs):
+        def decode(self, tokens):
+            read.append(len(tokens))
+            return super().decode(tokens)
+
+    monkeypatch.setattr("qexport.text_generation.open_tokenizer", lambda bundle: (Counted(), 0))
+    pieces = []
+    for on_text in (None, pieces.append):
+        read.clear()
+        generate_text(bundle, "Hi there", max_new_tokens=20, stop=[], on_text=on_text)
+        assert sorted(read)[-2:] == [16, 36]  # the prompt and the whole, once each
+        assert len(read) == (2 if on_text is None else 2 + 2 * 20)
+        assert all(count <= 12 for count in sorted(read)[:-2])
+
+
 def test_a_text_is_cut_where_the_cache_ends(bundle):
     cut = generate_text(bundle, "Hello", max_new_tokens=1000, stop=[])
     assert (len(cut.tokens), cut.finish_reason, cut.cache_length) == (LENGTH - 5 + 1, "cache", LENGTH)

@@ -214,9 +214,8 @@ def test_bfloat16_is_converted_and_not_run(made, tmp_path):
     """onnxruntime has no bfloat16 kernels for the rest of the model on the CPU."""
     report = convert(made("Llama")[1], tmp_path / "b", kv_cache=LENGTH, dtype="bfloat16", strategy="exact")
     assert "cannot run bfloat16" in report.notes[0]
-    with pytest.raises(QexportError) as error:
+    with pytest.raises(QexportError, match="its caches are bfloat16, which numpy does not have; convert with"):
         Generator(tmp_path / "b")
-    assert "\n" not in str(error.value)
 
 
 def test_an_onnx_file_with_position_ids(made, tmp_path):

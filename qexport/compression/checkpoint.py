@@ -101,7 +101,8 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{digest(name)}.npy"
+        # With the key: two runs that share a folder by mistake must not read each other's.
+        return self.folder / f"{digest([self._key, name])}.npy"
 
 
 def digest(data) -> str:

@@ -161,7 +161,7 @@ class Distillation:
         wanted = self._wanted(number)
         if self.metric.name == COSINE:
             return (value - wanted).square().sum() / wanted.square().sum()
-        logs = (torch.log_softmax(x, -1).flatten(0, -2) for x in (value, wanted))
+        logs = (torch.log_softmax(x.movedim(self.metric.classes, -1), -1).flatten(0, -2) for x in (value, wanted))
         return functional.kl_div(*logs, log_target=True, reduction="batchmean")
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from qexport.compression.speed import rounded_products
 from qexport.compression.trains import Train
 from qexport.compression.trials import Measured, Trials, opened
 from qexport.errors import QexportError, UsageError
-from qexport.external_data import file_bytes
+from qexport.external_data import external_files, file_bytes, load_structure
 from qexport.feeds import Inputs
 from qexport.metrics import Metric
 from qexport.progress import portion
@@ -89,6 +89,7 @@ class Job:
         return {
             "model": sha256(self.bundle.model_path),
             "classical": sha256(self.bundle.classical_path),
+            "weights": {name: sha256(self.bundle.path / name) for name in sorted(self._external_files())},
             "metric": self.metric.name,
             "methods": {layer.name: self._methods(layer) for layer in self.layers},
             "data": [
@@ -98,6 +99,11 @@ class Job:
             "onnxruntime": installed.onnxruntime().__version__,
             "format": FORMAT,
         }
+
+    def _external_files(self) -> set[str]:
+        """Names of the files beside both models that their weights lie in."""
+        models = self.bundle.model_path, self.bundle.classical_path
+        return {name for path in models for name in external_files(load_structure(path))}
 
     def run(self, store: Checkpoint, say) -> Result:
         """Compress the bundle's model in place.

@@ -92,10 +92,11 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             quantum: the keyword arguments of this class, from `quantum_backend` on.
 
         Raises:
-            UsageError: another module, or one of the keyword arguments has a value outside its limits.
+            UsageError: another module, a subclass too, or one of the keyword arguments has a value outside its limits.
         """
-        if not isinstance(module, nn.MultiheadAttention):
-            raise UsageError(f"from_classical takes an nn.MultiheadAttention, got {type(module).__name__}")
+        if not is_plain(module):
+            more = ", whose own part would be lost" if isinstance(module, nn.MultiheadAttention) else ""
+            raise UsageError(f"from_classical takes an nn.MultiheadAttention, got {type(module).__name__}{more}")
         weight = module.out_proj.weight
         new = cls(
             *(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None),
@@ -267,6 +268,11 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
                 outputs[head] = Y[..., place * self.head_dim : (place + 1) * self.head_dim]
                 weights[head] = p[:, place] if need_weights else None
         return torch.cat(outputs, -1), torch.stack(weights, 1) if need_weights else None
+
+
+def is_plain(module) -> bool:
+    """Whether a module computes what nn.MultiheadAttention does; a subclass, as parametrizations make one, may do more."""
+    return type(module) in (nn.MultiheadAttention, QuantumMultiheadAttention)
 
 
 def check_module(model) -> None:

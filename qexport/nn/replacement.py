@@ -8,7 +8,7 @@ from torch import nn
 from qexport.errors import QexportError, UsageError
 from qexport.nn.backends import get_backend
 from qexport.nn.functional import attend
-from qexport.nn.multihead import QuantumMultiheadAttention, check_module
+from qexport.nn.multihead import QuantumMultiheadAttention, check_module, is_plain
 from qexport.ops import QUANTUM_ATTENTION
 
 # The name under which the attention function stands in transformers' registry.
@@ -28,7 +28,8 @@ class Site:
 def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -> list[str]:
     """Let the attention of a model be sampled.
 
-    Modules of type nn.MultiheadAttention are exchanged for QuantumMultiheadAttention; models of transformers are switched to
+    Modules of type nn.MultiheadAttention are exchanged for QuantumMultiheadAttention; its subclasses, modules with a
+    parametrization among them, do more than it and stay as they are. Models of transformers are switched to
     an attention function of ours through transformers' registry (`model.set_attn_implementation("sdpa")` switches back). In
     training each call draws with a new seed from torch's generator, in evaluation with the recipe's.
 
@@ -55,13 +56,13 @@ def replace_attention(model: nn.Module, recipe=None, *, backend: str = "auto") -
         raise UsageError("noise is for converted models: leave it out here and give it to qexport.convert")
     if backend != "auto":
         get_backend(backend)
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    modules = [(name, m) for name, m in model.named_modules() if is_plain(m)]
     hosts = _transformers_models(model)
     functional = [(name, m) for name, m in model.named_modules() if _is_attention(m)] if hosts else []
     names = [name for name, _ in (*modules, *functional)]
     if not names:
         raise UsageError(
-            f"{type(model).__name__} has no attention that can be replaced: neither nn.MultiheadAttention "
+            f"{type(model).__name__} has no attention that can be replaced: neither nn.MultiheadAttention itself "
             "nor a transformers model with a choice of attention functions"
         )
     if isinstance(model, nn.MultiheadAttention):

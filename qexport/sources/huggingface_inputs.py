@@ -21,16 +21,6 @@ RANDOM_FRAMES = 200
 FRAME_WIDTHS = ("feature_projection_input_dim", "input_feat_per_channel")
 # How configurations call the token that stands for a part of an image.
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
-# Position ids of these start behind the padding id, so the table is larger than the longest text.
-OFFSET_POSITIONS = {
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "roberta-prelayernorm",
-    "data2vec-text",
-    "mpnet",
-}
 
 
 def example_inputs(torch, model, tokenizer, positions):
@@ -56,18 +46,18 @@ def example_inputs(torch, model, tokenizer, positions):
         axes[name] = {i: axis for i, axis in enumerate(axis_names) if axis}
 
     if main == "input_ids" or {"pixel_values", "input_ids"} <= set(accepted):
-        ids, mask = _text(torch, tokenizer, vocab, _longest(config), generator)
+        ids, mask = _text(torch, tokenizer, vocab, longest_text(model, config), generator)
         add("input_ids", ids, "token_ids", vocab, "batch", "sequence")
         if positions:
             if "position_ids" not in accepted:
                 raise QexportError(f"{type(model).__name__} takes no position ids, which a KV cache needs")
             places = torch.arange(ids.shape[1]).expand(ids.shape[0], -1).contiguous()
-            add("position_ids", places, "position_ids", _longest(config), "batch", "sequence")
+            add("position_ids", places, "position_ids", longest_text(model, config), "batch", "sequence")
         elif "attention_mask" in accepted:
             add("attention_mask", mask, "mask", 2, "batch", "sequence")
         if "token_type_ids" in accepted and not positions and getattr(config, "type_vocab_size", 0):
             add("token_type_ids", torch.zeros_like(ids), "token_types", config.type_vocab_size, "batch", "sequence")
-        if longest := _longest(config):
+        if longest := longest_text(model, config):
             limits["sequence"] = longest
     if "pixel_values" in accepted and not reads_images_as_tokens(model):
         vision = getattr(model.config, "vision_config", model.config)
@@ -93,7 +83,7 @@ def example_inputs(torch, model, tokenizer, positions):
             wave = torch.randn(2, 16000, generator=generator)
             add("input_values", wave, "continuous", None, "batch", "samples")
     if "decoder_input_ids" in accepted:
-        longest = getattr(config, "max_target_positions", None) or _longest(config)
+        longest = getattr(config, "max_target_positions", None) or longest_text(model, config)
         ids, _ = _text(torch, tokenizer, vocab, longest, generator)
         # another length than the encoder's, so that the two axes are not taken for one
         add("decoder_input_ids", ids[:, : ids.shape[1] - 3], "token_ids", vocab, "batch", "decoder_sequence")
@@ -136,11 +126,12 @@ def _text(torch, tokenizer, vocab, longest, generator):
     return ids, torch.ones_like(ids)
 
 
-def _longest(config) -> int | None:
+def longest_text(model, config) -> int | None:
     """The longest sequence that the position table serves, or None where there is no table."""
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest <= 0:
         return None
-    if config.model_type in OFFSET_POSITIONS:
-        return longest - (config.pad_token_id or 0) - 1
-    return longest
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), None)
+    # Where the table has a row for padding, positions begin behind it, as in RoBERTa.
+    return longest if padding is None else longest - padding - 1

@@ -162,12 +162,11 @@ def _same_shape(name: str, base: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def _compare_sites(bundle, inputs, seeds, library, where, say, result: Comparison) -> None:
-    structure, classical = load_structure(bundle.model_path), load_structure(bundle.classical_path)
-    sites = ordered_sites(structure, ordered_sites(classical, bundle.manifest["sites"]))
+    sites, rounds = _order(bundle)
     result.site_order = sites
     if not sites:
         return
-    if quantizes(classical):
+    if rounds:
         say("measuring how far rounding moves the outputs", 0.3)
         result.sensitivity = sensitivity(bundle, inputs, sites, where["providers"])
     tell = _step(say, "comparing the sites, without the library", 0.4, 0.5)
@@ -176,7 +175,14 @@ def _compare_sites(bundle, inputs, seeds, library, where, say, result: Compariso
         tell = _step(say, f"comparing the sites, {len(seeds)} seeds", 0.5, 0.75)
         result.sites["library"] = _watched_sites(bundle, inputs, sites, seeds, library, where, result.dtypes, tell)
         tell = _step(say, f"comparing each site alone, {len(seeds)} seeds", 0.75, 1.0)
-        _compare_alone(bundle, inputs, sites, structure, seeds, library, where, result, tell)
+        _compare_alone(bundle, inputs, sites, seeds, library, where, result, tell)
+
+
+def _order(bundle) -> tuple[list[dict], bool]:
+    """The sites in the order of the models, and whether the classical one quantises its activations. Here alone, so that
+    no model stays in memory, with the weights that lie in its file."""
+    structure, classical = load_structure(bundle.model_path), load_structure(bundle.classical_path)
+    return ordered_sites(structure, ordered_sites(classical, bundle.manifest["sites"])), quantizes(classical)
 
 
 def _watched_sites(bundle, inputs, sites, seeds, library, where, dtypes, tell) -> dict[str, ErrorAccumulator]:
@@ -191,9 +197,9 @@ def _watched_sites(bundle, inputs, sites, seeds, library, where, dtypes, tell) -
     return accumulators
 
 
-def _compare_alone(bundle, inputs, sites, structure, seeds, library, where, result: Comparison, tell) -> None:
+def _compare_alone(bundle, inputs, sites, seeds, library, where, result: Comparison, tell) -> None:
     """The sites' errors when each is fed with the classical model's values; sites that cannot be are left out."""
-    hybrid, local, estimates = beside(bundle.classical_path, structure, sites)
+    hybrid, local, estimates = beside(bundle.classical_path, load_structure(bundle.model_path), sites)
     sites = [site for site in sites if site["name"] in local]
     if not sites:
         return
@@ -202,6 +208,7 @@ def _compare_alone(bundle, inputs, sites, structure, seeds, library, where, resu
         site["name"]: CertificateAccumulator(site["q_heads"]) for site in sites if site["name"] in estimates
     }
     with open_probe(hybrid, bundle.classical_path, library=library, **where) as model:
+        del hybrid  # as the session has it
         certify = (estimates, result.certificates)
         _run_sites(bundle, inputs, model, model, sites, local, seeds, result.local, result.dtypes, tell, certify)
 

@@ -283,6 +283,7 @@ def open_probe(model: onnx.ModelProto, path, *, library: bool | str, providers=N
         opened = create_session(path, source, options, providers, bool(library))
         if library:
             check_kernels(library, providers, allow_fallback)
+        del model, source  # the session has what it needs of them, which may be all weights
         yield opened
     finally:
         if scratch:

@@ -2,7 +2,8 @@
 
 A value has a padded axis when the model has a 2-D input of kind "mask" (batch, positions) and the value has the batch on
 axis 0 and the mask's positions on another axis. That axis is found by the symbolic names of the dimensions where onnxruntime
-knows them; else it is the last but one axis of a value of rank 3 or more, when its size is the mask's.
+knows them; else it is the last but one axis of a value of rank 3 or more, when its size is the mask's and its name is not
+that of another input's axis, as of a decoder's tokens.
 """
 
 import numpy as np
@@ -10,13 +11,14 @@ import numpy as np
 from qexport.feeds import kept
 
 
-def keep_masks(manifest: dict, feed: dict[str, np.ndarray]) -> list[tuple[list, np.ndarray]]:
-    """The 2-D masks of a feed as (symbolic shape, boolean array, true where the position counts)."""
+def keep_masks(manifest: dict, feed: dict[str, np.ndarray]) -> list[tuple[list, np.ndarray, set]]:
+    """The 2-D masks of a feed as (symbolic shape, boolean array, true where the position counts, names of other axes)."""
     masks = []
+    names = {dim for spec in manifest["inputs"] for dim in spec["shape"] if isinstance(dim, str)}
     for spec in manifest["inputs"]:
         if spec["kind"] != "mask" or feed[spec["name"]].ndim != 2:
             continue
-        masks.append((spec["shape"], kept(feed[spec["name"]])))
+        masks.append((spec["shape"], kept(feed[spec["name"]]), names - set(spec["shape"])))
     return masks
 
 
@@ -29,13 +31,13 @@ def padded_axis(shape: tuple[int, ...], symbols, masks) -> tuple[int, np.ndarray
         masks: from `keep_masks`.
     """
     symbols = list(symbols) if symbols is not None and len(symbols) == len(shape) else [None] * len(shape)
-    for (_, position), mask in masks:
+    for (_, position), mask, _ in masks:
         if isinstance(position, str) and position in symbols[1:] and shape[0] == mask.shape[0]:
             axis = symbols.index(position, 1)
             if shape[axis] == mask.shape[1]:
                 return axis, mask
-    for _, mask in masks:
-        if len(shape) >= 3 and (shape[0], shape[-2]) == mask.shape:
+    for _, mask, others in masks:
+        if len(shape) >= 3 and (shape[0], shape[-2]) == mask.shape and symbols[-2] not in others:
             return len(shape) - 2, mask
     return None
 

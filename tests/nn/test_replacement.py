@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from qexport.conversion import convert
 from qexport.errors import QexportError, UsageError
@@ -189,6 +190,32 @@ def test_transformers_inside_a_torch_module_beside_multihead_attention():
         m.qexport_site.attributes["layer"] for m in model.modules() if hasattr(m, "qexport_site")
     ]
     assert layers == [0, 1, 2]
+
+
+class WithPositions(nn.MultiheadAttention):
+    """Adds positions to queries and keys by itself."""
+
+    def forward(self, query, key, value, **more):
+        place = torch.arange(query.shape[1])[:, None] / 10
+        return super().forward(query + place.sin(), key + place.sin(), value, **more)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_what_does_more_than_nn_multihead_attention_stays_as_it_is():
+    """A subclass, and a module whose weight is computed: exchanged, either would compute something else."""
+    plain, positions, halved = nn.MultiheadAttention(32, 4), WithPositions(32, 4), nn.MultiheadAttention(32, 4)
+    parametrize.register_parametrization(halved, "in_proj_weight", Halved())
+    model = nn.ModuleDict({"plain": plain, "positions": positions, "halved": halved})
+    assert replace_attention(model, {"strategy": "exact"}) == ["plain"]
+    assert model["positions"] is positions
+    assert model["halved"] is halved
+    for module in (positions, halved):
+        with pytest.raises(UsageError, match=r"from_classical takes an nn.MultiheadAttention, got .* whose own part"):
+            QuantumMultiheadAttention.from_classical(module)
 
 
 @pytest.mark.parametrize(
