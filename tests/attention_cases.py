@@ -115,6 +115,7 @@ CASES = (
     Case("nonpad", nonpad=(19, 8)),
     Case("nonpad_causal", nonpad=(19, 8), attributes={"is_causal": 1}),
     Case("nonpad_causal_short", nonpad=(3, 6), attributes={"is_causal": 1}),
+    Case("nonpad_wide_window", nonpad=(3, 1), attributes={"right_window_size": 30}),  # wider than the keys are many
     Case("window", q_len=19, attributes={"left_window_size": 5, "right_window_size": 2}),
     Case("window_causal_past", past_len=9, attributes={"left_window_size": 4, "is_causal": 1}),
     Case("softcap_mask_causal", q_len=19, mask=("h", "q", "kv"), attributes={"softcap": 2.0, "is_causal": 1}),

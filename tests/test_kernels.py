@@ -139,6 +139,18 @@ def test_the_lowest_number_on_all_keys_is_no_mask(rows, precision):
     np.testing.assert_allclose(y[:, ::2], uniform, atol=TOLERANCE if precision == "fp32" else 2e-2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_a_number_near_the_highest_on_a_key_takes_it(rows, precision):
+    """It is beyond float32 where scores are in base 2, and must not become infinity there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 16), dtype=np.float32) for n in (rows, 100, 100))
+    mask = np.zeros((rows, 100), np.float32)
+    mask[:, 17] = 3e38
+    y = run(q, k, v, mask, False, precision=precision)[0]
+    np.testing.assert_allclose(y, v[:, 17:18].repeat(rows, 1), atol=TOLERANCE if precision == "fp32" else 2e-2)
+
+
 @pytest.mark.parametrize("strategy", ["exact", "hybrid"])
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_softcap_far_from_all_scores(rows, strategy):

@@ -96,7 +96,7 @@ static bool ranged(const Rows& rows, int64_t j0, int64_t count) {
 }
 
 // Adds the bias, in units of `unit`, and puts -inf where a row does not attend; selects, so that a NaN under the mask does
-// not leak. A finite bias that is beyond float32 in that unit does not shut its key out: it may be that of all keys.
+// not leak. A finite bias that is beyond float32 in that unit stays finite: it may be that of all keys.
 static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float* bias, float* s, int64_t ld,
                        float unit = 1.0f) {
   const bool by_range = ranged(rows, j0, count);
@@ -110,7 +110,7 @@ static void apply_mask(const Rows& rows, int64_t j0, int64_t count, const float*
       if (b) {
         const vf add = load<vf>(b + j * ld);
         allowed &= add != -kInf;
-        x += max(splat(-kLargest), add * unit);
+        x += min(max(splat(-kLargest), add * unit), splat(kLargest));
       }
       if (by_range) {
         const vi key = splat(static_cast<int32_t>(j0 + j));

@@ -22,8 +22,10 @@ __device__ __forceinline__ float capped_score(float x, float cap, float two_over
   return copysignf(cap * kLog2E * __fdividef(1.0f - t, 1.0f + t), x);
 }
 
-// A bias in base 2. A finite one that is beyond float32 there does not shut its key out: it may be that of all keys.
-__device__ __forceinline__ float base2_bias(float x) { return x > -kInf ? fmaxf(x * kLog2E, -FLT_MAX) : -kInf; }
+// A bias in base 2. A finite one that is beyond float32 there stays finite: it may be that of all keys.
+__device__ __forceinline__ float base2_bias(float x) {
+  return x > -kInf ? fminf(fmaxf(x * kLog2E, -FLT_MAX), FLT_MAX) : -kInf;
+}
 
 }  // namespace cuda
 }  // namespace qexport

@@ -4,8 +4,6 @@
 namespace qexport {
 namespace cuda {
 
-constexpr const char* kTooLong = "a call of exact attention reads 2^30 keys at most; split the keys";
-
 size_t exact_attention_scratch_bytes(const AttentionJob& job) {
   Status status;  // an error shows again when the call is made
   const Device device = current_device(status);
@@ -20,7 +18,6 @@ size_t exact_attention_scratch_bytes(const AttentionJob& job) {
 void exact_attention(Status& status, const AttentionJob& job, const int32_t* only, void* scratch, void* stream) {
   const Device device = current_device(status);
   if (!status.ok()) return;
-  if (job.total_len > kFar) return status.fail(kTooLong);
   ExactLaunch exact{};
   exact.job = job, exact.only = only;
   visit_type(job.params.type, [&](auto element) { start_exact<decltype(element)>(status, exact, device, scratch, stream); });

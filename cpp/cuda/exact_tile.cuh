@@ -231,7 +231,7 @@ class ExactTile {
   __device__ __forceinline__ Range range_of(int query) const {
     const int position = query + offset;
     const int left = launch->left, right = launch->right;
-    const int hi = right >= 0 ? min(key_end, position + 1 + min(right, key_end)) : key_end;
+    const int hi = right >= 0 && right < key_end - position - 1 ? position + 1 + right : key_end;
     const int lo = left >= 0 ? max(0, min(position - left, hi)) : 0;
     return {lo, hi};
   }

@@ -98,6 +98,8 @@ __device__ __forceinline__ void flash_produce(char* shared, const FlashRing<Tile
       value_at.advance(1);
     }
   }
+  // No thread ends before its copies have arrived.
+  cp_async_commit();
   cp_async_wait<0>();
 }
 

@@ -14,11 +14,16 @@ namespace cuda {
 __host__ __device__ inline size_t whole_lines(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // Bytes that the phases need: tiles of scores, or fragments of the queries; then what every warp gathers.
-__host__ __device__ inline size_t phase_bytes(const QuantumAttentionParams& p, bool matrix_units) {
+__host__ __device__ inline size_t phase_bytes(const AttentionJob& job, bool matrix_units) {
+  const QuantumAttentionParams& p = job.params;
   const size_t scores = matrix_units ? static_cast<size_t>(p.head_size) * kTileRows * 2 : sizeof(ScoreTiles);
-  const size_t gather = kTileRows * (2 * kWaiting + static_cast<size_t>(p.v_head_size)) * sizeof(float);
+  const size_t row = (2 * kWaiting + static_cast<size_t>(p.v_head_size)) * sizeof(float);
+  const size_t gather = samples_rows(job) ? kTileRows * row : 0;
   return whole_lines(scores > gather ? scores : gather);
 }
+
+// Whether a call needs whole rows of scores: to sample from them, or to make probabilities of them.
+inline bool keeps_rows(const AttentionJob& job) { return samples_rows(job) || job.params.qk_matmul_output_mode == 3; }
 
 // Floats of the scores of a row. Eight rows of one key, which are written together, lie in different banks.
 __host__ __device__ inline int64_t scores_pitch(const AttentionJob& job) {
@@ -69,18 +74,20 @@ inline RowPlan plan_rows(const AttentionJob& job) {
   RowPlan plan{};
   const QuantumAttentionTensors& t = job.tensors;
   plan.wide_keys = rows_on_16_bytes(job, t.q) && joined_on_16_bytes(job, t.k, t.past_key);
-  plan.matrix_units = device.capability >= 80 && p.type != DType::f32 && plan.wide_keys && p.head_size % 32 == 0;
   const size_t limit = static_cast<size_t>(device.shared_bytes);
-  const size_t fixed = whole_lines(sizeof(RowTile)) + phase_bytes(p, plan.matrix_units);
-  const int64_t row = row_pitch(job) * static_cast<int64_t>(sizeof(float));
-  const int64_t fit = fixed < limit ? static_cast<int64_t>(limit - fixed) / row : 0;
+  const auto fixed_bytes = [&](bool matrix_units) { return whole_lines(sizeof(RowTile)) + phase_bytes(job, matrix_units); };
+  plan.matrix_units = device.capability >= 80 && p.type != DType::f32 && plan.wide_keys && p.head_size % 32 == 0 &&
+                      fixed_bytes(true) <= limit;
+  const size_t fixed = fixed_bytes(plan.matrix_units);
+  const int64_t row = keeps_rows(job) ? row_pitch(job) * static_cast<int64_t>(sizeof(float)) : 0;
+  const int64_t fit = row == 0 ? kTileRows : fixed < limit ? static_cast<int64_t>(limit - fixed) / row : 0;
   plan.sweeps = sweeps_rows(job, device);
   plan.fits = plan.sweeps || fixed <= limit;
   plan.shared_rows = plan.sweeps || fit >= kFewestRows;
   plan.tile_rows = plan.sweeps ? kSweepRows : plan.shared_rows ? std::min<int64_t>(fit, kTileRows) : kTileRows;
   plan.shared_bytes = fixed + (plan.shared_rows ? static_cast<size_t>(plan.tile_rows * row) : 0);
   plan.tiles = p.batch * p.kv_heads * ceil_div<int64_t>(job.group * p.q_len, plan.tile_rows);
-  // Scores in global memory should stay in the second cache: no more of them than one block per multiprocessor has.
+  // Of scores in global memory there are no more than one block per multiprocessor has.
   plan.blocks = plan.shared_rows ? plan.tiles : std::min<int64_t>(plan.tiles, device.multiprocessors);
   const auto take = [&](bool needed, size_t bytes) {
     const size_t at = plan.total;

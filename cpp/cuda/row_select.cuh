@@ -199,10 +199,10 @@ __device__ __forceinline__ void multinomial(const Row& row, int samples, bool we
                   : 1.0f / static_cast<float>(samples);
     return i;
   };
-  for (int first = 0; first < samples; first += kWarp) {
-    const int draw = first + lane_id();
+  for (int64_t first = 0; first < samples; first += kWarp) {
+    const int64_t draw = first + lane_id();
     float weight = 0.0f;
-    const int i = draw < samples ? draw_one(draw, &weight) : 0;
+    const int i = draw < samples ? draw_one(static_cast<int>(draw), &weight) : 0;
     take(i, weight);
   }
 }

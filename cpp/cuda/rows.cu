@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
   RowTile& tile = *dynamic_shared<RowTile>();
   float* phase = dynamic_shared<float>(whole_lines(sizeof(RowTile)));
   float* rows = work.rows ? work.rows + static_cast<int64_t>(blockIdx.x) * work.tile_rows * work.row_pitch
-                          : phase + phase_bytes(p, work.matrix_units) / sizeof(float);
+                          : phase + phase_bytes(job, work.matrix_units) / sizeof(float);
   const bool write = job.tensors.qk_matmul_output && work.pass != RowPass::sums && p.qk_matmul_output_mode < 3;
   const bool scores_alone = write && work.pass == RowPass::scores;
   for (int64_t t = blockIdx.x; t < work.tiles; t += gridDim.x) {
@@ -170,7 +170,7 @@ size_t row_attention_scratch_bytes(const AttentionJob& job) { return plan_rows(j
 
 void row_attention(Status& status, const AttentionJob& job, const HeadSamples& samples, void* scratch, void* stream) {
   const RowPlan plan = plan_rows(job);
-  if (plan.tiles > INT32_MAX || job.total_len >= INT32_MAX) {
+  if (plan.tiles > INT32_MAX) {
     return status.fail("batch * kv_heads * queries are too many for one launch; split the batch");
   }
   if (!plan.fits) {

@@ -96,7 +96,7 @@ __device__ RowError settle_residual(const DecodeLaunch& decode, int64_t row, con
   const ReadPlan plan = decode.plan[row];
   const int64_t place = row / p.q_len, b = place / p.q_heads, head = decode.head_of(place);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, size = static_cast<int>(p.v_head_size);
-  const uint32_t position = static_cast<uint32_t>(job.tensors.nonpad_kv_seqlen[b] - p.q_len + row % p.q_len);
+  const uint32_t position = static_cast<uint32_t>(given_len(job, b) - p.q_len + row % p.q_len);
   const uint64_t seed = seed_of(job);
   const PhiloxBlock random =
       philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),

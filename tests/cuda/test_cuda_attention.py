@@ -13,7 +13,16 @@ from test_ops import DRAWING, SAMPLES, TOLERANCE, allowed_flips, assert_close
 from qexport.ops.strategies import STRATEGIES
 
 # One of each kind: what the emulation takes beside float32.
-FEW = ("plain", "longer_than_a_tile", "3d_grouped_odd", "softcap_mask_causal", "nonpad_causal", "causal_with_past", "window")
+FEW = (
+    "plain",
+    "longer_than_a_tile",
+    "3d_grouped_odd",
+    "softcap_mask_causal",
+    "nonpad_causal",
+    "causal_with_past",
+    "window",
+    "nonpad_wide_window",
+)
 
 
 def case_of(name):
@@ -229,6 +238,33 @@ def test_softcap_far_from_all_scores(device, rows, dtype, strategy):
     free, uniform = y(feeds), y(even)
     for softcap, want in ((1e5, free), (3e38, free), (1e-8, uniform)):
         np.testing.assert_allclose(y(feeds, softcap=softcap), want, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("strategy", ["exact", "stratified", "naive"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_number_near_the_highest_on_a_key_takes_it(device, dtype, strategy):
+    """It is beyond float32 where scores are in base 2, and must not become infinity there."""
+    case = Case("plain", 1, 2, 2, q_len=40, kv_len=70, head_size=16, v_head_size=16)
+    feeds = rounded(case.inputs(), dtype)
+    feeds["attn_mask"] = np.zeros((40, 70), np.float32)
+    feeds["attn_mask"][:, 17] = 3e38
+    y = attention(device, feeds, dtype, 3, {"strategy": strategy, "num_samples": 9})["Y"]
+    np.testing.assert_allclose(y, feeds["V"][:, :, 17:18].repeat(40, 2), atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", [64, 4096])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scores_alone_are_returned_at_any_head_size(device, dtype, size):
+    """Neither what a sampling strategy gathers of V nor fragments of the queries has to fit into shared memory for them."""
+    case = Case("scores", 1, 1, 1, q_len=5, kv_len=40, head_size=2 * size, v_head_size=size)
+    feeds = rounded(case.inputs(), dtype)
+    for mode in (0, 3):
+        attributes = {"strategy": "exact", "qk_matmul_output_mode": mode}
+        got = attention(device, feeds, dtype, 3, attributes, probabilities=True)
+        want = run_ref(feeds, dtype, 3, attributes)
+        for name in ("Y", "qk_matmul_output"):
+            limit = TOLERANCE[dtype] * max(1, np.abs(want[name]).max())
+            np.testing.assert_allclose(got[name], want[name], 0, limit)
 
 
 @pytest.mark.parametrize(("valid", "like"), [((1 << 63) - 1, 1 << 40), (-(1 << 63), 0)])

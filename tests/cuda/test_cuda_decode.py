@@ -60,13 +60,15 @@ def test_output_and_estimate_are_those_of_the_formulas(emulated, case):
         ((72, 130), {"residual": "james_stein"}),
         ((32, 24), {"softcap": 4.0, "left_window_size": 900, "residual": "unbiased"}),
         ((32, 24), {"num_samples": [16, 4096, 64, 200]}),
+        ((32, 24), {"residual": "unbiased", "nonpad": [(1 << 63) - 1, 1300]}),
     ],
     ids=str,
 )
 def test_a_state_serves_both_devices(emulated, sizes, change, dtype):
     """Made on the one, it gives the other the same output, and is handed back as it was."""
     k, v = cache(5, batch=2, n=1600, size=sizes[0], v_size=sizes[1], dtype=dtype)
-    q, nonpad = queries(5, k, 4, rows=2), [1600, 1300]
+    q, nonpad = queries(5, k, 4, rows=2), change.get("nonpad", [1600, 1300])
+    change = {name: value for name, value in change.items() if name != "nonpad"}
     ours, theirs = step_on(emulated), summary_cases.step
     for made_by in (ours, theirs):
         state = made_by(q, k, v, nonpad, zeros(k, v))[2]
