@@ -225,6 +225,8 @@ def architectures() -> str:
         if row["notes"]:
             notes.setdefault(row["notes"], []).append(row["type"])
     remarks = " ".join(f"{', '.join(types)}: {note.removeprefix('its ')}." for note, types in notes.items())
+    later = versions.get("later")  # types that were run again, elsewhere
+    machines = f"; {', '.join(later['types'])} on an {later['cpu']}" if later else ""
     compared = sorted((row["difference"], row["type"]) for row in rows if row["difference"] is not None)
     first = paragraph(f"""
     ## Model types that convert takes
@@ -232,7 +234,7 @@ def architectures() -> str:
     model of {versions["layers"]} layers with random weights and converted with strategy exact: {len(whole)} convert in every
     attention. At another batch and length, with padding, with the op library and without, outputs differ from torch's eager
     attention by {compared[len(compared) // 2][0]:.0e} of the largest value in the median, and by {compared[-1][0]:.0e} in
-    {compared[-1][1]} {source("architectures", results)}.
+    {compared[-1][1]} {source("architectures", results)}{machines}.
     """)
     taken = table(
         ("every attention converts", "types", "names"),
