@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qexport.rewrite import DeclinedError
 from qexport.rewrite.graph import attribute, is_op
 from qexport.rewrite.products import Operand, Scores, Weighed
-from qexport.rewrite.values import known_size, rank
+from qexport.rewrite.values import known_size, rank, scalar, size
 
 _OTHERWISE = "its scores are reshaped between the products, and not only to split batches or join heads"
 
@@ -109,12 +109,36 @@ def _spans(own: Form, n: int, m: int) -> list[tuple[list[int], list[int]]] | Non
     return None
 
 
+def before_joining(value: ir.Value) -> ir.Value | None:
+    """The 4-D value whose first two axes a Reshape joined into those of `value`; None unless sizes prove it, since Reshape
+    also makes (batch, channels, pixels) of (batch, channels, height, width)."""
+    node = value.producer()
+    if not is_op(node, "Reshape") or rank(node.inputs[0]) != 4:
+        return None
+    source = node.inputs[0]
+    ends = [known_size(source, axis) or size(source, axis) for axis in (2, 3)]
+    return source if None not in ends and ends == [known_size(value, axis) or size(value, axis) for axis in (1, 2)] else None
+
+
+def _is_multiple(reshape: ir.Node, count: int) -> bool:
+    """Whether the first axis behind a Reshape from four axes is computed as batch * count."""
+    batch = known_size(reshape.inputs[0], 0)
+    if batch and known_size(reshape.outputs[0], 0) == batch * count:
+        return True
+    target = reshape.inputs[1].producer()
+    first = target.inputs[0].producer() if is_op(target, "Concat") else None
+    while is_op(first, "Unsqueeze", "Reshape", "Cast", "Identity"):
+        first = first.inputs[0].producer()
+    return is_op(first, "Mul") and count in [scalar(x) for x in first.inputs]
+
+
 def joined_heads(value: ir.Value) -> int | None:
     """Number of heads of (batch * heads, rows, columns), from the 4-D value that was joined to it."""
     for _ in range(6):
         node = value.producer()
         if is_op(node, "Reshape") and rank(node.inputs[0]) == 4:
-            return known_size(node.inputs[0], 1)
+            count = known_size(node.inputs[0], 1)
+            return count if count and (before_joining(value) is not None or _is_multiple(node, count)) else None
         if is_op(node, "Transpose") and rank(node.inputs[0]) == 3 and list(attribute(node, "perm", ())) == [1, 0, 2]:
             # nn.MultiheadAttention: (rows, batch * heads, columns), reshaped from (rows, batch, heads * columns)
             inner = node.inputs[0].producer()

@@ -27,7 +27,7 @@ def fuse(node: ir.Node, opset: int) -> None:
     heads = attribute(node, "num_heads")
     if any(x is not None for x in node.inputs[len(INPUTS) :]):
         raise DeclinedError("it works on a shared key and value buffer (past_sequence_length, cache_indirection)")
-    if len(node.outputs) > 3 and node.outputs[3].uses():
+    if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
         raise DeclinedError("its scores are an output that is used")
     past = given.get("past_key")
     causal = attribute(node, "unidirectional", 0)

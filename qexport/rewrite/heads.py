@@ -6,8 +6,8 @@ from math import prod
 
 import onnx_ir as ir
 
-from qexport.rewrite.forms import Form, form_of, joined_heads, reshaped_form
-from qexport.rewrite.graph import Builder, is_op
+from qexport.rewrite.forms import Form, before_joining, form_of, joined_heads, reshaped_form
+from qexport.rewrite.graph import Builder
 from qexport.rewrite.products import Operand, Scores, Weighed
 from qexport.rewrite.values import known_size, rank, size
 
@@ -37,7 +37,8 @@ class Heads:
         Any split of joined heads is right, since slices of axis 0 are independent; the true one gives heads their meaning.
         """
         value = self.queries if operand is self.scores.queries else self._ordered(operand)
-        if rank(value) == 3 and self.count > 1 and (source := self._before_joining(value)) is not None:
+        source = before_joining(value) if rank(value) == 3 and self.count > 1 else None
+        if source is not None and known_size(source, 1) == self.count:
             return source
         return self._folded(value, self.form.batch, self.count)
 
@@ -65,15 +66,6 @@ class Heads:
         )
         target = self.builder.concat(-1, some, self.builder.axes(value, axes - 2, axes))
         return self.builder.node("Reshape", value, target, like=value, shape=[first, heads, rows, columns])
-
-    def _before_joining(self, value: ir.Value) -> ir.Value | None:
-        """The 4-D value that a Reshape joined into `value`, when its sizes prove that rows and columns stayed."""
-        node = value.producer()
-        if not is_op(node, "Reshape") or rank(node.inputs[0]) != 4 or known_size(node.inputs[0], 1) != self.count:
-            return None
-        source = node.inputs[0]
-        same = all(size(value, a) is not None and size(value, a) == size(source, a + 1) for a in (1, 2))
-        return source if same else None
 
     def join(self, value: ir.Value) -> ir.Value:
         """(batch, heads, rows, columns) with the axes of the scores again."""

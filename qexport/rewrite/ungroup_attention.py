@@ -49,9 +49,12 @@ def _before_repeat(value: ir.Value) -> tuple[ir.Value, list[int]] | None:
         times = constant(repeat.inputs[1])
         if times is None or times.size != 5 or [*times[: heads + 1], *times[heads + 2 :]] != [1] * 4:
             return None
-        total = own * int(times[heads + 1])
+        repeats = int(times[heads + 1])
+    else:
+        repeats = known_size(repeat.outputs[0], heads + 1)
     one_batch, all_batches = (known_size(x, perm[0]) == 1 for x in (source, node.outputs[0]))
     if one_batch and not all_batches:  # which Expand repeats, too
         return None
-    certain = total is not None and total % own == 0 and size == known_size(node.outputs[0], 3)
+    # not where the key heads are folded into the batch
+    certain = repeats is not None and total == own * repeats and size == known_size(node.outputs[0], 3)
     return (source, perm) if certain else None

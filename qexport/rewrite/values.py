@@ -187,8 +187,9 @@ def _from_producer(value: ir.Value, axis: int, axes: int) -> int | None:
         return max((d for d in sizes if d > 1), default=None)
     if is_op(node, "Reshape"):
         return _target_size(node.inputs[1], axis) or _remaining_size(node, axis, axes)
-    if is_op(node, "Expand"):
-        return _target_size(node.inputs[1], axis) if rank(source) == axes else None
+    if is_op(node, "Expand"):  # aligned from the right; a 1 of source or target takes the size of the other
+        sizes = {known_size(source, axis - axes), _target_size(node.inputs[1], axis - axes)}
+        return max(sizes - {None, 1}, default=1 if sizes == {1} else None)
     if is_op(node, "Concat"):
         sizes = [known_size(x, axis) for x in node.inputs]
         if attribute(node, "axis") % axes == axis:
@@ -231,14 +232,22 @@ def _through_ones(node: ir.Node, axis: int, axes: int) -> int | None:
 
 
 def _target_size(target: ir.Value, axis: int) -> int | None:
-    """The size that a target of Reshape or Expand, or the Concat that makes it, gives an axis as a positive number."""
+    """The size that a target of Reshape or Expand, or the Concat that makes it, gives an axis as a positive number.
+
+    An axis below 0 counts from the right.
+    """
     array = constant(target)
     if array is None:
         part = target.producer()
-        if not is_op(part, "Concat") or len(part.inputs) <= axis or any(size(x, 0) != 1 for x in part.inputs):
+        if not is_op(part, "Concat") or any(size(x, 0) != 1 for x in part.inputs) or axis not in _indices(part.inputs):
             return None
         array, axis = constant(part.inputs[axis]), 0
-    return int(array.reshape(-1)[axis]) if array is not None and array.size > axis and array.reshape(-1)[axis] > 0 else None
+    found = array.reshape(-1) if array is not None else ()
+    return int(found[axis]) if axis in _indices(found) and found[axis] > 0 else None
+
+
+def _indices(entries) -> range:
+    return range(-len(entries), len(entries))
 
 
 def _remaining_size(node: ir.Node, axis: int, axes: int) -> int | None:

@@ -41,6 +41,8 @@ def open_file(path: Path, *, opset: int) -> Source:
         model = ir.load(path)
     except Exception as error:
         raise QexportError(f"{path}: cannot be read: {reason_of(error)}") from error
+    if "ai.onnx" in model.opset_imports:  # the long name of the domain, which onnx-ir shortens to "" at every node
+        model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     if any(node.op_type == "QuantumAttention" and node.domain == DOMAIN for node in model.graph.all_nodes()):
         raise QexportError(f"{path}: holds QuantumAttention already; convert the classical model it was made from")
     if model.functions:
@@ -51,8 +53,8 @@ def open_file(path: Path, *, opset: int) -> Source:
     model.ir_version = max(model.ir_version, IR_VERSION)  # before version 4 they had to be inputs
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     present = model.opset_imports.get("", opset)
-    if present < 13:  # what Softmax means below depends on the number of axes
-        infer_shapes(model)
+    # what Softmax means below 13 depends on the number of axes, and what the converter's own inference leaves open stays so
+    infer_shapes(model)
     model = convert_opset(model, min(max(opset, present), NEWEST_OPSET) if opset >= 23 else opset, str(path))
     infer_shapes(model)
     inputs = [spec_of(value) for value in model.graph.inputs]

@@ -16,28 +16,43 @@ _PASSED = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Sl
 _TERM = r"\s*(?:[A-Za-z_]\w*|\d+)\s*"
 _SUM = re.compile(rf"{_TERM}(?:\+{_TERM})*", re.ASCII)
 _PADDING_INPUT = {"MultiHeadAttention": 4, "Attention": 3}
+# What exporters call every axis of which they know nothing.
+_NO_NAMES = {"", "?", "*", "-1", "none", "null", "unk", "unknown", "dynamic"}
 # A table of position ids below this length is no position table.
 _SHORTEST_TABLE = 8
 
 
 def name_axes(model: ir.Model) -> None:
     """Give the axes of the inputs of a graph names that sizes can be looked up by, in place: exporters write "?", "2*n" and
-    the like, and leave axes without a name."""
-    inputs = [value for value in model.graph.inputs if value.shape is not None]
-    for value in inputs:
-        dims = [d if isinstance(d, int) else d.value or f"{value.name}_dim_{i}" for i, d in enumerate(value.shape)]
-        value.shape = ir.Shape(dims)
-    values = [*inputs, *(value for node in model.graph.all_nodes() for value in node.outputs if value.shape is not None)]
-    names = {value: [d if isinstance(d, int) else d.value for d in value.shape] for value in values}
+    the like, leave axes without a name, and call all of them "None"."""
+    given = {value: _names(value) for value in model.graph.inputs if value.shape is not None}
+    # two axes of one input may be equal, as a square mask's are, but not by a name that means nothing
+    alike = {name for dims in given.values() for name in dims if _means_nothing(name) and dims.count(name) > 1} | {""}
+    names = {
+        value: [f"{value.name}_dim_{i}" if name in alike else name for i, name in enumerate(dims)]
+        for value, dims in given.items()
+    }
+    inner = (value for node in model.graph.all_nodes() for value in node.outputs if value.shape is not None)
+    # where it would make axes of several values equal; shape inference finds those that are
+    names |= {value: [None if _means_nothing(name) else name for name in _names(value)] for value in inner}
     taken, renamed = {name for dims in names.values() for name in dims}, {}
-    for name in dict.fromkeys(name for value in inputs for name in names[value]):
+    for name in dict.fromkeys(name for value in given for name in names[value]):
         if isinstance(name, str) and not _SUM.fullmatch(name):
             stem = "axis_" + re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
             choices = (stem, *(f"{stem}_{i}" for i in range(len(taken) + 1)))
             renamed[name] = next(choice for choice in choices if choice not in taken)
             taken.add(renamed[name])
-    for value in values if renamed else ():
-        value.shape = ir.Shape([renamed.get(name, name) for name in names[value]])
+    for value, dims in names.items():
+        value.shape = ir.Shape([renamed.get(name, name) for name in dims])
+
+
+def _names(value: ir.Value) -> list[int | str]:
+    """Sizes and names of the axes of a value, "" where there is none."""
+    return [d if isinstance(d, int) else d.value or "" for d in value.shape]
+
+
+def _means_nothing(name: int | str) -> bool:
+    return isinstance(name, str) and name.strip().lower() in _NO_NAMES
 
 
 def spec_of(value: ir.Value) -> InputSpec:

@@ -18,6 +18,31 @@ def repeated(op, times, v_times="", *, axis, inputs="", heads="{0, 4, -1, 8}", o
     )
 
 
+def folded(op, times):
+    """Groups of 4 query heads in the second axis, their 2 key heads repeated in it and folded into the batch."""
+    each = "{x}1 = Unsqueeze({x}, two) {x}2 = {op}({x}1, times) {x}3 = Reshape({x}2, fold) "
+    return Spelling(
+        "".join(each.format(x=x, op=op) for x in "kv")
+        + "q1 = Reshape(q, fold) kt = Transpose<perm=[0,1,3,2]>(k3) s2 = MatMul(q1, kt) p = Softmax<axis=-1>(s2) "
+        "o = MatMul(p, v3) y = Reshape(o, five)",
+        inputs="float[b,2,4,7,8] q, float[b,2,7,8] k, float[b,2,7,8] v",
+        constants=f"int64[1] two = {{2}}, int64[5] times = {times}, int64[4] fold = {{-1, 4, 7, 8}}, "
+        "int64[5] five = {-1, 2, 4, 7, 8}",
+        output="float[b,2,4,7,8] y",
+    )
+
+
+def expanded(target, nodes=""):
+    """Groups of 4 query heads in an axis of their own, in which 2 key heads are repeated."""
+    return Spelling(
+        f"{nodes} k1 = Unsqueeze(k, two) k2 = Expand(k1, to) v1 = Unsqueeze(v, two) v2 = Expand(v1, to) "
+        "kt = Transpose<perm=[0,1,2,4,3]>(k2) s2 = MatMul(q, kt) p = Softmax<axis=-1>(s2) y = MatMul(p, v2)",
+        inputs="float[b,2,4,l,8] q, float[b,2,s,8] k, float[b,2,s,8] v",
+        constants="int64[1] two = {2}" + target,
+        output="float[b,2,4,l,8] y",
+    )
+
+
 FUSED = {
     "scores in float32 of a float16 model": Spelling(
         "q1 = Cast<to=1>(q) k1 = Cast<to=1>(k) kt = Transpose<perm=[0,1,3,2]>(k1) s1 = MatMul(q1, kt) s2 = Div(s1, c) "
@@ -148,6 +173,50 @@ FUSED = {
         inputs="float[b,8,l,4] q, float[b,2,s,8] k, float[b,2,s,8] v",
         heads="{0, 8, -1, 4}",
         output="float[b,8,l,4] y",
+    ),
+    "heads repeated and folded into the batch": folded("Expand", "{1, 1, 4, 1, 1}"),
+    "heads repeated by Tile and folded into the batch": folded("Tile", "{1, 1, 4, 1, 1}"),
+    "groups of heads, expanded by ones": expanded(", int64[5] to = {1, 1, 4, 1, 1}"),
+    "groups of heads, expanded by their number alone": expanded(", int64[3] to = {4, 1, 1}"),
+    "queries expanded along their rows": Spelling(
+        KT + "q1 = Expand(q, to) s2 = MatMul(q1, kt) " + SOFT,
+        inputs="float[b,t,1,8] q, float[b,t,s,8] k, float[b,t,s,8] v",
+        constants="int64[2] to = {5, 8}",
+        output="float[b,t,5,8] y",
+    ),
+    "groups of heads, expanded to sizes": expanded(
+        ", int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i3 = {3}, int64[1] four = {4}",
+        "sh = Shape(k) b0 = Slice(sh, i0, i1) rest = Slice(sh, two, i3) h0 = Slice(sh, i1, two) d0 = Slice(sh, i3, four) "
+        "to = Concat<axis=0>(b0, h0, four, rest, d0)",
+    ),
+    "images joined to pixels": Spelling(
+        "q1 = Reshape(q, flat) k1 = Reshape(k, flat) v1 = Reshape(v, flat) qt = Transpose<perm=[0,2,1]>(q1) "
+        "s2 = MatMul(qt, k1) p = Softmax<axis=2>(s2) pt = Transpose<perm=[0,2,1]>(p) o = MatMul(v1, pt) "
+        "y = Reshape(o, image)",
+        inputs="float[t,4,2,3] q, float[t,4,2,3] k, float[t,4,2,3] v",
+        constants="int64[3] flat = {0, 4, -1}, int64[4] image = {0, 4, 2, 3}",
+        output="float[t,4,2,3] y",
+    ),
+    "two views joined to one row": Spelling(
+        "q1 = Reshape(q, row) k1 = Reshape(k, row) v1 = Reshape(v, row) kt = Transpose<perm=[0,2,1]>(k1) "
+        "s2 = MatMul(q1, kt) p = Softmax<axis=-1>(s2) o = MatMul(p, v1) sh = Shape(q) y = Reshape(o, sh)",
+        inputs="float[t,2,l,8] q, float[t,2,l,8] k, float[t,2,l,8] v",
+        constants="int64[3] row = {0, -1, 8}",
+        output="float[t,2,l,8] y",
+    ),
+    "joined heads, their rows left open": Spelling(
+        "sh = Shape(q) b0 = Gather<axis=0>(sh, zero) n0 = Mul(b0, four) n1 = Unsqueeze(n0, at) "
+        "to = Concat<axis=0>(n1, rest) "
+        "q1 = Reshape(q, to) k1 = Reshape(k, to) v1 = Reshape(v, to) kt = Transpose<perm=[0,2,1]>(k1) s2 = MatMul(q1, kt) "
+        "p = Softmax<axis=-1>(s2) o = MatMul(p, v1) y = Reshape(o, sh)",
+        constants="int64 zero = {0}, int64 four = {4}, int64[1] at = {0}, int64[2] rest = {-1, 8}",
+    ),
+    "joined heads of two batches, their rows left open": Spelling(
+        "q1 = Reshape(q, to) k1 = Reshape(k, to) v1 = Reshape(v, to) kt = Transpose<perm=[0,2,1]>(k1) s2 = MatMul(q1, kt) "
+        "p = Softmax<axis=-1>(s2) o = MatMul(p, v1) sh = Shape(q) y = Reshape(o, sh)",
+        inputs=HEADS.replace("[b,", "[2,"),
+        constants="int64[3] to = {8, -1, 8}",
+        output="float[2,4,l,8] y",
     ),
     "keys and values in other groups": repeated(
         "Tile",

@@ -111,6 +111,26 @@ def test_groups_in_an_axis_of_their_own_share_a_key_head(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("joined and split again", 4),
+        ("joined heads, their rows left open", 4),
+        ("joined heads of two batches, their rows left open", 4),
+        ("images joined to pixels", 1),
+        ("two views joined to one row", 1),
+    ],
+)
+def test_heads_are_counted_where_they_are_joined_to_the_batch(name, heads):
+    site = Rewritten(parse(FUSED[name].text)).sites[0]
+    assert (site.q_heads, site.kv_heads) == (heads, heads)
+
+
+def test_a_short_target_of_expand_tells_no_number_of_heads():
+    site = Rewritten(parse(FUSED["queries expanded along their rows"].text)).sites[0]
+    assert (site.q_heads, site.kv_heads, site.head_size) == (None, None, 8)
+
+
+@pytest.mark.parametrize(
     ("name", "heads"), [("one key head for all", (4, 1)), ("groups of heads of an open number", (None, 2))]
 )
 def test_key_heads_are_not_repeated_for_those_of_the_queries(name, heads):

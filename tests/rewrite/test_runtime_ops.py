@@ -102,6 +102,14 @@ def test_multi_head_attention(name, opset):
     check(MULTI_HEAD[name], opset)
 
 
+def test_scores_that_are_an_output_of_the_graph_are_left_alone():
+    source = build((FLAT, "y, , , qk = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v)", OUT + ", float[b,4,l,s] qk"))
+    done = Rewritten(source)
+    assert done.sites == []
+    assert [entry.reason for entry in done.left_alone] == ["its scores are an output that is used"]
+    assert_same(run(source, feeds(source)), run(done.sampled, feeds(source)))
+
+
 @pytest.mark.parametrize("opset", [17, 23])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_attention(name, opset):
