@@ -71,14 +71,19 @@ def write_bundle(output, kind: Kind = BUNDLE):
         raise QexportError(_explain(error, target)) from error
 
 
-def check_output(target, kind: Kind = BUNDLE) -> None:
+def check_output(target, kind: Kind = BUNDLE, source=None) -> None:
     """Check that a bundle may be written to `target`: nothing there, an empty folder, or one of its kind to replace.
 
+    Args:
+        source: the bundle that it is made from, which stays.
+
     Raises:
-        UsageError: a file is there, or a folder holding files that are not of its kind.
+        UsageError: a file is there, a folder holding files that are not of its kind, or `source`.
         QexportError: the folder that it would lie in takes no files.
     """
     target = as_path("output", target)
+    if source is not None and os.path.realpath(target) == os.path.realpath(source):
+        raise UsageError(f"{target}: the new {kind.name} is made from what is there; choose another folder")
     check_writable(target)
     if not os.path.exists(target):  # of a name that is too long as well, which Path.exists raises
         return

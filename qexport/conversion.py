@@ -96,12 +96,12 @@ def convert(
     say = listener(progress)
     if kv_cache is not None:
         whole("kv_cache", kv_cache, 2)
-    least = OPSETS[0] if kv_cache is None else CACHE_OPSET
-    opset = max(least, 23) if opset is None else opset
-    if not least <= whole("opset", opset) <= OPSETS[1]:
-        raise UsageError(
-            f"opset must be between {least} and {OPSETS[1]}, got {opset}" + (" with kv_cache" if kv_cache else "")
-        )
+    if opset is None:
+        opset = 23 if kv_cache is None else CACHE_OPSET
+    if not OPSETS[0] <= whole("opset", opset) <= OPSETS[1]:
+        raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
+    if kv_cache is not None and opset < CACHE_OPSET:
+        raise UsageError(f"a KV cache needs opset {CACHE_OPSET}, got {opset}; leave opset out")
     resolved = make_recipe(
         recipe,
         where=str(recipe) if isinstance(recipe, (str, Path)) else "recipe",

@@ -33,8 +33,9 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
         seq: length that texts are cut to, or length of generated inputs; not for arrays.
 
     Raises:
-        UsageError: an unknown kind of file, or a batch or seq outside its limits.
-        QexportError: the data does not fit the model's inputs; the message names the input, the value and the limit.
+        UsageError: a batch or seq outside its limits.
+        QexportError: no such file, an unknown kind of file, or the data does not fit the model's inputs; the message names
+            the input, the value and the limit.
     """
     for name, value in (("batch", batch), ("seq", seq)):
         if value is not None:
@@ -62,7 +63,7 @@ def load_inputs(bundle: Bundle, data=None, *, batch: int | None = None, seq: int
         return _split(bundle, _read_npz(path), str(path), batch or DEFAULT_BATCH, seq)
     if path.suffix == ".txt":
         return read_text(bundle, path, batch=batch or DEFAULT_BATCH, seq=seq)
-    raise UsageError(f"{path}: unknown kind of data; give .npz (one array per input) or .txt (one text per line)")
+    raise QexportError(f"{path}: unknown kind of data; give .npz (one array per input) or .txt (one text per line)")
 
 
 def stored_samples(bundle: Bundle) -> Inputs:

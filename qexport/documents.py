@@ -5,7 +5,7 @@ import math
 from contextlib import contextmanager
 
 from qexport.arguments import as_path
-from qexport.errors import UsageError
+from qexport.errors import QexportError
 
 VERSION = 1  # of every schema
 
@@ -30,18 +30,18 @@ def load_document(path) -> dict:
     """The JSON object of a file.
 
     Raises:
-        UsageError: no such file, or not a JSON object.
+        QexportError: no such file, or not a JSON object.
     """
     path = as_path("report", path)
     try:
         document = json.loads(path.read_bytes())  # in UTF-8, or as PowerShell writes it, in UTF-16
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"{path}: cannot be read ({reason}); give what a command printed with --json") from None
+        raise QexportError(f"{path}: cannot be read ({reason}); give what a command printed with --json") from None
     except ValueError:  # of the encoding, too
-        raise UsageError(f"{path}: not a JSON document; give what a command printed with --json") from None
+        raise QexportError(f"{path}: not a JSON document; give what a command printed with --json") from None
     if not isinstance(document, dict):
-        raise UsageError(f"{path}: holds no JSON object; give what a command printed with --json")
+        raise QexportError(f"{path}: holds no JSON object; give what a command printed with --json")
     return document
 
 
@@ -49,7 +49,7 @@ def parts_of(document: dict, path) -> dict[str, dict]:
     """The documents in a document by their schema without "qexport.": itself, and those inside it.
 
     Raises:
-        UsageError: none of them has a schema, or its version is a newer one.
+        QexportError: none of them has a schema, or its version is a newer one.
     """
     found = {}
 
@@ -57,7 +57,7 @@ def parts_of(document: dict, path) -> dict[str, dict]:
         schema = value.get("schema")
         if isinstance(schema, str) and schema.startswith("qexport."):
             if value.get("schema_version") != VERSION:
-                raise UsageError(
+                raise QexportError(
                     f"{path}: {schema} has schema_version {value.get('schema_version')}, this qexport reads {VERSION}; "
                     "make the file again with this version"
                 )
@@ -68,7 +68,7 @@ def parts_of(document: dict, path) -> dict[str, dict]:
 
     visit(document)
     if not found:
-        raise UsageError(f'{path}: no report of qexport (it has no "schema"); give what a command printed with --json')
+        raise QexportError(f'{path}: no report of qexport (it has no "schema"); give what a command printed with --json')
     return found
 
 
@@ -77,10 +77,10 @@ def well_formed(what: str):
     """Context that reads a document's figures: what is not there, or is something else, becomes one line about `what`.
 
     Raises:
-        UsageError: the document has not the form that docs/json_schema.md describes.
+        QexportError: the document has not the form that docs/json_schema.md describes.
     """
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         missing = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
-        raise UsageError(f"{what} {missing}; make the file again") from error
+        raise QexportError(f"{what} {missing}; make the file again") from error

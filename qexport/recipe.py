@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qexport.arguments import as_path
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
-from qexport.ops.strategies import check_read, read_by
+from qexport.ops.strategies import check_read, reads
 from qexport.recipe_compression import Compression, LayerCompression
 from qexport.recipe_values import (
     NO_NOISE,
@@ -110,11 +110,12 @@ class Recipe(_Entry):
         Raises:
             UsageError: the values do not fit each other, or `num_samples` has another length than the site has heads.
         """
-        values = read_by(own["strategy"], own) if own else {}
-        for entry in (self, *(layer for layer in self.layers if _fits(layer.match, module, name))):
+        values = _read_by(own["strategy"], own) if own else {}
+        layers = [layer for layer in self.layers if _fits(layer.match, module, name)]
+        for entry in (self, *layers):
             named = entry.named()
             strategy = named.get("strategy")
-            inherited = read_by(strategy, values) if strategy else values
+            inherited = _read_by(strategy, values) if strategy else values
             if any(key != "shots" for key in named):
                 inherited = {k: v for k, v in inherited.items() if k not in NOISE}
             values = inherited | named
@@ -123,7 +124,7 @@ class Recipe(_Entry):
         if noise not in (None, NO_NOISE):
             shots = QUANTUM_MEASURE.attribute("shots").default if shots is None else shots
             return {"strategy": "exact", **defaults({"strategy": "exact"}), "noise": noise, "shots": shots}
-        values = _check_together(values, module or name)
+        values = _check_together(_without_spare(self, values, layers), module or name)
         count = len(values["num_samples"])
         if count > 1 and q_heads is not None and count != q_heads:
             raise UsageError(
@@ -177,8 +178,33 @@ def _check_together(named: dict, where: str) -> dict:
         QUANTUM_ATTENTION.resolve(values)
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).removeprefix(f'[{QUANTUM_ATTENTION.name}] ')}") from None
-    check_read(values["strategy"], named, f"{where}: ")
+    check_read(values["strategy"], {key: _wish(key, value) for key, value in named.items()}, f"{where}: ")
     return values
+
+
+def _read_by(strategy: str, values: dict) -> dict:
+    """Those of the values that a strategy reads."""
+    return {key: value for key, value in values.items() if reads(strategy, key, _wish(key, value))}
+
+
+def _wish(key: str, value):
+    """What a value asks of a strategy: one that draws nothing can leave out no control variate, and off is as idle as on."""
+    return 1 if key == "control_variate" else value
+
+
+def _without_spare(recipe: Recipe, values: dict, layers=()) -> dict:
+    """`values` but for those that their strategy does not read, where the top level names them for other layers. `layers`
+    are those that `values` come from besides: what one of them names is meant for it."""
+    kept = set(_read_by(values.get("strategy", DEFAULT_STRATEGY), values))
+    kept |= {key for layer in layers for key in layer.named()}
+    return {key: value for key, value in values.items() if key in kept or not _is_for_layers(recipe, key)}
+
+
+def _is_for_layers(recipe: Recipe, key: str) -> bool:
+    """Whether the top level names a key that a layer takes from there, for a strategy of its own that reads it."""
+    takers = [layer.strategy for layer in recipe.layers if layer.strategy and key not in layer.named()]
+    value = {name: value for name, value in recipe.named().items() if name == key}
+    return any(_read_by(strategy, value) for strategy in takers)
 
 
 def _fits(pattern: str, module: str, name: str) -> bool:
@@ -195,22 +221,25 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
 
     Raises:
         UsageError: one line that names the file, the key, the value and what is allowed.
+        QexportError: the file cannot be read.
     """
-    if isinstance(recipe, Recipe):
-        data = recipe.model_dump(exclude_unset=True)
-    elif isinstance(recipe, (str, Path)):
-        data = load_recipe(recipe).model_dump(exclude_unset=True)
+    if isinstance(recipe, (str, Path)):
+        recipe = load_recipe(recipe)
     elif recipe is None or isinstance(recipe, dict):
-        data = dict(recipe or {})
-    else:
+        recipe = _checked(dict(recipe or {}), where)
+    elif not isinstance(recipe, Recipe):
         raise UsageError(f"{where} must be a dict or a file, got {recipe!r}")
     given = {key: value for key, value in overrides.items() if value is not None}
-    strategy = _checked(given, "convert").strategy
-    kept = read_by(strategy, data) if strategy else data
+    kept = recipe.model_dump(exclude_unset=True)
+    if strategy := given.get("strategy"):
+        read = _read_by(strategy, kept)
+        kept = {key: value for key, value in kept.items() if key in read or _is_for_layers(recipe, key)}
     if given.get("noise", NO_NOISE) != NO_NOISE:
         kept = {key: value for key, value in kept.items() if key not in SAMPLING}
     elif any(key in given for key in (*SAMPLING, "noise")):
         kept = {key: value for key, value in kept.items() if key not in NOISE}
+    # first beside nothing but what decides whether they are read, so that the file is not blamed for them
+    _checked({key: kept[key] for key in ("strategy", "layers") if key in kept} | given, "convert")
     recipe = _checked({**kept, **given}, where)
     _check_shots(recipe.noise, recipe.shots, where)
     return recipe
@@ -220,7 +249,8 @@ def load_recipe(path) -> Recipe:
     """The recipe in a YAML file.
 
     Raises:
-        UsageError: the file is missing or no YAML, or a key or value is wrong; one line that names file, key and value.
+        UsageError: it is no YAML or empty, or a key or value is wrong; one line that names file, key and value.
+        QexportError: it cannot be read.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -234,9 +264,9 @@ def load_recipe(path) -> Recipe:
         raise UsageError(f"{path}:{place} not YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UsageError(f"{path}: cannot read the recipe: {reason}") from error
+        raise QexportError(f"{path}: cannot read the recipe: {reason}; give a YAML file") from error
     if data is None:
-        return Recipe()
+        raise UsageError(f"{path}: holds no recipe; write a key such as 'strategy: exact', or leave the file out")
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys such as 'strategy: exact', got {type(data).__name__}")
     return _checked(data, str(path))
@@ -248,7 +278,7 @@ def _checked(data: dict, where: str) -> Recipe:
     except ValidationError as error:
         raise UsageError(f"{where}: {_first_problem(error)}") from None
     # what an entry says by itself is checked before a model is read
-    _check_together(recipe.named(), where)
+    _check_together(_without_spare(recipe, recipe.named()), where)
     _check_noise(recipe.named(), where)
     for index, layer in enumerate(recipe.layers):
         _check_noise(layer.named(), f"{where}: layers[{index}] ({layer.match})")
@@ -269,6 +299,11 @@ def _first_problem(error: ValidationError) -> str:
         return f"{key}: no such key; known: {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: missing; every entry of layers needs it"
+    if problem["type"] == "tuple_type":
+        return f"{key}: must be a list of entries with match (- match: 'encoder.*'), got {problem['input']!r}"
+    if problem["type"] == "model_type":
+        such = "match: 'encoder.*'" if isinstance(loc[-1], int) else "ratio: 8"
+        return f"{key}: must hold keys, such as {such}, got {problem['input']!r}"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"

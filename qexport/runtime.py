@@ -8,10 +8,13 @@ import re
 from importlib.util import find_spec
 
 from qexport import cuda_checks, installed
-from qexport.arguments import as_path
+from qexport.arguments import as_path, whole
 from qexport.errors import QexportError, UsageError
 from qexport.failures import explain_load_error, explain_run_error, one_line
 from qexport.providers import CPU, CUDA, SHORT, device, full_names, provider_name
+
+# More threads than processors may be asked for, to measure what they cost: so many per processor, and these anywhere.
+THREADS_PER_PROCESSOR, THREADS_ANYWHERE = 4, 64
 
 
 def check_providers(providers) -> list:
@@ -152,12 +155,30 @@ def run_bound(opened, binding, options=None) -> None:
         raise explain_run_error(error) from error
 
 
+def check_threads(threads: int | None) -> None:
+    """Check a number of intra-op threads for this machine; None is the runtime's choice.
+
+    Raises:
+        UsageError: it is no whole number from 1 on, or far above the processors here: each thread spins for a while when it
+            has nothing to do, and thousands of them stall the machine.
+    """
+    count = os.cpu_count() or 1
+    most = max(THREADS_ANYWHERE, THREADS_PER_PROCESSOR * count)
+    if threads is not None and whole("threads", threads) > most:
+        raise UsageError(f"threads must be at most {most} on a machine with {count} processors, got {threads}; lower it")
+
+
 def quiet_options(threads: int | None = None):
     """Session options with that many intra-op threads, the runtime's choice when None. They log nothing: what fails is
-    raised, and onnxruntime would print it as well."""
+    raised, and onnxruntime would print it as well.
+
+    Raises:
+        UsageError: as `check_threads`.
+    """
+    check_threads(threads)
     options = installed.onnxruntime().SessionOptions()
     options.log_severity_level = 4
-    if threads:
+    if threads is not None:
         options.intra_op_num_threads = threads
     return options
 
@@ -177,10 +198,19 @@ def check_kernels(library, providers, allow_fallback=False) -> None:
 
 
 def register_library(options, library: str) -> None:
-    """Add the op library to session options; a failure names the file."""
+    """Add the op library to session options.
+
+    Raises:
+        QexportError: the file is missing, or no op library for this machine.
+    """
+    path = os.path.abspath(library)  # the system looks for a bare name in its own folders, and not here
+    mend = f"give a {installed.library_file_name()} that was built for this machine"
+    if not os.path.isfile(path):
+        raise QexportError(f"{library}: no such op library; {mend}")
     try:
-        # the system looks for a bare name in its own folders, and not here
-        options.register_custom_ops_library(os.path.abspath(library))
+        options.register_custom_ops_library(path)
     except Exception as error:
-        reason = one_line(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)))
-        raise QexportError(f"cannot load the op library {library}: {reason}") from error
+        # behind onnxruntime's words stand those of the system, each with the path
+        reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Failed to .*? with error: )?", "", str(error))
+        reason = one_line(reason.removeprefix(f"{path}: "))
+        raise QexportError(f"cannot load the op library {library}: {reason}; {mend}") from error

@@ -42,6 +42,12 @@ def classical(bundle):
             ["num_samples needs strategy naive, stratified, adaptive, hybrid or tree, got exact"],
         ),
         (["convert", "model.onnx", "-o", "x", "--error-tolerance", "some"], ["'some'", "0.01 or 1%"]),
+        *(
+            (["convert", "m.onnx", "-o", "x", option], ["control_variate needs strategy naive", "got tree; leave"])
+            for option in ("--control-variate", "--no-control-variate")
+        ),
+        (["convert", "m.onnx", "-o", "x", "--kv-cache", "64", "--opset", "22"], ["needs opset 24, got 22; leave opset out"]),
+        (["tune", "x", "--max-error", "1%", "--threads", "99999"], ["threads must be at most", "got 99999; lower it"]),
         (["tune", "x"], ["--max-error"]),
         (["tune", "x", "--max-error", "nan"], ["max_error", "nan", "0.01 for 1 %"]),
         (["tune", "x", "--max-error", "1%", "--time", "0"], ["time", "0.0"]),
@@ -133,7 +139,7 @@ def test_validate_with_bad_data(qexport, bundle, tmp_path, arrays, words):
 
 def test_data_of_an_unknown_kind(qexport, bundle, tmp_path):
     (tmp_path / "data.csv").write_text("1,2\n")
-    assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.csv"), ".npz", expected=2)
+    assert_one_line(*qexport("validate", bundle, "--data", tmp_path / "data.csv"), ".npz")
 
 
 def test_no_room_for_the_output(bundle):
@@ -146,6 +152,45 @@ def test_no_room_for_the_output(bundle):
 @pytest.mark.parametrize("command", ["validate", "profile", "inspect", "tune --max-error 1%"])
 def test_no_bundle_there(qexport, command, tmp_path):
     assert_one_line(*qexport(*command.split(), tmp_path / "nothing"), "no such")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("validate {file}", "{file}: a file, not a bundle"),
+        ("validate {empty}", "{empty}: not a bundle"),
+        ("validate {bundle} --library {missing}", "{missing}: no such op library; give a"),
+        ("bundle {bundle} -o {out} --library {missing}", "{missing}: no such file; give --library"),
+        ("bundle {bundle} -o {out} --library {file}", "{file} is no ELF file; give --library"),
+        ("verify-bundle {file}", "{file}: a file, not a deployment; give the folder"),
+        ("verify-bundle {missing}", "{missing}: no such folder; pack"),
+        ("convert {missing} -o {out}", "{missing}: no such file or folder"),
+        ("convert {empty} -o {out}", "{empty}: no config.json"),
+        ("convert {file} -o {out}", "{file}: unknown kind of file"),
+        ("compare {missing} {file}", "{missing}: cannot be read"),
+        ("compare {file} {file}", "{file}: not a JSON document"),
+        ("scaling --activations {missing}", "{missing}: No such file"),
+        ("convert {bundle}/classical.onnx -o {out} --config {missing}", "{missing}: cannot read the recipe: No such file"),
+        ("compress {bundle} -o {out} --findings {file}", "{file}: a file is there, findings need a folder"),
+        ("report {bundle} -o {out}.html --skip all --data {missing}", "{missing}: no such data file"),
+    ],
+)
+def test_a_path_that_is_missing_or_is_something_else_is_exit_code_1(qexport, bundle, tmp_path, command, words):
+    places = {name: tmp_path / name for name in ("file", "empty", "missing", "out")} | {"bundle": bundle}
+    places["file"].write_text("nothing that anything reads")
+    places["empty"].mkdir()
+    argv = [word.format(**places) for word in command.split()]
+    assert_one_line(*qexport(*argv), words.format(**places))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_bundle_is_not_written_over_itself(qexport, bundle, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(bundle)
+    monkeypatch.chdir(bundle)
+    for command in ("compress", "tune --max-error 1%"):
+        for place in (bundle, f"{bundle}/", tmp_path / "link", "."):
+            found = qexport(*command.split(), bundle, "-o", place)
+            assert_one_line(*found, "is made from what is there; choose another folder", expected=2)
 
 
 def test_sequence_longer_than_the_model(qexport, bundle):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from bundle_factory import make_bundle
+from cli_cases import assert_one_line
 
 from qexport import compare, compress, inspect, measure_resilience, profile, sweep, tune, validate
 from qexport.comparison import BETTER, NOISE, SAME, UNJUDGED, WORSE, judge
@@ -275,13 +276,12 @@ def test_what_cannot_be_compared_is_one_line(write, documents, qexport):
         ("nodes of the classical model", timed, write("c.json", documents["profile"], other_graph)),
         ("no figure in common", timed, write("d.json", documents["profile"], other_sizes)),
         ("none is judged: errors of validate", checked, write("f.json", documents["validate"], other_data)),
-        ("its validate lacks 'sites'", checked, write("e.json", documents["validate"], lambda d: d.pop("sites"))),
-        ("cannot be read", checked, "absent.json"),
     )
     for words, a, b in cases:
-        code, out, err = qexport("compare", a, b)
-        assert (code, out, err.count("\n")) == (2, "", 1), err
-        assert words in err
+        assert_one_line(*qexport("compare", a, b), words, expected=2)
+    damaged = write("e.json", documents["validate"], lambda d: d.pop("sites"))
+    for words, b in (("its validate lacks 'sites'", damaged), ("cannot be read", "absent.json")):
+        assert_one_line(*qexport("compare", checked, b), words)
     with pytest.raises(UsageError, match="threshold must be"):
         compare(checked, checked, threshold=-0.1)
 

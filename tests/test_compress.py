@@ -21,6 +21,7 @@ from qexport.compression.forms import Half, Method, Seen
 from qexport.compression.layers import find_layers
 from qexport.compression.refit import refit
 from qexport.data import load_inputs
+from qexport.errors import UsageError
 from qexport.metrics import choose_metric
 from qexport.runtime import run, session
 
@@ -286,14 +287,16 @@ def test_the_size_of_a_draft_is_that_of_its_file(lm, tmp_path, monkeypatch, abov
         draft.path.unlink()
 
 
-def test_in_place_and_validated(tmp_path):
-    """The output may be the bundle itself; `validate` takes what it has become."""
-    make_bundle(tmp_path / "bundle", hidden=256)
+def test_a_compressed_bundle_is_validated(tmp_path):
+    """Its metric is told by the classical model, and `validate` takes it. What it was made from stays."""
+    source = make_bundle(tmp_path / "bundle", hidden=256)
     ids = np.random.default_rng(0).integers(0, 50, (16, 9))
-    report = compress(tmp_path / "bundle", tmp_path / "bundle", {"input_ids": ids}, methods="int8", ratio=1.5, profile=False)
+    with pytest.raises(UsageError, match="the new bundle is made from what is there; choose another folder"):
+        compress(source, source, {"input_ids": ids}, methods="int8", ratio=1.5, profile=False)
+    report = compress(source, tmp_path / "small", {"input_ids": ids}, methods="int8", ratio=1.5, profile=False)
     assert report.passed
-    bundle = Bundle.open(tmp_path / "bundle", verify=True)
+    bundle = Bundle.open(tmp_path / "small", verify=True)
     assert bundle.manifest["compression"]["size"] == report.size
     inputs = load_inputs(bundle)
     assert choose_metric(bundle, inputs, session(bundle.classical_path, library=False), None).name == "cosine"
-    assert qexport.validate(tmp_path / "bundle", {"input_ids": ids}, max_error=1.0).outputs
+    assert qexport.validate(tmp_path / "small", {"input_ids": ids}, max_error=1.0).outputs

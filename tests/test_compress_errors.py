@@ -8,8 +8,9 @@ from bundle_factory import make_bundle
 from compression_cases import HEAD, PRODUCT, model_of, random, refused, token_ids
 
 from qexport import conversion
+from qexport.bundle import Bundle
 from qexport.compression import compress
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def bundle(tmp_path_factory):
         ({"task": "causal-lm"}, ["task", "Hugging Face", "lm.onnx"]),
         ({"batch": 0}, ["batch must be >= 1", "0"]),
         ({"heal": 5}, ["lm.onnx", "heal", "torch"]),
+        ({"findings": 5}, ["findings must be a str or a Path", "5"]),
         ({"recipe": {"compress": {"layers": [{"match": "nix*", "methods": []}]}}}, ["layers[0].match", "'nix*'", "node_"]),
     ],
 )
@@ -147,3 +149,11 @@ def test_a_place_that_is_taken(lm, tmp_path):
     with pytest.raises(UsageError, match="holds no bundle"):
         compress(lm, tmp_path / "mine", token_ids(), ratio=5, profile=False)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    for place in (tmp_path / "mine" / "thesis.txt", tmp_path / "mine" / "thesis.txt" / "more"):
+        with pytest.raises(QexportError, match=r"thesis\.txt.*; choose another place"):
+            compress(lm, tmp_path / "out", token_ids(), ratio=5, findings=place, profile=False)
+
+
+def test_the_bundle_itself_is_not_replaced(bundle):
+    with pytest.raises(UsageError, match=f"^{bundle}: the new bundle is made from what is there; choose another folder"):
+        compress(Bundle.open(bundle), bundle, ratio=2, profile=False)

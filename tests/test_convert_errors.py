@@ -53,18 +53,18 @@ def test_a_name_of_the_hub_and_a_module(tmp_path):
 def test_a_bundle_is_no_source(tmp_path):
     bundle = make_bundle(tmp_path / "my bundle")
     mend = f"'qexport tune '{bundle}''"
-    assert_fails(bundle, tmp_path, "a bundle, which is converted already", mend, kind=UsageError)
+    assert_fails(bundle, tmp_path, "a bundle, which is converted already", mend)
 
 
 def test_a_deployment_is_not_called_a_bundle(tmp_path):
     (tmp_path / "packed").mkdir()
     manifest = {"schema_version": 1, "kind": "deployment"}
     (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest))
-    assert_fails(tmp_path / "packed", tmp_path, "no config.json; give a Hugging Face folder", kind=UsageError)
+    assert_fails(tmp_path / "packed", tmp_path, "no config.json; give a Hugging Face folder")
 
 
 def test_unknown_kind_of_file(write, tmp_path):
-    assert_fails(write(b"x", "model.h5"), tmp_path, "model.h5", ".onnx", kind=UsageError)
+    assert_fails(write(b"x", "model.h5"), tmp_path, "model.h5", ".onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x00" * 100, json.dumps({"a": 1}).encode()])

@@ -293,7 +293,7 @@ def test_truncated_weights(copy, tmp_path):
 
 def test_no_config(copy, tmp_path):
     (copy / "config.json").unlink()
-    assert_fails(copy, tmp_path, "no config.json", kind=UsageError)
+    assert_fails(copy, tmp_path, "no config.json")
 
 
 def test_config_that_is_no_json(copy, tmp_path):

@@ -243,8 +243,8 @@ def test_a_library_that_does_not_fit(bundle, tmp_path, qexport):
     make_wheel(tmp_path / "empty.whl", OTHER_MACHINE, names=())
     says = {
         "own.so": f"which does not fit the target {OTHER}",
-        "own.whl": f"which does not fit the target {OTHER}",
-        "text.so": "is no ELF file",
+        "own.whl": f"own.whl: its {LIBRARY} is built for {this_target().partition('-')[2]}, which does not fit",
+        "text.so": f"text.so is no ELF file; give --library a wheel of qexport for {OTHER} or a {LIBRARY}",
         "short.so": "is no ELF file",
         "program.so": "is no little-endian shared object of 64 bits",
         "narrow.so": "is no little-endian shared object of 64 bits",
@@ -297,6 +297,7 @@ def test_bundles_and_deployments_are_told_apart(bundle, packed, tmp_path):
     assert "a deployment, not a bundle" in fails(Bundle.open, packed)
     assert "a bundle, not a deployment" in fails(verify_deployment, bundle)
     assert "no such folder" in fails(verify_deployment, tmp_path / "nowhere")
+    assert "a file, not a deployment; give the folder" in fails(verify_deployment, packed / MANIFEST)
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     assert "not empty and holds no deployment" in fails(pack_deployment, bundle, copy)
     assert Bundle.open(copy).changed_files() == []

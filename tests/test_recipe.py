@@ -2,7 +2,7 @@
 
 import pytest
 
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
 from qexport.ops.strategies import STRATEGIES
 from qexport.recipe import Recipe, load_recipe, make_recipe
@@ -92,6 +92,12 @@ def test_an_argument_that_names_a_strategy_drops_what_it_does_not_take(write):
         ({"strategy": "exact", "num_samples": 4}, ["recipe: num_samples", "adaptive, hybrid or tree, got exact; leave num"]),
         ({"strategy": "exact", "control_variate": True}, ["recipe: control_variate", "naive", "got exact"]),
         ({"control_variate": True}, ["recipe: control_variate", "naive", "got tree"]),
+        ({"control_variate": False}, ["recipe: control_variate", "naive", "got tree; leave control_variate out"]),
+        ({"strategy": "exact", "control_variate": False}, ["recipe: control_variate", "naive", "got exact"]),
+        (
+            {"control_variate": False, "layers": [{"match": "a", "strategy": "naive", "control_variate": True}]},
+            ["recipe: control_variate", "got tree"],
+        ),
         ({"strategy": "adaptive", "residual": "unbiased"}, ["recipe: residual needs strategy tree, got adaptive"]),
         (
             {"layers": [{"match": "a*", "strategy": "exact", "num_samples": 4}]},
@@ -114,6 +120,32 @@ def test_values_that_meet_at_a_layer_and_do_not_fit_name_it():
     assert recipe.resolve("dec.0", "n")["strategy"] == "hybrid"
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_the_top_level_may_name_what_layers_read(said, write):
+    layers = [{"match": "drawn", "strategy": "naive"}, {"match": "named", "num_samples": 8}]
+    recipe = make_recipe({"control_variate": said, "layers": layers})
+    assert recipe.resolve("drawn", "")["control_variate"] == said
+    assert recipe.resolve("other", "") == make_recipe().resolve("other", "")
+    assert recipe.resolve("named", "") == make_recipe(num_samples=8).resolve("named", "")
+    file = write("layers: [{match: drawn, strategy: naive}]")
+    assert make_recipe(file, control_variate=said).control_variate == said
+    assert make_recipe(recipe, strategy="exact").control_variate == said
+    dense = make_recipe({"strategy": "exact", "num_samples": 4, "layers": layers})
+    assert (dense.resolve("drawn", "")["num_samples"], dense.resolve("other", "")["num_samples"]) == ((4,), (32,))
+    recipe = make_recipe({"layers": [*layers, {"match": "other", "control_variate": said}]})
+    with pytest.raises(UsageError, match=r"^other: control_variate needs strategy .*, got tree"):
+        recipe.resolve("other", "")
+
+
+def test_an_argument_is_judged_beside_the_strategy_of_the_file(write):
+    naive = write("strategy: naive\ncontrol_variate: true\n")
+    assert make_recipe(naive, control_variate=False).control_variate == 0
+    assert make_recipe(naive, strategy="exact").control_variate is None
+    for recipe in (None, write("strategy: exact")):
+        with pytest.raises(UsageError, match=r"^convert: control_variate needs strategy"):
+            make_recipe(recipe, control_variate=False)
+
+
 def test_a_budget_from_above_ends_at_an_exact_layer():
     layers = [{"match": "a*", "strategy": "exact"}, {"match": "ab", "num_samples": 4}]
     recipe = make_recipe({"strategy": "naive", "num_samples": 8, "layers": layers})
@@ -124,8 +156,8 @@ def test_a_budget_from_above_ends_at_an_exact_layer():
 
 
 def test_what_a_strategy_does_anyway_may_be_said():
-    said = {"control_variate": False, "residual": "none", "precision": "fp32", "error_tolerance": 0}
-    assert resolved(strategy="exact", **said) == {"strategy": "exact", "num_samples": (32,), **said}
+    said = {"residual": "none", "precision": "fp32", "error_tolerance": 0}
+    assert resolved(strategy="exact", **said) == {"strategy": "exact", "num_samples": (32,), "control_variate": 1, **said}
     assert resolved(strategy="naive", **said)["residual"] == "none"
 
 
@@ -158,10 +190,6 @@ def test_dict_round_trip():
     assert recipe.to_dict()["layers"] == [{"match": "a", "control_variate": 1}]
 
 
-def test_an_empty_file_is_the_default_recipe(write):
-    assert load_recipe(write("")) == Recipe()
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -184,6 +212,11 @@ def test_an_empty_file_is_the_default_recipe(write):
         ("layers:\n  - strategy: exact", ["layers[0].match", "missing"]),
         ("layers:\n  - match: a\n    strategy: foo", ["layers[0].strategy", "foo", "stratified"]),
         ("layers:\n  - match: a\n    seed: 3", ["layers[0].seed", "no such key"]),
+        ("layers: encoder.*", ["layers: must be a list of entries with match", "got 'encoder.*'"]),
+        ("layers: [encoder.*]", ["layers[0]: must hold keys, such as match: 'encoder.*'", "got 'encoder.*'"]),
+        ("compress: 8", ["compress: must hold keys, such as ratio: 8", "got 8"]),
+        ("", ["holds no recipe", "leave the file out"]),
+        ("# strategy: exact", ["holds no recipe", "'strategy: exact'"]),
         ("- a\n- b", ["mapping", "list"]),
         ("strategy: [", ["line", "not YAML"]),
         ("strategy: exact\nstrategy: naive", ["not YAML"]),
@@ -200,8 +233,9 @@ def test_errors_are_one_line_with_file_key_and_limit(write, text, words):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UsageError, match=r"nothing\.yaml: cannot read the recipe: No such file"):
+    with pytest.raises(QexportError, match=r"nothing\.yaml: cannot read the recipe: No such file") as caught:
         load_recipe(tmp_path / "nothing.yaml")
+    assert caught.value.exit_code == 1
 
 
 def test_errors_of_arguments_name_no_file(write):

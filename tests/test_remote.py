@@ -131,6 +131,7 @@ def test_errors_of_the_job_come_back_as_they_are(folder, target, options, qexpor
     text = fails(profile, folder, seq=65, target=target())
     assert "sequence 65 is longer than the model takes (64); lower it" in text
     assert qexport("profile", folder, "--seq", 65, *options())[0] == 2
+    assert f"{server.url}: threads must be at most" in fails(profile, folder, seq=8, threads=10**6, target=target())
     for command in ("profile", "validate"):
         code, out, err = qexport(command, folder, "--provider", "NoProvider", *options("onnx"))
         assert (code, out) == (2, "")
@@ -188,7 +189,7 @@ def test_options_that_go_together(folder, server, qexport, tmp_path):
     code, _, err = qexport("validate", folder, "--python", "python3")
     assert (code, "--python and --ssh-config go with --target" in err) == (2, True)
     code, _, err = qexport("validate", folder, "--target", server.url, "--ssh-config", tmp_path / "nothing")
-    assert (code, "no such ssh configuration file" in err) == (2, True)
+    assert (code, "no such ssh configuration file" in err) == (1, True)
 
 
 def test_a_library_for_another_machine_is_not_sent(folder, target, tmp_path, server):

@@ -10,6 +10,7 @@ from importlib import import_module
 import click
 import pytest
 from bundle_factory import make_bundle
+from cli_cases import assert_one_line
 
 from qexport import QexportError, UsageError, inspect
 from qexport.bundle import Bundle
@@ -164,6 +165,15 @@ def test_what_is_skipped_says_how_to_make_it(bundle, tmp_path, qexport):
     assert words.count("No data: it was skipped") == 6
 
 
+def test_data_is_looked_at_though_nothing_reads_it(bundle, tmp_path):
+    with pytest.raises(QexportError, match=r"absent\.txt: no such data file"):
+        report(bundle, tmp_path / "r.html", tmp_path / "absent.txt", skip=["all"])
+    (tmp_path / "data.csv").write_text("1,2")
+    with pytest.raises(QexportError, match=r"data\.csv: unknown kind of data"):
+        report(bundle, tmp_path / "r.html", tmp_path / "data.csv", skip=["all"])
+    assert not (tmp_path / "r.html").exists()
+
+
 def parsed_options(name, words):
     """What a command makes of its words, within `qexport`: click keeps the names of --help that it first saw."""
     group = click.Context(cli, **cli.context_settings)
@@ -280,23 +290,25 @@ def test_wrong_calls_are_one_line(bundle, tmp_path, qexport, measured):
     document["sites"][0]["module"] = "another.attention"
     (tmp_path / "other.json").write_text(json.dumps(document))
     page = tmp_path / "r.html"
-    cases = {
+    usage = {
         "an .html file": ("-o", tmp_path / "r.txt"),
         "there is no folder": ("-o", tmp_path / "none" / "r.html"),
-        "cannot be read": ("-o", page, "--reuse", tmp_path / "absent.json"),
-        "not a JSON document": ("-o", page, "--reuse", tmp_path / "no.json"),
-        "holds no JSON object": ("-o", page, "--reuse", tmp_path / "list.json"),
-        "no report of qexport": ("-o", page, "--reuse", tmp_path / "stranger.json"),
-        "schema_version 9": ("-o", page, "--reuse", tmp_path / "new.json"),
-        "half.json: a part is damaged": ("-o", page, "--reuse", tmp_path / "half.json", "--skip", "all"),
         "a report shows nothing": ("-o", page, "--reuse", tmp_path / "inspect.json"),
         "'another.attention' is not in": ("-o", page, "--reuse", tmp_path / "other.json"),
         "was given before": ("-o", page, "--reuse", measured, "--reuse", measured),
     }
-    for words, options in cases.items():
-        code, out, err = qexport("report", bundle, *options)
-        assert (code, out, err.count("\n")) == (2, "", 1), (words, err)
-        assert words in err
+    failures = {
+        "cannot be read": "absent.json",
+        "not a JSON document": "no.json",
+        "holds no JSON object": "list.json",
+        "no report of qexport": "stranger.json",
+        "schema_version 9": "new.json",
+        "half.json: a part is damaged": "half.json",
+    }
+    cases = [(words, options, 2) for words, options in usage.items()]
+    cases += [(words, ("-o", page, "--reuse", tmp_path / name, "--skip", "all"), 1) for words, name in failures.items()]
+    for words, options, expected in cases:
+        assert_one_line(*qexport("report", bundle, *options), words, expected=expected)
         assert not page.exists()
     with pytest.raises(UsageError, match="no part 'memory'"):
         report(bundle, page, skip=["memory"])

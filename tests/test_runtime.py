@@ -144,9 +144,23 @@ def test_a_missing_library_says_what_to_do(monkeypatch):
 def test_a_file_that_is_no_library(tmp_path):
     make_bundle(tmp_path / "b")
     (tmp_path / "fake.so").write_text("no library")
-    with pytest.raises(QexportError, match=r"cannot load the op library .*fake\.so") as error:
-        runtime.session(tmp_path / "b", library=tmp_path / "fake.so")
-    assert "\n" not in str(error.value)
+    for name, words in (("fake.so", "cannot load the op library "), ("missing.so", ""), ("b", "")):
+        with pytest.raises(QexportError) as error:
+            runtime.session(tmp_path / "b", library=tmp_path / name)
+        text = str(error.value)
+        assert text.startswith(f"{words}{tmp_path / name}: ")
+        assert text.endswith(f"; give a {installed.library_file_name()} that was built for this machine")
+        assert "\n" not in text
+        assert text.count(str(tmp_path)) == 1
+
+
+def test_more_threads_than_the_machine_bears(monkeypatch):
+    for processors, most in ((None, 64), (2, 64), (48, 192)):
+        monkeypatch.setattr(runtime.os, "cpu_count", lambda count=processors: count)
+        assert runtime.quiet_options(most).intra_op_num_threads == most
+        with pytest.raises(UsageError, match=f"^threads must be at most {most} on a machine with .*, got {most + 1}; lower"):
+            runtime.quiet_options(most + 1)
+    assert runtime.quiet_options().intra_op_num_threads == 0
 
 
 def test_a_provider_that_is_not_there(tmp_path):

@@ -246,6 +246,7 @@ def test_activations_are_heads_of_the_file(heads):
         (["--lengths", "32", "--heads", "7"], ["holds 6 heads of 20 positions", "7 heads of 32"]),
         (["--lengths", "4", "--strategies", "exact,best"], ["no strategy 'best'; known: exact, default"]),
         (["--lengths", "10000000000"], ["lengths: the inputs of length 10000000000 need about", "GB are free"]),
+        (["--threads", "99999"], ["threads must be at most", "got 99999; lower it"]),
         (["--seconds", "0"], ["seconds must be a positive number, got 0.0"]),
         (["--plot", "picture.jpeg"], ["picture.jpeg: a plot ends in .png, .svg, .pdf"]),
         (["--plot", "nowhere/picture.png"], ["no such folder nowhere"]),
@@ -279,7 +280,7 @@ def test_a_file_of_something_else(tmp_path, arrays, words):
         file.write_bytes(arrays)
     elif arrays is not None:
         np.savez(file, **arrays)
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(QexportError, match=words):
         sweep([4], heads=1, activations=file)
 
 

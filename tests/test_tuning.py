@@ -222,7 +222,13 @@ def test_only_the_sites_change(bundle):
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_error": 0.0}, {"max_error": 1.5}, {"max_error": float("nan")}, {"trials": 0}, {"seeds": 0}, {"time": 0.0}],
+    [
+        *({"max_error": value} for value in (0.0, 1.5, float("nan"))),
+        {"trials": 0},
+        {"seeds": 0},
+        {"threads": 0},
+        {"time": 0.0},
+    ],
 )
 def test_wrong_arguments(bundle, options):
     with pytest.raises(UsageError, match=next(iter(options))):
@@ -235,6 +241,13 @@ def test_output_is_checked_before_anything_is_measured(bundle, tmp_path):
         tune(bundle, max_error=0.1, output=tmp_path)
     with pytest.raises(UsageError, match="there is no folder"):
         tune(bundle, max_error=0.1, output=tmp_path / "nowhere" / "recipe.yaml")
+    for place in (bundle.path, bundle.path / ".." / "b"):
+        with pytest.raises(UsageError, match="is made from what is there; choose another folder"):
+            tune(bundle, max_error=0.1, output=place)
+    for name in ("out.json", "model.ONNX"):
+        with pytest.raises(UsageError, match=r"a recipe goes to a .yaml file, a bundle to a folder.*; name it .*\.yaml, or"):
+            tune(bundle, max_error=0.1, output=tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(QexportError, match="no such data file"):
         tune(bundle, "nothing.txt", max_error=0.1)
 

@@ -20,10 +20,13 @@ def choices(attribute: str) -> click.Choice:
 @click.option(
     "--num-samples",
     type=Numbers(),
-    help="Keys read per query, one number or one per head [32]; without a tolerance, tree reads just so many.",
+    help="Keys read per query, one number or one per head [tree: 64, others: 32]; without a tolerance, tree reads just so "
+    "many.",
 )
 @click.option("--residual", type=choices("residual"), help="tree: what becomes of the keys left unread [verify_only].")
-@click.option("--control-variate/--no-control-variate", default=None, help="Draw around the mean of V [on].")
+@click.option(
+    "--control-variate/--no-control-variate", default=None, help="Strategies that draw: around the mean of V [on]."
+)
 @click.option(
     "--noise", metavar="MODEL:LEVEL,...", help="Attention as a noisy device computes it, such as depolarizing:0.01."
 )

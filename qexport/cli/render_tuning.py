@@ -42,7 +42,7 @@ def show_tuning(report, verbose: bool) -> None:
     faster = f"{1 / _time_ratio(best):.2f} times as fast as the classical model{spread}"
     click.echo(f"BEST: {best['label']}, error {percent(best['error'])}, {faster}")
     if found["output"]:
-        place, is_recipe = quote(found["output"]), found["output"].endswith((".yaml", ".yml"))
+        place, is_recipe = quote(found["output"]), found["output"].lower().endswith((".yaml", ".yml"))
         following = f"qexport convert MODEL -o DIR --config {place}" if is_recipe else f"qexport validate {place}"
         click.echo(f"written to {found['output']}; next: {following}")
     else:

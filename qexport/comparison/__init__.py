@@ -46,8 +46,8 @@ def compare(before, after, *, threshold: float = 0.05) -> Comparison:
         threshold: changes up to this share of the earlier figure never count.
 
     Raises:
-        UsageError: a file is no report, or the two are of different kinds, models, sizes or inputs, no figure can be
-            judged, or `threshold` < 0.
+        UsageError: the two are of different kinds, models, sizes or inputs, no figure can be judged, or `threshold` < 0.
+        QexportError: a file is missing, or no report.
     """
     if not 0 <= real("threshold", threshold) < math.inf:
         raise UsageError(f"threshold must be a number >= 0, got {threshold}")

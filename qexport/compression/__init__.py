@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import installed, profiling, runtime
+from qexport._swap import check_writable
 from qexport.arguments import as_path
 from qexport.bundle import Bundle
 from qexport.bundle_writer import check_output, write_bundle
@@ -22,7 +23,7 @@ from qexport.compression.model import named_as, open_model
 from qexport.compression.settings import resolve
 from qexport.data import load_inputs
 from qexport.documents import finite, make_document
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 from qexport.feeds import Inputs
 from qexport.manifest import package_version
 from qexport.metrics import choose_metric
@@ -93,8 +94,8 @@ def compress(
     Args:
         model: a bundle, whose attention stays as it is; or anything that `qexport.convert` takes, whose attention stays
             classical unless the recipe says how to sample it.
-        output: folder of the new bundle. What a run that was stopped had found lies beside it until one is finished, as a
-            note of the exception says.
+        output: folder of the new bundle, not that of `model`. What a run that was stopped had found lies beside it until one
+            is finished, as a note of the exception says.
         data: inputs that weights are fitted to and judged on, every fourth batch of them: .npz or .txt file, a dict of
             arrays or a list of texts; the stored samples when None.
         ratio: bytes of the classical model's file over those of the compressed one.
@@ -125,7 +126,12 @@ def compress(
     """
     started, say = time.monotonic(), listener(progress)
     sampling, settings = resolve(recipe, ratio=ratio, max_drop=max_drop, methods=methods, products=products, heal=heal)
-    check_output(output)
+    check_output(output, source=model.path if isinstance(model, Bundle) else str(model))
+    if findings is not None:
+        findings = as_path("findings", findings)
+        if findings.is_file():
+            raise QexportError(f"{findings}: a file is there, findings need a folder; choose another place")
+        check_writable(findings / "finding")
     # what was found outlives a bundle that cannot be written, so that its context is the last to end
     with ExitStack() as last, write_bundle(output) as writer, named_as(model, writer.path):
         bundle, source, notes = open_model(model, writer.path, sampling, opset, task, portion(say, 0.0, 0.01))
@@ -145,7 +151,7 @@ def compress(
         chosen = choose_metric(bundle, inputs, classical, metric)
         job = Job(bundle, settings, chosen, fitted, judging, classical, source)
         key = job.key()
-        folder = _beside(Path(output)) if findings is None else as_path("findings", findings) / digest(key)
+        folder = _beside(Path(output)) if findings is None else findings / digest(key)
         store = last.enter_context(Checkpoint(folder, key, lasting=findings is not None))
         if store.resumed:
             notes.append("took up what another run had found")

@@ -181,6 +181,8 @@ def verify_deployment(path, *, runs: int = 20, progress=None) -> VerificationRep
             be run.
     """
     path, say = as_path("path", path), listener(progress)
+    if path.is_file():
+        raise QexportError(f"{path}: a file, not a deployment; give the folder that '{DEPLOYMENT.command}' wrote")
     if not path.is_dir():
         raise QexportError(f"{path}: no such folder; pack a deployment with '{DEPLOYMENT.command}'")
     if (path / MANIFEST).is_file() and (path / SEAL).is_file() and _read(path / SEAL) != seal_text(path):

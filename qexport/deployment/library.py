@@ -50,23 +50,29 @@ def copy_library(folder: Path, target: str, provider: str, given=None, *, allow_
     wanted = {LIBRARY: True, PLUGIN: not allow_fallback} if provider == "cuda" else {LIBRARY: True}
     if given is not None and Path(given).suffix == ".whl":
         _unpack(Path(given), folder, wanted)
+        origins = [f"{given}: its {name}" for name in wanted]
     else:
         source = Path(given) if given is not None else _installed(target)
+        origins = [source, plugin_path(source)]
         for (name, needed), file in zip(wanted.items(), (source, plugin_path(source)), strict=False):
             if file.is_file():
                 shutil.copyfile(file, folder / name)
             elif needed:
-                raise QexportError(f"{file}: no such file; give --library a wheel of qexport for {target} or a {LIBRARY}")
-    for name in wanted:
+                raise QexportError(f"{file}: no such file; {_mend(target)}")
+    for name, origin in zip(wanted, origins, strict=False):
         if (folder / name).is_file():
-            _check_machine(folder / name, given or name, target)
+            _check_machine(folder / name, origin, target)
+
+
+def _mend(target: str) -> str:
+    return f"give --library a wheel of qexport for {target} or a {LIBRARY}"
 
 
 def _installed(target: str) -> Path:
     library = find_library()
     if target != this_target() or library is None:
         holds = f"is for {this_target() or sys.platform}" if library else "holds no op library"
-        raise UsageError(f"this installation {holds}; give --library a wheel of qexport for {target} or a {LIBRARY}")
+        raise UsageError(f"this installation {holds}; {_mend(target)}")
     return library
 
 
@@ -84,15 +90,16 @@ def _unpack(wheel: Path, folder: Path, wanted: dict[str, bool]) -> None:
         raise QexportError(f"{wheel}: cannot be read as a wheel ({' '.join(str(error).split())})") from error
 
 
-def _check_machine(file: Path, source, target: str) -> None:
-    """Check the ELF header of a shared object: 64 bits, little-endian, and of the target's machine."""
+def _check_machine(file: Path, origin, target: str) -> None:
+    """Check the ELF header of a shared object: 64 bits, little-endian, and of the target's machine. What is wrong with it is
+    told of `origin`, where it was copied from."""
     with open(file, "rb") as opened:
         header = opened.read(20)
     if len(header) < 20 or header[:4] != b"\x7fELF":
-        raise QexportError(f"{source}: {file.name} is no ELF file, {target} needs one")
+        raise QexportError(f"{origin} is no ELF file; {_mend(target)}")
     kind, machine = (int.from_bytes(header[at : at + 2], "little") for at in (16, 18))
     if header[4:6] != b"\x02\x01" or kind != _SHARED_OBJECT:
-        raise QexportError(f"{source}: {file.name} is no little-endian shared object of 64 bits, {target} needs one")
+        raise QexportError(f"{origin} is no little-endian shared object of 64 bits; {_mend(target)}")
     if machine != MACHINES[target]:
         found = _ELF_NAMES.get(machine, f"ELF machine {machine}")
-        raise QexportError(f"{source}: {file.name} is built for {found}, which does not fit the target {target}")
+        raise QexportError(f"{origin} is built for {found}, which does not fit the target {target}; {_mend(target)}")

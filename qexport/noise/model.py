@@ -10,10 +10,13 @@ import numpy as np
 
 from qexport.arguments import real
 from qexport.errors import UsageError
-from qexport.ops.quantum_noise import SPEC
+from qexport.ops.quantum_noise import CHANNELS, SPEC
 
 if TYPE_CHECKING:  # the command line parses noise without torch
     import torch
+
+# Those that numbers describe.
+MODELS = tuple(channel for channel in CHANNELS if channel != "kraus")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class NoiseModel:
     convention: str = "replace"
 
     def __post_init__(self):
+        if self.channel not in MODELS:
+            raise UsageError(f"[QuantumNoise] channel must be one of {', '.join(MODELS)}, got {self.channel!r}")
         SPEC.resolve(self.attributes)
         for name, value in {"level": self.level, **self.inputs}.items():
             if not isinstance(value, (list, tuple)) and not hasattr(value, "__array__"):
                 real(f"noise {name}", value)
-        if self.channel == "kraus":
-            raise UsageError("[QuantumNoise] channel kraus is no noise model: a model has a name, and numbers")
         if self.channel == "thermal_relaxation":
             for name in ("T1", "T2"):
                 if getattr(self, name) is None:
@@ -133,9 +136,17 @@ def parse_channels(text: str) -> tuple[NoiseModel, ...]:
         text: MODEL, each with NAME=VALUE settings behind colons, separated by commas.
 
     Raises:
-        UsageError: as `parse_noise`.
+        UsageError: as `parse_noise`, or a model has a level.
     """
-    return tuple(_with_settings(*part.strip().split(":"), level=0.0, text=part.strip()) for part in text.split(","))
+    return tuple(_without_level(part.strip()) for part in text.split(","))
+
+
+def _without_level(text: str) -> NoiseModel:
+    channel, *settings = text.split(":")
+    if settings and _is_number(settings[0]):
+        mend = f"write --noise {':'.join([channel, *settings[1:]])} --levels {settings[0]}"
+        raise UsageError(f"noise has its levels from --levels here, got {text!r}; {mend}")
+    return _with_settings(channel, *settings, level=0.0, text=text)
 
 
 def _parse_one(text: str) -> NoiseModel:
@@ -160,6 +171,14 @@ def _text(value) -> str:
     """A number, one for each qubit, or a word."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(name: str, value: str, text: str) -> float:

@@ -86,7 +86,8 @@ def profile(
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a number below 1, a length above the model's limit, or `providers` as in `qexport.session`.
+        UsageError: a number below 1, a length above the model's limit, more threads than the machine bears, or `providers`
+            as in `qexport.session`.
         QexportError: the bundle, the runtime, its providers or the target is at fault.
     """
     batches, lengths = wholes("batch", batch), wholes("seq", seq)

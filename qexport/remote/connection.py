@@ -69,7 +69,8 @@ class Target:
         """The ssh command line up to what runs there.
 
         Raises:
-            UsageError: the URL is not of the form, or `ssh_config` is no file.
+            UsageError: the URL is not of the form.
+            QexportError: `ssh_config` is no file, or there is no ssh.
         """
         try:
             parts = urlsplit(self.url)
@@ -81,7 +82,7 @@ class Target:
         if parts.scheme != "ssh" or not fits or parts.password or parts.path.strip("/") or parts.query or parts.fragment:
             raise UsageError(f"target {self.url!r} is not of the form {FORM}")
         if self.ssh_config and not Path(self.ssh_config).is_file():
-            raise UsageError(f"{self.ssh_config}: no such ssh configuration file")
+            raise QexportError(f"{self.ssh_config}: no such ssh configuration file")
         if shutil.which("ssh") is None:
             raise QexportError("there is no ssh on this machine; install the OpenSSH client")
         options = [word for name, value in SSH_OPTIONS.items() for word in ("-o", f"{name}={value}")]

@@ -14,12 +14,14 @@ from qexport import __version__
 from qexport._swap import check_writable, whole_file
 from qexport.arguments import as_path, several
 from qexport.bundle import Bundle
+from qexport.data import load_inputs
 from qexport.documents import make_document, well_formed
 from qexport.errors import QexportError, UsageError
 from qexport.progress import listener
 from qexport.providers import full_names, recorded
 from qexport.reporting.judgement import verdict
 from qexport.reporting.parts import MEASURED, Wanted, gather
+from qexport.runtime import check_threads
 
 
 @dataclass
@@ -84,9 +86,9 @@ def report(
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a wrong argument, `providers` as in `qexport.session`, or a file to reuse that is no report, or of
-            another model.
-        QexportError: the bundle, the data, the runtime or its providers are at fault, or the page cannot be written.
+        UsageError: a wrong argument, `providers` as in `qexport.session`, or a file to reuse that is of another model.
+        QexportError: the bundle, the data, a file to reuse that is no report, the runtime or its providers are at fault, or
+            the page cannot be written.
     """
     from qexport.reporting.page import page
 
@@ -94,7 +96,10 @@ def report(
     unknown = sorted(set(several("skip", skip)) - {*MEASURED, "all"})
     if unknown:
         raise UsageError(f"skip: no part {unknown[0]!r}; parts: {', '.join(MEASURED)}, all")
+    check_threads(threads)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if data is not None:
+        data = load_inputs(opened, data)  # a wrong file is told, also where all that reads it is skipped or reused
     skipped = MEASURED if "all" in skip else tuple(skip)
     wanted = Wanted(data, seq, runs, seeds, max_error, threads, full_names(providers), allow_fallback, skipped)
     parts, missing, notes = gather(opened, wanted, reuse, listener(progress))

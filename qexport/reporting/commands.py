@@ -88,8 +88,8 @@ def _validate(checked: dict, bundle: str) -> list[str]:
     words = ["validate", bundle, *_data(checked["data"])]
     if checked["seeds"]:
         words += ["--seeds", len(checked["seeds"])]
-        if checked["max_error"]["library"] is not None:
-            words += ["--max-error", f"{checked['max_error']['library']:g}"]
+        if (limit := checked["max_error"]["library"]) is not None:
+            words += ["--max-error", f"{limit:g}" if limit <= 1 else f"{100 * limit:g}%"]  # a bare 2 could mean 2 %
     words += option_words(checked.get("settings", {}))
     line = _command(*words, "--json") + " > validate.json"
     known = checked["data"]["source"] == "stored samples" or _data(checked["data"])

@@ -43,9 +43,9 @@ def gather(bundle: Bundle, wanted: Wanted, reuse, say) -> tuple[dict, dict, list
     """(part to its document, part that is not there to the reason, what else to know).
 
     Raises:
-        UsageError: a file to reuse that is no report, or of another model.
-        QexportError: validate or profile failed, or a provider cannot be had that something is to be measured on. The other
-            parts are missing with the reason instead.
+        UsageError: a file to reuse that is of another model.
+        QexportError: a file to reuse that is no report; validate or profile failed, or a provider cannot be had that
+            something is to be measured on. The other parts are missing with the reason instead.
     """
     parts, notes = _reused(bundle, reuse)
     missing = {}

@@ -23,7 +23,7 @@ from qexport.plotting import check_plot
 from qexport.profiling.timing import interleaved
 from qexport.progress import listener, portion
 from qexport.providers import CPU, full_names, provider_name, recorded
-from qexport.runtime import check_start
+from qexport.runtime import check_start, check_threads
 from qexport.scaling import plot as picture
 from qexport.scaling import reference
 from qexport.scaling.contenders import FAMILIES, Entry, entries
@@ -110,16 +110,17 @@ def sweep(
         progress: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: a number below its limit, an unknown strategy, a file that does not hold such arrays, or `providers` as
+        UsageError: a number outside its limits, an unknown strategy, a file with fewer heads or positions, or `providers` as
             in `qexport.session`.
-        QexportError: the runtime or a provider is at fault, or no contender is left.
+        QexportError: a file does not hold such arrays, the runtime or a provider is at fault, or no contender is left.
     """
     start, say = time.perf_counter(), listener(progress)
     # torch's idle threads must not spin while another contender is timed; read once, when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     lengths = sorted(set(wholes("lengths", lengths)))
-    for name, value in (("heads", heads), ("head_size", head_size), ("threads", threads)):
+    for name, value in (("heads", heads), ("head_size", head_size)):
         whole(name, value)
+    check_threads(whole("threads", threads))
     if not 0 < real("seconds", seconds) < math.inf:
         raise UsageError(f"seconds must be a positive number, got {seconds}")
     if plot is not None:

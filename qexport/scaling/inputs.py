@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qexport.errors import UsageError
+from qexport.errors import QexportError, UsageError
 
 
 class Gaussian:
@@ -21,8 +21,8 @@ class Activations:
     """`self(n)`: the first n positions of `heads` heads of an .npz file, evenly spaced among all it holds.
 
     Raises:
-        UsageError: the file does not hold float arrays q, k, v of one shape (..., n, head_size) with that many heads and
-            positions.
+        QexportError: the file does not hold float arrays q, k, v of one shape (..., n, head_size).
+        UsageError: they have fewer heads or positions.
     """
 
     def __init__(self, file, heads: int, longest: int):
@@ -30,13 +30,13 @@ class Activations:
             with np.load(Path(file), allow_pickle=False) as data:
                 arrays = [data[name] for name in ("q", "k", "v")]
         except KeyError as error:
-            raise UsageError(f"{file}: no array {error.args[0].split()[0]}; needs q, k and v") from None
+            raise QexportError(f"{file}: no array {error.args[0].split()[0]}; needs q, k and v") from None
         except Exception as error:  # zipfile, zlib, numpy and OS errors
             reason = getattr(error, "strerror", None) or "not an .npz file with arrays q, k and v"
-            raise UsageError(f"{file}: {reason}") from None
+            raise QexportError(f"{file}: {reason}") from None
         shapes = [x.shape for x in arrays]
         if len(set(shapes)) > 1 or len(shapes[0]) < 2 or 0 in shapes[0] or any(x.dtype.kind != "f" for x in arrays):
-            raise UsageError(f"{file}: q, k and v must be floats of one shape (..., n, head_size), got {shapes}")
+            raise QexportError(f"{file}: q, k and v must be floats of one shape (..., n, head_size), got {shapes}")
         merged = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
         count, n, self.head_size = merged[0].shape
         if count < heads or n < longest:
@@ -45,7 +45,7 @@ class Activations:
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and told
             self._arrays = [x[None, places].astype(np.float32) for x in merged]
         if not all(np.isfinite(x).all() for x in self._arrays):
-            raise UsageError(f"{file}: q, k and v hold numbers that are not finite in float32; clean the data")
+            raise QexportError(f"{file}: q, k and v hold numbers that are not finite in float32; clean the data")
 
     def __call__(self, n: int) -> tuple[np.ndarray, ...]:
         return tuple(np.ascontiguousarray(x[:, :, :n]) for x in self._arrays)

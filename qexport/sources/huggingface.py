@@ -46,11 +46,12 @@ def open_folder(
     """Load and export the model of a Hugging Face folder; `positions` makes position ids an input, for a KV cache.
 
     Raises:
-        UsageError: no config.json, or an unknown task.
-        QexportError: an architecture that transformers does not know, weights missing or damaged, or the export fails.
+        UsageError: an unknown task.
+        QexportError: no config.json, an architecture that transformers does not know, weights missing or damaged, or the
+            export fails.
     """
     if not (folder / "config.json").is_file():
-        raise UsageError(_what_else(folder))
+        raise QexportError(_what_else(folder))
     task = ALIASES.get(task, task) or ("causal-lm" if positions else "feature-extraction")
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")

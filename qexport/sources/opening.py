@@ -26,8 +26,8 @@ def open_source(
         say: called with the step in words and the share that is done, 0 to 1.
 
     Raises:
-        UsageError: `model` is no name or none of the four kinds, or an option does not fit the kind.
-        QexportError: the source cannot be read or exported.
+        UsageError: `model` is no name, or an option does not fit the kind.
+        QexportError: the source is none of the four kinds, or cannot be read or exported.
     """
     say("reading the model", 0.0)
     if not isinstance(model, str | os.PathLike):
@@ -60,7 +60,7 @@ def open_source(
 
         return open_file(path, opset=opset)
     if is_file:
-        raise UsageError(f"{text}: unknown kind of file; give an .onnx or .pt2 file, a folder or package.module:callable")
+        raise QexportError(f"{text}: unknown kind of file; give an .onnx or .pt2 file, a folder or package.module:callable")
     if ":" in text and "/" not in text:
         from qexport.sources.torch_module import open_callable
 

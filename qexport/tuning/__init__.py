@@ -9,6 +9,7 @@
 import math
 import time as clock
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qexport import installed, runtime
 from qexport._swap import check_writable
@@ -24,7 +25,7 @@ from qexport.manifest import package_version
 from qexport.progress import listener
 from qexport.providers import option_words, recorded
 from qexport.tuning.measurement import SiteTable, key_counts, measure
-from qexport.tuning.output import SUFFIXES, recipe_of, write
+from qexport.tuning.output import OTHER_FILES, SUFFIXES, recipe_of, write
 from qexport.tuning.search import Search
 from qexport.tuning.settings import grid
 from qexport.tuning.trials import Bench, Candidate
@@ -91,8 +92,8 @@ def tune(
         bundle: a folder, or a `Bundle`.
         data, batch, seq: inputs, as for `qexport.validate`; the longest batch is the one that is timed.
         max_error: largest relative Frobenius error of any output, mean over the seeds.
-        output: a folder that a bundle with the recipe is written to, or a .yaml file for the recipe; nothing is written when
-            None, or when no recipe holds `max_error`.
+        output: a folder that a bundle with the recipe is written to, not that of `bundle`, or a .yaml file for the recipe;
+            nothing is written when None, or when no recipe holds `max_error`.
         trials: recipes that may be tried in the whole model.
         time: seconds after which no further trial begins; None for no limit.
         seeds: runs of each recipe that another seed changes.
@@ -104,10 +105,12 @@ def tune(
         UsageError: a wrong argument, or `providers` as in `qexport.session`.
         QexportError: the bundle, the data, the op library, the runtime or its providers are at fault.
     """
-    _check(max_error, trials, time, seeds, threads, output)
+    _check(max_error, trials, time, seeds, threads)
     started = clock.monotonic()
     say = listener(progress)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if output is not None:
+        _check_output(as_path("output", output), opened)
     where = {"providers": providers, "allow_fallback": allow_fallback}
     installed.get_library_path()
     runtime.check_start(**where)
@@ -157,19 +160,24 @@ def tune(
     )
 
 
-def _check(max_error, trials, time, seeds, threads, output) -> None:
+def _check(max_error, trials, time, seeds, threads) -> None:
     if not 0 < real("max_error", max_error) < 1:
         raise UsageError(f"max_error must be between 0 and 1, such as 0.01 for 1 %, got {max_error}")
-    for name, value in (("trials", trials), ("seeds", seeds), ("threads", threads)):
-        if value is not None:
-            whole(name, value)
+    for name, value in (("trials", trials), ("seeds", seeds)):
+        whole(name, value)
+    runtime.check_threads(threads)
     if time is not None and not real("time", time) > 0:
         raise UsageError(f"time must be > 0 seconds, got {time}")
-    if output is None:
-        return
-    output = as_path("output", output)
-    if output.suffix not in SUFFIXES:
-        check_output(output)
+
+
+def _check_output(output: Path, bundle: Bundle) -> None:
+    """Find out before anything is measured whether the recipe or the bundle can be written."""
+    suffix = output.suffix.lower()
+    if suffix in OTHER_FILES:
+        mend = f"name it {output.with_suffix(SUFFIXES[0])}, or a folder"
+        raise UsageError(f"{output}: a recipe goes to a .yaml file, a bundle to a folder, and {suffix} is neither; {mend}")
+    if suffix not in SUFFIXES:
+        check_output(output, source=bundle.path)
     elif not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: there is no folder {output.parent}; make it or choose another file")
     else:

@@ -15,6 +15,8 @@ from qexport.tuning.settings import Setting
 from qexport.tuning.trials import with_settings
 
 SUFFIXES = (".yaml", ".yml")
+# Of files that somebody may expect here. A folder with one of them is no place for a bundle; v1.2 is.
+OTHER_FILES = (".json", ".toml", ".txt", ".md", ".html", ".htm", ".csv", ".onnx", ".pt2", ".npz", ".zip", ".log")
 
 
 def recipe_of(bundle: Bundle, sites: list[dict], settings) -> dict:
@@ -52,7 +54,7 @@ def write(output, bundle: Bundle, sites: list[dict], settings: tuple[Setting, ..
         QexportError: the place cannot be written.
     """
     output = Path(output)
-    if output.suffix in SUFFIXES:
+    if output.suffix.lower() in SUFFIXES:
         _write_yaml(output, recipe, remark)
     else:
         _write_bundle(output, bundle, sites, settings, recipe)
