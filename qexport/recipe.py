@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qexport.arguments import as_path
 from qexport.errors import QexportError, UsageError
 from qexport.ops import QUANTUM_ATTENTION, QUANTUM_MEASURE
-from qexport.ops.strategies import check_read, reads
+from qexport.ops.strategies import check_read, read_by
 from qexport.recipe_compression import Compression, LayerCompression
 from qexport.recipe_values import (
     NO_NOISE,
@@ -110,12 +110,11 @@ class Recipe(_Entry):
         Raises:
             UsageError: the values do not fit each other, or `num_samples` has another length than the site has heads.
         """
-        values = _read_by(own["strategy"], own) if own else {}
-        layers = [layer for layer in self.layers if _fits(layer.match, module, name)]
-        for entry in (self, *layers):
+        values = read_by(own["strategy"], own) if own else {}
+        for entry in (self, *(layer for layer in self.layers if _fits(layer.match, module, name))):
             named = entry.named()
             strategy = named.get("strategy")
-            inherited = _read_by(strategy, values) if strategy else values
+            inherited = read_by(strategy, values) if strategy else values
             if any(key != "shots" for key in named):
                 inherited = {k: v for k, v in inherited.items() if k not in NOISE}
             values = inherited | named
@@ -124,7 +123,7 @@ class Recipe(_Entry):
         if noise not in (None, NO_NOISE):
             shots = QUANTUM_MEASURE.attribute("shots").default if shots is None else shots
             return {"strategy": "exact", **defaults({"strategy": "exact"}), "noise": noise, "shots": shots}
-        values = _check_together(_without_spare(self, values, layers), module or name)
+        values = _check_together(values, module or name)
         count = len(values["num_samples"])
         if count > 1 and q_heads is not None and count != q_heads:
             raise UsageError(
@@ -178,33 +177,8 @@ def _check_together(named: dict, where: str) -> dict:
         QUANTUM_ATTENTION.resolve(values)
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).removeprefix(f'[{QUANTUM_ATTENTION.name}] ')}") from None
-    check_read(values["strategy"], {key: _wish(key, value) for key, value in named.items()}, f"{where}: ")
+    check_read(values["strategy"], named, f"{where}: ")
     return values
-
-
-def _read_by(strategy: str, values: dict) -> dict:
-    """Those of the values that a strategy reads."""
-    return {key: value for key, value in values.items() if reads(strategy, key, _wish(key, value))}
-
-
-def _wish(key: str, value):
-    """What a value asks of a strategy: one that draws nothing can leave out no control variate, and off is as idle as on."""
-    return 1 if key == "control_variate" else value
-
-
-def _without_spare(recipe: Recipe, values: dict, layers=()) -> dict:
-    """`values` but for those that their strategy does not read, where the top level names them for other layers. `layers`
-    are those that `values` come from besides: what one of them names is meant for it."""
-    kept = set(_read_by(values.get("strategy", DEFAULT_STRATEGY), values))
-    kept |= {key for layer in layers for key in layer.named()}
-    return {key: value for key, value in values.items() if key in kept or not _is_for_layers(recipe, key)}
-
-
-def _is_for_layers(recipe: Recipe, key: str) -> bool:
-    """Whether the top level names a key that a layer takes from there, for a strategy of its own that reads it."""
-    takers = [layer.strategy for layer in recipe.layers if layer.strategy and key not in layer.named()]
-    value = {name: value for name, value in recipe.named().items() if name == key}
-    return any(_read_by(strategy, value) for strategy in takers)
 
 
 def _fits(pattern: str, module: str, name: str) -> bool:
@@ -232,14 +206,13 @@ def make_recipe(recipe=None, *, where: str = "recipe", **overrides) -> Recipe:
     given = {key: value for key, value in overrides.items() if value is not None}
     kept = recipe.model_dump(exclude_unset=True)
     if strategy := given.get("strategy"):
-        read = _read_by(strategy, kept)
-        kept = {key: value for key, value in kept.items() if key in read or _is_for_layers(recipe, key)}
+        kept = read_by(strategy, kept)
     if given.get("noise", NO_NOISE) != NO_NOISE:
         kept = {key: value for key, value in kept.items() if key not in SAMPLING}
     elif any(key in given for key in (*SAMPLING, "noise")):
         kept = {key: value for key, value in kept.items() if key not in NOISE}
-    # first beside nothing but what decides whether they are read, so that the file is not blamed for them
-    _checked({key: kept[key] for key in ("strategy", "layers") if key in kept} | given, "convert")
+    # first beside nothing but the strategy, which decides whether they are read, so that the file is not blamed for them
+    _checked({"strategy": kept.get("strategy")} | given, "convert")
     recipe = _checked({**kept, **given}, where)
     _check_shots(recipe.noise, recipe.shots, where)
     return recipe
@@ -278,7 +251,7 @@ def _checked(data: dict, where: str) -> Recipe:
     except ValidationError as error:
         raise UsageError(f"{where}: {_first_problem(error)}") from None
     # what an entry says by itself is checked before a model is read
-    _check_together(_without_spare(recipe, recipe.named()), where)
+    _check_together(recipe.named(), where)
     _check_noise(recipe.named(), where)
     for index, layer in enumerate(recipe.layers):
         _check_noise(layer.named(), f"{where}: layers[{index}] ({layer.match})")

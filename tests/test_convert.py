@@ -124,7 +124,7 @@ def test_seed_and_recipe_reach_the_model(source, tmp_path):
     report = convert(source, tmp_path / "b", recipe={"strategy": "hybrid", "layers": layers}, seed=11, control_variate=False)
     assert [s["strategy"] for s in report.sites] == ["exact", "hybrid"]
     assert report.sites[1]["num_samples"] == [3, 5]
-    assert report.sites[1]["control_variate"] == 0
+    assert report.sites[0]["control_variate"] == 0
     model = onnx.load(tmp_path / "b" / "model.onnx")
     seed = next(i for i in model.graph.initializer if i.name == "seed")
     assert int(numpy_helper.to_array(seed)) == 11

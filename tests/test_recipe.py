@@ -92,12 +92,6 @@ def test_an_argument_that_names_a_strategy_drops_what_it_does_not_take(write):
         ({"strategy": "exact", "num_samples": 4}, ["recipe: num_samples", "adaptive, hybrid or tree, got exact; leave num"]),
         ({"strategy": "exact", "control_variate": True}, ["recipe: control_variate", "naive", "got exact"]),
         ({"control_variate": True}, ["recipe: control_variate", "naive", "got tree"]),
-        ({"control_variate": False}, ["recipe: control_variate", "naive", "got tree; leave control_variate out"]),
-        ({"strategy": "exact", "control_variate": False}, ["recipe: control_variate", "naive", "got exact"]),
-        (
-            {"control_variate": False, "layers": [{"match": "a", "strategy": "naive", "control_variate": True}]},
-            ["recipe: control_variate", "got tree"],
-        ),
         ({"strategy": "adaptive", "residual": "unbiased"}, ["recipe: residual needs strategy tree, got adaptive"]),
         (
             {"layers": [{"match": "a*", "strategy": "exact", "num_samples": 4}]},
@@ -120,30 +114,12 @@ def test_values_that_meet_at_a_layer_and_do_not_fit_name_it():
     assert recipe.resolve("dec.0", "n")["strategy"] == "hybrid"
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_the_top_level_may_name_what_layers_read(said, write):
-    layers = [{"match": "drawn", "strategy": "naive"}, {"match": "named", "num_samples": 8}]
-    recipe = make_recipe({"control_variate": said, "layers": layers})
-    assert recipe.resolve("drawn", "")["control_variate"] == said
-    assert recipe.resolve("other", "") == make_recipe().resolve("other", "")
-    assert recipe.resolve("named", "") == make_recipe(num_samples=8).resolve("named", "")
-    file = write("layers: [{match: drawn, strategy: naive}]")
-    assert make_recipe(file, control_variate=said).control_variate == said
-    assert make_recipe(recipe, strategy="exact").control_variate == said
-    dense = make_recipe({"strategy": "exact", "num_samples": 4, "layers": layers})
-    assert (dense.resolve("drawn", "")["num_samples"], dense.resolve("other", "")["num_samples"]) == ((4,), (32,))
-    recipe = make_recipe({"layers": [*layers, {"match": "other", "control_variate": said}]})
-    with pytest.raises(UsageError, match=r"^other: control_variate needs strategy .*, got tree"):
-        recipe.resolve("other", "")
-
-
 def test_an_argument_is_judged_beside_the_strategy_of_the_file(write):
-    naive = write("strategy: naive\ncontrol_variate: true\n")
-    assert make_recipe(naive, control_variate=False).control_variate == 0
-    assert make_recipe(naive, strategy="exact").control_variate is None
+    naive = write("strategy: naive\n")
+    assert make_recipe(naive, control_variate=True).control_variate == 1
     for recipe in (None, write("strategy: exact")):
         with pytest.raises(UsageError, match=r"^convert: control_variate needs strategy"):
-            make_recipe(recipe, control_variate=False)
+            make_recipe(recipe, control_variate=True)
 
 
 def test_a_budget_from_above_ends_at_an_exact_layer():
@@ -156,8 +132,8 @@ def test_a_budget_from_above_ends_at_an_exact_layer():
 
 
 def test_what_a_strategy_does_anyway_may_be_said():
-    said = {"residual": "none", "precision": "fp32", "error_tolerance": 0}
-    assert resolved(strategy="exact", **said) == {"strategy": "exact", "num_samples": (32,), "control_variate": 1, **said}
+    said = {"control_variate": False, "residual": "none", "precision": "fp32", "error_tolerance": 0}
+    assert resolved(strategy="exact", **said) == {"strategy": "exact", "num_samples": (32,), **said}
     assert resolved(strategy="naive", **said)["residual"] == "none"
 
 
