@@ -7,6 +7,7 @@ The walk collects the scale, the additive biases, the boolean masks and the soft
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
@@ -161,9 +162,41 @@ def _scaled(node: ir.Node, op: str, scale: float, found: Scores) -> tuple[ir.Val
         if (is_single(other) or known_size(other, -1) == 1) and _distance(inner) is not None:
             found.factors.append((other, op == "Div", rank(node.outputs[0])))
             return inner, scale, node
+    for inner, keep in pairs:
+        if op == "Mul" and found.biases and _complements(keep, *found.biases[-1][:2]) and _distance(inner) is not None:
+            found.biases.pop()
+            found.masks.append((keep, True, rank(node.outputs[0])))
+            return inner, scale, node
     if any(_reaches_quantised(x) for x in (left, right)):
         raise DeclinedError("its scores are computed in quantised arithmetic (MatMulInteger); give the float model")
     raise DeclinedError(f"its scores are multiplied element by element in {shown(node)}")
+
+
+def _complements(keep: ir.Value, bias: ir.Value, factor: float) -> bool:
+    """Whether s * keep + bias is a mask, as GPT and GPT-2 of TensorFlow have it: `keep` is 0 or 1, the bias (1 - keep) low."""
+    product = bias.producer()
+    if not is_op(product, "Mul"):
+        return False
+    for level, inverted in (product.inputs, product.inputs[::-1]):
+        low, sub = scalar(level), inverted.producer()
+        if low is not None and low * factor <= MASKED and is_op(sub, "Sub") and scalar(sub.inputs[0]) == 1:
+            return sub.inputs[1] is keep and _zero_or_one(keep)
+    return False
+
+
+def _zero_or_one(value: ir.Value) -> bool:
+    """Whether a value holds 0 and 1 alone: a truth value as a number, or a part of such a constant."""
+    for _ in range(6):
+        if value.dtype == ir.DataType.BOOL:
+            return True
+        array = constant(value, limit=1 << 24)
+        if array is not None:
+            return bool(np.isin(array, (0, 1)).all())
+        node = value.producer()
+        if not is_op(node, "Cast", "Slice", "Gather", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand"):
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def _soft_capped(capped: ir.Value, cap: float, scale: float, found: Scores) -> tuple[ir.Value, float, ir.Node]:

@@ -29,6 +29,14 @@ DECLINED = {
         ),
         "computed from the queries or keys",
     ),
+    "scores multiplied by what is no mask": (
+        Spelling(
+            KT + "n = Sub(one, w) a = Mul(n, low) s0 = MatMul(q, kt) s1 = Mul(s0, w) s2 = Add(s1, a) " + SOFT,
+            inputs=HEADS + ", float[1,1,l,s] w",
+            constants="float one = {1}, float low = {-10000}",
+        ),
+        "multiplied element by element",
+    ),
     "a second product in the scores": (
         Spelling(
             KT + "s0 = MatMul(q, kt) s1 = MatMul(q, table) s2 = Add(s0, s1) " + SOFT,

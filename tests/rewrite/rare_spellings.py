@@ -189,6 +189,21 @@ FUSED = {
         "sh = Shape(k) b0 = Slice(sh, i0, i1) rest = Slice(sh, two, i3) h0 = Slice(sh, i1, two) d0 = Slice(sh, i3, four) "
         "to = Concat<axis=0>(b0, h0, four, rest, d0)",
     ),
+    "a mask multiplied and added, as GPT has it": Spelling(
+        KT
+        + "f = Cast<to=1>(keep) n = Sub(one, f) a = Mul(low, n) s0 = MatMul(q, kt) s1 = Mul(s0, f) s2 = Add(s1, a) "
+        + SOFT,
+        inputs=HEADS + KEEP,
+        constants="float one = {1}, float low = {-10000}",
+    ),
+    "a mask multiplied and taken off, beside a bias": Spelling(
+        KT
+        + "n = Sub(one, tri) a = Mul(n, low) s0 = MatMul(q, kt) s1 = Mul(tri, s0) s3 = Sub(s1, a) s2 = Add(s3, rel) "
+        + SOFT,
+        inputs="float[b,4,2,8] q, float[b,4,3,8] k, float[b,4,3,8] v, float[1,4,2,3] rel",
+        constants="float one = {1}, float low = {10000}, float[1,1,2,3] tri = {1, 1, 0, 1, 1, 1}",
+        output="float[b,4,2,8] y",
+    ),
     "images joined to pixels": Spelling(
         "q1 = Reshape(q, flat) k1 = Reshape(k, flat) v1 = Reshape(v, flat) qt = Transpose<perm=[0,2,1]>(q1) "
         "s2 = MatMul(qt, k1) p = Softmax<axis=2>(s2) pt = Transpose<perm=[0,2,1]>(p) o = MatMul(v1, pt) "
