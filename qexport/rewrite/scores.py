@@ -173,7 +173,7 @@ def _scaled(node: ir.Node, op: str, scale: float, found: Scores) -> tuple[ir.Val
 
 
 def _complements(keep: ir.Value, bias: ir.Value, factor: float) -> bool:
-    """Whether s * keep + bias is a mask, as GPT and GPT-2 of TensorFlow have it: `keep` is 0 or 1, the bias (1 - keep) low."""
+    """Whether s * keep + bias is a mask, as GPT and TensorFlow's GPT-2 do it: `keep` is 0 or 1, the bias (1 - keep) low."""
     product = bias.producer()
     if not is_op(product, "Mul"):
         return False
