@@ -47,7 +47,7 @@ __host__ __device__ inline bool clusters_values(const QuantumAttentionParams& p)
 __host__ __device__ inline int64_t value_clusters(const AttentionJob& job) { return ceil_div(job.total_len, kValueCluster); }
 
 // Whether a strategy looks at all scores of a row.
-inline bool samples_rows(const AttentionJob& job) {
+__host__ __device__ inline bool samples_rows(const AttentionJob& job) {
   return job.params.strategy != Strategy::exact && job.params.strategy != Strategy::tree;
 }
 
