@@ -76,7 +76,10 @@ COMMANDS = [
         ["scaling", "--lengths", "128,256", "--strategies", "exact,stratified,MultiHeadAttention,SDPA,top-k,uniform"],
     ),
     (judged_attention, ["attention", "DIR", "--text", "the cat sat", "--no-pictures", "-o", "OUT"]),
-    (judged_report, ["report", "DIR", "-o", "OUT.html", "--seq", 16, "--runs", 5, "--max-error", "500%", "--skip", "scaling"]),
+    (
+        judged_report,
+        ["report", "DIR", "-o", "OUT.html", "--seq", 16, "--runs", 5, "--max-error", "500%", "--skip", "scaling"],
+    ),
 ]
 
 
