@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from qexport.rewrite import DeclinedError
 from qexport.rewrite.graph import Builder, attribute, is_op
-from qexport.rewrite.scores import MASKED
-from qexport.rewrite.values import known_size, rank, scalar, size
+from qexport.rewrite.scores import inverted_mask
+from qexport.rewrite.values import known_size, rank, size
 
 _LOWEST = {
     ir.DataType.FLOAT: float(np.finfo(np.float32).min),
@@ -62,17 +62,10 @@ def attention_mask(builder: Builder, scores, heads, q: ir.Value, k: ir.Value) ->
 
 def _padding_flag(value: ir.Value, factor: float) -> ir.Value | None:
     """m when a bias is (1 - m) * low with a 0/1 integer mask m, as exporters write padding; else None."""
-    product = value.producer()
-    if not is_op(product, "Mul"):
-        return None
-    for inverted, low in (product.inputs, product.inputs[::-1]):
-        level, sub = scalar(low), inverted.producer()
-        if level is None or level * factor > MASKED or not is_op(sub, "Sub") or scalar(sub.inputs[0]) != 1:
-            continue
-        cast = sub.inputs[1].producer()
-        if is_op(cast, "Cast") and cast.inputs[0].dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
-            return cast.inputs[0]
-    return None
+    mask = inverted_mask(value, factor)
+    cast = mask.producer() if mask is not None else None
+    whole = is_op(cast, "Cast") and cast.inputs[0].dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+    return cast.inputs[0] if whole else None
 
 
 def number_like(builder: Builder, value: float, q: ir.Value) -> ir.Value:

@@ -162,8 +162,10 @@ def _scaled(node: ir.Node, op: str, scale: float, found: Scores) -> tuple[ir.Val
         if (is_single(other) or known_size(other, -1) == 1) and _distance(inner) is not None:
             found.factors.append((other, op == "Div", rank(node.outputs[0])))
             return inner, scale, node
+    # s * m + (1 - m) * low with a mask m of 0 and 1, as in GPT and TensorFlow's GPT-2
+    mask = inverted_mask(*found.biases[-1][:2]) if op == "Mul" and found.biases else None
     for inner, keep in pairs:
-        if op == "Mul" and found.biases and _complements(keep, *found.biases[-1][:2]) and _distance(inner) is not None:
+        if keep is mask and _zero_or_one(keep) and _distance(inner) is not None:
             found.biases.pop()
             found.masks.append((keep, True, rank(node.outputs[0])))
             return inner, scale, node
@@ -172,16 +174,14 @@ def _scaled(node: ir.Node, op: str, scale: float, found: Scores) -> tuple[ir.Val
     raise DeclinedError(f"its scores are multiplied element by element in {shown(node)}")
 
 
-def _complements(keep: ir.Value, bias: ir.Value, factor: float) -> bool:
-    """Whether s * keep + bias is a mask, as GPT and TensorFlow's GPT-2 do it: `keep` is 0 or 1, the bias (1 - keep) low."""
+def inverted_mask(bias: ir.Value, factor: float) -> ir.Value | None:
+    """m where a bias times `factor` is (1 - m) * low, as exporters write masks; else None."""
     product = bias.producer()
-    if not is_op(product, "Mul"):
-        return False
-    for level, inverted in (product.inputs, product.inputs[::-1]):
+    for level, inverted in (product.inputs, product.inputs[::-1]) if is_op(product, "Mul") else ():
         low, sub = scalar(level), inverted.producer()
         if low is not None and low * factor <= MASKED and is_op(sub, "Sub") and scalar(sub.inputs[0]) == 1:
-            return sub.inputs[1] is keep and _zero_or_one(keep)
-    return False
+            return sub.inputs[1]
+    return None
 
 
 def _zero_or_one(value: ir.Value) -> bool:
