@@ -8,6 +8,7 @@ namespace cuda {
 
 constexpr float kInf = __builtin_huge_valf();
 constexpr float kLog2E = 1.44269504088896340736f;  // scores are often kept as logarithms to base 2
+constexpr float kToleranceMargin = 0.8f;           // of error_tolerance: what an estimate must keep to
 
 // num_samples per query head travels with the launch, since it lies in host memory; more heads than this must share one
 // number.

@@ -15,7 +15,7 @@ __device__ __forceinline__ int draw_clusters(float* size, int n, float budget, u
   PartSum rest;
   float largest = 0.0f;
   for (int i = 4 * lane_id(); i < n; i += kStep) {
-    const Quad x = load_quad(size + i);
+    const KeyQuad x = load_quad(size + i);
     rest.add((x.v[0] + x.v[1]) + (x.v[2] + x.v[3]));
     for (int u = 0; u < 4; ++u) largest = fmaxf(largest, x.v[u]);
   }

@@ -9,7 +9,7 @@ size_t exact_attention_scratch_bytes(const AttentionJob& job) {
   const Device device = current_device(status);
   size_t bytes = 0;
   choose(job, device, [&](auto choice) {
-    const Cut cut = cut_of(job, device, choice);
+    const TileCut cut = cut_of(job, device, choice);
     bytes = static_cast<size_t>(cut.scratch(job.params.v_head_size)) * sizeof(float);
   });
   return bytes;

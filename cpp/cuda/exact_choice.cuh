@@ -53,11 +53,11 @@ struct Wide {
   using T = T_;
 };
 template <class Tile, template <class> class State>
-Cut cut_of(const AttentionJob& job, const Device& device, Choice<Tile, State>) {
+TileCut cut_of(const AttentionJob& job, const Device& device, Choice<Tile, State>) {
   return cut_of<Tile>(job, device);
 }
 template <class T>
-Cut cut_of(const AttentionJob&, const Device&, Wide<T>) {
+TileCut cut_of(const AttentionJob&, const Device&, Wide<T>) {
   return {0, 0, 1, 1};
 }
 
@@ -83,7 +83,7 @@ inline bool pipeline_applies(const AttentionJob& job, const Device& device) {
 template <class Small, class Middle, class Large, class Visit>
 void visit_cheapest(const AttentionJob& job, const Device& device, const Visit& visit, double middle_share) {
   constexpr double kSmallShare = 0.47;
-  const auto keys = [&](const Cut& cut) { return keys_in_turn(job, device, cut); };
+  const auto keys = [&](const TileCut& cut) { return keys_in_turn(job, device, cut); };
   const double small = kSmallShare * keys(cut_of<typename Small::Tile>(job, device));
   const double middle = middle_share * keys(cut_of<typename Middle::Tile>(job, device));
   const double large = keys(cut_of<typename Large::Tile>(job, device));

@@ -30,7 +30,7 @@ int64_t all_tiles(const AttentionJob& job) {
 }
 
 // `whole` tiles with a block of threads each, then `cut` ones with `parts` of them, which share out the keys.
-struct Cut {
+struct TileCut {
   int64_t whole, cut;
   int parts, tile_rows;  // rows that a tile has at most
   int64_t blocks() const { return whole + cut * parts; }
@@ -43,14 +43,14 @@ struct Cut {
 // The keys that a multiprocessor goes through, one wave of blocks after the other, where it has one block at a time. Parts
 // start anew, write rows in float32, and are joined by another kernel: both terms are guesses, each of the 3 us that 256
 // keys take in tiles of 192 queries in heads of 64 (1120 us for six waves of 16384 keys on an H200).
-constexpr double kPartKeys = 256.0, kJoinKeys = 256.0;
-inline double keys_in_turn(const AttentionJob& job, const Device& device, const Cut& cut) {
+constexpr double kPartCost = 256.0, kJoinCost = 256.0;
+inline double keys_in_turn(const AttentionJob& job, const Device& device, const TileCut& cut) {
   const double keys = static_cast<double>(job.total_len), processors = device.multiprocessors;
   const double whole = static_cast<double>(cut.whole) / processors;
   if (job.params.is_causal) return keys * std::max(whole, 1.0);  // tiles end one by one, so that a wave need not be full
   if (cut.cut == 0) return keys * std::ceil(whole);
   const double waves = std::ceil(static_cast<double>(cut.cut * cut.parts) / processors);
-  return keys * whole + waves * (keys / cut.parts + kPartKeys) + kJoinKeys;
+  return keys * whole + waves * (keys / cut.parts + kPartCost) + kJoinCost;
 }
 
 // Tiles with roles, of which a multiprocessor has one at a time: those that are over after all full waves are cut where that
@@ -59,11 +59,11 @@ inline double keys_in_turn(const AttentionJob& job, const Device& device, const 
 // threads to join each row, as it was then, many rows lost more than they gained (1024 queries of 8 heads on an H200: 24 us,
 // cut 54).
 template <class Tile>
-Cut cut_of(const AttentionJob& job, const Device& device) {
+TileCut cut_of(const AttentionJob& job, const Device& device) {
   const QuantumAttentionParams& p = job.params;
   const int64_t tiles = all_tiles<Tile>(job), processors = device.multiprocessors;
   const int64_t tile_rows = std::min<int64_t>(Tile::kQueries, pack_of<Tile>(job) * p.q_len);
-  const Cut uncut{tiles, 0, 1, static_cast<int>(tile_rows)};
+  const TileCut uncut{tiles, 0, 1, static_cast<int>(tile_rows)};
   int64_t over = tiles, room = 1;
   if constexpr (Tile::kPipeline) {
     over = tiles % processors;
@@ -76,7 +76,7 @@ Cut cut_of(const AttentionJob& job, const Device& device) {
   }
   const int64_t parts = std::min(room, ceil_div<int64_t>(job.total_len, kPartBlocks * Tile::kKeys));
   if (parts < 2) return uncut;
-  const Cut cut{tiles - over, over, static_cast<int>(parts), uncut.tile_rows};
+  const TileCut cut{tiles - over, over, static_cast<int>(parts), uncut.tile_rows};
   return Tile::kPipeline && keys_in_turn(job, device, cut) >= keys_in_turn(job, device, uncut) ? uncut : cut;
 }
 

@@ -181,7 +181,7 @@ template <class Tile, template <class> class State>
 void start(Status& status, ExactLaunch exact, const Device& device, void* scratch, void* stream, Choice<Tile, State>) {
   const AttentionJob& job = exact.job;
   using T = typename Tile::T;
-  const Cut cut = cut_of<Tile>(job, device);
+  const TileCut cut = cut_of<Tile>(job, device);
   if (std::max(exact.rows(), cut.blocks()) > INT32_MAX) return status.fail(kTooMany);
   exact.whole = static_cast<int>(cut.whole), exact.cut = static_cast<int>(cut.cut);
   exact.pack = pack_of<Tile>(job), exact.parts = cut.parts, exact.tile_rows = cut.tile_rows;

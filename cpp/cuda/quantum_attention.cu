@@ -18,17 +18,17 @@ struct Join {
 };
 
 // A block copies a run of units of one (batch, kv head): blockIdx.x = head + heads * run, past rows first.
-constexpr int kJoinThreads = 256;
-constexpr int64_t kJoinUnits = 4 * kJoinThreads;
+constexpr int kPresentThreads = 256;
+constexpr int64_t kPresentUnits = 4 * kPresentThreads;
 
 template <class Unit>
 __global__ void join_kernel(const Join join, int64_t heads) {
   const int64_t head = blockIdx.x % heads, b = head / join.kv_heads, h = head % join.kv_heads;
-  const int64_t first = blockIdx.x / heads * kJoinUnits, units = join.total_len * join.row;
+  const int64_t first = blockIdx.x / heads * kPresentUnits, units = join.total_len * join.row;
   const Unit* past = reinterpret_cast<const Unit*>(join.past) + b * join.past_batch + h * join.past_head;
   const Unit* fresh = reinterpret_cast<const Unit*>(join.fresh) + b * join.fresh_batch + h * join.fresh_head;
   Unit* present = reinterpret_cast<Unit*>(join.present) + head * units;
-  for (int64_t at = first + threadIdx.x; at < min(first + kJoinUnits, units); at += kJoinThreads) {
+  for (int64_t at = first + threadIdx.x; at < min(first + kPresentUnits, units); at += kPresentThreads) {
     const int64_t j = at / join.row, x = at % join.row;
     if (j < join.past_len) {
       if (past != present) present[at] = past[j * join.past_row + x];  // the caller gave past and present the same memory
@@ -71,9 +71,9 @@ void join_rows(Status& status, const AttentionJob& job, bool values, void* strea
                   units(fresh.batch_stride),
                   units(fresh.head_stride),
                   units(fresh.row_stride)};
-  const int64_t heads = p.batch * p.kv_heads, runs = ceil_div(job.total_len * join.row, kJoinUnits);
+  const int64_t heads = p.batch * p.kv_heads, runs = ceil_div(job.total_len * join.row, kPresentUnits);
   const dim3 grid(static_cast<unsigned>(heads * runs));
-  const auto run = [&](auto kernel) { launch(status, kernel, grid, dim3(kJoinThreads), 0, stream, join, heads); };
+  const auto run = [&](auto kernel) { launch(status, kernel, grid, dim3(kPresentThreads), 0, stream, join, heads); };
   switch (unit) {
     case 16:
       return run(join_kernel<uint4>);

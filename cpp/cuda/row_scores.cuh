@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_chunk(float* to, const float (&x)[kChunkRo
 template <class T>
 __device__ __forceinline__ void tiled_products(const AttentionJob& job, const RowTile& tile, const JoinedRows<T>& all_keys,
                                                int32_t j0, int keys, bool wide, ScoreTiles& shared, float (&acc)[4][4]) {
-  static_assert(kTileDims == 2 * kChunkRow && kTileKeys == kRowThreads, "every thread copies two chunks of keys");
+  static_assert(kTileDims == 2 * kChunkRow && kTileKeys == kTileRowThreads, "every thread copies two chunks of keys");
   const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(job.params.head_size);
   const int own_dim = thread % 2 * kChunkRow, own_row = thread / 2;  // of what this thread copies, and half a tile on
   const float* k_rows = shared.k + thread % 128 * kTilePitch;
@@ -141,7 +141,7 @@ constexpr int kUnitKeys = 32;  // of a warp at a time
 template <class T>
 __device__ __forceinline__ void pack_queries(const AttentionJob& job, const RowTile& tile, uint32_t* fragments) {
   const int size = static_cast<int>(job.params.head_size);
-  for (int at = static_cast<int>(threadIdx.x); at < size * kTileRows / 2; at += kRowThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < size * kTileRows / 2; at += kTileRowThreads) {
     const int word = at % 4, lane = at / 4 % kWarp, step = at / 4 / kWarp;
     const int r = lane / 4 + word % 2 * 8, x = lane % 4 * (size / 4) + 4 * step + word / 2 * 2;
     T pair[2] = {from_float<T>(0.0f), from_float<T>(0.0f)};

@@ -23,7 +23,7 @@ __device__ __forceinline__ void take_largest(Row& row, int k, int32_t* candidate
     if (trial > most) continue;
     int count = 0;
     for (int i = 4 * lane_id(); i < row.n; i += kStep) {
-      const Quad x = row.x(load_quad(row.e + i), i);
+      const KeyQuad x = row.x(load_quad(row.e + i), i);
       for (int u = 0; u < 4; ++u) count += __float_as_int(x.v[u]) >= trial;
     }
     count = warp_sum(count);
@@ -38,7 +38,7 @@ __device__ __forceinline__ void take_largest(Row& row, int k, int32_t* candidate
     int found = 0;
     for (int first = 0; first < row.n; first += kStep) {
       const int i = first + 4 * lane_id();
-      const Quad x = row.x_or_zero(row.e_or_zero(i), i);
+      const KeyQuad x = row.x_or_zero(row.e_or_zero(i), i);
       for (int u = 0; u < 4; ++u) {
         const int32_t bits = __float_as_int(x.v[u]);
         const bool within = i < row.n && bits >= threshold && static_cast<uint32_t>(bits - threshold) < width;
@@ -64,8 +64,8 @@ __device__ __forceinline__ void take_largest(Row& row, int k, int32_t* candidate
   float largest = 0.0f;
   for (int first = 0; first < row.n; first += kStep) {
     const int i = first + 4 * lane_id();
-    Quad e = row.e_or_zero(i);
-    const Quad x = row.x_or_zero(e, i);
+    KeyQuad e = row.e_or_zero(i);
+    const KeyQuad x = row.x_or_zero(e, i);
     int equal = 0, before = 0;  // keys at the threshold: of this lane, and in front of them
     for (int u = 0; u < 4; ++u) equal += __float_as_int(x.v[u]) == threshold;
     if (__any_sync(kFullWarp, equal)) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ float inclusion_factor(const Row& row, float budget, 
     int count = 0;
     PartSum others;
     for (int i = 4 * lane_id(); i < row.n; i += kStep) {
-      const Quad e = load_quad(row.e + i), x = row.x(e, i);
+      const KeyQuad e = load_quad(row.e + i), x = row.x(e, i);
       float left = 0.0f;
       for (int u = 0; u < 4; ++u) {
         const bool sure = e.v[u] < 0.0f || c * x.v[u] >= 1.0f;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void systematic(const Row& row, Others others, float 
   uint32_t cumulative = static_cast<uint32_t>(kOne - 1) - offset;
   for (int first = 0; first < row.n; first += kStep) {
     const int i = first + 4 * lane_id();
-    const Quad e = row.e_or_zero(i), x = row.x_or_zero(e, i);
+    const KeyQuad e = row.e_or_zero(i), x = row.x_or_zero(e, i);
     int32_t f[4];
     uint32_t own = 0;
     for (int u = 0; u < 4; ++u) {
@@ -168,7 +168,7 @@ __device__ __forceinline__ void multinomial(const Row& row, int samples, bool we
   uint32_t total = 0;
   for (int first = 0; first < row.n; first += kStep) {
     const int i = first + 4 * lane_id();
-    const Quad x = row.x_or_zero(row.e_or_zero(i), i);
+    const KeyQuad x = row.x_or_zero(row.e_or_zero(i), i);
     const uint32_t end = total + inclusive_scan(f_of(x.v[0]) + f_of(x.v[1]) + f_of(x.v[2]) + f_of(x.v[3]));
     if (lane_id() % 8 == 7) prefix[i / kWarp] = end;
     total = __shfl_sync(kFullWarp, end, kWarp - 1);

@@ -11,14 +11,14 @@ constexpr int kStep = 4 * kWarp;  // keys that a warp looks at together
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1u; }
 
-struct Quad {
+struct KeyQuad {
   float v[4];
 };
-__device__ __forceinline__ Quad load_quad(const float* from) {
+__device__ __forceinline__ KeyQuad load_quad(const float* from) {
   const float4 x = *reinterpret_cast<const float4*>(from);
   return {{x.x, x.y, x.z, x.w}};
 }
-__device__ __forceinline__ void store_quad(float* to, const Quad& x) {
+__device__ __forceinline__ void store_quad(float* to, const KeyQuad& x) {
   *reinterpret_cast<float4*>(to) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
 }
 
@@ -39,18 +39,18 @@ struct Row {
   // A key that is not attended to must not lend its norm, which may be NaN.
   static __device__ __forceinline__ float weigh(float pi, float norm_i) { return pi > 0.0f ? __fmul_rn(pi, norm_i) : 0.0f; }
   // x of the keys i .. i + 3, whose e is `own`.
-  __device__ __forceinline__ Quad x(const Quad& own, int i) const {
-    Quad out;
+  __device__ __forceinline__ KeyQuad x(const KeyQuad& own, int i) const {
+    KeyQuad out;
     for (int u = 0; u < 4; ++u) out.v[u] = p(own.v[u]);
     if (norm) {
-      const Quad lent = load_quad(norm + i);
+      const KeyQuad lent = load_quad(norm + i);
       for (int u = 0; u < 4; ++u) out.v[u] = weigh(out.v[u], lent.v[u]);
     }
     return out;
   }
   // As x, of keys that may lie behind the last one.
-  __device__ __forceinline__ Quad x_or_zero(const Quad& own, int i) const { return i < n ? x(own, i) : Quad{}; }
-  __device__ __forceinline__ Quad e_or_zero(int i) const { return i < n ? load_quad(e + i) : Quad{}; }
+  __device__ __forceinline__ KeyQuad x_or_zero(const KeyQuad& own, int i) const { return i < n ? x(own, i) : KeyQuad{}; }
+  __device__ __forceinline__ KeyQuad e_or_zero(int i) const { return i < n ? load_quad(e + i) : KeyQuad{}; }
 };
 
 __device__ __forceinline__ uint32_t inclusive_scan(uint32_t x) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ float exponentiate(Row& row, bool want_entropy) {
   float most = -kInf;
   int allowed = 0;
   for (int i = 4 * lane_id(); i < row.n; i += kStep) {
-    const Quad s = load_quad(row.e + i);
+    const KeyQuad s = load_quad(row.e + i);
     for (int u = 0; u < 4; ++u) {
       most = s.v[u] > most ? s.v[u] : most;
       allowed += s.v[u] != -kInf;
@@ -92,8 +92,8 @@ __device__ __forceinline__ float exponentiate(Row& row, bool want_entropy) {
   PartSum sum, rest, weighted;
   float largest = 0.0f;
   for (int i = 4 * lane_id(); i < row.n; i += kStep) {
-    const Quad s = load_quad(row.e + i);
-    Quad e, x;
+    const KeyQuad s = load_quad(row.e + i);
+    KeyQuad e, x;
     for (int u = 0; u < 4; ++u) x.v[u] = e.v[u] = expf(s.v[u] - origin);
     store_quad(row.e + i, e);
     sum.add((e.v[0] + e.v[1]) + (e.v[2] + e.v[3]));
@@ -103,7 +103,7 @@ __device__ __forceinline__ float exponentiate(Row& row, bool want_entropy) {
       weighted.add(part);
     }
     if (row.norm) {
-      const Quad lent = load_quad(row.norm + i);
+      const KeyQuad lent = load_quad(row.norm + i);
       for (int u = 0; u < 4; ++u) x.v[u] = Row::weigh(e.v[u], lent.v[u]);
       rest.add((x.v[0] + x.v[1]) + (x.v[2] + x.v[3]));
     }

@@ -121,7 +121,7 @@ __device__ __forceinline__ void set_tile(const RowWork& work, int64_t t, bool al
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
+__global__ void __launch_bounds__(kTileRowThreads) rows_kernel(const RowWork work) {
   const AttentionJob& job = work.job;
   const QuantumAttentionParams& p = job.params;
   RowTile& tile = *dynamic_shared<RowTile>();
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const RowWork work) {
 
 template <class T>
 void run_rows(Status& status, const RowPlan& plan, const RowWork& work, void* stream) {
-  launch(status, rows_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(kRowThreads), plan.shared_bytes, stream,
+  launch(status, rows_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileRowThreads), plan.shared_bytes, stream,
          work);
 }
 

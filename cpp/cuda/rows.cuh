@@ -11,7 +11,7 @@ namespace qexport {
 namespace cuda {
 
 constexpr int kTileRows = 16;  // at most: less where the scores of fewer rows fit into shared memory
-constexpr int kRowThreads = kTileRows * kWarp;
+constexpr int kTileRowThreads = kTileRows * kWarp;
 
 enum class RowPass : int32_t {
   output,  // the strategy's output, and qk_matmul_output if it is wanted

@@ -28,7 +28,7 @@ struct SharedMma {
 
 // A run as it is in memory, until what is computed meanwhile is done: elements of 16 bits two by two, or one by one.
 struct Raw {
-  uint32_t x[kRun];
+  uint32_t x[kRunLength];
 };
 __device__ __forceinline__ uint32_t read_bits(DType type, const void* data, int64_t at) {
   if (type == DType::f32) return static_cast<const uint32_t*>(data)[at];
@@ -40,7 +40,7 @@ __device__ __forceinline__ Raw scattered(const Strided& s, int64_t origin, const
                                          int64_t depth_step, int64_t end, const Place* outer, int outer_step) {
   Raw raw;
 #pragma unroll
-  for (int e = 0; e < kRun; ++e, depth += depth_step, outer += outer_step) {
+  for (int e = 0; e < kRunLength; ++e, depth += depth_step, outer += outer_step) {
     raw.x[e] = 0;
     if (depth >= end) continue;
     const Place at = *outer + locate(depth_index, depth);
@@ -51,7 +51,7 @@ __device__ __forceinline__ Raw scattered(const Strided& s, int64_t origin, const
 
 template <int kSize>
 struct Reader {
-  static constexpr int kRuns = kSize * kDepth / kRun / kProductThreads;
+  static constexpr int kRuns = kSize * kDepth / kRunLength / kProductThreads;
   const Strided& s;
   const Access access;
   const Index& depth_index;
@@ -60,8 +60,8 @@ struct Reader {
   // The run of a thread: where it begins in the tile.
   __device__ __forceinline__ void place(int r, int* at_outer, int* at_depth) const {
     const int run = static_cast<int>(threadIdx.x) + r * kProductThreads;
-    *at_outer = access.along_depth ? run / (kDepth / kRun) : run % (kSize / kRun) * kRun;
-    *at_depth = access.along_depth ? run % (kDepth / kRun) * kRun : run / (kSize / kRun);
+    *at_outer = access.along_depth ? run / (kDepth / kRunLength) : run % (kSize / kRunLength) * kRunLength;
+    *at_depth = access.along_depth ? run % (kDepth / kRunLength) * kRunLength : run / (kSize / kRunLength);
   }
 
   __device__ __forceinline__ void read(int64_t batch, int64_t depth, int64_t end, Raw (&raw)[kRuns]) const {
@@ -70,7 +70,7 @@ struct Reader {
     for (int r = 0; r < kRuns; ++r) {
       int o, d;
       place(r, &o, &d);
-      for (int e = 0; e < kRun; ++e) raw[r].x[e] = 0;
+      for (int e = 0; e < kRunLength; ++e) raw[r].x[e] = 0;
       if (access.runs) {
         if (depth + d >= end) continue;
         const Place at = outer[o] + locate(depth_index, depth + d);
@@ -95,7 +95,7 @@ struct Reader {
       int o, d;
       place(r, &o, &d);
       const int at = access.along_depth ? o * Halves<kSize>::kPitchOfDepth + d : d * Halves<kSize>::kPitchOfOuter + o;
-      uint32_t bits[kRun] = {raw[r].x[0], raw[r].x[1], raw[r].x[2], raw[r].x[3]};
+      uint32_t bits[kRunLength] = {raw[r].x[0], raw[r].x[1], raw[r].x[2], raw[r].x[3]};
       if (s.type != DType::f32 && access.runs) {
         bits[3] = bits[1] >> 16, bits[2] = bits[1] & 0xffffu, bits[1] = bits[0] >> 16, bits[0] &= 0xffffu;
       }
@@ -105,13 +105,13 @@ struct Reader {
         *reinterpret_cast<uint2*>(tile.part[0] + at) = high;
         continue;
       }
-      float x[kRun];
-      for (int e = 0; e < kRun; ++e) {
+      float x[kRunLength];
+      for (int e = 0; e < kRunLength; ++e) {
         x[e] = s.type == DType::f32 ? __uint_as_float(bits[e])
                                     : to_float(__ushort_as_half(static_cast<unsigned short>(bits[e])));
       }
       high = {pair(x[0], x[1]), pair(x[2], x[3])};
-      for (int e = 0; e < kRun; ++e) {
+      for (int e = 0; e < kRunLength; ++e) {
         const uint32_t two = e < 2 ? high.x : high.y;
         x[e] -= __uint_as_float(e % 2 ? two & 0xffff0000u : two << 16);
       }
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kProductThreads, kSize == 128 ? 1 : 2) strided
     }
     __syncthreads();
     const Target<float> target(job, tile);
-    for (int run = static_cast<int>(threadIdx.x); run < kSize * kSize / kRun; run += kProductThreads) {
-      const int row = run / (kSize / kRun), column = run % (kSize / kRun) * kRun;
+    for (int run = static_cast<int>(threadIdx.x); run < kSize * kSize / kRunLength; run += kProductThreads) {
+      const int row = run / (kSize / kRunLength), column = run % (kSize / kRunLength) * kRunLength;
       target.store(shared.places[0][row], shared.places[1] + column, shared.sums[row] + column);
     }
   }

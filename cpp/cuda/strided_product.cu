@@ -10,17 +10,17 @@ namespace {
 constexpr int kTile = 1024;  // elements of an operand's tile: a run for each thread
 
 template <class Real>
-__device__ __forceinline__ void read_run(DType type, const void* data, int64_t at, Real (&x)[kRun]);
+__device__ __forceinline__ void read_run(DType type, const void* data, int64_t at, Real (&x)[kRunLength]);
 template <>
-__device__ __forceinline__ void read_run<float>(DType type, const void* data, int64_t at, float (&x)[kRun]) {
+__device__ __forceinline__ void read_run<float>(DType type, const void* data, int64_t at, float (&x)[kRunLength]) {
   if (type == DType::f32) {
     const Quad<float> four = *reinterpret_cast<const Quad<float>*>(static_cast<const float*>(data) + at);
-    for (int e = 0; e < kRun; ++e) x[e] = four.x[e];
+    for (int e = 0; e < kRunLength; ++e) x[e] = four.x[e];
     return;
   }
   const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + at);
-  const uint32_t bits[kRun] = {four.x & 0xffffu, four.x >> 16, four.y & 0xffffu, four.y >> 16};
-  for (int e = 0; e < kRun; ++e) {
+  const uint32_t bits[kRunLength] = {four.x & 0xffffu, four.x >> 16, four.y & 0xffffu, four.y >> 16};
+  for (int e = 0; e < kRunLength; ++e) {
     if (type == DType::f16) {
       x[e] = to_float(__ushort_as_half(static_cast<unsigned short>(bits[e])));
     } else {
@@ -29,24 +29,25 @@ __device__ __forceinline__ void read_run<float>(DType type, const void* data, in
   }
 }
 template <>
-__device__ __forceinline__ void read_run<double>(DType, const void* data, int64_t at, double (&x)[kRun]) {
+__device__ __forceinline__ void read_run<double>(DType, const void* data, int64_t at, double (&x)[kRunLength]) {
   const Quad<double> four = *reinterpret_cast<const Quad<double>*>(static_cast<const double*>(data) + at);
-  for (int e = 0; e < kRun; ++e) x[e] = four.x[e];
+  for (int e = 0; e < kRunLength; ++e) x[e] = four.x[e];
 }
 
 // A thread's run of an operand's tile. `outer` are the places of the tile's rows of A, or columns of B.
 template <class Real>
 __device__ __forceinline__ void read_operand(const Strided& s, const Access& access, int64_t batch, const Index& depth_index,
-                                             const Place* outer, int first, int64_t depth, int64_t end, Real (&x)[kRun]) {
+                                             const Place* outer, int first, int64_t depth, int64_t end,
+                                             Real (&x)[kRunLength]) {
   if (access.runs) {
-    for (int e = 0; e < kRun; ++e) x[e] = Real{0};
+    for (int e = 0; e < kRunLength; ++e) x[e] = Real{0};
     if (depth >= end) return;
     const Place place = outer[first] + locate(depth_index, depth);
     if (place.row < s.rows && place.column < s.columns) read_run<Real>(s.type, s.data, batch * s.batch + place.at, x);
     return;
   }
 #pragma unroll
-  for (int e = 0; e < kRun; ++e) {
+  for (int e = 0; e < kRunLength; ++e) {
     x[e] = Real{0};
     const int64_t at = access.along_depth ? depth + e : depth;
     if (at >= end) continue;
@@ -56,13 +57,14 @@ __device__ __forceinline__ void read_operand(const Strided& s, const Access& acc
 }
 
 template <class Real, int kSize>
-__device__ __forceinline__ void keep_operand(const Access& access, Real* tile, int row, int first, const Real (&x)[kRun]) {
-  constexpr int kPitch = kSize + kRun;
+__device__ __forceinline__ void keep_operand(const Access& access, Real* tile, int row, int first,
+                                             const Real (&x)[kRunLength]) {
+  constexpr int kPitch = kSize + kRunLength;
   if (access.along_depth) {
-    for (int e = 0; e < kRun; ++e) tile[(row + e) * kPitch + first] = x[e];
+    for (int e = 0; e < kRunLength; ++e) tile[(row + e) * kPitch + first] = x[e];
   } else {
     Quad<Real> four;
-    for (int e = 0; e < kRun; ++e) four.x[e] = x[e];
+    for (int e = 0; e < kRunLength; ++e) four.x[e] = x[e];
     *reinterpret_cast<Quad<Real>*>(tile + row * kPitch + first) = four;
   }
 }
@@ -70,7 +72,7 @@ __device__ __forceinline__ void keep_operand(const Access& access, Real* tile, i
 template <class Real, int kSize>
 struct Shared {
   static constexpr int kDepth = kTile / kSize;
-  Quad<Real> tiles[2][2][kDepth * (kSize + kRun) / kRun];
+  Quad<Real> tiles[2][2][kDepth * (kSize + kRunLength) / kRunLength];
   Place places[2][kSize];  // of the rows of A and the columns of B, then of the rows and columns of C
 };
 
@@ -88,13 +90,13 @@ constexpr int kBlocks = kSize == 128        ? kWideBlocks
 // Each thread computes kChunks x kChunks blocks of 4 x 4, 64 rows or columns apart.
 template <class Real, int kSize>
 __global__ void __launch_bounds__(kProductThreads, kBlocks<Real, kSize>) strided_product(const __grid_constant__ Job job) {
-  constexpr int kChunks = kSize / 64, kDepth = kTile / kSize, kPitch = kSize + kRun;
+  constexpr int kChunks = kSize / 64, kDepth = kTile / kSize, kPitch = kSize + kRunLength;
   Shared<Real, kSize>& shared = *dynamic_shared<Shared<Real, kSize>>();
   const Product& p = job.product;
-  const int thread = static_cast<int>(threadIdx.x), column = thread % 16 * kRun, row = thread / 16 * kRun;
+  const int thread = static_cast<int>(threadIdx.x), column = thread % 16 * kRunLength, row = thread / 16 * kRunLength;
   // Where a thread's run of each operand begins in its tile.
-  const int outer_fast = thread % (kSize / kRun) * kRun, depth_slow = thread / (kSize / kRun);
-  const int depth_fast = thread % (kDepth / kRun) * kRun, outer_slow = thread / (kDepth / kRun);
+  const int outer_fast = thread % (kSize / kRunLength) * kRunLength, depth_slow = thread / (kSize / kRunLength);
+  const int depth_fast = thread % (kDepth / kRunLength) * kRunLength, outer_slow = thread / (kDepth / kRunLength);
   const int a_row = job.a.along_depth ? depth_fast : depth_slow, a_first = job.a.along_depth ? outer_slow : outer_fast;
   const int b_row = job.b.along_depth ? depth_fast : depth_slow, b_first = job.b.along_depth ? outer_slow : outer_fast;
   for (int64_t index = blockIdx.x; index < tile_count<kSize>(job); index += gridDim.x) {
@@ -103,8 +105,8 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<Real, kSize>) strided
     place_operands<kSize>(job, tile, shared.places);
     __syncthreads();
 
-    Real acc[kChunks * kRun][kChunks * kRun] = {};
-    Real a[kRun], b[kRun];
+    Real acc[kChunks * kRunLength][kChunks * kRunLength] = {};
+    Real a[kRunLength], b[kRunLength];
     const auto read = [&](int64_t depth) {
       read_operand<Real>(p.a, job.a, tile.batch, p.a.j, shared.places[0], a_first, depth + a_row, tile.end, a);
       read_operand<Real>(p.b, job.b, tile.batch, p.b.i, shared.places[1], b_first, depth + b_row, tile.end, b);
@@ -129,9 +131,10 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<Real, kSize>) strided
             y[c] = *reinterpret_cast<const Quad<Real>*>(right + d * kPitch + c * 64);
           }
 #pragma unroll
-          for (int i = 0; i < kChunks * kRun; ++i) {
+          for (int i = 0; i < kChunks * kRunLength; ++i) {
 #pragma unroll
-            for (int j = 0; j < kChunks * kRun; ++j) acc[i][j] += x[i / kRun].x[i % kRun] * y[j / kRun].x[j % kRun];
+            for (int j = 0; j < kChunks * kRunLength; ++j)
+              acc[i][j] += x[i / kRunLength].x[i % kRunLength] * y[j / kRunLength].x[j % kRunLength];
           }
         }
       }
@@ -143,11 +146,11 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<Real, kSize>) strided
     __syncthreads();
     const Target<Real> target(job, tile);
 #pragma unroll
-    for (int i = 0; i < kChunks * kRun; ++i) {
+    for (int i = 0; i < kChunks * kRunLength; ++i) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        target.store(shared.places[0][row + i / kRun * 64 + i % kRun], shared.places[1] + column + j * 64,
-                     acc[i] + j * kRun);
+        target.store(shared.places[0][row + i / kRunLength * 64 + i % kRunLength], shared.places[1] + column + j * 64,
+                     acc[i] + j * kRunLength);
       }
     }
   }
@@ -175,9 +178,10 @@ bool has_runs(const Strided& s, const Index& along, const Index& other) {
   const Digit& fast = along.digits[0];
   const int64_t bytes = bytes_of(s.type);
   int64_t all = reinterpret_cast<intptr_t>(s.data) / bytes | s.batch;
-  if (fast.step != 1 || (fast.size | along.count) % kRun || reinterpret_cast<uintptr_t>(s.data) % bytes) return false;
+  if (fast.step != 1 || (fast.size | along.count) % kRunLength || reinterpret_cast<uintptr_t>(s.data) % bytes) return false;
   const bool by_row = s.rows < kNoLimit && fast.row, by_column = s.columns < kNoLimit && fast.column;
-  if ((by_row && (fast.row != 1 || s.rows % kRun)) || (by_column && (fast.column != 1 || s.columns % kRun))) return false;
+  if ((by_row && (fast.row != 1 || s.rows % kRunLength)) || (by_column && (fast.column != 1 || s.columns % kRunLength)))
+    return false;
   for (const Index* index : {&along, &other}) {
     for (int d = 0; d < index->digits_used; ++d) {
       const Digit& digit = index->digits[d];
@@ -185,7 +189,7 @@ bool has_runs(const Strided& s, const Index& along, const Index& other) {
       all |= digit.step | (by_row ? digit.row : 0) | (by_column ? digit.column : 0);
     }
   }
-  return all % kRun == 0;
+  return all % kRunLength == 0;
 }
 
 Access access_of(const Strided& s, const Index& depth, const Index& outer) {

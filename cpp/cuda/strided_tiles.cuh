@@ -7,7 +7,7 @@ namespace qexport {
 namespace cuda {
 
 constexpr int kProductThreads = 256;
-constexpr int kRun = 4;                 // neighbouring elements that a thread reads at once
+constexpr int kRunLength = 4;           // neighbouring elements that a thread reads at once
 constexpr int64_t kOutside = kNoLimit;  // coordinates of what is no row or column; two of them can be added
 
 // What a kernel knows of an operand beside its strides: along which axis its elements are neighbours, whether runs of them
@@ -91,7 +91,7 @@ struct Target {
     type = part ? (sizeof(Real) == 8 ? DType::f64 : DType::f32) : c.type;
     data = static_cast<char*>(part ? job.partials : const_cast<void*>(c.data)) + origin * bytes_of(type);
     bias = part ? nullptr : job.product.bias;
-    runs = part ? job.n % kRun == 0 : job.runs_of_c;
+    runs = part ? job.n % kRunLength == 0 : job.runs_of_c;
     rows = c.rows, columns = c.columns;
   }
 
@@ -103,7 +103,7 @@ struct Target {
       return;
     }
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) {
+    for (int e = 0; e < kRunLength; ++e) {
       const Place place = row + column[e];
       if (place.row >= rows || place.column >= columns) continue;
       Real sum = sums[e];
@@ -121,15 +121,15 @@ struct Target {
     if (type == DType::f16) return store_halves<__half>(at, sums);
     if (type == DType::bf16) return store_halves<__nv_bfloat16>(at, sums);
     Quad<Real> four;
-    for (int e = 0; e < kRun; ++e) four.x[e] = sums[e];
+    for (int e = 0; e < kRunLength; ++e) four.x[e] = sums[e];
     *reinterpret_cast<Quad<Real>*>(reinterpret_cast<Real*>(data) + at) = four;
   }
   template <class T>
   __device__ __forceinline__ void store_halves(int64_t at, const Real* sums) const {
     struct alignas(8) Four {
-      T x[kRun];
+      T x[kRunLength];
     } four;
-    for (int e = 0; e < kRun; ++e) four.x[e] = from_float<T>(static_cast<float>(sums[e]));
+    for (int e = 0; e < kRunLength; ++e) four.x[e] = from_float<T>(static_cast<float>(sums[e]));
     *reinterpret_cast<Four*>(reinterpret_cast<T*>(data) + at) = four;
   }
 };

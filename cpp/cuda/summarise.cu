@@ -13,7 +13,7 @@ constexpr int kUpdateThreads = 256, kUpdateWarps = kUpdateThreads / kWarp;
 constexpr int kKeys = static_cast<int>(kChunkKeys), kMembers = static_cast<int>(kClusterKeys);
 constexpr int kClusters = static_cast<int>(kChunkClusters);
 constexpr int kBlocksPerProcessor = 2;
-constexpr int kRowsEach = 2;  // that a thread has on the way at once; more would not fit its registers
+constexpr int kRowsAhead = 2;  // that a thread has on the way at once; more would not fit its registers
 
 struct UpdateLaunch {
   AttentionJob job;
@@ -104,10 +104,10 @@ __global__ void __launch_bounds__(kUpdateThreads, kBlocksPerProcessor)
       const T* const values = row_of<T>(t.v, b, head % p.kv_heads, end - kKeys);
       __syncthreads();  // the chunk before is done with the list
       for (int i = thread; i < kKeys; i += kUpdateThreads) list[i] = i;
-      divide_list<kRowsEach>({directions, histogram, list, side, key, found, warp_counts}, kKeys, kMembers, size, width,
-                             [&](const int32_t* some, int step) {
-                               return ChunkRows<T>{keys, t.k.row_stride, some, step, size, update.aligned};
-                             });
+      divide_list<kRowsAhead>({directions, histogram, list, side, key, found, warp_counts}, kKeys, kMembers, size, width,
+                              [&](const int32_t* some, int step) {
+                                return ChunkRows<T>{keys, t.k.row_stride, some, step, size, update.aligned};
+                              });
       for (int i = thread; i < kKeys; i += kUpdateThreads) to.members[first * kMembers + i] = static_cast<float>(list[i]);
       for (int i = warp; i < kClusters; i += kUpdateWarps) {
         const int64_t own = first + i;

@@ -23,7 +23,7 @@ constexpr double kKeysOfOrder = 11500.0;
 // 16384 keys (ViT; MiniLM 0.3), and half of 65536.
 constexpr double kTimeOfKey = 1.55;
 constexpr int64_t kQueriesForTolerance = 1024;  // as on the CPU
-constexpr double kKeysForTolerance = 200.0;
+constexpr double kKeysTimesTolerance = 200.0;
 constexpr double kMostDensity = 0.5;  // of the keys that are read
 constexpr int64_t kMostHead = 128;    // elements
 constexpr int kMostAuditParts = 32;
@@ -178,7 +178,7 @@ bool tree_applies(const AttentionJob& job, const int64_t* num_samples, int64_t n
   const bool drops_keys = t.mask.type == DType::boolean && t.mask.head_stride == 0 && t.mask.query_stride == 0;
   if (t.mask.data && (!drops_keys || p.is_causal)) return false;
   const auto keys = static_cast<double>(job.total_len), tolerance = static_cast<double>(p.error_tolerance);
-  if (tolerance > 0.0 && (p.q_len < kQueriesForTolerance || keys * tolerance < kKeysForTolerance)) return false;
+  if (tolerance > 0.0 && (p.q_len < kQueriesForTolerance || keys * tolerance < kKeysTimesTolerance)) return false;
   const int64_t least = *std::min_element(num_samples, num_samples + num_samples_count);
   // Keys in reach of a query and keys read for it, in the mean; half of its own chunk is read whatever the budget.
   const double reach = keys - (p.is_causal ? 0.5 * static_cast<double>(p.q_len) : 0.0);

@@ -168,7 +168,7 @@ __global__ void clear_errors_kernel(const __grid_constant__ DecodeLaunch decode)
 int64_t samples_of(const QuantumAttentionParams& p, int64_t q_head) {
   return p.num_samples[p.num_samples_count == 1 ? 0 : q_head];
 }
-int64_t clusters_of(const AttentionJob& job) { return summary_chunks(job.total_len) * kChunkClusters; }
+int64_t cache_clusters(const AttentionJob& job) { return summary_chunks(job.total_len) * kChunkClusters; }
 
 // Budgets that a head may have to try.
 int attempts_of(const AttentionJob& job) {
@@ -177,7 +177,7 @@ int attempts_of(const AttentionJob& job) {
   const int64_t samples = *std::min_element(p.num_samples, p.num_samples + p.num_samples_count);
   const int64_t least = std::max<int64_t>(ceil_div(samples, kClusterKeys), kResidualClusters);
   int attempts = 1;
-  while (kMostTried * (least << attempts) <= clusters_of(job)) ++attempts;
+  while (kMostTried * (least << attempts) <= cache_clusters(job)) ++attempts;
   return attempts;
 }
 
@@ -190,7 +190,7 @@ bool draws(const AttentionJob& job) {
 // The cache against the summary, what is read of the cache at first, and launches.
 bool pays(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
-  const int64_t heads = p.batch * p.kv_heads, clusters = clusters_of(job), size = p.head_size + p.v_head_size;
+  const int64_t heads = p.batch * p.kv_heads, clusters = cache_clusters(job), size = p.head_size + p.v_head_size;
   const int64_t key = size * (p.type == DType::f32 ? 4 : 2);
   int64_t chosen = 0;  // clusters
   for (int64_t h = 0; h < p.q_heads; ++h) {
@@ -260,7 +260,7 @@ void run(Status& status, DecodeLaunch& decode, void* stream) {
 bool decode_applies(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
   const QuantumAttentionTensors& t = job.tensors;
-  if (!t.key_summary || t.mask.data || clusters_of(job) == 0) return false;
+  if (!t.key_summary || t.mask.data || cache_clusters(job) == 0) return false;
   if (job.group * p.q_len > kMostDecodeRows || std::max(p.head_size, p.v_head_size) > kMostSummarySize) return false;
   return kAlways || pays(job);
 }

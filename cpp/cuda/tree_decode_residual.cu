@@ -8,19 +8,18 @@ namespace qexport {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = kJoinThreads / kWarp, kKeys = static_cast<int>(kClusterKeys);
-constexpr int kMostDrawn = kResidualClusters + 1;  // a systematic sample may round up
-constexpr float kToleranceMargin = 0.8f;           // of the tolerance: what an estimate must keep to
-constexpr float kHopeless = 2.0f;                  // of that: a head whose estimate is above it does not try to read more
+constexpr int kWarps = kJoinThreads / kWarp, kClusterSize = static_cast<int>(kClusterKeys);
+constexpr int kMostSampled = kResidualClusters + 1;  // a systematic sample may round up
+constexpr float kHopeless = 2.0f;  // of kToleranceMargin: a head whose estimate is above it does not try to read more
 // |sum d|^2 / (sum |d|)^2 of what clusters get wrong, at least: how alike their errors are. Measured: docs/math.md.
 constexpr float kCoherence = 0.09f;
 static_assert(kMostSummarySize <= kJoinThreads, "a column of V for each thread");
 
 struct Sample {
   int count;
-  int32_t cluster[kMostDrawn];
-  float factor[kMostDrawn], weight[kMostDrawn], more[kMostDrawn];  // 1 / pi; of its means; what the keys have beyond
-  float key[kMostDrawn * kKeys];                                   // scores, then weights
+  int32_t cluster[kMostSampled];
+  float factor[kMostSampled], weight[kMostSampled], more[kMostSampled];  // 1 / pi; of its means; what the keys have beyond
+  float key[kMostSampled * kClusterSize];                                // scores, then weights
   float reduced[kWarp];
 };
 struct RowError {
@@ -44,8 +43,8 @@ __device__ void draw_sample(const DecodeLaunch& decode, int64_t row, const ReadP
   }
   __syncthreads();
   if (thread >= kWarp) return;
-  const int count = draw_clusters(size, clusters, static_cast<float>(kResidualClusters), random, kMostDrawn, sample.cluster,
-                                  sample.factor);
+  const int count = draw_clusters(size, clusters, static_cast<float>(kResidualClusters), random, kMostSampled,
+                                  sample.cluster, sample.factor);
   if (thread == 0) sample.count = count;
 }
 
@@ -58,12 +57,12 @@ __device__ float weigh_sample(const DecodeLaunch& decode, int64_t row, const Rea
   const QuantumAttentionParams& p = job.params;
   const int64_t place = row / p.q_len, b = place / p.q_heads, head = decode.head_of(place);
   const HeadSummary summary = decode.head_summary(head);
-  const int thread = static_cast<int>(threadIdx.x), keys = sample.count * kKeys;
+  const int thread = static_cast<int>(threadIdx.x), keys = sample.count * kClusterSize;
   const T* const q = row_of<T>(job.tensors.q, b, place % p.q_heads, row % p.q_len);
   float most = joined.most;
 #pragma unroll 2
   for (int j = thread / kWarp; j < keys; j += kWarps) {
-    const int32_t key = cluster_key(summary, plan.first_cluster() + sample.cluster[j / kKeys], j % kKeys);
+    const int32_t key = cluster_key(summary, plan.first_cluster() + sample.cluster[j / kClusterSize], j % kClusterSize);
     const T* const k = row_of<T>(job.tensors.k, b, head % p.kv_heads, key);
     float product = 0.0f;
     for (int x = lane_id(); x < p.head_size; x += kWarp) product = fmaf(to_float(q[x]) * p.scale, to_float(k[x]), product);
@@ -78,7 +77,7 @@ __device__ float weigh_sample(const DecodeLaunch& decode, int64_t row, const Rea
   if (thread < sample.count) {
     const int64_t at = row * decode.clusters() + plan.first_cluster() + sample.cluster[thread];
     float sum = 0.0f;
-    for (int j = 0; j < kKeys; ++j) sum += sample.key[thread * kKeys + j];
+    for (int j = 0; j < kClusterSize; ++j) sum += sample.key[thread * kClusterSize + j];
     const float weight = fast_exp2(decode.weight[at] + static_cast<float>(kLogKeys) - most);
     sample.weight[thread] = weight, sample.more[thread] = sum - weight;
     more = fmaxf(sum - weight, 0.0f);
@@ -113,13 +112,13 @@ __device__ RowError settle_residual(const DecodeLaunch& decode, int64_t row, con
     const float share = sample.factor[i] / known;
     float square = 0.0f;
     for (int x = lane_id(); x < size; x += kWarp) {
-      float v[kKeys], sum = -sample.weight[i] * mean[x] - y[x] * sample.more[i];
+      float v[kClusterSize], sum = -sample.weight[i] * mean[x] - y[x] * sample.more[i];
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) {
+      for (int j = 0; j < kClusterSize; ++j) {
         v[j] = to_float(row_of<T>(job.tensors.v, b, head % p.kv_heads, cluster_key(summary, c, j))[x]);
       }
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) sum = fmaf(sample.key[i * kKeys + j], v[j], sum);
+      for (int j = 0; j < kClusterSize; ++j) sum = fmaf(sample.key[i * kClusterSize + j], v[j], sum);
       parts[warp * size + x] += sum * share;
       square += sum * share * (sum * share);
     }

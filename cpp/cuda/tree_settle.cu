@@ -7,7 +7,6 @@ namespace cuda {
 namespace {
 
 constexpr int kShareThreads = 1024, kSettleThreads = 256;
-constexpr float kToleranceMargin = 0.8f;
 
 // The thresholds of a batch item: a cluster is read where its score, relative to the norm of its head, reaches tau, with tau
 // such that the probed tiles read the budget on average.

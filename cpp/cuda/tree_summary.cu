@@ -5,9 +5,9 @@
 namespace qexport {
 namespace cuda {
 namespace {
-constexpr int kNodeThreads = 256;  // of a block that copies a cluster and takes its moments
-constexpr int kRowsAtOnce = kNodeThreads / kRowThreads, kMemberEach = kCluster / kRowsAtOnce;
-constexpr int kNodeArrayRows = node_array_rows(kNodeThreads / kWarp);
+constexpr int kMomentThreads = 256;  // of a block that copies a cluster and takes its moments
+constexpr int kRowsAtOnce = kMomentThreads / kRowThreads, kMemberEach = kCluster / kRowsAtOnce;
+constexpr int kNodeArrayRows = node_array_rows(kMomentThreads / kWarp);
 
 // Up to kCluster rows of K or of V: node.rows points to them, and they are copied to `to`, zeros behind them.
 template <class T, class RowOf>
@@ -30,7 +30,7 @@ __device__ void copy_rows(const TreeLaunch& tree, bool values, int64_t head, int
 
 // One block of threads for each block of rows that is stored.
 template <class T>
-__global__ void __launch_bounds__(kNodeThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     store_rows(const __grid_constant__ TreeLaunch tree, bool keys_aligned, bool values_aligned) {
   __shared__ NodeShared<T> node;
   const QuantumAttentionParams& p = tree.job.params;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kNodeThreads)
   const float share = 1.0f / static_cast<float>(rows);
   copy_rows(tree, false, head, rows, member, keys, keys_aligned, node);
   row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, d, keys_aligned}, rows, arrays);
-  for (int x = static_cast<int>(threadIdx.x); x < d; x += kNodeThreads) {
+  for (int x = static_cast<int>(threadIdx.x); x < d; x += kMomentThreads) {
     tree.summary<T>(head, c, kMeanKey, x) = from_float<T>(arrays.mean[x]);
     tree.summary<Variance<T>>(head, c, kVariance, x) = from_float<Variance<T>>(fmaxf(arrays.direction[x] * share, 0.0f));
   }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kNodeThreads)
   copy_rows(tree, true, head, rows, member, values, values_aligned, node);
   row_moments<kMemberEach>(whole_block(), PointedRows<T>{node.rows, dv, values_aligned}, rows, arrays);
   float spread = 0.0f;
-  for (int x = static_cast<int>(threadIdx.x); x < dv; x += kNodeThreads) {
+  for (int x = static_cast<int>(threadIdx.x); x < dv; x += kMomentThreads) {
     tree.summary<T>(head, c, kMeanValue, x) = from_float<T>(arrays.mean[x]);
     spread += fmaxf(arrays.direction[x] * share, 0.0f);
   }
@@ -174,7 +174,7 @@ void summarise(Status& status, const TreeLaunch& tree, void* stream) {
   const size_t arrays =
       sizeof(float) * kNodeArrayRows * node_width(p.head_size > p.v_head_size ? p.head_size : p.v_head_size);
   if (status.ok()) fill_zero(status, tree.summaries, static_cast<size_t>(tree.summary_bytes()), stream);
-  launch(status, store_rows<T>, dim3(static_cast<unsigned>(tree.heads() * tree.stored())), kNodeThreads, arrays, stream,
+  launch(status, store_rows<T>, dim3(static_cast<unsigned>(tree.heads() * tree.stored())), kMomentThreads, arrays, stream,
          tree, aligned(t.k, t.past_key), aligned(t.v, t.past_value));
   launch(status, sum_slope_parts<T>, dim3(static_cast<unsigned>(tree.heads() * tree.parts)), kSummaryThreads,
          sizeof(float) * kCluster * size, stream, tree);

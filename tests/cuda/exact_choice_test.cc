@@ -25,7 +25,7 @@ std::string name_of(Wide<T>) {
   return "wide";
 }
 
-std::string text_of(const Cut& cut) {
+std::string text_of(const TileCut& cut) {
   if (cut.cut == 0) return "";
   return ", " + std::to_string(cut.whole) + " and " + std::to_string(cut.cut) + " in " + std::to_string(cut.parts);
 }

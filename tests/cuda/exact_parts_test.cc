@@ -18,7 +18,7 @@ struct Case {
   const char* name;
   int multiprocessors;
   int64_t batch, q_heads, kv_heads, queries, keys, size, v_size;
-  Cut want;
+  TileCut want;
   bool some_heads = false;  // only[] is given, 0 for whole packs and within them
 };
 
@@ -96,9 +96,9 @@ std::string fault(const Case& c) {
 
   Status status;
   const Device device = current_device(status);
-  Cut found{};
+  TileCut found{};
   choose(job, device, [&](auto choice) { found = cut_of(job, device, choice); });
-  const auto numbers = [](const Cut& cut) { return std::make_tuple(cut.whole, cut.cut, cut.parts, cut.tile_rows); };
+  const auto numbers = [](const TileCut& cut) { return std::make_tuple(cut.whole, cut.cut, cut.parts, cut.tile_rows); };
   if (numbers(found) != numbers(c.want)) {
     return std::to_string(found.whole) + " tiles of " + std::to_string(found.tile_rows) + " rows and " +
            std::to_string(found.cut) + " in " + std::to_string(found.parts);
