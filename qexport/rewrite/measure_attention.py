@@ -7,8 +7,9 @@
     MatMul(., present_value)                                    grouped heads stacked along the rows
 
 Outcomes that stand for nothing are discarded and measured again, as whoever reads the device can tell them: states
-n .. 2^q - 1 (`renormalize` = 1, so that rows sum to one) and keys that the query must not see. Otherwise a causal model
-would learn of later tokens through the noise.
+n .. 2^q - 1 and keys that the query must not see. Otherwise a causal model would learn of later tokens through the noise.
+Only then: between two models all states are there, as on the device, and what the first one moved to a state beyond n the
+second may bring back. One model by itself divides by what is left (`renormalize` = 1) and needs no padding.
 """
 
 import numpy as np
@@ -87,19 +88,19 @@ def measured_output(
     rows.shape = ir.Shape([None, q_heads, None, None])
 
     models = parse_noise(noise)
-    found = _all_states(builder, rows) if invert else rows
+    padded = invert or len(models) > 1
+    found = _all_states(builder, rows) if padded else rows
     for model in models:
-        kept = {"renormalize": int(not invert), **model.attributes}
+        kept = {"renormalize": int(not padded), **model.attributes}
         found = builder.ours("QuantumNoise", found, *levels.of(model), like=rows, **kept)
-    if _hides_keys(node) and not invert:
-        found = _discard(builder, found, rows)
+    if not invert:
+        found = _discard(builder, found, rows, padded, _hides_keys(node))
     if shots != INFINITE:
         found = builder.ours("QuantumMeasure", found, seed, like=rows, shots=shots, layer=attribute(probabilities, "layer"))
     if invert:
         (model,) = models
         found = builder.ours("QuantumNoise", found, *levels.of(model), like=rows, inverse=1, **model.attributes)
-        found = builder.node("Slice", found, [0], builder.axes(rows, 3, 4), [3], like=rows, shape=rows.shape)
-        found = _seen(builder, found, rows)
+        found = _seen(builder, _keys(builder, found, rows), rows)
     output = _weighed(builder, found, present, q_heads is not None and q_heads == kv_heads)
     if joined:
         output = builder.transpose(output, [0, 2, 1, 3])
@@ -139,9 +140,18 @@ def _hides_keys(node: ir.Node) -> bool:
     return masked or window or bool(attribute(node, "is_causal", 0))
 
 
-def _discard(builder: Builder, noisy: ir.Value, rows: ir.Value) -> ir.Value:
-    """`noisy` without what lies on keys of probability 0, divided by what is left; zeros where nothing is."""
-    kept = _seen(builder, noisy, rows)
+def _keys(builder: Builder, found: ir.Value, rows: ir.Value) -> ir.Value:
+    """The states of all 2^q that stand for keys."""
+    return builder.node("Slice", found, [0], builder.axes(rows, 3, 4), [3], like=rows, shape=rows.shape)
+
+
+def _discard(builder: Builder, noisy: ir.Value, rows: ir.Value, padded: bool, hides_keys: bool) -> ir.Value:
+    """`noisy` without states that stand for no key and keys of probability 0, divided by what is left; zeros where nothing
+    is."""
+    if not (padded or hides_keys):
+        return noisy
+    kept = _keys(builder, noisy, rows) if padded else noisy
+    kept = _seen(builder, kept, rows) if hides_keys else kept
     total_shape = [*rows.shape[:3], 1]
     total = builder.node("ReduceSum", kept, [-1], like=rows, shape=total_shape, keepdims=1)
     some = builder.node("Cast", total, to=ir.DataType.BOOL.value, dtype=ir.DataType.BOOL, shape=total_shape)
