@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from qexport.errors import QexportError
+from qexport.errors import QexportError, UsageError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -70,6 +70,20 @@ def check_writable(target) -> None:
     folder = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.exists(parent))
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise QexportError(f"{target}: cannot be written, {folder} is no folder to write to; choose another place")
+
+
+def check_file(target: Path) -> None:
+    """check_writable for a file, whose folder has to be there.
+
+    Raises:
+        UsageError: a folder is there, or there is none for the file.
+        QexportError: the folder takes no new files.
+    """
+    if target.is_dir():
+        raise UsageError(f"{target}: a folder is there; give the name of a file")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"{target}: there is no folder {target.absolute().parent}; make it, or choose another")
+    check_writable(target)
 
 
 def _in_main_thread() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from qexport.arguments import whole
 from qexport.documents import make_document
 from qexport.errors import QexportError, UsageError
-from qexport.manifest import IR_VERSION, make_manifest
+from qexport.manifest import IR_VERSION, OPSET, make_manifest
 from qexport.progress import listener, portion
 
 OPSETS = (17, 24)
@@ -97,7 +97,7 @@ def convert(
     if kv_cache is not None:
         whole("kv_cache", kv_cache, 2)
     if opset is None:
-        opset = 23 if kv_cache is None else CACHE_OPSET
+        opset = OPSET if kv_cache is None else CACHE_OPSET
     if not OPSETS[0] <= whole("opset", opset) <= OPSETS[1]:
         raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
     if kv_cache is not None and opset < CACHE_OPSET:

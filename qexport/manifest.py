@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 
 IR_VERSION = 10
+OPSET = 23  # of converted models, where none is asked for and nothing needs a later one
 
 
 def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
@@ -20,7 +21,7 @@ def make_manifest(source, recipe, sites, left_alone, difference) -> dict:
         "schema_version": 1,
         "qexport_version": package_version("qexport"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": {"kind": source.kind, "name": source.name},
+        "source": {"kind": source.kind, "name": source.name, "task": source.task, "dtype": source.dtype},
         "recipe": recipe.to_dict() if recipe is not None else {},
         "opset": source.model.opset_imports[""],
         "ir_version": IR_VERSION,

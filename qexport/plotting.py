@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from qexport._swap import whole_file
+from qexport._swap import check_file, whole_file
 from qexport.arguments import as_path
 from qexport.errors import QexportError, UsageError
 
@@ -15,14 +15,13 @@ def check_plot(file) -> None:
     """Whether a picture can be drawn to `file`, before anything is measured for it.
 
     Raises:
-        UsageError: not a kind of picture that is drawn here, or a folder that is not there.
-        QexportError: matplotlib is not installed.
+        UsageError: not a kind of picture that is drawn here, a folder that is not there, or one in the file's place.
+        QexportError: the folder takes no new files, or matplotlib is not installed.
     """
     path = as_path("plot", file)
     if path.suffix not in KINDS:
         raise UsageError(f"{path}: a plot ends in {', '.join(KINDS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: no such folder {path.parent}")
+    check_file(path)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -41,11 +41,13 @@ def recipe_text(
 
 
 def percent(value: float | None) -> str:
-    """A relative error with two digits that count: 190 %, 4.1 %, 0.012 %, 3.2e-07."""
+    """A relative error or a loss with two digits that count: 190 %, 4.1 %, 0.012 %, -0.14 %, 3.2e-07."""
     if value is None:
         return "not finite"
     if value == 0:
         return "0"
+    if value < 0:
+        return f"-{percent(-value)}"
     if value >= 0.995:  # two digits of it are 100 %
         return f"{100 * value:.0f} %"
     return f"{value:.1e}" if value < 1e-5 else f"{100 * value:.2g} %"

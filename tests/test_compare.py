@@ -137,6 +137,26 @@ def test_every_kind_of_document(write, tmp_path):
         assert {figure["verdict"] for figure in figures.values()} == {SAME}
 
 
+def test_resilience_of_other_noise_is_another_question(write, tmp_path, qexport):
+    """And a loss below 0 is written as what it is."""
+    bundle = make_bundle(tmp_path / "bundle")
+    one, other = (
+        measure_resilience(bundle, noise=noise, levels=(0.1,), shots=(16,), seeds=2).to_dict()
+        for noise in ("depolarizing", "bit_flip")
+    )
+    with pytest.raises(UsageError, match="noise"):
+        compare(write("a.json", one), write("b.json", other))
+
+    def gained(document):
+        document["cells"][1]["loss"] |= {"mean": -0.0014, "ci95": [-0.0041, 0.0013]}
+
+    code, out, _ = qexport("compare", write("a.json", one, gained), write("b.json", one), "-v")
+    assert (code, "-0.14 % (-0.41 % to 0.13 %)" in out) == (3, True)
+    strict = write("c.json", one, lambda document: document["settings"].update(tolerance=0.5))
+    names = {figure["name"] for figure in compare(strict, strict).figures}
+    assert not any("threshold" in name and "loss 1 %" in name for name in names)
+
+
 def test_a_larger_error_is_worse(write, documents, qexport):
     a = write("a.json", documents["validate"])
     b = write("b.json", documents["validate"], lambda d: scaled(d["outputs"]["library"]["hidden"], 3))

@@ -32,6 +32,10 @@ def test_arguments_win_and_a_goal_replaces_the_other(tmp_path):
     assert (found.ratio, found.max_drop, found.methods, found.heal) == (None, 0.02, ("fp16", "int4"), 7)
     assert settings(path, ratio=3).ratio == 3
     assert settings({"compress": {"max_drop": 0.1}}, ratio=3).max_drop is None
+    both = settings({"compress": {"ratio": 3, "max_drop": 0.1, "products": "int8"}}, ratio=4)  # which may have both
+    assert (both.ratio, both.max_drop) == (4, 0.1)
+    one = settings({"compress": {"ratio": 3, "max_drop": 0.1, "products": "int8"}}, ratio=4, products="float")
+    assert (one.ratio, one.max_drop) == (4, None)
 
 
 def test_a_recipe_samples_attention_where_it_says_how():

@@ -197,6 +197,33 @@ def test_the_commands_of_the_page_are_valid(made, bundle):
     assert parsed["report"]["bundle"] == str(bundle)
 
 
+COMPRESSED = {"settings": {"ratio": 3.0}, "metric": {"name": "top1"}}
+FITTED = {"source": "40 texts of texts.txt", "batch": 4, "seq": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"convert": {"opset": None, "task": None, "dtype": None, "kv_cache": None}}),
+        ({"opset": 22, "source": {"kind": "huggingface", "name": "m", "task": "causal-lm", "dtype": "float16"}},
+         {"convert": {"opset": 22, "task": "causal-lm", "dtype": "float16"}}),
+        ({"opset": 24, "kv_cache": {"length": 48}}, {"convert": {"opset": None, "kv_cache": 48}}),
+        ({"compression": COMPRESSED | {"of_bundle": False, "data": FITTED}},
+         {"compress": {"data": "texts.txt", "batch": 4, "seq": None, "metric": "top1", "config": "recipe.yaml"}}),
+        ({"opset": 20, "compression": COMPRESSED | {"of_bundle": True, "data": FITTED | {"source": "stored samples"}}},
+         {"convert": {"output": "converted", "opset": 20}, "compress": {"model": "converted", "data": None}}),
+    ],
+)  # fmt: skip
+def test_the_commands_make_the_same_model(made, bundle, changes, expected):
+    """With the options that the model was converted and compressed with."""
+    lines = reproduce(made[0].to_dict(), Bundle.open(bundle).manifest | changes).split("\n")
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("qexport ")]
+    makers = {name: parsed_options(name, words) for name, *words in commands if name in ("convert", "compress")}
+    assert makers.keys() == expected.keys()
+    for name, options in expected.items():
+        assert {key: makers[name][key] for key in options} == options
+
+
 def test_the_commands_ask_for_the_same_providers(made, bundle):
     found, manifest = copy.deepcopy(made[0].to_dict()), Bundle.open(bundle).manifest
     for document in (found, *(found["parts"][name] for name in ("validate", "profile", "scaling"))):

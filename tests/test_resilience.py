@@ -16,6 +16,7 @@ from qexport.data import load_inputs
 from qexport.errors import QexportError, UsageError
 from qexport.noise.model import NoiseModel, parse_channels
 from qexport.resilience.cells import make_cell
+from qexport.resilience.plot import draw
 from qexport.resilience.threshold import ABOVE, BELOW, WITHIN, crossing, threshold
 from qexport.runtime import run
 from qexport.validation.statistics import confidence_interval
@@ -239,7 +240,13 @@ def test_a_bundle_of_an_older_opset(tmp_path):
         ({"seeds": 0}, r"seeds must be >= 1, got 0"),
         ({"tolerance": 0.0}, r"tolerance must be a positive number, .* got 0"),
         ({"shots": []}, r"shots must name at least one"),
-        ({"shots": [0]}, r"shots must be whole numbers from 1 to 2147483647, or inf, got 0"),
+        ({"shots": [0]}, r"shots must be >= 1, got 0"),
+        ({"shots": [2**31]}, r"shots must be whole numbers from 1 to 2147483647, or inf, got 2147483648"),
+        ({"shots": [True]}, r"shots must be a whole number, got True"),
+        (
+            {"noise": [NoiseModel("depolarizing", 0.5)]},
+            r"noise has its levels from `levels` here, got depolarizing:0.5; give",
+        ),
         ({"noise": "depolarizing:0.1"}, r"levels from --levels here, got 'depolarizing:0.1'; write --noise depolarizing"),
         ({"noise": "depolarizing:much"}, r"noise settings must be NAME=VALUE of"),
         ({"noise": "kraus"}, r"channel must be one of depolarizing, .*, readout, got 'kraus'"),
@@ -283,6 +290,9 @@ def test_the_command_its_table_and_its_picture(encoder, tmp_path, capsys):
     code, out, _ = qexport(*options, "--json")
     found = json.loads(out)
     assert (code, found["schema"], len(found["cells"])) == (0, "qexport.resilience", 2 * 2 * 3)
+    found["cells"][1]["loss"] = {"mean": None, "ci95": [None, None], "per_seed": [None, None]}
+    draw(found, tmp_path / "gap.svg")  # where a model gave no numbers
+    assert "<!-- loss of cosine, % -->" in (tmp_path / "gap.svg").read_text()
     code, out, err = qexport("--levels", "0.1,2")
     assert (code, out) == (2, "")
     assert err.startswith("qexport: error: noise depolarizing at level 2 is refused:")

@@ -249,10 +249,13 @@ def test_activations_are_heads_of_the_file(heads):
         (["--threads", "99999"], ["threads must be at most", "got 99999; lower it"]),
         (["--seconds", "0"], ["seconds must be a positive number, got 0.0"]),
         (["--plot", "picture.jpeg"], ["picture.jpeg: a plot ends in .png, .svg, .pdf"]),
-        (["--plot", "nowhere/picture.png"], ["no such folder nowhere"]),
+        (["--plot", "nowhere/picture.png"], ["there is no folder"]),
+        (["--plot", "folder.png"], ["folder.png: a folder is there"]),
     ],
 )
-def test_what_is_wrong_is_one_line(heads, options, words):
+def test_what_is_wrong_is_one_line(heads, options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     done = CliRunner().invoke(command, ["--activations", str(heads), *options])
     assert isinstance(done.exception, UsageError)
     assert "\n" not in str(done.exception)
@@ -289,6 +292,18 @@ def test_no_matplotlib_is_said_before_anything_is_measured(monkeypatch, tmp_path
     monkeypatch.setattr(scaling, "entries", lambda causal, where: pytest.fail("measured"))
     with pytest.raises(QexportError, match=r"needs matplotlib: pip install 'qexport\[plot\]'"):
         sweep([4], plot=tmp_path / "a.png")
+
+
+def test_figures_that_are_missing_are_not_drawn(tmp_path):
+    """Memory behind CUDA is not measured, errors of values of 0 are not finite."""
+    found = sweep([16, 32], heads=1, strategies=["exact"], seconds=60.0).to_dict()
+    for contender in found["contenders"]:
+        for row in contender["lengths"]:
+            row |= {"memory_bytes": None, "error_mean": None, "bound": None}
+    plot.draw(found, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn.count(": no figures -->") == 2
+    assert "<!-- time of a call, ms -->" in drawn
 
 
 def test_command_prints_and_draws(tmp_path):

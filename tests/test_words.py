@@ -10,6 +10,7 @@ from qexport.words import percent, recipe_text
     [
         (None, "not finite"),
         (0, "0"),
+        (-0.0014, "-0.14 %"),
         (3.2e-7, "3.2e-07"),
         (0.041, "4.1 %"),
         (0.994, "99 %"),

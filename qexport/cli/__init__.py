@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from qexport import __version__
+from qexport._swap import terminate_as_exception
 from qexport.errors import QexportError
 
 # Exit code of a command whose result does not hold what was asked for.
@@ -239,7 +240,8 @@ def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     verbose = any(word in ("-v", "--verbose") for word in argv)
     try:
-        code = cli.main(argv, prog_name="qexport", standalone_mode=False)
+        with terminate_as_exception():
+            code = cli.main(argv, prog_name="qexport", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:

@@ -23,7 +23,7 @@ def show_compression(report, verbose: bool) -> None:
     errors = {name: entry["relative_error"] for name, entry in found["outputs"].items()}
     rows = [
         ("file", f"{size['before'] / 1e6:.2f} MB", f"{size['after'] / 1e6:.2f} MB", f"{size['ratio']:.2f} x smaller"),
-        (metric["name"], f"{metric['classical']:.5g}", f"{metric['figure']:.5g}", f"loss {_loss(metric['loss'])}"),
+        (metric["name"], f"{metric['classical']:.5g}", f"{metric['figure']:.5g}", f"loss {percent(metric['loss'])}"),
         *((f"error of {name}", "", "", percent(error)) for name, error in errors.items()),
         *_profile_rows(found["profile"]),
     ]
@@ -31,10 +31,6 @@ def show_compression(report, verbose: bool) -> None:
     if not found["passed"]:
         click.echo("\n".join(f"FAILED: {reason}" for reason in found["reasons"]))
     click.echo(f"next: qexport validate {quote(found['path'])}")
-
-
-def _loss(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{100 * loss:.2g} %" if loss < 0 else percent(loss)
 
 
 def _show_weights(layers: list[dict], verbose: bool) -> None:

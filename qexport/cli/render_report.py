@@ -56,7 +56,7 @@ def _figure(value: float | None, interval: list | None, unit: str) -> str:
     }.get(unit, lambda x: f"{x:.3g}")
     if value is None:
         return "not finite"
-    ends = [write(max(0, end)) for end in interval or []]
+    ends = [write(end) for end in interval or []]
     return write(value) + (f" ({' to '.join(ends)})" if set(ends) - {write(value)} else "")
 
 

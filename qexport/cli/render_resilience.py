@@ -50,8 +50,7 @@ def _share(summary: dict) -> str:
     mean, interval = summary["mean"], summary["ci95"]
     if mean is None:
         return "not finite"
-    text = f"{100 * mean:.2g} %" if mean < 0 else percent(mean)
-    return f"{text} ± {percent((interval[1] - interval[0]) / 2)}" if interval else text
+    return f"{percent(mean)} ± {percent((interval[1] - interval[0]) / 2)}" if interval else percent(mean)
 
 
 def _number(summary: dict) -> str:

@@ -123,7 +123,7 @@ def _figures(name: str, before: Part, after: Part, threshold: float, notes: list
                 "after": new.value,
                 "before_interval": old.interval,
                 "after_interval": new.interval,
-                "change": new.value / old.value - 1 if old.value and new.value is not None else None,
+                "change": new.value / old.value - 1 if (old.value or 0) > 0 and new.value is not None else None,
                 "verdict": verdict,
             }
         )

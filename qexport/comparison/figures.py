@@ -170,14 +170,15 @@ def _compress(document: dict) -> Part:
 
 
 def _resilience(document: dict) -> Part:
-    metric = document["metric"]
-    part = Part({"metric": (metric["name"], metric["output"]), "attentions": document["sites"]}, terms=_data(document))
+    metric, settings = document["metric"], document["settings"]
+    same = {"metric": (metric["name"], metric["output"]), "attentions": document["sites"], "noise": settings["noise"]}
+    part = Part(same, terms=_data(document))
     for cell in document["cells"]:
         where = f"{cell['mitigation']}, {cell['shots']} shots, level {cell['level']:g}"
         for key, words in (("loss", "loss"), ("output_error", "output error")):
             part.add(f"{words} of {where}", cell[key]["mean"], ERRORS, "share", cell[key]["ci95"], floor=ROUNDING)
     for found in document["thresholds"]:
-        where = f"{found['mitigation']}, {found['shots']} shots"
+        where = f"{found['mitigation']}, {found['shots']} shots, loss {100 * settings['tolerance']:g} %"
         if found["level"] is not None:
             interval = found["level_ci95"]
             part.add(f"threshold of {where}", found["level"], ERRORS, "level", interval, lower_is_better=False)

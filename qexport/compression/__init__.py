@@ -163,6 +163,8 @@ def compress(
             "compression": finite(
                 {
                     "settings": settings.model_dump(mode="json", exclude_none=True),
+                    "of_bundle": source is None,
+                    "data": {"source": inputs.source, "batch": batch, "seq": seq},
                     "size": result.size,
                     "metric": figures,
                     "output_errors": {name: entry["relative_error"] for name, entry in result.outputs.items()},

@@ -11,6 +11,7 @@ from qexport.bundle import MANIFEST, Bundle
 from qexport.compression.layers import SMALLEST
 from qexport.conversion import OPSETS, write_models
 from qexport.errors import QexportError, UsageError
+from qexport.manifest import OPSET
 from qexport.progress import portion
 from qexport.recipe import Recipe
 
@@ -42,7 +43,7 @@ def open_model(
         return _copied(bundle, folder), None, []
     from qexport.sources.opening import open_source
 
-    opset = 23 if opset is None else opset
+    opset = OPSET if opset is None else opset
     if not OPSETS[0] <= whole("opset", opset) <= OPSETS[1]:
         raise UsageError(f"opset must be between {OPSETS[0]} and {OPSETS[1]}, got {opset}")
     source = open_source(model, opset=opset, task=task, say=portion(say, 0.0, 0.5))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qexport.recipe import Recipe, make_recipe
-from qexport.recipe_compression import Compression
+from qexport.recipe_compression import FLOAT_PRODUCTS, Compression
 
 MAX_DROP = 0.01
 
@@ -22,8 +22,10 @@ def resolve(recipe, **overrides) -> tuple[Recipe | None, Compression]:
     resolved = make_recipe(recipe, where=where)
     given = {key: value for key, value in overrides.items() if value is not None}
     present = resolved.compress.model_dump(exclude_none=True) if resolved.compress else {}
-    if given.keys() & {"ratio", "max_drop"}:
-        present = {key: value for key, value in present.items() if key not in ("ratio", "max_drop")}
+    if (present | given).get("products", FLOAT_PRODUCTS) == FLOAT_PRODUCTS:  # which may have one of the two
+        for one, other in (("ratio", "max_drop"), ("max_drop", "ratio")):
+            if one in given:
+                present.pop(other, None)
     settings = make_recipe({"compress": present | given}, where="arguments").compress
     if settings.ratio is None and settings.max_drop is None:
         settings = settings.model_copy(update={"max_drop": MAX_DROP})

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from qexport.arguments import as_seed, check_tensors
+from qexport.arguments import as_seed, check_tensors, whole
 from qexport.errors import UsageError
 from qexport.hardware.circuit import rotations
 from qexport.hardware.noise import check_noise
@@ -118,8 +118,7 @@ class RowBackend(ABC):
             UsageError: rows, shots, noise or a basis that is refused.
         """
         check_basis(basis)
-        if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
-            raise UsageError(f"shots must be an integer >= 1, got {shots!r}")
+        shots = whole("shots", shots)
         noise = as_models(noise)
         if noise and self.device is not None:
             words = ", ".join(model.channel for model in noise)

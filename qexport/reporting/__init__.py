@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import __version__
-from qexport._swap import check_writable, whole_file
+from qexport._swap import check_file, whole_file
 from qexport.arguments import as_path, several
 from qexport.bundle import Bundle
 from qexport.data import load_inputs
@@ -127,10 +127,7 @@ def _check_output(output) -> Path:
     target = as_path("output", output)
     if target.suffix not in (".html", ".htm"):
         raise UsageError(f"{target}: the page is an .html file; call it so")
-    folder = target.absolute().parent
-    if target.is_dir() or not folder.is_dir():
-        raise UsageError(f"{target}: {'a folder is there' if target.is_dir() else f'there is no folder {folder}'}")
-    check_writable(target)
+    check_file(target)
     return target
 
 

@@ -4,6 +4,8 @@ import io
 import re
 import shlex
 
+from qexport.kv_cache import OPSET as CACHE_OPSET
+from qexport.manifest import OPSET
 from qexport.providers import option_words
 from qexport.reporting.parts import MEASURED, lengths
 
@@ -41,11 +43,8 @@ def reproduce(report: dict, manifest: dict) -> str:
     """Everything in the order in which it was made, as a script for a shell."""
     parts, bundle = report["parts"], report["bundle"]
     lines = [f"# {_versions(report, manifest)}"]
-    source = manifest.get("source") or {"kind": "model", "name": "MODEL"}
-    made = "compress" if manifest.get("compression") else "convert"
     lines += [
-        f"# {source['kind']}: {source['name']}; the recipe is above",
-        _command(made, source["name"], "-o", bundle, "--config", "recipe.yaml"),
+        *_made(manifest, bundle),
         f"sha256sum {shlex.quote(bundle + '/model.onnx')}  # {parts['inspect']['sha256']}",
     ]
     if "validate" in parts:
@@ -61,6 +60,32 @@ def reproduce(report: dict, manifest: dict) -> str:
     words = [*data, *option_words(report["settings"]), *reused, *skipped]
     lines.append(_command("report", bundle, "-o", report["output"] or "report.html", *words))
     return "\n".join(lines)
+
+
+def _made(manifest: dict, bundle: str) -> list[str]:
+    """What made the bundle: convert, compress, or one after the other."""
+    source, compression = manifest.get("source") or {"kind": "model", "name": "MODEL"}, manifest.get("compression")
+    lines, model = [f"# {source['kind']}: {source['name']}; the recipe is above"], source["name"]
+    cache = manifest.get("kv_cache")
+    asked = {
+        "--opset": manifest["opset"] if manifest["opset"] != (OPSET if cache is None else CACHE_OPSET) else None,
+        "--task": source.get("task"),
+        "--dtype": source.get("dtype"),
+        "--kv-cache": cache["length"] if cache else None,
+    }
+    options = [word for option, value in asked.items() if value is not None for word in (option, value)]
+    if not compression:
+        return [*lines, _command("convert", model, "-o", bundle, "--config", "recipe.yaml", *options)]
+    recipe = "recipe.yaml"
+    if compression.get("of_bundle"):
+        lines.append(_command("convert", model, "-o", "converted", "--config", recipe, *options))
+        lines.append("# compress.yaml: the key `compress` of the recipe")
+        model, recipe, options = "converted", "compress.yaml", []
+    data = compression.get("data", {"source": "stored samples"})
+    for option in ("batch", "seq"):
+        options += [f"--{option}", data[option]] if data.get(option) else []
+    words = ["compress", model, "-o", bundle, "--config", recipe, *_data(data), "--metric", compression["metric"]["name"]]
+    return [*lines, *_inputs(data), _command(*words, *options)]
 
 
 def _command(*words) -> str:
@@ -92,8 +117,12 @@ def _validate(checked: dict, bundle: str) -> list[str]:
             words += ["--max-error", f"{limit:g}" if limit <= 1 else f"{100 * limit:g}%"]  # a bare 2 could mean 2 %
     words += option_words(checked.get("settings", {}))
     line = _command(*words, "--json") + " > validate.json"
-    known = checked["data"]["source"] == "stored samples" or _data(checked["data"])
-    return [line] if known else [f"# inputs: {checked['data']['source']}", line]
+    return [*_inputs(checked["data"]), line]
+
+
+def _inputs(data: dict) -> list[str]:
+    """A remark on inputs that no option names."""
+    return [] if data["source"] == "stored samples" or _data(data) else [f"# inputs: {data['source']}"]
 
 
 def _profile(timed: dict, bundle: str) -> str:

@@ -162,9 +162,11 @@ def _cells(models, levels, shots, mitigation, seeds: int, tolerance: float) -> l
     for name, given in (("levels", levels), ("shots", shots), ("mitigation", mitigation)):
         if not several(name, given):
             raise UsageError(f"{name} must name at least one")
-    for number in shots:
-        if number != INFINITE and not (isinstance(number, int) and 1 <= number < 2**31):
-            raise UsageError(f"shots must be whole numbers from 1 to {2**31 - 1}, or {INFINITE}, got {number!r}")
+    if raised := next((model for model in models if model.level), None):
+        raise UsageError(f"noise has its levels from `levels` here, got {raised}; give the model level 0")
+    shots = [number if number == INFINITE else whole("shots", number) for number in shots]
+    if most := next((number for number in shots if number != INFINITE and number >= 2**31), None):
+        raise UsageError(f"shots must be whole numbers from 1 to {2**31 - 1}, or {INFINITE}, got {most}")
     levels = sorted({0.0, *(real("levels", level) for level in levels)})
     return [
         make_cell(method, models, level, number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from qexport.plotting import COLOURS, figure_in
 from qexport.words import plural
 
@@ -58,12 +60,15 @@ def _lines(report: dict):
 
 
 def _band(axis, cells: list[dict], key: str, look: dict) -> None:
-    """The means in percent with their intervals."""
+    """The means in percent with their intervals; gaps where the model gave no numbers."""
     levels = [cell["level"] for cell in cells]
-    axis.plot(levels, [100 * cell[key]["mean"] for cell in cells], **look)
-    intervals = [cell[key]["ci95"] or [cell[key]["mean"]] * 2 for cell in cells]
-    low, high = zip(*intervals, strict=True)
-    axis.fill_between(levels, [100 * x for x in low], [100 * x for x in high], color=look["color"], alpha=0.15, lw=0)
+    axis.plot(levels, _percents(cell[key]["mean"] for cell in cells), **look)
+    low, high = zip(*(cell[key]["ci95"] or [cell[key]["mean"]] * 2 for cell in cells), strict=True)
+    axis.fill_between(levels, _percents(low), _percents(high), color=look["color"], alpha=0.15, lw=0)
+
+
+def _percents(shares) -> list[float]:
+    return [math.nan if share is None else 100 * share for share in shares]
 
 
 def _scales(axis, levels: list[float], title: str, linear: float) -> None:

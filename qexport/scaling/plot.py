@@ -95,16 +95,20 @@ def _scales(axis, lengths: list[int], title: str) -> None:
     """Logarithmic axes whose ticks are the lengths that were measured."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axis.set_title(title)
+    measured = any(len(line.get_xdata()) for line in axis.lines)  # memory is not, behind CUDA
+    axis.set_title(title if measured else f"{title}: no figures")
     axis.set_xlabel("queries and keys")
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.25, lw=0.5)
+    if not measured:
+        axis.set_yticks([])
+        return
+    axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(numticks=12))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.25, lw=0.5)
 
 
 def _exponent_text(fit: dict | None) -> str:

@@ -30,6 +30,12 @@ def open_source(
         QexportError: the source is none of the four kinds, or cannot be read or exported.
     """
     say("reading the model", 0.0)
+    source = _front_end(model, opset, dtype, task, positions, say)
+    source.task, source.dtype = task, dtype
+    return source
+
+
+def _front_end(model, opset: int, dtype: str | None, task: str | None, positions: bool, say) -> Source:
     if not isinstance(model, str | os.PathLike):
         raise UsageError(
             f"model must be a path or the name of a callable, got {type(model).__name__}; for a torch module write a "

@@ -34,7 +34,7 @@ class Source:
     the source itself computes for them (None: it could not be run). `limits` gives the largest size of dynamic axes,
     `tokenizer` the text of a tokenizer.json, `stop_tokens` the ids that end a text. `cache` is a
     `qexport.kv_cache.KVCache` once the model has one. `notes` are remarks for the report. `runnable` is a
-    `qexport.sources.runnable.Runnable` where the model comes from a torch module.
+    `qexport.sources.runnable.Runnable` where the model comes from a torch module. `task` and `dtype` are what was asked for.
     """
 
     kind: str
@@ -49,3 +49,5 @@ class Source:
     cache: object = None
     notes: list[str] = field(default_factory=list)
     runnable: object = None
+    task: str | None = None
+    dtype: str | None = None

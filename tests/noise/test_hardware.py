@@ -232,8 +232,8 @@ P = torch.full((2, 32), 1 / 32)
     ("p", "shots", "noise", "basis", "message"),
     [
         (P, 10, (), "y", "basis must be one of z, x, got 'y'"),
-        (P, 0, (), "z", "shots must be an integer >= 1, got 0"),
-        (P, 1.5, (), "z", r"shots must be an integer >= 1, got 1\.5"),
+        (P, 0, (), "z", "shots must be >= 1, got 0"),
+        (P, 1.5, (), "z", r"shots must be a whole number, got 1\.5"),
         (2 * P, 10, (), "z", r"\[hardware\] probabilities must sum to 1 within 0\.0001, row 0 is off by 1"),
         (P, 10, (NoiseModel("bit_flip", 2.0),), "z", r"level must be in 0 to 1, got 2"),
         (
