@@ -129,8 +129,8 @@ void check_attributes(const QuantumAttentionAttributes& a) {
   check_range("layer", a.layer, 0, UINT32_MAX);
   check_range("is_causal", a.is_causal, 0, 1);
   check_range("qk_matmul_output_mode", a.qk_matmul_output_mode, 0, 3);
-  check_range("left_window_size", a.left_window_size, -1, INT32_MAX);
-  check_range("right_window_size", a.right_window_size, -1, INT32_MAX);
+  check_range("left_window_size", a.left_window_size, -1, INT64_MAX);
+  check_range("right_window_size", a.right_window_size, -1, INT64_MAX);
   if (!(a.softcap >= 0.0f) || std::isinf(a.softcap))
     fail("softcap must be >= 0 and finite, got " + std::to_string(a.softcap));
   if (a.has_scale && !std::isfinite(a.scale)) fail("scale must be finite, got " + std::to_string(a.scale));
@@ -219,8 +219,8 @@ QuantumAttentionCall resolve_call(const QuantumAttentionAttributes& a, const Qua
                  in.seed,
                  a.has_scale ? a.scale : static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.size))),
                  a.softcap > 0.0f ? std::clamp(a.softcap, kLeastCap, kMostCap) : 0.0f,
-                 a.left_window_size,
-                 a.right_window_size,
+                 std::min<int64_t>(a.left_window_size, INT32_MAX),  // no more keys are taken
+                 std::min<int64_t>(a.right_window_size, INT32_MAX),
                  a.qk_matmul_output_mode,
                  in.q.type,
                  q.batch,

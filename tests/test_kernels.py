@@ -9,6 +9,7 @@ from instruction_sets import ISAS, run_on
 
 from qexport import _core
 from qexport.ops import QUANTUM_ATTENTION
+from qexport.ops.strategies import STRATEGIES
 
 # Rows: one, the few that decoding takes, the border of that, of a vector, of a block. Keys: the borders of a tile of 128.
 ROWS = (1, 2, 5, 6, 16, 33, 64, 65)
@@ -100,6 +101,24 @@ def test_any_number_of_valid_keys(rows, window, valid, like):
     found, expected = (_core.quantum_attention(q, k, v, None, None, None, [n], **options)[0] for n in (valid, like))
     np.testing.assert_array_equal(found, expected)
     assert expected.any() == (window == "right_window_size" and like > 0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", [(0, 2, 40, 8), (1, 0, 40, 8), (1, 2, 0, 8)])
+def test_an_empty_call_has_an_empty_output(strategy, shape):
+    """Also where a strategy would share its budget out among the heads."""
+    attributes = QUANTUM_ATTENTION.resolve({"strategy": strategy, "num_samples": [16]})
+    options = {name: value for name, value in attributes.items() if value is not None}
+    k = np.zeros((shape[0], 2, 300, 8), np.float32)
+    assert _core.quantum_attention(np.zeros(shape, np.float32), k, k, **options)[0].shape == shape
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**62])
+def test_a_window_that_is_wider_than_all_keys(window):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 8), dtype=np.float32) for n in (40, 100, 100))
+    found = run(q, k, v, None, False, left_window_size=window, right_window_size=window)
+    np.testing.assert_array_equal(found, run(q, k, v, None, False))
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -245,7 +245,7 @@ def test_a_bundle_of_an_older_opset(tmp_path):
         ({"shots": [True]}, r"shots must be a whole number, got True"),
         (
             {"noise": [NoiseModel("depolarizing", 0.5)]},
-            r"noise has its levels from `levels` here, got depolarizing:0.5; give",
+            r"noise has its levels from `levels` here, got depolarizing:0.5;",
         ),
         ({"noise": "depolarizing:0.1"}, r"levels from --levels here, got 'depolarizing:0.1'; write --noise depolarizing"),
         ({"noise": "depolarizing:much"}, r"noise settings must be NAME=VALUE of"),

@@ -208,6 +208,7 @@ void run_tiles(const AttentionJob& job, int64_t first_place, int64_t places, Blo
 
 bool tree_applies(const AttentionJob& job) {
   const QuantumAttentionParams& p = job.params;
+  if (p.batch * p.q_heads == 0) return false;  // no head has a budget
   const auto tolerance = static_cast<double>(p.error_tolerance), keys = static_cast<double>(job.total_len);
   const bool tiles = kernels().tiles && p.precision != Precision::fp32;
   const double fewest = tiles ? kKeysForToleranceOnTiles : kKeysForTolerance;

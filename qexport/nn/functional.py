@@ -81,6 +81,8 @@ def seed_argument(seed):
 def attend(Q, K, V, attn_mask, seed, backend: str, dropout_p: float, need_weights: bool, attributes: dict):
     """(output, weights or None) of `quantum_attention` with all attributes of the op, checked already."""
     need_weights = bool(need_weights)
+    if attn_mask is not None and attn_mask.shape[-1:] in ((), (1,)):  # the op takes a short mask for one of the first keys
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], K.shape[-2])
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, Q.dtype) and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(Q.dtype)
     if _is_plain(Q, K, V, attn_mask):

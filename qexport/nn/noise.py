@@ -115,15 +115,15 @@ def _inputs(rows, level, optional: dict) -> list:
 
 def _reference_noise(probabilities, level, *inputs, **attributes):
     noisy, leak = quantum_noise_ref(probabilities, level, *inputs, **attributes)
-    return noisy, leak.to(level.dtype)
+    return noisy.contiguous(), leak.to(level.dtype)
 
 
 def _reference_measure(probabilities, seed, **attributes):
-    return (quantum_measure_ref(probabilities, int(seed), **attributes),)
+    return (quantum_measure_ref(probabilities, int(seed), **attributes).contiguous(),)
 
 
 def _no_noise(probabilities, level, *_):
-    return probabilities.clone(), level.new_zeros(probabilities.shape[:-1])
+    return probabilities.clone(memory_format=torch.contiguous_format), level.new_zeros(probabilities.shape[:-1])
 
 
 def _overlap_without_noise(queries, keys, level, *_):
@@ -179,9 +179,14 @@ def _differentiable(spec, fake, reference, exact):
             leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
             outputs = exact(*leaves) if was_exact else reference(*leaves, **attributes)
             given = [x for x in leaves if x is not None]
+            # What does not depend on any input, as the leak of a row of one number, has no gradient to hand on.
+            outputs, grads = zip(
+                *((x, grad) for x, grad in zip(outputs, grads, strict=True) if x.requires_grad), strict=True
+            )
             found = iter(torch.autograd.grad(outputs, given, grads, allow_unused=True, materialize_grads=True))
-        # An operator returns no alias of an input, and no None.
-        return [tensors[0].new_empty(0) if x is None else next(found).contiguous() for x in tensors]
+        # An operator returns no alias of an input, as the gradient of the identity is one of `grads`, and no None.
+        layout = {"memory_format": torch.contiguous_format}
+        return [tensors[0].new_empty(0) if x is None else next(found).clone(**layout) for x in tensors]
 
     def setup_context(ctx, inputs, output):
         tensors, _ = split_values(spec, inputs)
@@ -207,7 +212,7 @@ def _differentiable(spec, fake, reference, exact):
     operator.register_fake(lambda *values: fake(*values)[0] if single else fake(*values))
     differentiate.register_fake(
         lambda grads, was_exact, *values: [
-            values[0].new_empty(0 if x is None else x.shape) for x in split_values(spec, values)[0]
+            values[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in split_values(spec, values)[0]
         ]
     )
     operator.register_autograd(gradient, setup_context=setup_context)
@@ -216,7 +221,7 @@ def _differentiable(spec, fake, reference, exact):
 
 _noise = _differentiable(
     QUANTUM_NOISE,
-    lambda probabilities, level, *_: (torch.empty_like(probabilities), level.new_empty(probabilities.shape[:-1])),
+    lambda rows, level, *_: (rows.new_empty(rows.shape), level.new_empty(rows.shape[:-1])),
     _reference_noise,
     _no_noise,
 )
@@ -231,24 +236,25 @@ _overlap = _differentiable(
 @torch.library.custom_op("qexport::quantum_measure", mutates_args=(), schema=f"({_schema(QUANTUM_MEASURE)}) -> Tensor")
 def _measure(probabilities, seed, *values):
     if is_exact():
-        return probabilities.clone()
+        return probabilities.clone(memory_format=torch.contiguous_format)
     _, attributes = split_values(QUANTUM_MEASURE, (probabilities, seed, *values))
     return _computed(QUANTUM_MEASURE, (probabilities, seed), attributes, _reference_measure)[0]
 
 
 @_measure.register_fake
 def _(probabilities, seed, *values):
-    return torch.empty_like(probabilities)
+    return probabilities.new_empty(probabilities.shape)
 
 
 def _keep_rows(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output)
-    ctx.others = len(inputs) - 1
+    ctx.exact, ctx.others = is_exact(), len(inputs) - 1
 
 
 def _measured_gradient(ctx, grad):
     p, frequencies = ctx.saved_tensors
-    return grad * frequencies / p.masked_fill(p == 0, 1), *[None] * ctx.others
+    given = grad if ctx.exact else grad * frequencies / p.masked_fill(p == 0, 1)
+    return given, *[None] * ctx.others
 
 
 _measure.register_autograd(_measured_gradient, setup_context=_keep_rows)

@@ -161,7 +161,7 @@ def _estimate(p, V, allowed, nonpad, seed, a, dropout_p=0.0):
         # Heads of other settings are other layers (qexport.nn), and must not drop alike; at a place where nothing is drawn.
         word = philox4x32(seed, a["layer"], *torch.full((3,), -1))[0]
         generator = torch.Generator(p.device).manual_seed(int(word))
-        kept = (torch.rand(p.shape, generator=generator, device=p.device) >= dropout_p) / (1 - dropout_p)
+        kept = (torch.rand(p.shape, generator=generator, device=p.device) >= dropout_p) / ((1 - dropout_p) or 1.0)
     if a["strategy"] in BLOCKWISE or p.numel() == 0:
         return (p if kept is None else p * kept) @ V
     valid = torch.full((p.shape[0],), p.shape[-1], device=p.device) if nonpad is None else nonpad

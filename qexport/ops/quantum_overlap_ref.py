@@ -51,7 +51,7 @@ def _states(rows, d):
     """Rows (..., size) as float64 amplitudes (..., d) of norm one; rows of zeros stay so."""
     rows = torch.nn.functional.pad(rows.double(), (0, d - rows.shape[-1]))
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(norm > 0, rows / norm, 0)
+    return rows / norm.masked_fill(norm == 0, 1)  # a division by 0, even one that is not taken, has no gradient
 
 
 def _check_shapes(queries, keys):

@@ -98,3 +98,26 @@ def test_need_weights_is_a_truth():
     assert len(quantum_attention(q, q, q, need_weights="yes")) == 2
     with torch.no_grad():
         assert QuantumMultiheadAttention(WIDTH, HEADS)(x, x, x, need_weights="yes")[1].shape == (2, 5, 5)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (1, 2, 3, 1), (3, 7), (2, 1, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_broadcast_as_torchs(backend, grad, shape, dtype):
+    """Along the keys, too, where the op itself takes a short mask for one of the first keys."""
+    q, k, v = (rows(2, 2, n, 8) for n in (3, 7, 7))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    mask = mask < 0.7 if dtype == torch.bool else mask
+    found = quantum_attention(q.clone().requires_grad_(grad), k, v, mask, strategy="exact", backend=backend)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, mask.expand(2, 2, 3, 7)).nan_to_num()
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "stratified"])
+def test_dropping_everything_leaves_nothing(strategy):
+    q = rows(1, 2, 3, 4).requires_grad_()
+    found = quantum_attention(q, q, q, strategy=strategy, dropout_p=1.0)
+    found.sum().backward()
+    assert (found == 0).all()
+    assert (q.grad == 0).all()

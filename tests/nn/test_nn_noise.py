@@ -56,6 +56,32 @@ def test_overlap_has_the_gradient_of_its_closed_form():
         assert torch.autograd.gradcheck(lambda *x, channel=channel: quantum_overlap(*x, channel=channel), (q, k, level))
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_state_of_zeros_overlaps_with_nothing_and_has_a_gradient(scope):
+    """That of padding, which must not reach the weights in front of it."""
+    q = leaf(torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]]))
+    found = quantum_overlap(q, torch.randn(3, 4), 0.1, scope=scope)
+    assert (found[1] == 0).all()
+    found.sum().backward()
+    assert q.grad[0].abs().sum() > 0
+    assert (q.grad[1] == 0).all()
+
+
+def test_exact_attention_has_the_gradient_of_the_identity():
+    p, level, g = leaf(torch.tensor([[0.5, 0.5, 0.0]])), leaf(torch.tensor(0.1)), torch.tensor([1.0, 2.0, 3.0])
+    with exact_attention():
+        noisy, leak = quantum_noise(p, level)
+        ((quantum_measure(noisy, 1) * g).sum() + leak.sum()).backward()
+    assert p.grad.tolist() == [[1.0, 2.0, 3.0]]
+    assert level.grad == 0
+
+
+def test_a_row_of_one_number_has_a_gradient():
+    p = leaf(torch.ones(3, 1))
+    sum(x.sum() for x in quantum_noise(p, 0.1)).backward()
+    assert p.grad.tolist() == [[1.0]] * 3
+
+
 def test_a_measurement_passes_on_an_unbiased_gradient():
     """Mean over seeds of the gradient of (f . g) is g, within five standard errors; an outcome never found has none."""
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0]], dtype=torch.float64)
@@ -71,13 +97,15 @@ def test_a_measurement_passes_on_an_unbiased_gradient():
     assert (found[:, 3] == 0).all()
 
 
-def test_operators_keep_torchs_contract():
-    p = leaf(rows(2, 6))
-    level = leaf(np.array(0.1))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_operators_keep_torchs_contract(dtype):
+    """Beside rows that are not contiguous, and a level of another type than theirs."""
+    p = leaf(torch.from_numpy(rows(2, 3, 6)).transpose(0, 1).to(dtype))
+    level = leaf(torch.tensor(0.1, dtype=dtype if dtype == torch.float64 else torch.float32))
     torch.library.opcheck(OPERATORS.quantum_measure.default, (p, torch.tensor(1), 5, 0))
     noise = "depolarizing", "local", "replace", "z", 0, 0
     torch.library.opcheck(OPERATORS.quantum_noise.default, (p, level, *[None] * 5, *noise))
-    torch.library.opcheck(OPERATORS.quantum_overlap.default, (p, p.detach()[:1], level, *[None] * 4, *noise[:3]))
+    torch.library.opcheck(OPERATORS.quantum_overlap.default, (p, p.detach()[:, :1], level, *[None] * 4, *noise[:3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
