@@ -211,7 +211,8 @@ FITTED = {"source": "40 texts of texts.txt", "batch": 4, "seq": None}
         ({"compression": COMPRESSED | {"of_bundle": False, "data": FITTED}},
          {"compress": {"data": "texts.txt", "batch": 4, "seq": None, "metric": "top1", "config": "recipe.yaml"}}),
         ({"opset": 20, "compression": COMPRESSED | {"of_bundle": True, "data": FITTED | {"source": "stored samples"}}},
-         {"convert": {"output": "converted", "opset": 20}, "compress": {"model": "converted", "data": None}}),
+         {"convert": {"output": "converted", "opset": 20, "config": "attention.yaml"},
+          "compress": {"model": "converted", "data": None, "config": "compress.yaml"}}),
     ],
 )  # fmt: skip
 def test_the_commands_make_the_same_model(made, bundle, changes, expected):

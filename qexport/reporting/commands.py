@@ -78,8 +78,8 @@ def _made(manifest: dict, bundle: str) -> list[str]:
         return [*lines, _command("convert", model, "-o", bundle, "--config", "recipe.yaml", *options)]
     recipe = "recipe.yaml"
     if compression.get("of_bundle"):
-        lines.append(_command("convert", model, "-o", "converted", "--config", recipe, *options))
-        lines.append("# compress.yaml: the key `compress` of the recipe")
+        lines.append("# attention.yaml is the recipe without its key `compress`, compress.yaml that key")
+        lines.append(_command("convert", model, "-o", "converted", "--config", "attention.yaml", *options))
         model, recipe, options = "converted", "compress.yaml", []
     data = compression.get("data", {"source": "stored samples"})
     for option in ("batch", "seq"):
