@@ -60,7 +60,7 @@ def test_few_samples_differ_with_the_library_only(source, tmp_path):
 
 def test_manifest(bundle):
     manifest = bundle.manifest
-    assert manifest["source"] == {"kind": "onnx", "name": "encoder.onnx"}
+    assert manifest["source"] == {"kind": "onnx", "name": "encoder.onnx", "task": None, "dtype": None}
     assert (manifest["opset"], manifest["ir_version"], manifest["min_onnxruntime"]) == (23, 10, "1.23")
     assert manifest["seed_input"] == "seed"
     assert manifest["left_alone"] == []

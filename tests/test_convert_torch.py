@@ -91,7 +91,7 @@ def test_an_input_that_the_module_ignores_stays_an_input(tmp_path):
 def test_module_names_axes_and_bounds(tmp_path):
     report = convert("torch_zoo:named_axes", tmp_path / "b")
     assert [s["module"] for s in report.sites] == ["layers.0", "layers.1"]
-    assert report.manifest["source"] == {"kind": "callable", "name": "torch_zoo:named_axes"}
+    assert report.manifest["source"] == {"kind": "callable", "name": "torch_zoo:named_axes", "task": None, "dtype": None}
     assert report.manifest["inputs"] == [
         {"name": "input_ids", "dtype": "int64", "shape": ["items", "tokens"], "kind": "token_ids", "high": torch_zoo.VOCAB}
     ]
@@ -179,7 +179,7 @@ def test_archives(tmp_path, dynamic):
     axes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=40)},) if dynamic else None
     torch.export.save(torch.export.export(module.eval(), inputs, dynamic_shapes=axes), tmp_path / "encoder.pt2")
     report = convert(tmp_path / "encoder.pt2", tmp_path / "b", strategy="stratified", num_samples=64)
-    assert report.manifest["source"] == {"kind": "pt2", "name": "encoder.pt2"}
+    assert report.manifest["source"] == {"kind": "pt2", "name": "encoder.pt2", "task": None, "dtype": None}
     assert [s["module"] for s in report.sites] == ["layers.0", "layers.1"]
     assert_same_model(tmp_path / "b", module, inputs)
     if dynamic:
