@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport import installed, runtime
-from qexport._swap import check_writable
+from qexport._swap import check_file
 from qexport.arguments import as_path, real, whole
 from qexport.bundle import Bundle
 from qexport.bundle_writer import check_output
@@ -178,10 +178,8 @@ def _check_output(output: Path, bundle: Bundle) -> None:
         raise UsageError(f"{output}: a recipe goes to a .yaml file, a bundle to a folder, and {suffix} is neither; {mend}")
     if suffix not in SUFFIXES:
         check_output(output, source=bundle.path)
-    elif not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no folder {output.parent}; make it or choose another file")
     else:
-        check_writable(output)
+        check_file(output)
 
 
 def check_measurable(bundle: Bundle) -> None:
